@@ -1,0 +1,115 @@
+"""The description of a tiny network that every backend reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Family = Literal["seed", "scratch", "paper"]
+Mixer = Literal["attention", "tokens"]
+
+#: ``nn.RMSNorm(d, eps=None)`` takes the epsilon of float32 for bf16 and fp16 inputs too (measured,
+#: torch 2.13), but that of float64 for float64. One value keeps the function the same in all dtypes.
+FLOAT32_EPS = 1.1920928955078125e-07
+
+_NORM_EPS: dict[str, float] = {"seed": FLOAT32_EPS, "scratch": 1e-8, "paper": 1e-5}
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Shape and family of a tiny recursive network.
+
+    Args:
+        d_model: Width D of the residual stream.
+        n_layers: Number of blocks.
+        n_heads: Attention heads H; D must be a multiple of H. Ignored by token mixers.
+        dropout: Probability of dropping an attention weight in training (``seed``, ``scratch``).
+        family: Which block.
+
+            - ``"seed"``: pre-norm, weighted RMSNorm, attention and GELU MLP with biases
+              (``nn.MultiheadAttention`` layout; the block of anonx3247/llm-trm).
+            - ``"scratch"``: pre-norm, weighted RMSNorm with eps 1e-8, no biases, RoPE, SwiGLU 4x
+              (the block of dino65-dev/TRM-Tiny-Recursive-Model).
+            - ``"paper"``: post-norm, weightless RMSNorm with eps 1e-5, no biases, RoPE, packed SwiGLU
+              (the block of SamsungSAILMontreal/TinyRecursiveModels, arXiv 2510.04871).
+        mixer: ``"attention"``, or ``"tokens"`` for an MLP along the sequence axis (``scratch``: GELU with
+            biases; ``paper``: SwiGLU, with the mixer's norm along the sequence axis too).
+        seq_len: Sequence length L of a token mixer, puzzle-embedding positions included.
+        rope: Whether attention rotates queries and keys (families ``scratch`` and ``paper``). Off for
+            official models with learned positions.
+        rope_theta: Base of the rotary frequencies.
+
+    Raises:
+        ValueError: A combination that describes no network.
+    """
+
+    d_model: int
+    n_layers: int = 2
+    n_heads: int = 8
+    dropout: float = 0.0
+    family: Family = "seed"
+    mixer: Mixer = "attention"
+    seq_len: int | None = None
+    rope: bool = True
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            raise ValueError(f"family must be one of {get_args(Family)}, not {self.family!r}")
+        if self.mixer not in get_args(Mixer):
+            raise ValueError(f"mixer must be one of {get_args(Mixer)}, not {self.mixer!r}")
+        for name in ("d_model", "n_layers", "n_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.mixer == "tokens":
+            if self.family == "seed":
+                raise ValueError("the seed family has no token mixer: use family='scratch' or 'paper'")
+            if self.seq_len is None or self.seq_len < 1:
+                raise ValueError("mixer='tokens' needs seq_len, the fixed length of its sequences")
+        else:
+            if self.d_model % self.n_heads:
+                raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+            if self.rotary and self.head_dim % 2:
+                raise ValueError(f"RoPE needs an even head size, not {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        """Head size D / H."""
+        return self.d_model // self.n_heads
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of every RMSNorm of the block."""
+        return _NORM_EPS[self.family]
+
+    @property
+    def pre_norm(self) -> bool:
+        """True: ``h + f(norm(h))``; False: ``norm(h + f(h))``."""
+        return self.family != "paper"
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention applies RoPE."""
+        return self.family != "seed" and self.mixer == "attention" and self.rope
+
+    @property
+    def gated(self) -> bool:
+        """SwiGLU (True) or GELU (False) in the channel MLP."""
+        return self.family != "seed"
+
+    @property
+    def d_ff(self) -> int:
+        """Inner width of the channel MLP."""
+        return self._inner(self.d_model)
+
+    @property
+    def token_ff(self) -> int:
+        """Inner width of the token mixer."""
+        assert self.seq_len is not None
+        return self._inner(self.seq_len)
+
+    def _inner(self, width: int) -> int:
+        # Two thirds of 4x, rounded up to 256, is the paper's choice for SwiGLU; the others take 4x.
+        return -(-round(4 * width * 2 / 3) // 256) * 256 if self.family == "paper" else 4 * width

@@ -1,0 +1,116 @@
+"""The tolerance rule that every kernel must meet, and the grids it is tested on.
+
+Used by the tests and by the benchmark, which refuses to print a speed beside a wrong result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+#: Half the distance between 1 and the next number.
+UNIT_ROUNDOFF = {
+    dtype: torch.finfo(dtype).eps / 2
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+#: Lengths that every block is tested at: one row, tile edges, Sudoku, Sudoku + 16, a tile and a row.
+LENGTHS = (1, 2, 31, 64, 81, 97, 257)
+
+#: Seeds whose squared errors are pooled before the rule is applied.
+SEEDS = 8
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """``||actual - truth|| / ||truth||`` in the Frobenius norm; NaN where ``actual`` holds one."""
+    pool = ErrorPool()
+    pool.add(actual, truth)
+    return pool.error
+
+
+@dataclass
+class ErrorPool:
+    """Squared norms of a difference and of the truth, summed over seeds."""
+
+    difference: float = 0.0
+    reference: float = 0.0
+
+    def add(self, actual: Tensor, truth: Tensor) -> None:
+        """Add one comparison; tensors of equal shape, any dtypes."""
+        if actual.shape != truth.shape:
+            raise AssertionError(f"shape {list(actual.shape)}, expected {list(truth.shape)}")
+        wide = truth.detach().to("cpu", torch.float64)
+        self.difference += (actual.detach().to("cpu", torch.float64) - wide).square().sum().item()
+        self.reference += wide.square().sum().item()
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error over all that was added."""
+        if math.isnan(self.difference) or math.isnan(self.reference):
+            return math.nan
+        if self.reference == 0.0:
+            return 0.0 if self.difference == 0.0 else math.inf
+        return math.sqrt(self.difference / self.reference)
+
+
+@dataclass
+class ToleranceRule:
+    """``error(ours, fp64) <= 2 error(eager, fp64) + u``, relative Frobenius errors pooled over seeds.
+
+    Maximum-absolute criteria fail correct code in 1.6% of tiny cases; pooling does not.
+
+    Args:
+        dtype: The dtype that both implementations computed in; u is its unit roundoff.
+    """
+
+    dtype: torch.dtype
+    pools: dict[str, tuple[ErrorPool, ErrorPool]] = field(default_factory=dict)
+
+    def add(self, name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> None:
+        """Add one tensor (an output or a gradient) of one seed."""
+        mine, theirs = self.pools.setdefault(name, (ErrorPool(), ErrorPool()))
+        mine.add(ours, truth)
+        theirs.add(eager, truth)
+
+    def failures(self) -> list[str]:
+        """One line for each tensor that breaks the rule; a NaN always does."""
+        lines = []
+        for name, (mine, theirs) in self.pools.items():
+            bound = 2.0 * theirs.error + UNIT_ROUNDOFF[self.dtype]
+            if not mine.error <= bound:
+                lines.append(f"{name}: error {mine.error:.3g} > {bound:.3g} (eager: {theirs.error:.3g})")
+        return lines
+
+    def check(self) -> None:
+        """Raise AssertionError if any tensor breaks the rule, or if there is none."""
+        if not self.pools:
+            raise AssertionError("nothing was compared")
+        failures = self.failures()
+        if failures:
+            raise AssertionError("; ".join(failures))
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor], module: nn.Module, x: Tensor, *args: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``("output", ...)``, ``("x", ...)`` and every parameter gradient of ``function(x, *args)``.
+
+    The output's gradient is a fixed pattern of unit scale that depends on its shape only, so that
+    implementations in different dtypes are asked the same question.
+    """
+    module.zero_grad(set_to_none=True)
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = function(x, *args)
+    generator = torch.Generator().manual_seed(out.numel())
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    out.backward(weight.to(out.device, out.dtype))
+    yield "output", out.detach()
+    assert x.grad is not None
+    yield "x", x.grad
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} received no gradient"
+        yield name, parameter.grad
