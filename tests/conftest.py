@@ -1,0 +1,70 @@
+"""Set-up of every test: the interpreter where there is no GPU, the device, seeds, hypothesis.
+
+Triton reads ``TRITON_INTERPRET`` when it is imported, and ``trm_kernels.ops`` when that is: so it is set
+here, before any test module is loaded. Code that must see the real compiler (the ahead-of-time checks) runs
+in a process of its own, with :func:`compiler_environment` as its environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Where the package's own dependencies bring Triton, its absence is a failure and no reason to skip.
+EXPECTS_TRITON = platform.system() == "Linux" and platform.machine() == "x86_64"
+
+if not HAS_CUDA:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: the tests need it set")
+    os.environ["TRITON_INTERPRET"] = "1"
+# Triton 3.10 turns FP fusion off by default, and 3.9 warns about it: one meaning on every version.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_report_header() -> str:
+    triton = "none"
+    if HAS_TRITON:
+        import triton as package
+
+        triton = package.__version__
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            triton += " (interpreter)"
+    device = torch.cuda.get_device_name() if HAS_CUDA else f"cpu, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, triton {triton}, device: {device}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not HAS_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if not (HAS_TRITON or EXPECTS_TRITON) and item.get_closest_marker("interpreter"):
+            item.add_marker(pytest.mark.skip(reason="triton is not installed"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tests put their tensors: the GPU, or the CPU with Triton's interpreter."""
+    return "cuda" if HAS_CUDA else "cpu"
+
+
+@pytest.fixture
+def compiler_environment() -> dict[str, str]:
+    """The environment of a subprocess in which Triton compiles instead of interpreting."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
