@@ -1,0 +1,70 @@
+"""Errors against float64, held to the rule of ``trm_kernels.testing``: no speed without correctness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_trm.benchmark.candidates import Inputs, Step
+from llm_trm.benchmark.workloads import Case
+from trm_kernels import reference
+from trm_kernels.testing import ErrorPool, ToleranceRule
+
+#: Elements of B * L * D that the float64 run takes at once: it keeps some 3 KB for each of them.
+_CHUNK_ELEMENTS = 2**22
+
+
+def float64_truth(case: Case, state: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """Output and gradients of the reference in float64 on input set 0, as :meth:`Step.results` names them.
+
+    The batch is taken in chunks: samples are independent, and gradients of parameters add up over them.
+    """
+    x, y, z = inputs[0]
+    # MPS has no float64.
+    device = torch.device("cpu") if x.device.type == "mps" else x.device
+    net = reference.TinyRecursiveNetwork(case.config()).to(device, torch.float64)
+    net.load_state_dict(state)
+    size = max(1, _CHUNK_ELEMENTS // (case.latents * case.hidden_size))
+    parts: dict[str, list[Tensor]] = {"output": [], "x": []}
+    sums: dict[str, Tensor] = {}
+    for begin in range(0, case.batch, size):
+        rows = slice(begin, begin + size)
+        question, answer, latent, grad_y = (
+            tensor[rows].to(device, torch.float64) for tensor in (x, y, z, inputs.grad_y)
+        )
+        chunk = Inputs([question], [answer], [latent], grad_y)
+        step = Step(replace(case, batch=len(grad_y)), net, chunk, original=True)
+        step(0)
+        for name, tensor in step.results():
+            if name in parts:
+                parts[name].append(tensor)
+            else:
+                sums[name] = sums[name] + tensor if name in sums else tensor
+    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors} | sums
+
+
+def errors(results: Iterable[tuple[str, Tensor]], truth: dict[str, Tensor]) -> dict[str, ErrorPool]:
+    """Relative Frobenius errors of the output, and of all gradients pooled (training).
+
+    Each gradient is first scaled to unit norm, so that a wrong bias is not lost among the weights.
+    """
+    pools: dict[str, ErrorPool] = {}
+    for name, actual in results:
+        expected = truth[name]
+        if actual.shape != expected.shape:
+            raise RuntimeError(f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}")
+        norm = float(expected.norm())
+        scale = 1.0 if name == "output" or norm == 0.0 else 1.0 / norm
+        difference = actual.detach().to(expected.device, torch.float64) - expected
+        pool = pools.setdefault("output" if name == "output" else "gradients", ErrorPool())
+        pool.difference += float(difference.norm()) ** 2 * scale**2
+        pool.reference += norm**2 * scale**2
+    return pools
+
+
+def broken_rules(dtype: torch.dtype, ours: dict[str, ErrorPool], eager: dict[str, ErrorPool]) -> list[str]:
+    """One line for each pool that breaks the tolerance rule."""
+    return ToleranceRule(dtype, {name: (pool, eager[name]) for name, pool in ours.items()}).failures()

@@ -1,0 +1,90 @@
+"""The machine, the versions and the commit that a measurement belongs to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llm_trm
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a short command, or None if it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """What a result is filed under: the GPU's name, or the processor and its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return name if device.type == "cpu" else f"{name}, {device.type}"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, ``+`` for local changes; None if installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+" if head and changes else head
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides speed; None where it is absent."""
+    try:
+        triton: str | None = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "llm-trm": llm_trm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver": driver.splitlines()[0] if driver else None,
+    }
+
+
+def run_record(device: torch.device, commit_name: str | None = None) -> dict[str, Any]:
+    """What every line of a results file says about its run."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_name or commit(),
+        "versions": versions(),
+        "machine": {
+            "device": device_name(device),
+            "cpu": cpu_name(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "os": platform.platform(),
+        },
+    }

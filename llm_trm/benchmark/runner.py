@@ -1,0 +1,209 @@
+"""Runs a case: checks every candidate against float64, then times those that are right."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llm_trm.benchmark import limits as machine_limits
+from llm_trm.benchmark.accuracy import broken_rules, errors, float64_truth
+from llm_trm.benchmark.candidates import GRAPH, Inputs, Step, build, make_inputs, make_state
+from llm_trm.benchmark.environment import device_name
+from llm_trm.benchmark.protocol import MIN_ROUNDS, interleave, synchronize, timer_for
+from llm_trm.benchmark.results import CaseResult, Row, add_speedups
+from llm_trm.benchmark.workloads import Case
+from trm_kernels.testing import ErrorPool
+
+#: Told what is being done now.
+Progress = Callable[[str], None]
+
+#: Called with a candidate before its timing: one that compiles or captures is no longer cold then.
+_CALLS_BEFORE_TIMING = 2
+
+
+@dataclass
+class Budget:
+    """Time that a whole run may take, and what it has learnt about the time that things take.
+
+    Args:
+        seconds: Wall-clock seconds from now.
+        case_seconds: Seconds that the timed rounds of one case may take.
+        compile_seconds: What a call of torch.compile is expected to take; follows what is seen.
+        clock: Seconds; replaced in tests.
+    """
+
+    seconds: float
+    case_seconds: float
+    compile_seconds: float = 15.0
+    clock: Callable[[], float] = time.perf_counter
+    start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.clock()
+
+    @property
+    def left(self) -> float:
+        """Seconds left; negative when overdrawn."""
+        return self.seconds - (self.clock() - self.start)
+
+    def refuses(self, cost: float) -> str | None:
+        """Why something that takes about ``cost`` seconds is skipped, or None if there is time."""
+        if cost <= self.left:
+            return None
+        return (
+            f"takes about {cost:.0f} s, and {max(self.left, 0):.0f} s of --budget {self.seconds:.0f} are left"
+        )
+
+
+@dataclass
+class _Measured:
+    """A candidate that gave the right result, ready for timing."""
+
+    step: Step
+    row: Row
+    seconds: float
+
+
+class CaseRun:
+    """Everything of one case that its candidates share."""
+
+    def __init__(
+        self, case: Case, device: torch.device, budget: Budget, progress: Progress, seed: int
+    ) -> None:
+        self.seed = seed
+        self.case = case
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
+        self.budget = budget
+        self.progress = progress
+        self.limits = machine_limits.measure(device, self.dtype)
+        self.floor = self.limits.floor(case)
+        self.eager_seconds = 2 * self.floor
+        self.committed = 0.0
+        self.eager_errors: dict[str, ErrorPool] = {}
+        self.measured: list[_Measured] = []
+
+    def run(self, names: Sequence[str]) -> CaseResult:
+        """Measure the candidates, and return one row for each in the order of ``names``."""
+        # float64 takes about twice as long as eager, which itself is called until it is timed.
+        reason = self.budget.refuses((2 + _CALLS_BEFORE_TIMING + MIN_ROUNDS) * self.eager_seconds)
+        if reason is not None:
+            return self._result([Row(name, "skipped", reason) for name in names])
+        # Without a reset torch.compile would meet the second shape of a run with dynamic shapes.
+        torch.compiler.reset()
+        torch.manual_seed(self.seed)
+        state = make_state(self.case, self.device, self.dtype)
+        inputs = make_inputs(self.case, self.device, self.dtype, self.limits.cache_bytes)
+        self.progress("float64")
+        truth = float64_truth(self.case, state, inputs)
+        # Eager goes first, asked for or not: the tolerance rule is stated in its error.
+        rows = {
+            name: self._prepare(name, state, inputs, truth)
+            for name in ("eager", *(name for name in names if name != "eager"))
+        }
+        del truth
+        self._time(
+            {measured.row.backend: measured for measured in self.measured if measured.row.backend in names}
+        )
+        return self._result([rows[name] for name in names])
+
+    def _result(self, rows: list[Row]) -> CaseResult:
+        add_speedups(rows)
+        return CaseResult(
+            self.case,
+            device_name(self.device),
+            floor_ms=self.floor * 1e3,
+            matmul_tflops=self.limits.flops * 1e-12,
+            copy_gbps=self.limits.bandwidth * 1e-9,
+            rows=rows,
+        )
+
+    def _prepare(self, name: str, state: dict[str, Tensor], inputs: Inputs, truth: dict[str, Tensor]) -> Row:
+        """Compile, check and warm one candidate; keeps it in ``measured`` if it is to be timed."""
+        if name != "eager" and not self.eager_errors:
+            return Row(name, "skipped", "the tolerance rule needs the error of eager, which failed")
+        self.progress(name)
+        compiles = name.removesuffix(GRAPH) == "compile"
+        try:
+            step = build(name, self.case, state, inputs)
+            if isinstance(step, str):
+                return Row(name, "not run", step)
+            cost = (_CALLS_BEFORE_TIMING + MIN_ROUNDS) * self.eager_seconds
+            if compiles:
+                cost += self.budget.compile_seconds
+            reason = self.budget.refuses(self.committed + cost)
+            if reason is not None:
+                return Row(name, "skipped", reason)
+            first = self._timed(step.prepare)
+            step.check()
+            pools = errors(step.results(), truth)
+            if name == "eager":
+                self.eager_errors = pools
+            broken = broken_rules(self.dtype, pools, self.eager_errors)
+            row = Row(name, "wrong" if broken else "ok", "; ".join(broken) or None)
+            row.errors = {key: e if math.isfinite(e := pool.error) else None for key, pool in pools.items()}
+            peak: list[int | None] = []
+            seconds = self._timed(lambda: peak.append(step.peak_memory(self.device)))
+            row.peak_bytes = peak[0]
+            if not broken:
+                self.measured.append(_Measured(step, row, self._warm_seconds(step, seconds)))
+        except Exception as error:  # a candidate's failure is a result, and no reason to lose the others
+            return Row(name, "failed", _first_line(error))
+        if name == "eager":
+            self.eager_seconds = seconds
+        if compiles:
+            self.budget.compile_seconds = max(first - seconds, 1.0)
+        self.committed += MIN_ROUNDS * seconds
+        return row
+
+    def _warm_seconds(self, step: Step, seconds: float) -> float:
+        # The call that counted memory was slowed by counting; a slow one hides that, a quick one is repeated.
+        return seconds if seconds > 0.5 else self._timed(lambda: step(0))
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        synchronize(self.device)
+        return time.perf_counter() - begin
+
+    def _time(self, measured: dict[str, _Measured]) -> None:
+        if not measured:
+            return
+        self.progress("timing " + ", ".join(measured))
+        timings, failures = interleave(
+            {name: candidate.step for name, candidate in measured.items()},
+            timer_for(self.device),
+            {name: candidate.seconds for name, candidate in measured.items()},
+            min(self.budget.case_seconds, self.budget.left),
+        )
+        for name, error in failures.items():
+            measured[name].row.status, measured[name].row.reason = "failed", _first_line(error)
+        for name, timing in timings.items():
+            row = measured[name].row
+            row.median_ms, row.p20_ms, row.p80_ms = (t * 1e3 for t in (timing.median, timing.p20, timing.p80))
+            row.rounds = len(timing.samples)
+            row.tflops = self.case.flops / timing.median * 1e-12
+            row.share = self.floor / timing.median
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    names: Sequence[str],
+    budget: Budget,
+    progress: Progress = lambda _: None,
+    *,
+    seed: int = 0,
+) -> CaseResult:
+    """Measure candidates ``names`` on a case; those that cannot run get a row that says why."""
+    return CaseRun(case, device, budget, progress, seed).run(names)

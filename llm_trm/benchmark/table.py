@@ -1,0 +1,120 @@
+"""A case's results as a table for the terminal, or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llm_trm.benchmark.results import CaseResult, Row
+
+_MISSING = "-"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """``value`` with at least ``digits`` significant digits."""
+    if value is None:
+        return _MISSING
+    if value == 0 or not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    leading = 0
+    while whole == 0 and abs(value) < 10.0 ** -(leading + 1):
+        leading += 1
+    return f"{value:.{max(0, digits - whole + leading)}f}"
+
+
+def _error(row: Row) -> str:
+    if not row.errors:
+        return _MISSING
+    return " / ".join("NaN" if error is None else f"{error:.1e}" for error in row.errors.values())
+
+
+def _speed(row: Row) -> str:
+    if row.status == "ok":
+        return _number(row.median_ms)
+    return "WRONG" if row.status == "wrong" else row.status
+
+
+def _memory(row: Row) -> str:
+    return _MISSING if row.peak_bytes is None else _number(row.peak_bytes / 2**20)
+
+
+def _ratio(baseline: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        if row.backend == baseline:
+            return "1"
+        return f"{row.speedup[baseline]:.2f}x" if baseline in row.speedup else _MISSING
+
+    return cell
+
+
+def columns(result: CaseResult) -> dict[str, Callable[[Row], str]]:
+    """Headers and cells of a table, in order."""
+    gradients = result.case.mode == "train"
+    return {
+        "backend": lambda row: row.backend,
+        "ms": _speed,
+        "p20": lambda row: _number(row.p20_ms),
+        "p80": lambda row: _number(row.p80_ms),
+        "TFLOP/s": lambda row: _number(row.tflops),
+        "of limit": lambda row: _MISSING if row.share is None else f"{row.share:.1%}",
+        "peak MiB": _memory,
+        "error y / grads" if gradients else "error": _error,
+        **{f"vs {baseline}": _ratio(baseline) for baseline in result.baselines()},
+    }
+
+
+def title(result: CaseResult) -> str:
+    """One line that tells the case."""
+    case = result.case
+    what = (
+        f"one latent recursion, {case.forward_calls} network calls"
+        if case.mode == "forward"
+        else f"one training step, {case.forward_calls} network calls and {case.backward_calls} back"
+    )
+    return (
+        f"{case.mode}: hidden size {case.hidden_size}, {case.latents} latents, batch {case.batch}, "
+        f"{case.layers} layers, {case.heads} heads, {case.family} block, {case.dtype} ({what})"
+    )
+
+
+def footnotes(result: CaseResult) -> list[str]:
+    """The limit that shares are taken of, and why rows have no figures."""
+    limit = (
+        f"limit {_number(result.floor_ms)} ms, from {_number(result.matmul_tflops)} TFLOP/s (matrix product) "
+        f"and {_number(result.copy_gbps)} GB/s (copy) measured in this run"
+    )
+    return [limit] + [f"{row.backend}: {row.reason}" for row in result.rows if row.reason]
+
+
+def terminal_table(result: CaseResult) -> Table:
+    """A table for a rich console; a row whose result is wrong is red and shows no speed."""
+    table = Table(
+        title=escape(title(result)),
+        caption=Text("\n".join(footnotes(result))),
+        title_justify="left",
+        caption_justify="left",
+    )
+    cells = columns(result)
+    for header in cells:
+        table.add_column(
+            header, justify="left" if header == "backend" else "right", no_wrap=header != "backend"
+        )
+    for row in result.rows:
+        style = {"ok": None, "wrong": "bold red"}.get(row.status, "dim")
+        table.add_row(*(escape(cell(row)) for cell in cells.values()), style=style)
+    return table
+
+
+def markdown_table(result: CaseResult) -> str:
+    """The same as a Markdown table, without title and footnotes."""
+    cells = columns(result)
+    lines: Iterable[list[str]] = [
+        list(cells),
+        ["---" if header == "backend" else "---:" for header in cells],
+        *([cell(row) for cell in cells.values()] for row in result.rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

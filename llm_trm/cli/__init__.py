@@ -1,0 +1,31 @@
+"""The ``llm-trm`` command."""
+
+from __future__ import annotations
+
+import click
+
+from llm_trm.cli.group import Group
+
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        import llm_trm
+
+        click.echo(f"llm-trm {llm_trm.__version__}")
+        context.exit()
+
+
+@click.group(
+    cls=Group,
+    commands_at={"bench": "llm_trm.cli.bench:bench", "env": "llm_trm.cli.env:env"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+def main() -> None:
+    """Language models that think with a Tiny Recursive Model.
+
+    \b
+    Start with
+      llm-trm env                   what this machine has, and which backends work
+      llm-trm bench --latents 256   how fast the recursion is, and how exact
+    """

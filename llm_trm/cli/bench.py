@@ -1,0 +1,296 @@
+"""``llm-trm bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from llm_trm.benchmark.workloads import CPU_TRAIN_WIDTH, SUITES, Case, Mode, suite
+from llm_trm.cli.device import device_option, resolve_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_trm.benchmark.results import CaseResult
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_MODES: tuple[Mode, ...] = get_args(Mode)
+
+#: Seconds of the whole run for each case, by device type; the default three cases on a CPU make 100 s.
+_SECONDS_PER_CASE = {"cpu": 100 / 3, "cuda": 60.0, "mps": 60.0}
+#: Seconds of timed rounds in each case.
+_TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
+
+_EPILOG = "Suites: " + "; ".join(f"{name} ({what})" for name, what in SUITES.items()) + "."
+
+
+def _parse_backends(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    from llm_trm.benchmark.candidates import CANDIDATES
+
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    if not names:
+        raise click.BadParameter(f"name at least one of {', '.join(CANDIDATES)}")
+    for name in names:
+        if name not in CANDIDATES:
+            raise click.BadParameter(f"unknown backend {name!r}: choose from {', '.join(CANDIDATES)}")
+    return names
+
+
+def _writable(_context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse an output path before any work is done; nothing is created yet."""
+    if value is None:
+        return None
+    folder = value.parent
+    if value.is_dir():
+        raise click.BadParameter(f"{value} is a folder; name a file in it")
+    if not folder.is_dir():
+        raise click.BadParameter(f"the folder {folder} does not exist; create it first")
+    if not os.access(value if value.exists() else folder, os.W_OK):
+        raise click.BadParameter(f"{value} cannot be written; choose another path")
+    if parameter.name == "plot":
+        if value.suffix not in {".png", ".svg", ".pdf"}:
+            raise click.BadParameter(f"{value.name} must end in .png, .svg or .pdf")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise click.UsageError('--plot needs matplotlib: pip install "llm-trm[plot]"')
+    return value
+
+
+def _cases(
+    suite_name: str | None,
+    shape: dict[str, int | str | None],
+    modes: Sequence[Mode],
+    device_type: str,
+    dtype: str,
+) -> list[Case]:
+    """The cases that the options ask for."""
+    given = {key: value for key, value in shape.items() if value is not None}
+    if suite_name is not None:
+        if given:
+            option = "--" + next(iter(given)).replace("_", "-")
+            raise click.UsageError(f"{option} and --suite exclude each other: a suite fixes its shapes")
+        cases = suite(suite_name, device_type, dtype, modes)
+        if not cases:
+            raise click.UsageError(f"--suite {suite_name} has no case of this mode on {device_type}")
+        return cases
+    widths = [given.pop("hidden_size")] if "hidden_size" in given else [256, 2048]
+    cases = []
+    for width in widths:
+        for mode in modes:
+            # One training step at 2048 takes 13 s on 2 cores; asked for by name, it is run.
+            heavy = device_type == "cpu" and mode == "train" and int(width) > CPU_TRAIN_WIDTH
+            if not heavy or len(modes) == 1:
+                cases.append(Case(mode, width, **{"latents": 256, "dtype": dtype, **given}))  # type: ignore[arg-type]
+    for case in cases:
+        try:
+            case.config()
+        except ValueError as error:
+            raise click.UsageError(_in_words_of_the_options(str(error))) from error
+    return cases
+
+
+def _in_words_of_the_options(message: str) -> str:
+    for field, option in (("d_model", "--hidden-size"), ("n_heads", "--heads"), ("n_layers", "--layers")):
+        message = message.replace(field, option)
+    return message
+
+
+def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str) -> None:
+    """Raise click.UsageError if a backend that was asked for by name cannot work on this device."""
+    import torch
+
+    from llm_trm.benchmark.candidates import GRAPH, unavailable
+    from trm_kernels import TinyRecursiveNetwork, backends
+
+    for name in names:
+        reason = unavailable(name, device.type)
+        base = name.removesuffix(GRAPH)
+        if reason is None and base in backends.BACKENDS:
+            kind = getattr(torch, dtype)
+            probe = TinyRecursiveNetwork(64).to(device, kind)
+            with torch.no_grad():
+                reason = backends.refusal(base, probe, torch.randn(1, 16, 64, device=device, dtype=kind))
+        if reason is not None:
+            raise click.UsageError(f"--backends {name} cannot run here: {reason}")
+
+
+@click.command(epilog=_EPILOG)
+@click.option("--latents", type=click.IntRange(min=1), metavar="L", help="Sequence length. [default: 256]")
+@click.option(
+    "--hidden-size",
+    type=click.IntRange(min=1),
+    metavar="D",
+    help="Width. [default: 256, then 2048 (SmolLM3)]",
+)
+@click.option("--batch", type=click.IntRange(min=1), metavar="B", help="Batch size. [default: 1]")
+@click.option("--layers", type=click.IntRange(min=1), help="Blocks of the network. [default: 2]")
+@click.option("--heads", type=click.IntRange(min=1), help="Attention heads; must divide D. [default: 8]")
+@click.option(
+    "--family", type=click.Choice(["seed", "scratch", "paper"]), help="Which block. [default: seed]"
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([*_DTYPES, *_DTYPES.values()]),
+    help="[default: bf16 on CUDA, fp32 elsewhere]",
+)
+@device_option
+@click.option(
+    "--backends",
+    callback=_parse_backends,
+    metavar="NAMES",
+    help="Comma-separated, e.g. original,eager,compile. [default: all; those that cannot run say why]",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(_MODES),
+    help="forward: one latent recursion (n = 6 latent steps: 7 calls of the network), no gradient. "
+    "train: one supervision step: gradients set to None, a deep recursion (T = 3 latent recursions, the "
+    "last with gradient), backward from a given gradient of y to parameters and x; no optimizer step. "
+    f"[default: both; on a CPU only forward above D = {CPU_TRAIN_WIDTH}]",
+)
+@click.option("--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named list of cases.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    callback=_writable,
+    metavar="FILE",
+    help="Append one line of JSON a case: machine, versions, commit, shape, all figures.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    callback=_writable,
+    metavar="FILE.png",
+    help='Draw the results. Needs matplotlib: pip install "llm-trm[plot]".',
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Time for the whole run, compiling included; what does not fit is skipped and says so. "
+    "[default: 33 a case on a CPU, 60 elsewhere]",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and inputs."
+)
+def bench(
+    latents: int | None,
+    hidden_size: int | None,
+    batch: int | None,
+    layers: int | None,
+    heads: int | None,
+    family: str | None,
+    dtype: str | None,
+    device: str,
+    backends: tuple[str, ...] | None,
+    mode: Mode | None,
+    suite_name: str | None,
+    json_file: Path | None,
+    plot: Path | None,
+    budget: float | None,
+    seed: int,
+) -> None:
+    """Time the recursion of a tiny network on every backend, with its error against float64.
+
+    Without options: 256 latents at hidden size 256, one latent recursion and one training step, and at
+    2048, the width of SmolLM3. On a 2-core CPU that takes under two minutes.
+
+    All candidates of a case are timed in one process, taking turns round by round; `ms` is the median,
+    between the 20th and 80th percentile. `original` is the module that this project replaces, `eager` the
+    same with fused attention, `+graph` (on CUDA) replays the whole case as one CUDA graph. `of limit` is
+    the time that the machine's own rates, measured in the same run, allow at best, over the median. A
+    result whose error exceeds twice eager's is WRONG, and its speed is not printed.
+
+    \b
+    Examples:
+      llm-trm bench --latents 256
+      llm-trm bench --hidden-size 512 --batch 8 --mode train --dtype bf16
+      llm-trm bench --backends eager,compile --plot speed.png
+      llm-trm bench --suite phase2 --json results.jsonl
+    """
+    # Before torch is imported: its profiler (which counts memory on CPUs) logs each start to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    where = resolve_device(device)
+    kind = _DTYPES.get(dtype or "", dtype) or ("bfloat16" if where.type == "cuda" else "float32")
+    shape: dict[str, int | str | None] = {
+        "latents": latents,
+        "hidden_size": hidden_size,
+        "batch": batch,
+        "layers": layers,
+        "heads": heads,
+        "family": family,
+    }
+    cases = _cases(suite_name, shape, (mode,) if mode else _MODES, where.type, kind)
+    if backends:
+        _check_named_backends(backends, where, kind)
+    results = _run(cases, where, backends, budget, seed, json_file)
+    if plot:
+        from llm_trm.benchmark.plot import plot as draw
+
+        draw(results, plot)
+    if any(row.status in ("wrong", "failed") for result in results for row in result.rows):
+        sys.exit(1)
+
+
+def _run(
+    cases: Sequence[Case],
+    device: torch.device,
+    backends: Sequence[str] | None,
+    budget_seconds: float | None,
+    seed: int,
+    json_file: Path | None,
+) -> list[CaseResult]:
+    """Run the cases, printing and recording each as it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from llm_trm.benchmark.candidates import candidates_for
+    from llm_trm.benchmark.environment import run_record
+    from llm_trm.benchmark.results import append
+    from llm_trm.benchmark.runner import Budget, run_case
+    from llm_trm.benchmark.table import terminal_table
+
+    names = backends or candidates_for(device.type)
+    total = budget_seconds or _SECONDS_PER_CASE[device.type] * len(cases)
+    budget = Budget(total, min(_TIMED_SECONDS[device.type], total / len(cases)))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width, and rich would fold the table into 80 columns
+    stderr = Console(stderr=True)
+    record = run_record(device)
+    versions = record["versions"]
+    console.print(
+        f"{record['machine']['device']}, torch {versions['torch']}, triton {versions['triton'] or '-'}",
+        highlight=False,
+    )
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        # Steps of a case: float64, each candidate, the timing.
+        task = bar.add_task("", total=len(cases) * (len(names) + 2))
+        for number, case in enumerate(cases):
+            begun = 0
+
+            def progress(doing: str, case: Case = case, number: int = number) -> None:
+                nonlocal begun
+                done = number * (len(names) + 2) + begun
+                bar.update(task, description=f"{case.name}: {doing}", completed=done)
+                begun += 1
+
+            progress("limits of this machine")
+            result = run_case(case, device, names, budget, progress, seed=seed)
+            results.append(result)
+            console.print(terminal_table(result))
+            if json_file:
+                append(json_file, record | result.to_json())
+    return results
