@@ -1,0 +1,142 @@
+"""How kernels are launched, counted, recorded, and fitted to the device they run on."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trm_kernels.ops import INTERPRET
+
+TL_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launcher needs to know of the device to choose its tiles.
+
+    Attributes:
+        kind: ``"cuda"``, ``"hip"``, or ``"interpreter"``.
+        arch: Compute capability times ten (90 for Hopper), or the gfx name.
+        processors: Streaming multiprocessors.
+        shared_memory: Bytes of shared memory that one program may take.
+    """
+
+    kind: str
+    arch: int | str
+    processors: int
+    shared_memory: int
+
+    @property
+    def interpreted(self) -> bool:
+        return self.kind == "interpreter"
+
+
+#: Targets whose configurations are compiled ahead of time by the tests. The shared memory of sm_120 is
+#: that of consumer Blackwell, which sm_86 and sm_89 have too.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108, 163 * 1024),
+    "sm_90": Target("cuda", 90, 132, 227 * 1024),
+    "sm_100": Target("cuda", 100, 148, 227 * 1024),
+    "sm_120": Target("cuda", 120, 170, 99 * 1024),
+    "gfx942": Target("hip", "gfx942", 304, 64 * 1024),
+}
+_INTERPRETER = Target("interpreter", 0, 1, 1 << 30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: enough to compile the same kernel ahead of time."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+#: Launches by kernel name since the process began; tests assert on the differences.
+LAUNCHES: Counter[str] = Counter()
+
+_recorder: Callable[[Launch], None] | None = None
+_target_override: Target | None = None
+
+
+@contextmanager
+def record(target: Target) -> Iterator[list[Launch]]:
+    """Collect what launchers would run on ``target`` instead of running it (use ``meta`` tensors)."""
+    global _recorder, _target_override
+    launches: list[Launch] = []
+    _recorder, _target_override = launches.append, target
+    try:
+        yield launches
+    finally:
+        _recorder = _target_override = None
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+        return Target("hip", arch, properties.multi_processor_count, 64 * 1024)
+    return Target(
+        "cuda",
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The target that kernels on this tensor are compiled for."""
+    if _target_override is not None:
+        return _target_override
+    return _INTERPRETER if INTERPRET else _device_target(tensor.device.index)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies: float32 follows ``torch.set_float32_matmul_precision``."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """Accumulators are float32; float64 only where gradcheck runs the kernels in the interpreter."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 1, **constants: Any
+) -> None:
+    """Run ``kernel`` on the device of its first tensor argument."""
+    if _recorder is not None:
+        _recorder(Launch(kernel, args, constants, warps, stages))
+        return
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
+    LAUNCHES[kernel.__name__] += 1
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``n`` and ``least``."""
+    return max(least, triton.next_power_of_2(n))

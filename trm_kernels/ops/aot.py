@@ -1,0 +1,111 @@
+"""Ahead-of-time compilation of recorded launches: what a GPU would run, checked without one.
+
+Must run in a process without ``TRITON_INTERPRET=1``, which disables the compiler.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trm_kernels.ops._launch import Launch, Target
+
+_POINTER = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*u1",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch.
+
+    Attributes:
+        shared_memory: Bytes of shared memory a program takes.
+        spilled: Bytes of stack that hold spilled registers (CUDA only; 0 elsewhere).
+        registers: Registers a thread (CUDA only; 0 elsewhere).
+        wgmma: Whether the PTX holds Hopper's warp-group matrix instructions.
+    """
+
+    shared_memory: int
+    spilled: int
+    registers: int
+    wgmma: bool
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The kernel with the signature and specialisations that the real launch would give it."""
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    names = kernel.arg_names
+    for i, (name, arg) in enumerate(zip(names, launch.args, strict=False)):
+        if arg is None or (isinstance(arg, int) and arg == 1):
+            signature[name], constants[name] = "constexpr", arg
+        elif isinstance(arg, Tensor):
+            signature[name] = _POINTER[arg.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(arg, int):
+            signature[name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
+            if arg % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    for name in launch.constants:
+        signature[name] = "constexpr"
+    ordered = {name: signature[name] for name in names}
+    return ASTSource(kernel, ordered, constexprs=constants, attrs=attributes)
+
+
+def key(launch: Launch) -> str:
+    """Equal for launches that compile to the same code."""
+    source = _source(launch)
+    return f"{source.hash()}-{launch.warps}-{launch.stages}"
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compile one launch for ``target``."""
+    gpu = GPUTarget(target.kind, target.arch, 32 if target.kind == "cuda" else 64)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    compiled = triton.compile(_source(launch), target=gpu, options=options)
+    spilled = registers = 0
+    wgmma = False
+    if target.kind == "cuda":
+        registers, spilled = _resources(compiled.asm["cubin"])
+        wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+    return Compiled(compiled.metadata.shared, spilled, registers, wgmma)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack if the machine code spills to it (0 otherwise)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        registers = re.search(r"REG:(\d+)", usage)
+        stack = re.search(r"STACK:(\d+)", usage)
+        assert registers is not None and stack is not None, usage
+        # A kernel may have a stack frame that no instruction touches; spills are local stores.
+        spills = int(stack[1]) > 0 and "STL" in _cuobjdump("-sass", file.name)
+    return int(registers[1]), int(stack[1]) if spills else 0
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, option, path], check=True, capture_output=True, text=True).stdout
