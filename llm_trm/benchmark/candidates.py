@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,16 @@ class Inputs:
     """Sets of x, y, z, each a list of K tensors [B, L, D], and the gradient of y [B, L, D] for training.
 
     K sets together exceed twice the last-level cache of a GPU, so that no call finds its input there.
+
+    ``graph_pool`` is the memory that the case's CUDA graphs share. They never run at the same time, and
+    what outlives a replay is not shared.
     """
 
     x: list[Tensor]
     y: list[Tensor]
     z: list[Tensor]
     grad_y: Tensor
+    graph_pool: Any = None
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         k = i % len(self.x)
@@ -60,7 +65,8 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, cache_byte
         sets = min(MAX_INPUT_SETS, 1 + 2 * cache_bytes // set_bytes)
     x, y, z = ([torch.randn(shape, device=device, dtype=dtype) for _ in range(sets)] for _ in range(3))
     scale = (case.batch * case.latents) ** -0.5
-    return Inputs(x, y, z, torch.randn(shape, device=device, dtype=dtype) * scale)
+    grad_y = torch.randn(shape, device=device, dtype=dtype) * scale
+    return Inputs(x, y, z, grad_y, torch.cuda.graph_pool_handle() if device.type == "cuda" else None)
 
 
 def make_state(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -152,7 +158,7 @@ class GraphStep(Step):
         self.graph = torch.cuda.CUDAGraph()
 
         def capture() -> None:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=self.inputs.graph_pool):
                 self.launch(*self.static)
 
         self._peak = peak_memory(self.static[0].device, capture)

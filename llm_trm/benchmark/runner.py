@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_trm.benchmark import limits as machine_limits
 from llm_trm.benchmark.accuracy import broken_rules, errors, float64_truth
-from llm_trm.benchmark.candidates import GRAPH, Inputs, Step, build, make_inputs, make_state
+from llm_trm.benchmark.candidates import GRAPH, Inputs, Step, build, make_inputs, make_state, unavailable
 from llm_trm.benchmark.environment import device_name
 from llm_trm.benchmark.protocol import MIN_ROUNDS, interleave, synchronize, timer_for
 from llm_trm.benchmark.results import CaseResult, Row, add_speedups
@@ -24,6 +24,20 @@ Progress = Callable[[str], None]
 
 #: Called with a candidate before its timing: one that compiles or captures is no longer cold then.
 _CALLS_BEFORE_TIMING = 2
+
+
+class DeviceLostError(RuntimeError):
+    """A candidate left the device unusable for this process (a bad memory access, a failed launch).
+
+    Attributes:
+        case: Name of the case.
+        backend: The candidate.
+    """
+
+    def __init__(self, case: Case, backend: str, error: Exception) -> None:
+        super().__init__(f"{backend} broke the device on {case.name}: {_first_line(error)}")
+        self.case = case
+        self.backend = backend
 
 
 @dataclass
@@ -73,9 +87,16 @@ class CaseRun:
     """Everything of one case that its candidates share."""
 
     def __init__(
-        self, case: Case, device: torch.device, budget: Budget, progress: Progress, seed: int
+        self,
+        case: Case,
+        device: torch.device,
+        budget: Budget,
+        progress: Progress,
+        seed: int,
+        excluded: Mapping[str, str],
     ) -> None:
         self.seed = seed
+        self.excluded = excluded
         self.case = case
         self.device = device
         self.dtype: torch.dtype = getattr(torch, case.dtype)
@@ -83,7 +104,7 @@ class CaseRun:
         self.progress = progress
         self.limits = machine_limits.measure(device, self.dtype)
         self.floor = self.limits.floor(case)
-        self.eager_seconds = 2 * self.floor
+        self.eager_seconds = 1.25 * self.floor  # until it has run; wide networks come that near
         self.committed = 0.0
         self.eager_errors: dict[str, ErrorPool] = {}
         self.measured: list[_Measured] = []
@@ -93,7 +114,7 @@ class CaseRun:
         # float64 takes about twice as long as eager, which itself is called until it is timed.
         reason = self.budget.refuses((2 + _CALLS_BEFORE_TIMING + MIN_ROUNDS) * self.eager_seconds)
         if reason is not None:
-            return self._result([Row(name, "skipped", reason) for name in names])
+            return self._result([self._absent(name) or Row(name, "skipped", reason) for name in names])
         # Without a reset torch.compile would meet the second shape of a run with dynamic shapes.
         torch.compiler.reset()
         torch.manual_seed(self.seed)
@@ -102,10 +123,14 @@ class CaseRun:
         self.progress("float64")
         truth = float64_truth(self.case, state, inputs)
         # Eager goes first, asked for or not: the tolerance rule is stated in its error.
-        rows = {
-            name: self._prepare(name, state, inputs, truth)
-            for name in ("eager", *(name for name in names if name != "eager"))
-        }
+        eager = self._prepare("eager", state, inputs, truth)
+        self.eager_status = eager.status
+        rows = {"eager": eager}
+        for name in names:
+            if name in self.excluded:
+                rows[name] = Row(name, "failed", self.excluded[name])
+            elif name != "eager":
+                rows[name] = self._prepare(name, state, inputs, truth)
         del truth
         self._time(
             {measured.row.backend: measured for measured in self.measured if measured.row.backend in names}
@@ -123,10 +148,16 @@ class CaseRun:
             rows=rows,
         )
 
+    def _absent(self, name: str) -> Row | None:
+        reason = unavailable(name, self.device.type)
+        return None if reason is None else Row(name, "not run", reason)
+
     def _prepare(self, name: str, state: dict[str, Tensor], inputs: Inputs, truth: dict[str, Tensor]) -> Row:
         """Compile, check and warm one candidate; keeps it in ``measured`` if it is to be timed."""
         if name != "eager" and not self.eager_errors:
-            return Row(name, "skipped", "the tolerance rule needs the error of eager, which failed")
+            return self._absent(name) or Row(
+                name, self.eager_status, "the tolerance rule needs eager's error"
+            )
         self.progress(name)
         compiles = name.removesuffix(GRAPH) == "compile"
         try:
@@ -153,6 +184,7 @@ class CaseRun:
             if not broken:
                 self.measured.append(_Measured(step, row, self._warm_seconds(step, seconds)))
         except Exception as error:  # a candidate's failure is a result, and no reason to lose the others
+            self._require_device(name, error)
             return Row(name, "failed", _first_line(error))
         if name == "eager":
             self.eager_seconds = seconds
@@ -164,6 +196,13 @@ class CaseRun:
     def _warm_seconds(self, step: Step, seconds: float) -> float:
         # The call that counted memory was slowed by counting; a slow one hides that, a quick one is repeated.
         return seconds if seconds > 0.5 else self._timed(lambda: step(0))
+
+    def _require_device(self, name: str, error: Exception) -> None:
+        """Raise DeviceLostError if nothing works on the device any more, for which ``name`` is to blame."""
+        try:
+            synchronize(self.device)
+        except Exception:
+            raise DeviceLostError(self.case, name, error) from error
 
     def _timed(self, call: Callable[[], object]) -> float:
         begin = time.perf_counter()
@@ -182,6 +221,7 @@ class CaseRun:
             min(self.budget.case_seconds, self.budget.left),
         )
         for name, error in failures.items():
+            self._require_device(name, error)
             measured[name].row.status, measured[name].row.reason = "failed", _first_line(error)
         for name, timing in timings.items():
             row = measured[name].row
@@ -204,6 +244,20 @@ def run_case(
     progress: Progress = lambda _: None,
     *,
     seed: int = 0,
+    excluded: Mapping[str, str] | None = None,
 ) -> CaseResult:
-    """Measure candidates ``names`` on a case; those that cannot run get a row that says why."""
-    return CaseRun(case, device, budget, progress, seed).run(names)
+    """Measure candidates on a case; those that cannot run get a row that says why.
+
+    Args:
+        case: What to run.
+        device: Where.
+        names: The candidates, in the order of the rows.
+        budget: Time that may be taken, shared by the cases of a run.
+        progress: Told what is being done.
+        seed: Of weights and inputs.
+        excluded: Candidates that are known to break the device on this case, with the reason.
+
+    Raises:
+        DeviceLostError: A candidate left the device unusable for this process.
+    """
+    return CaseRun(case, device, budget, progress, seed, excluded or {}).run(names)

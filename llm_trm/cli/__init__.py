@@ -20,7 +20,14 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
     commands_at={"bench": "llm_trm.cli.bench:bench", "env": "llm_trm.cli.env:env"},
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
 def main() -> None:
     """Language models that think with a Tiny Recursive Model.
 

@@ -27,7 +27,7 @@ _SECONDS_PER_CASE = {"cpu": 100 / 3, "cuda": 60.0, "mps": 60.0}
 #: Seconds of timed rounds in each case.
 _TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
 
-_EPILOG = "Suites: " + "; ".join(f"{name} ({what})" for name, what in SUITES.items()) + "."
+_EPILOG = "\n".join(["\b", "Suites:", *(f"  {name:<8} {what}" for name, what in SUITES.items())])
 
 
 def _parse_backends(
@@ -123,7 +123,7 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
             raise click.UsageError(f"--backends {name} cannot run here: {reason}")
 
 
-@click.command(epilog=_EPILOG)
+@click.command(epilog=_EPILOG, short_help="Time the recursion on every backend, with its error.")
 @click.option("--latents", type=click.IntRange(min=1), metavar="L", help="Sequence length. [default: 256]")
 @click.option(
     "--hidden-size",
@@ -209,7 +209,8 @@ def bench(
     between the 20th and 80th percentile. `original` is the module that this project replaces, `eager` the
     same with fused attention, `+graph` (on CUDA) replays the whole case as one CUDA graph. `of limit` is
     the time that the machine's own rates, measured in the same run, allow at best, over the median. A
-    result whose error exceeds twice eager's is WRONG, and its speed is not printed.
+    result whose error exceeds twice eager's is WRONG, and its speed is not printed; the exit code is
+    then 1.
 
     \b
     Examples:
@@ -220,6 +221,8 @@ def bench(
     """
     # Before torch is imported: its profiler (which counts memory on CPUs) logs each start to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # Triton 3.10 changes this default; results must not change with it.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     where = resolve_device(device)
     kind = _DTYPES.get(dtype or "", dtype) or ("bfloat16" if where.type == "cuda" else "float32")
     shape: dict[str, int | str | None] = {
@@ -233,7 +236,12 @@ def bench(
     cases = _cases(suite_name, shape, (mode,) if mode else _MODES, where.type, kind)
     if backends:
         _check_named_backends(backends, where, kind)
-    results = _run(cases, where, backends, budget, seed, json_file)
+    from llm_trm.benchmark.runner import DeviceLostError
+
+    try:
+        results = _run(cases, where, backends, budget, seed, json_file)
+    except DeviceLostError as error:
+        raise click.ClickException(f"{error}; leave it out with --backends") from error
     if plot:
         from llm_trm.benchmark.plot import plot as draw
 

@@ -1,0 +1,1 @@
+"""What only a checkout needs: the GPU run, and the command that draws the docs' tables and plots."""
