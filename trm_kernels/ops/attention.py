@@ -14,11 +14,13 @@ two kernels, one over key blocks and one over query blocks, so that nothing is a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trm_kernels.ops._launch import (
     TL_DTYPE,
@@ -30,6 +32,7 @@ from trm_kernels.ops._launch import (
     power_of_two,
     target_of,
 )
+from trm_kernels.ops._library import define
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -380,13 +383,13 @@ _FORWARD = {
         16: Tile(64, 64, 4, 2),
         32: Tile(64, 64, 4, 2),
         64: Tile(64, 64, 4, 1),
-        128: Tile(64, 64, 4, 1),
+        128: Tile(64, 64, 8, 1),
         256: Tile(64, 32, 8, 1),
     },
     4: {
         16: Tile(32, 32, 4, 1),
         32: Tile(32, 32, 4, 1),
-        64: Tile(32, 32, 4, 1),
+        64: Tile(32, 16, 4, 1),
         128: Tile(32, 16, 8, 1),
         256: Tile(16, 16, 8, 1),
     },
@@ -397,13 +400,13 @@ _BACKWARD = {
         32: Tile(64, 64, 8, 1),
         64: Tile(64, 64, 8, 1),
         128: Tile(32, 64, 8, 1),
-        256: Tile(32, 16, 8, 1),
+        256: Tile(16, 32, 8, 1),
     },
     4: {
         16: Tile(32, 32, 4, 1),
         32: Tile(32, 32, 4, 1),
-        64: Tile(32, 32, 4, 1),
-        128: Tile(16, 16, 4, 1),
+        64: Tile(32, 16, 4, 1),
+        128: Tile(16, 16, 8, 1),
         256: Tile(16, 16, 8, 1),
     },
 }
@@ -447,7 +450,7 @@ def mask_ends(mask: Tensor) -> Tensor:
 
 def _common(
     qkv: Tensor, n_heads: int, mask: Tensor | None, cos: Tensor | None, dropout: Dropout, backward: bool
-) -> tuple[Tile, dict[str, object], tuple[object, ...]]:
+) -> tuple[Tile, dict[str, Any], tuple[Any, ...]]:
     """Tile, constants, and the run-time numbers that the forward and backward launches share."""
     _, length, width = qkv.shape
     head_dim = width // (3 * n_heads)
@@ -520,7 +523,7 @@ def attention_backward(
 
     Gradients at masked rows of the output are ignored, as those rows are constant zeros.
     """
-    batch, length, width = qkv.shape
+    batch, length, _ = qkv.shape
     tile, constants, numbers = _common(qkv, n_heads, mask, cos, dropout, backward=True)
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
@@ -556,3 +559,95 @@ def dropout_keep(dropout: Dropout, batch: int, n_heads: int, length: int) -> Ten
         warps=4,
     )  # fmt: skip
     return keep.bool()
+
+
+def _attention_saving(
+    qkv: Tensor,
+    n_heads: int,
+    mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    ends = None if mask is None else mask_ends(mask)
+    return attention_forward(qkv.contiguous(), n_heads, mask, ends, cos, sin, Dropout(dropout, seed))
+
+
+def _attention(*arguments: Any) -> Tensor:
+    return _attention_saving(*arguments)[0]
+
+
+def _attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_heads: int,
+    mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    ends = None if mask is None else mask_ends(mask)
+    return attention_backward(
+        grad.contiguous(), qkv.contiguous(), out, lse, n_heads, mask, ends, cos, sin, Dropout(dropout, seed)
+    )
+
+
+def _attention_fake(qkv: Tensor, *rest: Any) -> Tensor:
+    batch, length, width = qkv.shape
+    return qkv.new_empty((batch, length, width // 3))
+
+
+def _attention_saving_fake(qkv: Tensor, n_heads: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return _attention_fake(qkv), qkv.new_empty((qkv.shape[0], n_heads, qkv.shape[1]), dtype=wide)
+
+
+def _attention_backward_fake(grad: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_heads: int, *rest: Any) -> Tensor:
+        out, lse = attention_saving(qkv, n_heads, *rest)
+        mask, cos, sin, dropout, seed = rest
+        ctx.save_for_backward(qkv, out, lse, mask, cos, sin, seed)
+        ctx.n_heads, ctx.dropout = n_heads, dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, mask, cos, sin, seed = ctx.saved_tensors
+        grad_qkv = attention_gradient(
+            grad, qkv, out, lse, ctx.n_heads, mask, cos, sin, ctx.dropout, seed
+        )
+        return grad_qkv, None, None, None, None, None, None
+
+
+_ARGUMENTS = "int n_heads, Tensor? mask, Tensor? cos, Tensor? sin, float dropout, Tensor? seed"
+attention_saving = define(
+    "attention_saving",
+    f"(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _attention_saving,
+    _attention_saving_fake,
+)
+attention_gradient = define(
+    "attention_backward",
+    f"(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor",
+    _attention_backward,
+    _attention_backward_fake,
+)
+#: ``attention(qkv, n_heads, mask, cos, sin, dropout, seed)`` on packed projections [B, L, 3 D] gives
+#: [B, L, D]; mask uint8 [B, L], tables [L, E/2], seed int64 [1], each of them optional.
+attention = define(
+    "attention",
+    f"(Tensor qkv, {_ARGUMENTS}) -> Tensor",
+    _attention,
+    _attention_fake,
+    _Attention.apply,
+)

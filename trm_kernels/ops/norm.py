@@ -10,13 +10,16 @@ paper, the L values of one channel of one sample (``axis=1``). Both are rows to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trm_kernels.ops._launch import Target, accumulator, cdiv, launch, power_of_two, target_of
+from trm_kernels.ops._library import define
 
 #: Columns that share one partial sum of squares; every GEMM tile is a multiple of it wide.
 SUMSQ_COLUMNS = tl.constexpr(32)
@@ -116,7 +119,7 @@ def rms_norm_backward_kernel(
     grad_weight = tl.zeros((BLOCK_C,), dtype=ACC)
     blocks = tl.cdiv(rows, BLOCK_R)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        r, c, offsets, valid = _row_tile(
+        _, c, offsets, valid = _row_tile(
             rows, cols, inner, stride_outer, stride_inner, stride_col, block, BLOCK_R, BLOCK_C
         )
         h = tl.load(h_ptr + offsets, mask=valid, other=0.0).to(ACC)  # [BR, BC]
@@ -164,11 +167,11 @@ class _Rows:
         if target.interpreted:
             block_r = 256
         elif axis == -1:
-            block_r = max(1, 2048 // block_c)
+            block_r = max(1, 1024 // block_c)
         else:
             block_r = max(8, min(64, 4096 // block_c))  # neighbouring rows are neighbours in memory
         return _Rows(
-            rows, cols, inner, strides, block_r, block_c, max(4, min(16, block_r * block_c // 1024))
+            rows, cols, inner, strides, block_r, block_c, max(4, min(16, block_r * block_c // 256))
         )
 
     @property
@@ -265,3 +268,68 @@ def rms_norm_backward(
     )  # fmt: skip
     grad_weight = None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
     return grad_h, grad_weight, normed
+
+
+def _add3(x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    addends = [None if addend is None else addend.contiguous() for addend in (y, z)]
+    total, out, _ = add_rms_norm(x.contiguous(), *addends, weight, eps=eps, write_sum=True)
+    assert total is not None and out is not None
+    return total, out
+
+
+def _add3_fake(
+    x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _add3_backward(
+    grad_sum: Tensor, grad_out: Tensor, h: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    grad_h, grad_weight, _ = rms_norm_backward(
+        grad_out.contiguous(), h, weight, grad_sum.contiguous(), eps=eps
+    )
+    return grad_h, h.new_empty(0) if grad_weight is None else grad_weight
+
+
+def _add3_backward_fake(
+    grad_sum: Tensor, grad_out: Tensor, h: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(h), h.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+class _Add3RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            total, out = add3_rms_norm(x, y, z, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.addends = eps, (y is not None, z is not None)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight = ctx.saved_tensors
+        grad_h, grad_weight = add3_rms_norm_backward(grad_sum, grad_out, h, weight, ctx.eps)
+        of_y, of_z = (grad_h if given else None for given in ctx.addends)
+        return grad_h, of_y, of_z, None if weight is None else grad_weight, None
+
+
+add3_rms_norm_backward = define(
+    "add3_rms_norm_backward",
+    "(Tensor grad_sum, Tensor grad_out, Tensor h, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    _add3_backward,
+    _add3_backward_fake,
+)
+#: ``add3_rms_norm(x, y, z, weight, eps)`` gives ``h = x + y + z`` and ``rms_norm(h) * weight``, both
+#: [B, L, D] in the dtype of x; y, z and weight [D] may be None.
+add3_rms_norm = define(
+    "add3_rms_norm",
+    "(Tensor x, Tensor? y, Tensor? z, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    _add3,
+    _add3_fake,
+    _Add3RmsNorm.apply,
+)

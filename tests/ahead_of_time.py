@@ -1,0 +1,123 @@
+"""Compile every kernel configuration that the launchers choose, for targets that are not here.
+
+Run as a script, in a process without ``TRITON_INTERPRET=1``; prints one JSON line a configuration.
+
+    python tests/ahead_of_time.py sm_90
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from trm_kernels import NetworkConfig, TinyRecursiveNetwork
+from trm_kernels.fused import block_parameters
+from trm_kernels.ops import aot
+from trm_kernels.ops._launch import TARGETS, Launch, Target, record
+from trm_kernels.ops.attention import NO_DROPOUT, Dropout, attention_backward, attention_forward
+from trm_kernels.ops.block import _block_backward, _block_saving
+
+#: (B, L, D, H) of the regimes in docs/architecture.md; between them they take every tile.
+SHAPES = ((32, 256, 256, 8), (1, 256, 256, 8), (768, 96, 512, 8), (1, 256, 2048, 16))
+#: Residual dtype and operand dtype. float16 compiles to the code of bfloat16 but for the conversions, so
+#: it is compiled only where its route differs: under a float32 residual the norm is not folded.
+PRECISIONS = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32),
+)
+HEAD_SIZES = (16, 32, 64, 128, 256)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def run_block(
+    layout: str, shape: tuple[int, int, int, int], residual: torch.dtype, operand: torch.dtype
+) -> None:
+    """Forward and backward of one block on tensors without data."""
+    batch, length, width, heads = shape
+    family, _, tokens = layout.partition("-")
+    config = NetworkConfig(
+        width, 1, heads, family=family, mixer=tokens or "attention", seq_len=length
+    )
+    with torch.device("meta"):
+        net = TinyRecursiveNetwork.from_config(config).to(residual)
+    parameters = block_parameters(net.layers[0])
+    x = meta(batch, length, width, dtype=residual)
+    cos = meta(length, config.head_dim // 2, dtype=torch.float32) if config.rotary else None
+    static = (None, None, cos, cos, None, layout, heads, config.norm_eps, 0.0, operand)
+    out, _, saved = _block_saving(x, None, parameters, *static)
+    _block_backward(out, saved, x, parameters, *static)
+
+
+def run_attention(head_size: int, dtype: torch.dtype, everything: bool) -> None:
+    """Attention alone, plain or with mask, RoPE and dropout."""
+    batch, length, heads = 2, 96, 4
+    qkv = meta(batch, length, 3 * heads * head_size, dtype=dtype)
+    lse = meta(batch, heads, length, dtype=torch.float32)
+    rest: tuple[object, ...] = (None, None, None, None, NO_DROPOUT)
+    if everything:
+        table = meta(length, head_size // 2, dtype=torch.float32)
+        dropout = Dropout(0.1, meta(1, dtype=torch.int64))
+        mask = meta(batch, length, dtype=torch.uint8)
+        rest = (mask, meta(batch, dtype=torch.int32), table, table, dropout)
+    out, _ = attention_forward(qkv, heads, *rest)
+    attention_backward(out, qkv, out, lse, heads, *rest)
+
+
+def shipped(target: Target) -> Iterator[Launch]:
+    """One launch of every configuration: kernel, constants, dtypes, warps and stages."""
+    with record(target) as launches:
+        for shape in SHAPES:
+            for residual, operand in PRECISIONS:
+                for layout in ("seed", "paper"):
+                    run_block(layout, shape, residual, operand)
+        for layout in ("scratch", "scratch-tokens", "paper-tokens"):
+            run_block(layout, SHAPES[2], torch.bfloat16, torch.bfloat16)
+        run_block("seed", SHAPES[0], torch.float32, torch.float16)
+        for head_size in HEAD_SIZES:
+            for dtype in (torch.bfloat16, torch.float32):
+                for everything in (False, True):
+                    run_attention(head_size, dtype, everything)
+    seen = set()
+    for launch in launches:
+        key = describe(launch)
+        if key not in seen:
+            seen.add(key)
+            yield launch
+
+
+def describe(launch: Launch) -> str:
+    """What tells one configuration from another, whatever the sizes."""
+    dtypes = [str(arg.dtype)[6:] for arg in launch.args if isinstance(arg, torch.Tensor)]
+    constants = " ".join(f"{name}={value}" for name, value in launch.constants.items())
+    name = launch.kernel.__name__
+    return f"{name} {','.join(dtypes)} {constants} warps={launch.warps} stages={launch.stages}"
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        target = TARGETS[name]
+        for launch in shipped(target):
+            compiled = aot.compile_launch(launch, target)
+            row = {
+                "target": name,
+                "configuration": describe(launch),
+                "kernel": launch.kernel.__name__,
+                "operand": str(launch.constants.get("OPERAND")),
+                "shared_memory": compiled.shared_memory,
+                "limit": target.shared_memory,
+                "spilled": compiled.spilled,
+                "registers": compiled.registers,
+                "wgmma": compiled.wgmma,
+            }
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Attention against the reference: head sizes, masks, RoPE, dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.common import DTYPES, FLOAT64, check_rule, launched
+from trm_kernels import reference
+from trm_kernels.ops.attention import Dropout, attention, dropout_keep
+
+pytestmark = pytest.mark.interpreter
+KERNELS = ("attention_kernel", "attention_delta_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel")
+
+
+class Case:
+    """One attention problem, for the kernels and for the reference."""
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        heads: int,
+        head_size: int,
+        device: str,
+        mask: Tensor | None = None,
+        rotary: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        self.shape = batch, length, 3, heads, head_size
+        self.device, self.mask, self.rotary = device, mask, rotary
+        seed = torch.tensor([0x1234_5678_9ABC], device=device) if dropout else None
+        self.dropout = Dropout(dropout, seed)
+
+    def tables(self, qkv: Tensor) -> tuple[Tensor, Tensor] | None:
+        return reference.rotary_tables(self.shape[1], self.shape[4], 1e4, qkv) if self.rotary else None
+
+    def make(self) -> dict[str, Tensor]:
+        batch, length, _, heads, head_size = self.shape
+        shape = batch, length, 3 * heads * head_size
+        return {"qkv": torch.randn(shape, dtype=torch.float64, device=self.device)}
+
+    def ours(self, qkv: Tensor) -> Tensor:
+        cos, sin = self.tables(qkv) or (None, None)
+        mask = None if self.mask is None else self.mask.to(torch.uint8)
+        return attention(
+            qkv, self.shape[3], mask, cos, sin, self.dropout.probability, self.dropout.seed
+        )
+
+    def eager(self, qkv: Tensor) -> Tensor:
+        batch, length, _, heads, _ = self.shape
+        q, k, v = qkv.view(self.shape).permute(2, 0, 3, 1, 4)
+        tables = self.tables(qkv)
+        if tables is not None:
+            q, k = reference.apply_rotary(q, tables), reference.apply_rotary(k, tables)
+        keep = dropout_keep(self.dropout, batch, heads, length) if self.dropout.seed is not None else None
+        out = reference.attention(q, k, v, self.mask, self.dropout.probability, keep)
+        out = out.transpose(1, 2).reshape(batch, length, -1)
+        return out if self.mask is None else out.masked_fill(~self.mask[..., None], 0.0)
+
+
+def ragged(batch: int, length: int, device: str) -> Tensor:
+    """A mask with a hole, a row of padding between valid ends, and a row without any valid position."""
+    mask = torch.rand(batch, length, device=device) > 0.4
+    mask[0] = False
+    mask[-1] = True
+    mask[-1, length // 2 : length - 1] = False
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [8, 12, 16, 24, 32, 64, 80, 128, 256])
+def test_every_head_size(head_size: int, dtype: torch.dtype, device: str) -> None:
+    case = Case(1, 17, 2, head_size, device, rotary=True)
+    with launched(*KERNELS):
+        check_rule(case.ours, case.eager, case.make, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 31, 64, 97])
+@pytest.mark.parametrize("masked", [False, True])
+def test_lengths_and_masks(length: int, masked: bool, dtype: torch.dtype, device: str) -> None:
+    mask = ragged(3, length, device) if masked else None
+    case = Case(3, length, 2, 16, device, mask=mask)
+    check_rule(case.ours, case.eager, case.make, dtype, seeds=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tiles_with_everything(dtype: torch.dtype, device: str) -> None:
+    case = Case(2, 150, 1, 24, device, mask=ragged(2, 150, device), rotary=True, dropout=0.2)
+    check_rule(case.ours, case.eager, case.make, dtype, seeds=2)
+
+
+def test_masked_rows_are_zero_and_finite(device: str) -> None:
+    mask = ragged(3, 20, device)
+    case = Case(3, 20, 2, 8, device, mask=mask)
+    qkv = torch.randn(3, 20, 48, device=device, requires_grad=True)
+    out = case.ours(qkv)
+    out.square().sum().backward()
+    assert out[~mask].eq(0).all()
+    assert qkv.grad.isfinite().all()
+    assert qkv.grad[0].eq(0).all(), "a sample without valid positions must not receive a gradient"
+
+
+def test_dropout_keeps_the_asked_share_and_follows_the_seed(device: str) -> None:
+    keep = dropout_keep(Dropout(0.3, torch.tensor([1], device=device)), 2, 4, 64)
+    other = dropout_keep(Dropout(0.3, torch.tensor([2], device=device)), 2, 4, 64)
+    assert abs(keep.float().mean().item() - 0.7) < 0.01  # 32768 draws: 4 standard deviations
+    assert 0.55 < (keep == other).float().mean().item() < 0.61  # independent: 0.7^2 + 0.3^2 = 0.58
+    assert not torch.equal(keep[0, 0], keep[0, 1]) and not torch.equal(keep[0, 0], keep[1, 0])
+
+
+def test_two_runs_agree_to_the_bit(device: str) -> None:
+    case = Case(2, 70, 2, 16, device, mask=ragged(2, 70, device), dropout=0.1)
+    qkv = torch.randn(2, 70, 96, device=device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        out = case.ours(leaf)
+        out.sum().backward()
+        return out, leaf.grad
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@settings(max_examples=10)
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 70), heads=st.integers(1, 3), half=st.integers(1, 20), data=st.data()
+)
+def test_any_shape_and_mask(batch: int, length: int, heads: int, half: int, data: st.DataObject) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = st.lists(st.booleans(), min_size=length, max_size=length)
+    mask = torch.tensor(data.draw(st.lists(rows, min_size=batch, max_size=batch)), device=device)
+    case = Case(batch, length, heads, 2 * half, device, mask=mask, rotary=data.draw(st.booleans()))
+    qkv = torch.randn(batch, length, 6 * heads * half, device=device)
+    torch.testing.assert_close(
+        case.ours(qkv), case.eager(qkv.double()).float(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_formula_passes_gradcheck(dropout: float) -> None:
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    case = Case(2, 3, 2, 4, "cpu", mask=mask, rotary=True, dropout=dropout)
+    qkv = torch.randn(2, 3, 24, dtype=FLOAT64, requires_grad=True)
+    assert torch.autograd.gradcheck(case.ours, (qkv,), fast_mode=True)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck(everything: bool, device: str) -> None:
+    qkv = torch.randn(2, 5, 48, device=device, requires_grad=True)
+    rest = (None, None, None, 0.0, None)
+    if everything:
+        cos, sin = reference.rotary_tables(5, 8, 1e4, qkv)
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.uint8, device=device)
+        rest = (mask, cos, sin, 0.2, torch.tensor([7], device=device))
+    torch.library.opcheck(attention, (qkv, 2, *rest))
