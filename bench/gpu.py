@@ -160,7 +160,7 @@ class Run:
                 self.restart(case, backend, f"{backend} took more than {HANG_SECONDS:.0f} s")
 
     def tests(self) -> None:
-        """Run the tests that launch kernels in a process of their own; its output is kept beside the results."""
+        """Run the tests that launch kernels in a process of their own; the output goes to gpu-tests.txt."""
         seconds = min(TESTS_SECONDS, self.left - LEAST_SECONDS)
         if "tests" in self.done() or seconds < LEAST_SECONDS:
             return

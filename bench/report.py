@@ -31,14 +31,13 @@ class DeviceReport:
     @property
     def is_gpu(self) -> bool:
         """Whether the results come from a CUDA or ROCm device."""
-        return self.device != self.runs[0]["machine"]["cpu"] and not self.device.startswith(
-            self.runs[0]["machine"]["cpu"]
-        )
+        return bool(self.runs[0]["machine"]["device_type"] == "cuda")
 
     @property
     def plot_name(self) -> str:
         """File name of the device's plot."""
-        return f"benchmarks-{re.sub(r'[^a-z0-9]+', '-', self.device.lower()).strip('-')}.png"
+        slug = re.sub("[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return f"benchmarks-{slug}.png"
 
     def provenance(self) -> str:
         """Versions, commits and days behind the results."""

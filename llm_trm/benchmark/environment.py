@@ -82,6 +82,7 @@ def run_record(device: torch.device, commit_name: str | None = None) -> dict[str
         "versions": versions(),
         "machine": {
             "device": device_name(device),
+            "device_type": device.type,
             "cpu": cpu_name(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),

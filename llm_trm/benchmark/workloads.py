@@ -120,7 +120,7 @@ class Case:
 
 #: Suite name -> what it holds, in the order of ``--help``.
 SUITES = {
-    "quick": "d 64, L 32: a smoke test of a second",
+    "quick": "d 64, L 32, batch 2: a smoke test",
     "default": "d 256 and d 2048 at L 256, batch 1",
     "phase2": "d 256, L 256, batch 1 and 32 (CPU: 1 and 4): the recursion over compressed states",
     "latents": "d 2048, L 256, batch 1 and 8 (CPU: 1, forward only): over SmolLM3's own width",

@@ -24,7 +24,7 @@ _MODES: tuple[Mode, ...] = get_args(Mode)
 
 #: Seconds of the whole run for each case, by device type; the default three cases on a CPU make 100 s.
 _SECONDS_PER_CASE = {"cpu": 100 / 3, "cuda": 60.0, "mps": 60.0}
-#: Seconds of timed rounds in each case.
+#: Seconds of timed rounds in each case, where a quarter of the case's share of the budget is not less.
 _TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
 
 _EPILOG = "\n".join(["\b", "Suites:", *(f"  {name:<8} {what}" for name, what in SUITES.items())])
@@ -270,7 +270,7 @@ def _run(
 
     names = backends or candidates_for(device.type)
     total = budget_seconds or _SECONDS_PER_CASE[device.type] * len(cases)
-    budget = Budget(total, min(_TIMED_SECONDS[device.type], total / len(cases)))
+    budget = Budget(total, min(_TIMED_SECONDS[device.type], total / len(cases) / 4))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a pipe has no width, and rich would fold the table into 80 columns

@@ -41,7 +41,7 @@ def report() -> dict[str, Any]:
     return {
         "versions": record["versions"],
         "commit": record["commit"],
-        "machine": {key: value for key, value in record["machine"].items() if key != "device"},
+        "machine": {key: record["machine"][key] for key in ("cpu", "cpus", "threads", "os")},
         "devices": _devices(),
         "backends": {
             name: {"summary": backend.summary, "unavailable": backend.unavailable()}
