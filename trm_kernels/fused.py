@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import ops, reference
-from trm_kernels.network import FusedModule
+from trm_kernels.network import FusedModule, TransformerBlock
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A row of the residual stream is normalised in one tile.
@@ -15,6 +15,7 @@ _WIDEST = 8192
 #: quantised layer) computes something else.
 _KNOWN = (
     reference.TransformerBlock,
+    TransformerBlock,
     reference.RMSNorm,
     reference.SeedAttention,
     reference.ScratchAttention,

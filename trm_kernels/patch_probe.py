@@ -108,7 +108,7 @@ def probe_loop(site: Site, fused: FusedModule, original: Callable[..., Any], our
         for given in [{last: option} for option in options[last]] if last in options else [{}]:
             old = _Run(functools.partial(original, **given))
             new = _Run(functools.partial(ours, **given))
-            with _mode(owner, training):
+            with _mode(owner, training), _eager(fused):
                 errors.append(_compare(old, new, inputs, given.get("mask"), training))
     return _evidence(errors)
 
@@ -132,6 +132,19 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for child, mode in before:
             child.training = mode
+
+
+@contextmanager
+def _eager(fused: FusedModule) -> Iterator[None]:
+    """Run a network and its blocks on the eager backend."""
+    before = [(module, module.backend) for module in fused.modules() if isinstance(module, FusedModule)]
+    for module, _ in before:
+        module.backend = "eager"
+    try:
+        yield
+    finally:
+        for module, backend in before:
+            module.backend = backend
 
 
 def _random_inputs(site: Site, fused: FusedModule, tables: Tables | None, count: int) -> list[Tensor]:
