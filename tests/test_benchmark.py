@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench.gpu
 import bench.report
 from llm_trm.benchmark import accuracy
-from llm_trm.benchmark.candidates import CANDIDATES, Step, build, make_inputs, make_state
+from llm_trm.benchmark.candidates import Step, build, make_inputs, make_state, unavailable
 from llm_trm.benchmark.environment import run_record
 from llm_trm.benchmark.limits import Limits
 from llm_trm.benchmark.memory import peak_memory
@@ -227,6 +227,12 @@ def test_budget_refuses_what_does_not_fit() -> None:
     assert "5 s of --budget 100" in reason
 
 
+def test_interpreter_is_not_timed() -> None:
+    reason = unavailable("triton", "cpu")
+    assert reason is not None
+    assert "GPU" in reason
+
+
 def test_candidate_known_to_break_the_device_is_not_built() -> None:
     case = Case("forward", 32, 8, heads=4)
     result = run_case(case, CPU, ("eager", "compile"), Budget(60, 0.05), excluded={"compile": "it hung"})
@@ -382,11 +388,9 @@ def test_gpu_cases_are_distinct_and_serve_all_dtypes_and_regimes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["forward", "train"])
-def test_graph_replays_give_the_right_result(mode: Any) -> None:
+def test_kernels_and_graph_replays_give_the_right_result(mode: Any) -> None:
     case = Case(mode, 64, 32, batch=2, heads=4)
-    names = tuple(
-        name for name in CANDIDATES if name in ("original", "eager", "eager+graph", "compile+graph")
-    )
+    names = ("original", "eager", "triton", "eager+graph", "compile+graph", "triton+graph")
     result = run_case(case, torch.device("cuda"), names, Budget(300, 0.2))
     for row in result.rows:
         assert row.status == "ok", f"{row.backend}: {row.reason}"

@@ -189,7 +189,10 @@ def unavailable(name: str, device_type: str) -> str | None:
     base = name.removesuffix(GRAPH)
     if name.endswith(GRAPH) and device_type != "cuda":
         return f"CUDA graphs need a CUDA device, not {device_type}"
-    return backends.BACKENDS[base].unavailable() if base in backends.BACKENDS else None
+    reason = backends.BACKENDS[base].unavailable() if base in backends.BACKENDS else None
+    if reason is None and base == "triton" and device_type == "cpu":
+        return "the kernels run on a GPU; Triton's interpreter shows no speed"
+    return reason
 
 
 def build(name: str, case: Case, state: dict[str, Tensor], inputs: Inputs) -> Step | str:

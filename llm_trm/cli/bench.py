@@ -30,19 +30,19 @@ _TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
 _EPILOG = "\n".join(["\b", "Suites:", *(f"  {name:<8} {what}" for name, what in SUITES.items())])
 
 
-def _parse_backends(
-    _context: click.Context, _parameter: click.Parameter, value: str | None
-) -> tuple[str, ...] | None:
+def _backend_names(value: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
     from llm_trm.benchmark.candidates import CANDIDATES
 
     names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
     if not names:
-        raise click.BadParameter(f"name at least one of {', '.join(CANDIDATES)}")
+        raise click.UsageError(f"--backends: name at least one of {', '.join(CANDIDATES)}")
     for name in names:
         if name not in CANDIDATES:
-            raise click.BadParameter(f"unknown backend {name!r}: choose from {', '.join(CANDIDATES)}")
+            raise click.UsageError(
+                f"--backends: unknown backend {name!r}: choose from {', '.join(CANDIDATES)}"
+            )
     return names
 
 
@@ -145,7 +145,6 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
 @device_option
 @click.option(
     "--backends",
-    callback=_parse_backends,
     metavar="NAMES",
     help="Comma-separated, e.g. original,eager,compile. [default: all; those that cannot run say why]",
 )
@@ -192,7 +191,7 @@ def bench(
     family: str | None,
     dtype: str | None,
     device: str,
-    backends: tuple[str, ...] | None,
+    backends: str | None,
     mode: Mode | None,
     suite_name: str | None,
     json_file: Path | None,
@@ -234,12 +233,13 @@ def bench(
         "family": family,
     }
     cases = _cases(suite_name, shape, (mode,) if mode else _MODES, where.type, kind)
-    if backends:
-        _check_named_backends(backends, where, kind)
+    names = _backend_names(backends)
+    if names:
+        _check_named_backends(names, where, kind)
     from llm_trm.benchmark.runner import DeviceLostError
 
     try:
-        results = _run(cases, where, backends, budget, seed, json_file)
+        results = _run(cases, where, names, budget, seed, json_file)
     except DeviceLostError as error:
         raise click.ClickException(f"{error}; leave it out with --backends") from error
     if plot:
@@ -253,7 +253,7 @@ def bench(
 def _run(
     cases: Sequence[Case],
     device: torch.device,
-    backends: Sequence[str] | None,
+    named: Sequence[str] | None,
     budget_seconds: float | None,
     seed: int,
     json_file: Path | None,
@@ -268,7 +268,7 @@ def _run(
     from llm_trm.benchmark.runner import Budget, run_case
     from llm_trm.benchmark.table import terminal_table
 
-    names = backends or candidates_for(device.type)
+    names = named or candidates_for(device.type)
     total = budget_seconds or _SECONDS_PER_CASE[device.type] * len(cases)
     budget = Budget(total, min(_TIMED_SECONDS[device.type], total / len(cases) / 4))
     console = Console()
