@@ -64,6 +64,8 @@ def _run_eager(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _compile_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
+    if torch.compiler.is_compiling():
+        return None  # the outer torch.compile takes the reference into its own graph
     if x.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler for CPU code and found neither g++ nor clang++"
     if x.numel() == 0:
@@ -77,11 +79,10 @@ def _run_compile(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return compiled.run(net, x, mask)
 
 
-@torch.compiler.assume_constant_result
 def _triton_unavailable() -> Refusal:
     from trm_kernels import ops
 
-    return ops.unavailable()
+    return ops.UNAVAILABLE
 
 
 def _triton_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:

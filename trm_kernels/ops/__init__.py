@@ -11,7 +11,7 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def unavailable() -> str | None:
+def _unavailable() -> str | None:
     """Why Triton kernels cannot run in this process, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
@@ -23,3 +23,7 @@ def unavailable() -> str | None:
         major, minor = torch.cuda.get_device_capability()
         return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer"
     return None
+
+
+#: The answer, once: a constant that torch.compile can read while it traces.
+UNAVAILABLE = _unavailable()

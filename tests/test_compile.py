@@ -1,0 +1,169 @@
+"""torch.compile: users' whole graphs through the drop-ins, and the ``compile`` backend's recompiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trm_kernels import (
+    TinyRecursiveNetwork,
+    backends,
+    compiled,
+    deep_recursion,
+    patch,
+    reference,
+    use_backend,
+)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "seed": {},
+    "scratch": {"family": "scratch"},
+    "paper": {"family": "paper"},
+    "tokens": {"family": "paper", "mixer": "tokens", "seq_len": 7},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    compiled._compiled.cache_clear()
+    yield
+    torch.compiler.reset()
+    compiled._compiled.cache_clear()
+
+
+def build(**options: Any) -> TinyRecursiveNetwork:
+    return TinyRecursiveNetwork(32, 2, 4, **options)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The ``compile`` backend without inductor, and the graphs that it made."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **{**options, "backend": record}))
+    return graphs
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
+def test_fullgraph_with_every_choice_of_backend(options: dict[str, Any], backend: str) -> None:
+    net, x = build(backend=backend, **options), torch.randn(2, 7, 32)
+    oracle = reference.TinyRecursiveNetwork(net.config)
+    oracle.load_state_dict(net.state_dict())
+    mask = None if "mixer" in options else torch.tensor([[1] * 7, [1, 1, 0, 0, 0, 0, 1]])
+    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
+    leaf = x.clone().requires_grad_()
+    out = whole(leaf, mask)
+    torch.testing.assert_close(out, oracle(x, mask), rtol=1e-4, atol=1e-5)
+    out.square().sum().backward()
+    assert leaf.grad is not None and all(p.grad.norm() > 0.0 for p in net.parameters())
+
+
+def test_fullgraph_follows_the_context_and_the_input() -> None:
+    """A choice made outside the graph is guarded: changing it recompiles, and a refusal still raises."""
+    net, x = build(), torch.randn(2, 7, 32)
+    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
+    expected = net(x)
+    torch.testing.assert_close(whole(x), expected)
+    with use_backend("eager"):
+        torch.testing.assert_close(whole(x), expected)
+    with use_backend("native"), pytest.raises(Exception, match="no C\\+\\+ kernels"):
+        whole(x)
+    torch.testing.assert_close(whole(x), expected)
+
+
+def test_fullgraph_of_a_whole_recursion() -> None:
+    net, (x, y, z) = build(), torch.randn(3, 2, 7, 32)
+    whole = torch.compile(deep_recursion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        whole(net, x, y, z, 2, 2), deep_recursion(net, x, y, z, 2, 2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_fullgraph_of_a_patched_model() -> None:
+    from tests.foreign import official, scratch, seed
+
+    tokens = torch.randint(0, 11, (2, 9))
+    for model in (seed.TRM(), scratch.TinyRecursiveModel(), official.Inner(official.Config())):
+        patch(model)
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(whole(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def train_step(net: TinyRecursiveNetwork, batch: int = 2, length: int = 7, T: int = 3) -> None:
+    """Two supervision steps: grad mode and the inputs' requires_grad flip on the way."""
+    x, y, z = torch.randn(3, batch, length, 32)
+    for _ in range(2):
+        y, z = deep_recursion(net, x, y, z, 2, T)
+        y.square().sum().backward()
+        y, z = y.detach(), z.detach()
+
+
+def test_no_recompile_within_a_recursion(traced: list[torch.fx.GraphModule]) -> None:
+    net = build(backend="compile")
+    train_step(net)
+    assert len(traced) == 2  # with gradients, and without
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train_step(net)
+        net.eval()
+        with torch.no_grad():
+            deep_recursion(net, *torch.randn(3, 2, 7, 32), 2, 2)  # type: ignore[misc]
+        net.train()
+        train_step(net)
+
+
+def test_recompiles_over_shapes_are_bounded(traced: list[torch.fx.GraphModule]) -> None:
+    """Batches and lengths become symbols once they change: their number does not matter."""
+    net = build(backend="compile")
+    for batch, length in [(2, 7), (3, 9), (4, 12), (5, 15)]:
+        train_step(net, batch, length)
+    warm = len(traced)
+    assert warm <= 6
+    for batch, length in [(6, 17), (2, 31), (9, 5), (3, 3)]:
+        train_step(net, batch, length)
+    assert len(traced) == warm
+
+
+def test_networks_of_one_config_share_their_code_within_bounds(traced: list[torch.fx.GraphModule]) -> None:
+    """Twenty networks of one configuration, trained in turn, stay below the recompile limit."""
+    for _ in range(20):
+        train_step(build(backend="compile"), T=2)
+    assert len(traced) <= 16
+
+
+def test_masks_and_modes_stay_below_the_limit(traced: list[torch.fx.GraphModule]) -> None:
+    net = build(backend="compile", dropout=0.1)
+    x = torch.randn(2, 7, 32)
+    for mask in (None, torch.ones(2, 7), torch.ones(2, 7, dtype=torch.bool)):
+        for training in (True, False):
+            net.train(training)
+            net(x, mask).sum().backward()
+            with torch.no_grad():
+                net(x, mask)
+    assert len(traced) <= 12
+
+
+def test_the_compile_backend_computes_the_reference() -> None:
+    """Through inductor, once: outputs and gradients."""
+    net = TinyRecursiveNetwork(16, 1, 2, backend="compile")
+    x = torch.randn(2, 5, 16)
+    if (reason := backends.refusal("compile", net, x)) is not None:
+        pytest.skip(reason)
+    oracle = reference.TinyRecursiveNetwork(net.config)
+    oracle.load_state_dict(net.state_dict())
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for module, leaf in zip((net, oracle), leaves, strict=True):
+        module(leaf).square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
+    for (name, ours), theirs in zip(net.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
