@@ -112,7 +112,8 @@ def main(names: list[str]) -> None:
                 "operand": str(launch.constants.get("OPERAND")),
                 "shared_memory": compiled.shared_memory,
                 "limit": target.shared_memory,
-                "spilled": compiled.spilled,
+                "stack": compiled.stack,
+                "spills_in_loop": compiled.spills_in_loop,
                 "registers": compiled.registers,
                 "wgmma": compiled.wgmma,
             }

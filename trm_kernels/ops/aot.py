@@ -37,13 +37,16 @@ class Compiled:
 
     Attributes:
         shared_memory: Bytes of shared memory a program takes.
-        spilled: Bytes of stack that hold spilled registers (CUDA only; 0 elsewhere).
+        stack: Bytes of stack a thread takes for spilled registers (CUDA only; 0 elsewhere). ptxas parks a
+            pointer or two there that is used once, at 48 registers of 255: a choice, not pressure.
+        spills_in_loop: Whether a loop loads from that stack or stores to it, which is what costs.
         registers: Registers a thread (CUDA only; 0 elsewhere).
         wgmma: Whether the PTX holds Hopper's warp-group matrix instructions.
     """
 
     shared_memory: int
-    spilled: int
+    stack: int
+    spills_in_loop: bool
     registers: int
     wgmma: bool
 
@@ -84,16 +87,15 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     gpu = GPUTarget(target.kind, target.arch, 32 if target.kind == "cuda" else 64)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(_source(launch), target=gpu, options=options)
-    spilled = registers = 0
-    wgmma = False
-    if target.kind == "cuda":
-        registers, spilled = _resources(compiled.asm["cubin"])
-        wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
-    return Compiled(compiled.metadata.shared, spilled, registers, wgmma)
+    shared = compiled.metadata.shared
+    if target.kind != "cuda":
+        return Compiled(shared, stack=0, spills_in_loop=False, registers=0, wgmma=False)
+    registers, stack, in_loop = _resources(compiled.asm["cubin"])
+    return Compiled(shared, stack, in_loop, registers, "wgmma.mma_async" in compiled.asm["ptx"])
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack if the machine code spills to it (0 otherwise)."""
+def _resources(cubin: bytes) -> tuple[int, int, bool]:
+    """Registers a thread, bytes of spill stack a thread, and whether a loop touches it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -101,9 +103,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         registers = re.search(r"REG:(\d+)", usage)
         stack = re.search(r"STACK:(\d+)", usage)
         assert registers is not None and stack is not None, usage
-        # A kernel may have a stack frame that no instruction touches; spills are local stores.
-        spills = int(stack[1]) > 0 and "STL" in _cuobjdump("-sass", file.name)
-    return int(registers[1]), int(stack[1]) if spills else 0
+        if int(stack[1]) == 0:
+            return int(registers[1]), 0, False
+        accesses, loops = _local_accesses(_cuobjdump("-sass", file.name))
+    in_loop = any(first <= access <= last for access in accesses for first, last in loops)
+    # A kernel may have a stack frame that no instruction touches.
+    return int(registers[1]), int(stack[1]) if accesses else 0, in_loop
+
+
+def _local_accesses(sass: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Addresses of loads and stores of local memory, and the address range of every loop."""
+    accesses, loops = [], []
+    for address_text, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass):
+        address = int(address_text, 16)
+        if re.search(r"\b(STL|LDL)\b", instruction):
+            accesses.append(address)
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+        if branch is not None and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    return accesses, loops
 
 
 def _cuobjdump(option: str, path: str) -> str:

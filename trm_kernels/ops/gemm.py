@@ -71,12 +71,14 @@ def _sigmoid(x):
 
 
 @triton.jit
-def row_rstd(sumsq_ptr, rows, valid, parts, norm_dim, eps, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of each row [BM], from partial sums [rows, parts]."""
-    p = tl.arange(0, PARTS)
-    offsets = rows.to(tl.int64)[:, None] * parts + p[None, :]  # [BM, PARTS]
-    partial = tl.load(sumsq_ptr + offsets, mask=valid[:, None] & (p < parts)[None, :], other=0.0)
-    return tl.rsqrt(tl.sum(partial.to(ACC), axis=1) / norm_dim + eps)
+def row_rstd(
+    sumsq_ptr, rows, valid, width, eps, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """1 / sqrt(mean of squares + eps) of each row [BM] of ``width``, from partial sums [rows, PARTS]."""
+    p = tl.arange(0, PARTS_BLOCK)
+    offsets = rows.to(tl.int64)[:, None] * PARTS + p[None, :]  # [BM, PARTS_BLOCK]
+    partial = tl.load(sumsq_ptr + offsets, mask=valid[:, None] & (p < PARTS)[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(partial.to(ACC), axis=1) / width + eps)
 
 
 @triton.jit
@@ -94,24 +96,14 @@ def gemm_kernel(
     M,
     N,
     K,
-    a_batch,
-    a_row,
-    a_col,
     w_row,
     w_col,
-    c_batch,
-    c_row,
-    c_col,
-    pre_batch,
-    pre_row,
-    pre_col,
-    sumsq_parts,
-    out_sumsq_parts,
-    norm_dim,
     eps,
     ACTIVATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ROW_SCALE: tl.constexpr,
-    SUMSQ_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -140,10 +132,20 @@ def gemm_kernel(
     k = tl.arange(0, BLOCK_K)  # [BK]
     in_m = m < M
     in_n = n < N
-    p_a = a_ptr + batch * a_batch + m.to(tl.int64)[:, None] * a_row + k[None, :] * a_col  # [BM, BK]
+    # Element (m, n) of a [B, L, N] tensor, or of a [B, N, D] one whose rows m are the D channels. Strides
+    # follow from the sizes: every argument of a launch costs time on the host.
+    GATED: tl.constexpr = ACTIVATION == _SWIGLU
+    PAIR: tl.constexpr = GATED or ACTIVATION == _SWIGLU_BACKWARD
+    WIDTH = 2 * N if PAIR else N
+    a_row, a_col = (1, M) if TRANSPOSED else (K, 1)
+    c_row, c_col = (1, M) if TRANSPOSED else (N, 1)
+    pre_row, pre_col = (1, M) if TRANSPOSED else (WIDTH, 1)
+    a_batch = batch * K * M
+    c_batch = batch * N * M
+    pre_batch = batch * WIDTH * M
+    p_a = a_ptr + a_batch + m.to(tl.int64)[:, None] * a_row + k[None, :] * a_col  # [BM, BK]
     p_w = w_ptr + n.to(tl.int64)[None, :] * w_row + k[:, None] * w_col  # [BK, BN]
 
-    GATED: tl.constexpr = ACTIVATION == _SWIGLU
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if GATED:
         acc_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
@@ -161,7 +163,7 @@ def gemm_kernel(
         p_w += BLOCK_K * w_col
 
     if ROW_SCALE:
-        rstd = row_rstd(sumsq_ptr, m, in_m, sumsq_parts, norm_dim, eps, SUMSQ_PARTS, ACC)
+        rstd = row_rstd(sumsq_ptr, m, in_m, K, eps, PARTS, PARTS_BLOCK, ACC)
         acc *= rstd[:, None]
         if GATED:
             acc_up *= rstd[:, None]
@@ -169,8 +171,8 @@ def gemm_kernel(
         acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(ACC)[None, :]
 
     valid = in_m[:, None] & in_n[None, :]
-    o_c = batch * c_batch + m.to(tl.int64)[:, None] * c_row + n.to(tl.int64)[None, :] * c_col  # [BM, BN]
-    o_pre = batch * pre_batch + m.to(tl.int64)[:, None] * pre_row + n.to(tl.int64)[None, :] * pre_col
+    o_c = c_batch + m.to(tl.int64)[:, None] * c_row + n.to(tl.int64)[None, :] * c_col  # [BM, BN]
+    o_pre = pre_batch + m.to(tl.int64)[:, None] * pre_row + n.to(tl.int64)[None, :] * pre_col
     o_up = o_pre + N * pre_col
     if SAVE_PRE:
         tl.store(pre_ptr + o_pre, acc.to(pre_ptr.dtype.element_ty), mask=valid)
@@ -209,14 +211,15 @@ def gemm_kernel(
         if OUT_SUMSQ:
             # Of the rounded values: the norm that reads them must see what was stored.
             rounded = tl.where(valid, out.to(ACC), 0.0)
+            parts = tl.cdiv(N, SUMSQ_COLUMNS)
             part = tile_n * (BLOCK_N // SUMSQ_COLUMNS) + tl.arange(0, BLOCK_N // SUMSQ_COLUMNS)
             first = tl.arange(0, BLOCK_N // SUMSQ_COLUMNS) == 0
             row_sum = tl.sum(rounded * rounded, axis=1)  # [BM]
             # One sum a tile: it takes the first of the tile's slots, the others hold zeros.
             tl.store(
-                out_sumsq_ptr + m.to(tl.int64)[:, None] * out_sumsq_parts + part[None, :],
+                out_sumsq_ptr + m.to(tl.int64)[:, None] * parts + part[None, :],
                 tl.where(first[None, :], row_sum[:, None], 0.0),
-                mask=in_m[:, None] & (part < out_sumsq_parts)[None, :],
+                mask=in_m[:, None] & (part < parts)[None, :],
             )
 
 
@@ -309,7 +312,6 @@ def gemm(
     bias: Tensor | None = None,
     activation: Activation = Activation.NONE,
     sumsq: Tensor | None = None,
-    norm_dim: int = 0,
     eps: float = 0.0,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
@@ -328,7 +330,7 @@ def gemm(
         activation: Applied after the bias. The backward forms read ``pre``, write the gradient of the
             pre-activation, and return the activation too.
         sumsq: Partial sums of squares [m, parts] of the rows of the normed input; scales row m by
-            ``1 / sqrt(sum / norm_dim + eps)``.
+            ``1 / sqrt(sum / K + eps)``.
         residual: Added after the activation; shape of the output.
         mask: Rows that survive, uint8 [m]; the others come out as zeros.
         pre: Pre-activations, for the backward forms.
@@ -344,24 +346,10 @@ def gemm(
     batches, outer, inner = a.shape
     N = weight.shape[0] // (2 if activation == Activation.SWIGLU else 1)
     width = N * (2 if activation.gated else 1)
-    if transposed:
-        M, K, batch = inner, outer, batches
-        a_strides = (outer * inner, 1, inner)
+    M, K, batch = (inner, outer, batches) if transposed else (batches * outer, inner, 1)
 
-        def strides(columns: int) -> tuple[int, int, int]:
-            return columns * inner, 1, inner
-
-        def shape(columns: int) -> tuple[int, int, int]:
-            return batches, columns, inner
-    else:
-        M, K, batch = batches * outer, inner, 1
-        a_strides = (0, inner, 1)
-
-        def strides(columns: int) -> tuple[int, int, int]:
-            return 0, columns, 1
-
-        def shape(columns: int) -> tuple[int, int, int]:
-            return batches, outer, columns
+    def shape(columns: int) -> tuple[int, int, int]:
+        return (batches, columns, inner) if transposed else (batches, outer, columns)
 
     target = target_of(a)
     tile = choose_tile(M, N, batch, activation, operand, target)
@@ -378,11 +366,12 @@ def gemm(
         gemm_kernel,
         (cdiv(M, tile.m) * cdiv(N, tile.n), batch),
         a, weight, bias, residual, sumsq, mask, pre, act, out, out_sumsq,
-        M, N, K, *a_strides, weight.stride(0), weight.stride(1), *strides(N), *strides(width),
-        parts, sumsq_parts(N), norm_dim, eps,
+        M, N, K, weight.stride(0), weight.stride(1), eps,
         ACTIVATION=int(activation),
+        TRANSPOSED=transposed,
         ROW_SCALE=sumsq is not None,
-        SUMSQ_PARTS=power_of_two(parts),
+        PARTS=parts,
+        PARTS_BLOCK=power_of_two(parts),
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_MASK=mask is not None,

@@ -152,7 +152,7 @@ def first_half(
         weight = fold(sublayer.first, sublayer.norm, call.operand)
         if sumsq is None:
             _, _, sumsq = add_rms_norm(h, eps=call.eps, write_out=False, write_sumsq=True)
-        scale = {"sumsq": sumsq, "norm_dim": h.shape[-1], "eps": call.eps}
+        scale = {"sumsq": sumsq, "eps": call.eps}
     else:
         weight = sublayer.stacked(call.operand)
         if sublayer.norm is not None:
