@@ -207,9 +207,10 @@ def test_copies_are_independent(options: dict[str, Any]) -> None:
         torch.testing.assert_close(net(x), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"family": "paper"}], ids=["seed", "paper"])
 def test_a_changed_weight_counts_at_once(options: dict[str, Any]) -> None:
     """Through every door: optimizer, ``.data``, ``load_state_dict``; no stale copy may answer."""
-    net, x = build(options), torch.randn(2, 7, WIDTH)
+    net, x = TinyRecursiveNetwork(WIDTH, 1, HEADS, **options), torch.randn(1, 3, WIDTH)
     oracle = reference.TinyRecursiveNetwork(net.config)
 
     def agree() -> None:
@@ -227,7 +228,7 @@ def test_a_changed_weight_counts_at_once(options: dict[str, Any]) -> None:
         for parameter in net.parameters():
             parameter.data = parameter.data + 0.1
         agree()
-        net.load_state_dict(build(options).state_dict())
+        net.load_state_dict(TinyRecursiveNetwork.from_config(net.config).state_dict())
         agree()
         net.eval()
         agree()
