@@ -28,6 +28,10 @@ if not HAS_CUDA:
 # Triton 3.10 turns FP fusion off by default, and 3.9 warns about it: one meaning on every version.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core: more threads each would only wait for one another.
+    torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,33 +21,31 @@ from trm_kernels.testing import LENGTHS, ToleranceRule, outputs_and_gradients
 
 pytestmark = pytest.mark.interpreter
 
-FAMILIES = [("seed", "attention"), ("scratch", "attention"), ("scratch", "tokens"), ("paper", "attention"), ("paper", "tokens")]
+FAMILIES = [
+    ("seed", "attention"),
+    ("scratch", "attention"),
+    ("scratch", "tokens"),
+    ("paper", "attention"),
+    ("paper", "tokens"),
+]
 MASKS = ("none", "suffix", "reasoning", "holes")
 STRIDES = ("contiguous", "transposed", "sliced", "expanded")
 
 
+def pairs(row: tuple) -> set[tuple]:
+    """Every two values of a row, with their places."""
+    return set(itertools.combinations(enumerate(row), 2))
+
+
 def pairwise(*axes: tuple) -> list[tuple]:
     """Rows that hold every pair of values of every two axes, chosen greedily."""
-    wanted = {
-        (i, a, j, b)
-        for (i, first), (j, second) in itertools.combinations(enumerate(axes), 2)
-        for a in first
-        for b in second
-    }
+    candidates = {row: pairs(row) for row in itertools.product(*axes)}
+    wanted = set().union(*candidates.values())
     rows = []
-    candidates = list(itertools.product(*axes))
     while wanted:
-
-        def gain(row: tuple) -> int:
-            return sum(
-                (i, row[i], j, row[j]) in wanted for i, j in itertools.combinations(range(len(row)), 2)
-            )
-
-        best = max(candidates, key=gain)
+        best = max(candidates, key=lambda row: len(candidates[row] & wanted))
         rows.append(best)
-        wanted -= {
-            (i, best[i], j, best[j]) for i, j in itertools.combinations(range(len(best)), 2)
-        }
+        wanted -= candidates[best]
     return rows
 
 
@@ -80,7 +79,7 @@ def make_input(kind: str, batch: int, length: int, width: int, device: str) -> T
 
 
 def networks(
-    family: str, mixer: str, length: int, dtype: torch.dtype, device: str, width: int = 32, heads: int = 4
+    family: str, mixer: str, length: int, dtype: torch.dtype, device: str, width: int = 32, heads: int = 2
 ) -> tuple[TinyRecursiveNetwork, TinyRecursiveNetwork, TinyRecursiveNetwork]:
     """The same network, its weights rounded to ``dtype``, on triton, on eager, and in float64."""
     net = TinyRecursiveNetwork(width, 2, heads, family=family, mixer=mixer, seq_len=length)
@@ -94,20 +93,19 @@ def networks(
 
 
 def seeds_for(length: int) -> int:
-    """Pool several seeds where cases are tiny; one long sequence holds as many numbers."""
-    return 4 if length < 31 else 1
+    """Pool seeds where cases are tiny; one long sequence holds as many numbers."""
+    return 2 if length < 31 else 1
 
 
-GRID = [
-    row
-    for row in pairwise(FAMILIES, DTYPES, LENGTHS, MASKS, STRIDES)
-]
+GRID = pairwise(FAMILIES, DTYPES, LENGTHS, MASKS, STRIDES)
 
 
 @pytest.mark.parametrize(
     ("family", "dtype", "length", "masking", "strides"),
     GRID,
-    ids=lambda value: value if isinstance(value, str) else "-".join(value) if isinstance(value, tuple) else str(value),
+    ids=lambda value: (
+        value if isinstance(value, str) else "-".join(value) if isinstance(value, tuple) else str(value)
+    ),
 )
 def test_outputs_and_gradients_meet_the_rule(
     family: tuple[str, str], dtype: torch.dtype, length: int, masking: str, strides: str, device: str
@@ -126,7 +124,6 @@ def test_outputs_and_gradients_meet_the_rule(
         ]
         for (label, mine), (_, theirs), (_, wide) in zip(*found, strict=True):
             rule.add(label, mine, theirs, wide)
-        # Forward: four GEMMs a block with attention or tokens, two blocks; backward: one or two each.
         assert LAUNCHES["gemm_kernel"] > before
         if mask is not None:
             assert ours(x, mask)[mask == 0].eq(0).all()
@@ -142,7 +139,13 @@ def test_a_single_block_equals_the_network_of_one(family: str, mixer: str, devic
 
 
 @settings(max_examples=12)
-@given(data=st.data(), batch=st.integers(1, 3), length=st.integers(1, 40), heads=st.integers(1, 4), head=st.integers(4, 12))
+@given(
+    data=st.data(),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    heads=st.integers(1, 4),
+    head=st.integers(4, 12),
+)
 def test_any_width_and_head_size(data: st.DataObject, batch: int, length: int, heads: int, head: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     family = data.draw(st.sampled_from(["seed", "scratch", "paper"]))
@@ -157,7 +160,7 @@ def test_any_width_and_head_size(data: st.DataObject, batch: int, length: int, h
 def test_a_deep_recursion_meets_the_rule(device: str) -> None:
     """Errors grow from step to step; they may not grow faster than eager's."""
     rule = ToleranceRule(torch.float32)
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         nets = networks("paper", "attention", 9, torch.float32, device)
         states = [torch.randn(2, 9, 32, device=device) for _ in range(3)]
@@ -178,7 +181,7 @@ def test_a_deep_recursion_meets_the_rule(device: str) -> None:
 def test_autocast_keeps_the_residual_wide(family: str, device: str) -> None:
     operand = torch.bfloat16 if device == "cuda" else torch.float16
     rule = ToleranceRule(operand)
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         ours, eager, truth = networks(family, "attention", 17, torch.float32, device)
         x = torch.randn(2, 17, 32, device=device)
@@ -230,19 +233,15 @@ def test_checkpoint_recomputes_the_same_dropout(reentrant: bool, device: str) ->
     net = TinyRecursiveNetwork(16, 1, 2, dropout=0.3, backend="triton").to(device)
     x = torch.randn(2, 5, 16, device=device, requires_grad=True)
 
-    def gradient(call: object) -> Tensor:
+    def gradient(call: Callable[[Tensor], Tensor]) -> Tensor:
         torch.manual_seed(5)
-        (found,) = torch.autograd.grad(call(x).sum(), x) if not reentrant else (None,)
-        if reentrant:
-            x.grad = None
-            torch.manual_seed(5)
-            call(x).sum().backward()
-            found = x.grad
-        return found
+        x.grad = None
+        call(x).sum().backward()
+        assert x.grad is not None
+        return x.grad
 
     expected = gradient(net)
-    found = gradient(lambda x: checkpoint(net, x, use_reentrant=reentrant))
-    assert torch.equal(found, expected)
+    assert torch.equal(gradient(lambda x: checkpoint(net, x, use_reentrant=reentrant)), expected)
 
 
 def test_fullgraph_compile_keeps_the_kernels(device: str) -> None:
@@ -266,7 +265,7 @@ def test_refusals_name_the_reason(device: str) -> None:
 
     net = TinyRecursiveNetwork(32, 2, 4).to(device)
     assert "batch is empty" in reason(net, x[:0])
-    assert "bias" in reason(copy.deepcopy(net).half()) or "torch.float16" in reason(copy.deepcopy(net).half())
+    assert "torch.float16" in reason(copy.deepcopy(net).half())
 
     hooked = copy.deepcopy(net)
     hooked.layers[0].mlp[0].register_forward_hook(lambda *_: None)

@@ -39,6 +39,7 @@ def layout_name(module: FusedModule) -> str:
 
 def block_parameters(block: nn.Module) -> list[Tensor]:
     """Parameters of a reference block in the order of its :class:`~trm_kernels.ops.block.Layout`."""
+    assert isinstance(block, reference.TransformerBlock)
     family, tokens = block.config.family, block.config.mixer == "tokens"
     names = {
         ("seed", False): (
@@ -108,7 +109,9 @@ def _refuses_modules(module: FusedModule, x: Tensor) -> str | None:
             if parameter.device != x.device:
                 return f"parameter {name} is on {parameter.device}, the input on {x.device}"
             if parameter.dtype != x.dtype and not autocast and module.config.family != "paper":
-                return f"parameter {name} is {parameter.dtype}, the input {x.dtype}: use autocast or one dtype"
+                return (
+                    f"parameter {name} is {parameter.dtype}, the input {x.dtype}: use autocast or one dtype"
+                )
     return None
 
 

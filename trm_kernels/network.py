@@ -69,7 +69,7 @@ class FusedModule(nn.Module):
         return f"{self.config}, backend={self.backend!r}"
 
 
-class TinyRecursiveNetwork(FusedModule, reference.TinyRecursiveNetwork):
+class TinyRecursiveNetwork(FusedModule, reference.TinyRecursiveNetwork):  # type: ignore[misc]
     """A stack of transformer blocks, the ``net`` that a Tiny Recursive Model applies again and again.
 
     Parameter names and shapes are those of the eager model it replaces, so state dicts load both ways

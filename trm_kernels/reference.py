@@ -233,9 +233,9 @@ class TransformerBlock(nn.Module):
 
     def _build_seed(self, config: NetworkConfig) -> None:
         self.norm1 = RMSNorm(config.d_model, config.norm_eps)
-        self.self_attn = SeedAttention(config)
+        self.self_attn: SelfAttention = SeedAttention(config)
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = nn.Sequential(
+        self.mlp: nn.Module = nn.Sequential(
             nn.Linear(config.d_model, config.d_ff), nn.GELU(), nn.Linear(config.d_ff, config.d_model)
         )
 
@@ -311,9 +311,7 @@ class TinyRecursiveNetwork(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(self.block_class(config) for _ in range(config.n_layers))
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, keeps: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, keeps: list[Tensor] | None = None) -> Tensor:
         """Apply every block.
 
         Args:

@@ -13,7 +13,12 @@ from trm_kernels import reference
 from trm_kernels.ops.attention import Dropout, attention, dropout_keep
 
 pytestmark = pytest.mark.interpreter
-KERNELS = ("attention_kernel", "attention_delta_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel")
+KERNELS = (
+    "attention_kernel",
+    "attention_delta_kernel",
+    "attention_backward_kv_kernel",
+    "attention_backward_q_kernel",
+)
 
 
 class Case:
@@ -46,9 +51,7 @@ class Case:
     def ours(self, qkv: Tensor) -> Tensor:
         cos, sin = self.tables(qkv) or (None, None)
         mask = None if self.mask is None else self.mask.to(torch.uint8)
-        return attention(
-            qkv, self.shape[3], mask, cos, sin, self.dropout.probability, self.dropout.seed
-        )
+        return attention(qkv, self.shape[3], mask, cos, sin, self.dropout.probability, self.dropout.seed)
 
     def eager(self, qkv: Tensor) -> Tensor:
         batch, length, _, heads, _ = self.shape
@@ -76,7 +79,7 @@ def ragged(batch: int, length: int, device: str) -> Tensor:
 def test_every_head_size(head_size: int, dtype: torch.dtype, device: str) -> None:
     case = Case(1, 17, 2, head_size, device, rotary=True)
     with launched(*KERNELS):
-        check_rule(case.ours, case.eager, case.make, dtype)
+        check_rule(case.ours, case.eager, case.make, dtype, seeds=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,7 +88,7 @@ def test_every_head_size(head_size: int, dtype: torch.dtype, device: str) -> Non
 def test_lengths_and_masks(length: int, masked: bool, dtype: torch.dtype, device: str) -> None:
     mask = ragged(3, length, device) if masked else None
     case = Case(3, length, 2, 16, device, mask=mask)
-    check_rule(case.ours, case.eager, case.make, dtype, seeds=4)
+    check_rule(case.ours, case.eager, case.make, dtype, seeds=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,7 +132,11 @@ def test_two_runs_agree_to_the_bit(device: str) -> None:
 
 @settings(max_examples=10)
 @given(
-    batch=st.integers(1, 3), length=st.integers(1, 70), heads=st.integers(1, 3), half=st.integers(1, 20), data=st.data()
+    batch=st.integers(1, 3),
+    length=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    half=st.integers(1, 20),
+    data=st.data(),
 )
 def test_any_shape_and_mask(batch: int, length: int, heads: int, half: int, data: st.DataObject) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,9 +144,7 @@ def test_any_shape_and_mask(batch: int, length: int, heads: int, half: int, data
     mask = torch.tensor(data.draw(st.lists(rows, min_size=batch, max_size=batch)), device=device)
     case = Case(batch, length, heads, 2 * half, device, mask=mask, rotary=data.draw(st.booleans()))
     qkv = torch.randn(batch, length, 6 * heads * half, device=device)
-    torch.testing.assert_close(
-        case.ours(qkv), case.eager(qkv.double()).float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(case.ours(qkv), case.eager(qkv.double()).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.interpreter
 LENGTH, WIDTH, HEADS = 5, 8, 2
 
 
-def make_block(layout: str, dtype: torch.dtype, device: str, width: int = WIDTH) -> reference.TransformerBlock:
+def make_block(
+    layout: str, dtype: torch.dtype, device: str, width: int = WIDTH
+) -> reference.TransformerBlock:
     """A block with random norms and biases; freshly built ones hide a wrong norm weight behind ones."""
     family, _, tokens = layout.partition("-")
     config = NetworkConfig(width, 1, HEADS, family=family, mixer=tokens or "attention", seq_len=LENGTH)
@@ -32,7 +34,9 @@ def make_block(layout: str, dtype: torch.dtype, device: str, width: int = WIDTH)
     return module.to(device, dtype)
 
 
-def static_arguments(module: reference.TransformerBlock, layout: str, x: Tensor, operand: torch.dtype) -> tuple:
+def static_arguments(
+    module: reference.TransformerBlock, layout: str, x: Tensor, operand: torch.dtype
+) -> tuple:
     config = module.config
     cos = sin = None
     if config.rotary:
@@ -128,9 +132,7 @@ def test_float32_residual_with_half_operands_meets_the_rule(layout: str, device:
 def test_an_unnormalised_stream_beyond_float16_is_normalised_before_it_is_rounded(device: str) -> None:
     module = make_block("seed", torch.float32, device)
     x = 1e6 * torch.randn(2, LENGTH, WIDTH, device=device)
-    out, _ = block(
-        x, None, block_parameters(module), *static_arguments(module, "seed", x, torch.float16)
-    )
+    out, _ = block(x, None, block_parameters(module), *static_arguments(module, "seed", x, torch.float16))
     torch.testing.assert_close(out, module(x), rtol=1e-2, atol=1e-2)
 
 

@@ -97,7 +97,7 @@ def _device_target(index: int) -> Target:
         "cuda",
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined] # missing in torch's stubs
     )
 
 

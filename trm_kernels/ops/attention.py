@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trm_kernels.ops._launch import (
-    TL_DTYPE,
     Target,
     accumulator,
     cdiv,
@@ -38,8 +37,24 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _program(L, H, BLOCK: tl.constexpr):
+    """Tile of rows, sample-and-head, sample, and head; one grid axis, as the others end at 65535."""
+    tiles = tl.cdiv(L, BLOCK)
+    head = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles, head, head // H, head % H
+
+
+@triton.jit
 def _load_head(
-    p_head, rows, L, row_stride, cos_ptr, sin_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROTARY: tl.constexpr
+    p_head,
+    rows,
+    L,
+    row_stride,
+    cos_ptr,
+    sin_ptr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):
     """Rows of one head [BL, BE] in the dtype of storage, rotated if asked; zeros past L and past E."""
     e = tl.arange(0, BLOCK_E)
@@ -114,10 +129,8 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    b = head // H
-    h = head % H
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    tile, head, b, h = _program(L, H, BLOCK_M)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     p_q = qkv_ptr + b.to(tl.int64) * L * row_stride + h * E
@@ -148,9 +161,7 @@ def attention_kernel(
         total = total * decay + tl.sum(weights, axis=1)
         if DROPOUT:
             weights = tl.where(_kept(seed_ptr, m, n, head, threshold), weights * inv_keep, 0.0)
-        acc = tl.dot(
-            weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION, out_dtype=ACC
-        )
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION, out_dtype=ACC)
         highest = new_highest
 
     safe = tl.where(total > 0.0, total, 1.0)
@@ -201,14 +212,22 @@ def _load_query(
 
 @triton.jit
 def attention_delta_kernel(
-    out_ptr, grad_ptr, delta_ptr, L, H, E: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+    out_ptr,
+    grad_ptr,
+    delta_ptr,
+    L,
+    H,
+    E: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """delta = sum over channels of output times its gradient [B, H, L]: the softmax backward's row term."""
-    head = tl.program_id(1)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, head, b, h = _program(L, H, BLOCK_M)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
     valid = (m < L)[:, None] & (e < E)[None, :]
-    offsets = ((head // H).to(tl.int64) * L + m)[:, None] * (H * E) + (head % H) * E + e[None, :]
+    offsets = (b.to(tl.int64) * L + m)[:, None] * (H * E) + h * E + e[None, :]
     out = tl.load(out_ptr + offsets, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + offsets, mask=valid, other=0.0).to(ACC)
     tl.store(delta_ptr + head.to(tl.int64) * L + m, tl.sum(out * grad, axis=1), mask=m < L)
@@ -241,10 +260,8 @@ def attention_backward_kv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    b = head // H
-    h = head % H
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    tile, head, b, h = _program(L, H, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     sample = b.to(tl.int64) * L
@@ -315,10 +332,8 @@ def attention_backward_q_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    b = head // H
-    h = head % H
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    tile, head, b, h = _program(L, H, BLOCK_M)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     sample = b.to(tl.int64) * L
@@ -355,12 +370,10 @@ def attention_backward_q_kernel(
 
 
 @triton.jit
-def dropout_keep_kernel(
-    seed_ptr, keep_ptr, L, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    head = tl.program_id(2)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+def dropout_keep_kernel(seed_ptr, keep_ptr, L, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    head = tl.program_id(0)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets = (head.to(tl.int64) * L + m)[:, None] * L + n[None, :]
     kept = _kept(seed_ptr, m, n, head, threshold)
     tl.store(keep_ptr + offsets, kept.to(tl.uint8), mask=(m < L)[:, None] & (n < L)[None, :])
@@ -396,7 +409,7 @@ _FORWARD = {
 }
 _BACKWARD = {
     2: {
-        16: Tile(64, 64, 4, 1),
+        16: Tile(64, 64, 8, 1),
         32: Tile(64, 64, 8, 1),
         64: Tile(64, 64, 8, 1),
         128: Tile(32, 64, 8, 1),
@@ -411,14 +424,12 @@ _BACKWARD = {
     },
 }
 #: The random numbers of dropout take the registers of a 64-row tile.
-_BACKWARD_DROPOUT_64 = Tile(32, 64, 8, 1)
+_BACKWARD_DROPOUT_64 = Tile(64, 32, 4, 1)
 _INTERPRETER = Tile(64, 64, 1, 1)
 LARGEST_HEAD = 256
 
 
-def choose_tile(
-    head_dim: int, dtype: torch.dtype, backward: bool, dropout: bool, target: Target
-) -> Tile:
+def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, dropout: bool, target: Target) -> Tile:
     """Tiles for one attention kernel; by head size and dtype only, never by length."""
     if target.interpreted:
         return _INTERPRETER
@@ -456,9 +467,7 @@ def _common(
     """Tile, constants, and the run-time numbers that the forward and backward launches share."""
     _, length, width = qkv.shape
     head_dim = width // (3 * n_heads)
-    tile = choose_tile(
-        head_dim, qkv.dtype, backward, dropout.probability > 0.0, target_of(qkv)
-    )
+    tile = choose_tile(head_dim, qkv.dtype, backward, dropout.probability > 0.0, target_of(qkv))
     constants = {
         "E": head_dim,
         "HAS_MASK": mask is not None,
@@ -502,7 +511,7 @@ def attention_forward(
     lse = qkv.new_empty((batch, n_heads, length), dtype=wide)
     launch(
         attention_kernel,
-        (cdiv(length, tile.m), batch * n_heads),
+        (cdiv(length, tile.m) * batch * n_heads,),
         qkv, mask, ends, cos, sin, dropout.seed, out, lse, *numbers,
         **constants,
     )  # fmt: skip
@@ -532,7 +541,7 @@ def attention_backward(
     heads = batch * n_heads
     launch(
         attention_delta_kernel,
-        (cdiv(length, 64), heads),
+        (cdiv(length, 64) * heads,),
         out, grad, delta, length, n_heads,
         E=constants["E"],
         ACC=constants["ACC"],
@@ -541,20 +550,18 @@ def attention_backward(
         warps=4,
     )  # fmt: skip
     args = (qkv, grad, mask, ends, cos, sin, dropout.seed, lse, delta, grad_qkv, *numbers)
-    launch(attention_backward_kv_kernel, (cdiv(length, tile.n), heads), *args, **constants)
-    launch(attention_backward_q_kernel, (cdiv(length, tile.m), heads), *args, **constants)
+    launch(attention_backward_kv_kernel, (cdiv(length, tile.n) * heads,), *args, **constants)
+    launch(attention_backward_q_kernel, (cdiv(length, tile.m) * heads,), *args, **constants)
     return grad_qkv
 
 
 def dropout_keep(dropout: Dropout, batch: int, n_heads: int, length: int) -> Tensor:
     """The mask that ``dropout`` stands for, bool [B, H, L, L], True = kept; for comparisons in tests."""
     assert dropout.seed is not None
-    keep = torch.empty(
-        (batch, n_heads, length, length), dtype=torch.uint8, device=dropout.seed.device
-    )
+    keep = torch.empty((batch, n_heads, length, length), dtype=torch.uint8, device=dropout.seed.device)
     launch(
         dropout_keep_kernel,
-        (cdiv(length, 64), cdiv(length, 64), batch * n_heads),
+        (batch * n_heads, cdiv(length, 64), cdiv(length, 64)),
         dropout.seed, keep, length, dropout.threshold,
         BLOCK_M=64,
         BLOCK_N=64,
@@ -625,9 +632,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, mask, cos, sin, seed = ctx.saved_tensors
-        grad_qkv = attention_gradient(
-            grad, qkv, out, lse, ctx.n_heads, mask, cos, sin, ctx.dropout, seed
-        )
+        grad_qkv = attention_gradient(grad, qkv, out, lse, ctx.n_heads, mask, cos, sin, ctx.dropout, seed)
         return grad_qkv, None, None, None, None, None, None
 
 

@@ -111,9 +111,7 @@ def _call(
     )
 
 
-def _block(
-    x: Tensor, sumsq: Tensor | None, parameters: list[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _block(x: Tensor, sumsq: Tensor | None, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     out, row_sums, _ = _forward(_call(x, *rest), parameters, x.contiguous(), sumsq, save=False)
     return out, x.new_empty(0) if row_sums is None else row_sums
 
@@ -182,9 +180,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sumsq: Tensor | None, count: int, *rest: Any) -> tuple[Tensor, Tensor]:
         parameters, (mask, ends, cos, sin, seed, *static) = list(rest[:count]), rest[count:]
-        out, row_sums, saved = block_saving(
-            x, sumsq, parameters, mask, ends, cos, sin, seed, *static
-        )
+        out, row_sums, saved = block_saving(x, sumsq, parameters, mask, ends, cos, sin, seed, *static)
         ctx.save_for_backward(x, mask, ends, cos, sin, seed, *parameters, *saved)
         ctx.count, ctx.static = count, static
         ctx.mark_non_differentiable(row_sums)
@@ -224,6 +220,4 @@ block_backward = define(
 #: block takes as ``sumsq``. ``parameters`` follow
 #: :class:`~trm_kernels.ops.sublayer.SublayerLayout`; ``mask``, ``ends``, ``cos``,
 #: ``sin`` are as for :func:`~trm_kernels.ops.attention.attention_forward`; ``operand`` is the GEMMs' dtype.
-block = define(
-    "block", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _block, _block_fake, _block_differentiable
-)
+block = define("block", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _block, _block_fake, _block_differentiable)

@@ -120,12 +120,13 @@ def gemm_kernel(
     # Tiles in groups of GROUP_M row blocks, so that a wave of programs shares weights in L2.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
+    # One grid axis for tiles and batches: the others end at 65535.
+    batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    pid = tl.program_id(0) % (tiles_m * tiles_n)
     group = pid // (GROUP_M * tiles_n)
     group_size = min(tiles_m - group * GROUP_M, GROUP_M)
     tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_size
     tile_n = (pid % (GROUP_M * tiles_n)) // group_size
-    batch = tl.program_id(1).to(tl.int64)
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -269,12 +270,17 @@ class Tile:
 
 
 #: 16-bit tiles, largest first. 64 rows is the least that sm_90's wgmma takes.
-_TILES_16BIT = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4))
+_TILES_16BIT = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 32, 64, 4, 4),
+)
 #: Two accumulators (SwiGLU) or the operands of a derivative do not fit beside a 128 x 128 accumulator:
 #: compiled for sm_90, the gradient of SwiGLU spills 944 bytes a thread there.
 _TILES_NARROW = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4))
 #: float32 multiplies outside the tensor cores unless TF32 is allowed, so its tiles are small.
-_TILES_FLOAT32 = (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2))
+_TILES_FLOAT32 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
 _TILE_INTERPRETER = Tile(64, 64, 64, 1, 1)
 
 
@@ -284,7 +290,9 @@ def choose_tile(
     """The largest tile that still gives every processor one; a heuristic, by shape only."""
     if target.interpreted:
         return _TILE_INTERPRETER
-    tiles = _TILES_NARROW if activation == Activation.SWIGLU or activation.backward else _TILES_16BIT
+    tiles: tuple[Tile, ...] = (
+        _TILES_NARROW if activation == Activation.SWIGLU or activation.backward else _TILES_16BIT
+    )
     if operand == torch.float32:
         tiles = _TILES_FLOAT32
     tile = tiles[-1]
@@ -364,7 +372,7 @@ def gemm(
     parts = 0 if sumsq is None else sumsq.shape[1]
     launch(
         gemm_kernel,
-        (cdiv(M, tile.m) * cdiv(N, tile.n), batch),
+        (cdiv(M, tile.m) * cdiv(N, tile.n) * batch,),
         a, weight, bias, residual, sumsq, mask, pre, act, out, out_sumsq,
         M, N, K, weight.stride(0), weight.stride(1), eps,
         ACTIVATION=int(activation),

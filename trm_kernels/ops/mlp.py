@@ -88,7 +88,9 @@ def _mlp_backward_fake(
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, static: tuple[Any, ...], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, static: tuple[Any, ...], *parameters: Tensor
+    ) -> Tensor:
         out, saved = mlp_saving(x, list(parameters), mask, *static)
         ctx.save_for_backward(x, mask, *parameters, *saved)
         ctx.static, ctx.count = static, len(parameters)

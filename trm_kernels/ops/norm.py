@@ -27,7 +27,15 @@ SUMSQ_COLUMNS = tl.constexpr(32)
 
 @triton.jit
 def _row_tile(
-    rows, cols, inner, stride_outer, stride_inner, stride_col, block, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    rows,
+    cols,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_col,
+    block,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Row indices [BR], element offsets [BR, BC] and their validity, of one block of rows."""
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
@@ -170,9 +178,7 @@ class _Rows:
             block_r = max(1, 1024 // block_c)
         else:
             block_r = max(8, min(64, 4096 // block_c))  # neighbouring rows are neighbours in memory
-        return _Rows(
-            rows, cols, inner, strides, block_r, block_c, max(4, min(16, block_r * block_c // 256))
-        )
+        return _Rows(rows, cols, inner, strides, block_r, block_c, max(4, min(16, block_r * block_c // 256)))
 
     @property
     def blocks(self) -> int:
@@ -270,9 +276,11 @@ def rms_norm_backward(
     return grad_h, grad_weight, normed
 
 
-def _add3(x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    addends = [None if addend is None else addend.contiguous() for addend in (y, z)]
-    total, out, _ = add_rms_norm(x.contiguous(), *addends, weight, eps=eps, write_sum=True)
+def _add3(
+    x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    y, z = (None if addend is None else addend.contiguous() for addend in (y, z))
+    total, out, _ = add_rms_norm(x.contiguous(), y, z, weight, eps=eps, write_sum=True)
     assert total is not None and out is not None
     return total, out
 

@@ -1,0 +1,77 @@
+"""Every shipped kernel configuration compiles for GPUs that are not here, within their limits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trm_kernels.ops._launch import TARGETS
+
+ROOT = Path(__file__).parent.parent
+DEFAULT_TARGETS = ("sm_90", "sm_80")
+
+pytestmark = pytest.mark.interpreter
+
+
+def compile_for(target: str, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """One row a configuration, compiled in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "ahead_of_time.py"), target],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    found = []
+    if row["spills_in_loop"] or row["stack"] > 16:
+        found.append(f"spills {row['stack']} bytes at {row['registers']} registers")
+    if row["shared_memory"] > row["limit"]:
+        found.append(f"takes {row['shared_memory']} bytes of shared memory, over {row['limit']}")
+    half = row["operand"] in ("fp16", "bf16")
+    if row["target"] == "sm_90" and row["kernel"] == "gemm_kernel" and half and not row["wgmma"]:
+        found.append("has no wgmma")
+    return found
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        target if target in DEFAULT_TARGETS else pytest.param(target, marks=pytest.mark.slow)
+        for target in TARGETS
+    ],
+)
+def test_every_configuration_compiles_within_limits(
+    target: str, compiler_environment: dict[str, str]
+) -> None:
+    rows = compile_for(target, compiler_environment)
+    kernels = {row["kernel"] for row in rows}
+    assert {"gemm_kernel", "attention_kernel", "attention_backward_q_kernel", "fold_kernel"} <= kernels
+    wrong = [f"{row['configuration']}: {', '.join(faults(row))}" for row in rows if faults(row)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_fault_is_seen() -> None:
+    good = {
+        "target": "sm_90",
+        "kernel": "gemm_kernel",
+        "operand": "bf16",
+        "shared_memory": 1,
+        "limit": 2,
+        "stack": 0,
+        "spills_in_loop": False,
+        "registers": 64,
+        "wgmma": True,
+    }
+    assert not faults(good)
+    for change in ({"stack": 24}, {"spills_in_loop": True}, {"shared_memory": 3}, {"wgmma": False}):
+        assert faults(good | change), change
