@@ -118,7 +118,9 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(x).view(heads).permute(2, 0, 3, 1, 4)  # each [B, H, L, E]
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        out = attention(q, k, v, mask, self.config.dropout if self.training else 0.0, keep)
+        # Dropout first: torch.compile then guards train or eval mode only where it matters.
+        dropout = self.config.dropout if self.config.dropout > 0.0 and self.training else 0.0
+        out = attention(q, k, v, mask, dropout, keep)
         return self.output(out.transpose(1, 2).reshape(batch, length, -1))
 
 
