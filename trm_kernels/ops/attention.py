@@ -411,7 +411,7 @@ _BACKWARD = {
     2: {
         16: Tile(64, 64, 8, 1),
         32: Tile(64, 64, 8, 1),
-        64: Tile(64, 64, 8, 1),
+        64: Tile(64, 32, 4, 1),
         128: Tile(32, 64, 8, 1),
         256: Tile(16, 32, 8, 1),
     },
@@ -423,18 +423,14 @@ _BACKWARD = {
         256: Tile(16, 16, 8, 1),
     },
 }
-#: The random numbers of dropout take the registers of a 64-row tile.
-_BACKWARD_DROPOUT_64 = Tile(64, 32, 4, 1)
 _INTERPRETER = Tile(64, 64, 1, 1)
 LARGEST_HEAD = 256
 
 
-def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, dropout: bool, target: Target) -> Tile:
+def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, target: Target) -> Tile:
     """Tiles for one attention kernel; by head size and dtype only, never by length."""
     if target.interpreted:
         return _INTERPRETER
-    if backward and dropout and dtype.itemsize == 2 and power_of_two(head_dim, 16) == 64:
-        return _BACKWARD_DROPOUT_64
     tile = (_BACKWARD if backward else _FORWARD)[dtype.itemsize][power_of_two(head_dim, 16)]
     # A second stage of the ring does not fit beside the tiles in AMD's 64 KiB.
     return tile if target.kind == "cuda" else replace(tile, stages=1)
@@ -467,7 +463,7 @@ def _common(
     """Tile, constants, and the run-time numbers that the forward and backward launches share."""
     _, length, width = qkv.shape
     head_dim = width // (3 * n_heads)
-    tile = choose_tile(head_dim, qkv.dtype, backward, dropout.probability > 0.0, target_of(qkv))
+    tile = choose_tile(head_dim, qkv.dtype, backward, target_of(qkv))
     constants = {
         "E": head_dim,
         "HAS_MASK": mask is not None,
