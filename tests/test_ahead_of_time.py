@@ -37,7 +37,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['stack']} bytes at {row['registers']} registers")
     if row["shared_memory"] > row["limit"]:
         found.append(f"takes {row['shared_memory']} bytes of shared memory, over {row['limit']}")
-    half = row["operand"] in ("fp16", "bf16")
+    half = row["operand"] in ("torch.float16", "torch.bfloat16")
     if row["target"] == "sm_90" and row["kernel"] == "gemm_kernel" and half and not row["wgmma"]:
         found.append("has no wgmma")
     return found
@@ -47,7 +47,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     "target",
     [
         target if target in DEFAULT_TARGETS else pytest.param(target, marks=pytest.mark.slow)
-        for target in TARGETS
+        for target in (*TARGETS, "sm_80+tf32", "sm_90+tf32")
     ],
 )
 def test_every_configuration_compiles_within_limits(
@@ -64,7 +64,7 @@ def test_a_fault_is_seen() -> None:
     good = {
         "target": "sm_90",
         "kernel": "gemm_kernel",
-        "operand": "bf16",
+        "operand": "torch.bfloat16",
         "shared_memory": 1,
         "limit": 2,
         "stack": 0,

@@ -64,6 +64,7 @@ def make_mask(kind: str, batch: int, length: int, device: str) -> Tensor | None:
         mask[:, -1] = 1.0
     if kind == "holes":
         mask[-1] = 0.0  # a sample without any valid position is allowed
+        mask = mask.t().contiguous().t()  # and a mask need not be contiguous
     return mask
 
 
@@ -279,6 +280,13 @@ def test_refusals_name_the_reason(device: str) -> None:
     wrapped = copy.deepcopy(net)
     wrapped.layers[1].mlp[2] = Adapter(128, 32).to(device)
     assert "Adapter" in reason(wrapped)
+    tanh = copy.deepcopy(net)
+    tanh.layers[0].mlp[1] = torch.nn.GELU("tanh")
+    assert "tanh" in reason(tanh)
+
+    unbiased = copy.deepcopy(net)
+    unbiased.layers[0].self_attn.in_proj_bias = None
+    assert "lacks a parameter" in reason(unbiased)
     if INTERPRET:
         assert "bit patterns" in reason(copy.deepcopy(net).bfloat16(), x.bfloat16())
 

@@ -68,6 +68,8 @@ def _compile_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusa
         return None  # the outer torch.compile takes the reference into its own graph
     if x.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler for CPU code and found neither g++ nor clang++"
+    if x.device.type == "cuda" and (reason := _triton_missing()) is not None:
+        return f"torch.compile writes Triton code for GPUs: {reason}"
     if x.numel() == 0:
         return "the batch is empty"
     return None
@@ -77,6 +79,12 @@ def _run_compile(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     from trm_kernels import compiled
 
     return compiled.run(net, x, mask)
+
+
+def _triton_missing() -> Refusal:
+    from trm_kernels import ops
+
+    return ops.MISSING
 
 
 def _triton_unavailable() -> Refusal:

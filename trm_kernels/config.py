@@ -23,7 +23,8 @@ class NetworkConfig:
         d_model: Width D of the residual stream.
         n_layers: Number of blocks.
         n_heads: Attention heads H; D must be a multiple of H. Ignored by token mixers.
-        dropout: Probability of dropping an attention weight in training (``seed``, ``scratch``).
+        dropout: Probability of dropping an attention weight in training (``seed`` and ``scratch``; the
+            paper's block has none).
         family: Which block.
 
             - ``"seed"``: pre-norm, weighted RMSNorm, attention and GELU MLP with biases
@@ -63,6 +64,8 @@ class NetworkConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.dropout and self.family == "paper":
+            raise ValueError("the paper family has no dropout: leave dropout at 0")
         if self.mixer == "tokens":
             if self.family == "seed":
                 raise ValueError("the seed family has no token mixer: use family='scratch' or 'paper'")

@@ -165,3 +165,33 @@ def test_opcheck(everything: bool, device: str) -> None:
         mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.uint8, device=device)
         rest = (mask, cos, sin, 0.2, torch.tensor([7], device=device))
     torch.library.opcheck(attention, (qkv, 2, *rest))
+
+
+def test_a_gradient_at_masked_rows_is_ignored_whatever_it_is(device: str) -> None:
+    mask = torch.tensor([[True, False, True, False]], device=device)
+    case = Case(1, 4, 2, 8, device, mask=mask)
+    qkv = torch.randn(1, 4, 48, device=device)
+    grad = torch.randn(1, 4, 16, device=device)
+
+    def run(at_masked: float) -> Tensor:
+        leaf = qkv.clone().requires_grad_()
+        case.ours(leaf).backward(grad.masked_fill(~mask[..., None], at_masked))
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(run(float("nan")), run(0.0))
+
+
+def test_arguments_that_do_not_fit_are_refused(device: str) -> None:
+    qkv = torch.randn(2, 5, 48, device=device)
+    mask = torch.ones(2, 5, dtype=torch.uint8, device=device)
+    table = torch.ones(5, 4, device=device)
+    for n_heads, bad_mask, cos, sin, dropout, word in (
+        (5, None, None, None, 0.0, "heads"),
+        (2, mask[:, :4], None, None, 0.0, "mask"),
+        (2, mask, table, None, 0.0, "RoPE"),
+        (2, mask, table[:4], table[:4], 0.0, "RoPE"),
+        (2, mask, None, None, 0.1, "seed"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            attention(qkv, n_heads, bad_mask, cos, sin, dropout, None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.ops.common import FLOAT64, launched
 from trm_kernels import NetworkConfig, reference
 from trm_kernels.fused import block_parameters
+from trm_kernels.ops._launch import input_precision
 from trm_kernels.ops.block import block
 from trm_kernels.ops.mlp import mlp
 from trm_kernels.ops.sublayer import LAYOUTS
@@ -154,3 +155,58 @@ def test_every_parameter_of_every_family_is_read(device: str) -> None:
         flat = {id(tensor) for tensor in block_parameters(module)}
         assert flat == {id(parameter) for parameter in module.parameters()}, layout
         assert isinstance(module, nn.Module)
+
+
+def test_strided_vectors_and_transposed_matrices_are_read_right(device: str) -> None:
+    module = make_block("seed", torch.float32, device)
+    x = torch.randn(2, LENGTH, WIDTH, device=device)
+    expected = module(x)
+    strided = []
+    for parameter in block_parameters(module):
+        if parameter.dim() == 1:
+            strided.append(torch.stack((parameter, parameter + 1), dim=1)[:, 0])
+        else:
+            strided.append(parameter.detach().t().contiguous().t())
+    static = static_arguments(module, "seed", x, torch.float32)
+    out, _ = block(x, None, strided, *static)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    leaves = [parameter.detach().requires_grad_() for parameter in strided]
+    torch.library.opcheck(block, (x.requires_grad_(), None, leaves, *static))
+
+
+def test_backward_may_run_under_another_autocast_state(device: str) -> None:
+    module = make_block("seed", torch.float32, device)
+    x = torch.randn(2, LENGTH, WIDTH, device=device)
+    static = static_arguments(module, "seed", x, torch.float32)
+
+    def gradient(autocast: bool) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        out, _ = block(leaf, None, block_parameters(module), *static)
+        with torch.autocast(device, half_precision(device), enabled=autocast):
+            out.sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_mask_alone_is_enough(device: str) -> None:
+    module = make_block("seed", torch.float32, device)
+    x = torch.randn(2, LENGTH, WIDTH, device=device)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.uint8, device=device)
+    _, *static = static_arguments(module, "seed", x, torch.float32)
+    out, _ = block(x, None, block_parameters(module), mask.t().contiguous().t(), *static)
+    torch.testing.assert_close(out, module(x, mask != 0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_newer_precision_setting_is_followed() -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        assert input_precision(torch.float32) == "tf32"
+        assert input_precision(torch.float16) == "ieee"
+        settings.fp32_precision = "ieee"
+        assert input_precision(torch.float32) == "ieee"
+    finally:
+        settings.fp32_precision = before

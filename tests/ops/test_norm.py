@@ -94,3 +94,11 @@ def test_opcheck(given_tensors: tuple[bool, ...], device: str) -> None:
     ]
     weight = torch.rand(16, device=device, requires_grad=True) if given_tensors[2] else None
     torch.library.opcheck(add3_rms_norm, (x, *addends, weight, EPS))
+
+
+def test_addends_that_do_not_fit_are_refused(device: str) -> None:
+    x = torch.randn(2, 5, 16, device=device)
+    with pytest.raises(ValueError, match="addends"):
+        add3_rms_norm(x, x[:1], None, None, EPS)
+    with pytest.raises(ValueError, match="weight"):
+        add3_rms_norm(x, None, None, torch.ones(15, device=device), EPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -11,12 +12,26 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _unavailable() -> str | None:
-    """Why Triton kernels cannot run in this process, or None if they can."""
+def _missing() -> str | None:
+    """What Triton lacks in this process to compile for a GPU, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if INTERPRET:
+    # Triton builds a small C module for each kernel's launcher.
+    if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "triton needs a C compiler and found none of cc, gcc, clang (or set CC)"
+    if torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 7:
+            return f"the GPU has compute capability {major}.{minor}; triton needs 7.0 or newer"
+    return None
+
+
+def _unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None if they can."""
+    if INTERPRET and importlib.util.find_spec("triton") is not None:
         return None
+    if MISSING is not None:
+        return MISSING
     if not torch.cuda.is_available():
         return "no CUDA or ROCm GPU is visible (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
@@ -25,5 +40,7 @@ def _unavailable() -> str | None:
     return None
 
 
-#: The answer, once: a constant that torch.compile can read while it traces.
+#: Why Triton cannot compile here, and why the kernels cannot run here: asked once, so that torch.compile
+#: reads constants while it traces.
+MISSING = _missing()
 UNAVAILABLE = _unavailable()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -109,10 +108,11 @@ def target_of(tensor: Tensor) -> Target:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: float32 follows ``torch.set_float32_matmul_precision``."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+    """How ``tl.dot`` multiplies: float32 follows torch's own setting for matrix products."""
+    # This getter knows what set_float32_matmul_precision said too; the older one raises once this is set.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # Of AMD's GPUs only one has TF32, and the compiler refuses the word for the others.
+    return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -139,4 +139,4 @@ def cdiv(a: int, b: int) -> int:
 
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least ``n`` and ``least``."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length() if n > 0 else 1)

@@ -6,7 +6,7 @@ costs a third of ``custom_op`` + ``register_autograd`` a call (measured, torch 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,17 +15,18 @@ from torch import Tensor
 NAMESPACE = "trm_kernels"
 
 
-def wants_gradient(*arguments: Any) -> bool:
-    """Whether a call with these arguments (tensors, lists of tensors, anything) records a gradient."""
-    if not torch.is_grad_enabled():
-        return False
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments of any kind, those in lists included."""
     for argument in arguments:
-        if isinstance(argument, (list, tuple)):
-            if wants_gradient(*argument):
-                return True
-        elif isinstance(argument, Tensor) and argument.requires_grad:
-            return True
-    return False
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
+
+
+def wants_gradient(*arguments: Any) -> bool:
+    """Whether a call with these arguments records a gradient."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments))
 
 
 def define(
@@ -45,8 +46,18 @@ def define(
         differentiable: The same call through an ``autograd.Function``; without one the op has no gradient.
     """
     qualified = f"{NAMESPACE}::{name}"
+
+    def run(*arguments: Any) -> Any:
+        # A backward pass may run under another autocast state than its forward did: the dtypes are the
+        # op's arguments, and autocast would change those of the matrix products inside.
+        device = next(_tensors(arguments)).device.type
+        if not torch.is_autocast_enabled(device):
+            return implementation(*arguments)
+        with torch.autocast(device, enabled=False):
+            return implementation(*arguments)
+
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", run)
     torch.library.register_fake(qualified, fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if differentiable is not None:

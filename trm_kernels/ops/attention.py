@@ -139,7 +139,9 @@ def attention_kernel(
     end = L
     keep_row = m < L
     if HAS_MASK:
+        # A tile behind the last valid position has nothing to attend for.
         end = tl.load(end_ptr + b)
+        end = tl.where(tile * BLOCK_M < end, end, 0)
         keep_row = tl.load(mask_ptr + b.to(tl.int64) * L + m, mask=m < L, other=0) != 0
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
     total = tl.zeros((BLOCK_M,), dtype=ACC)
@@ -206,7 +208,7 @@ def _load_query(
     grad = tl.load(p_grad, mask=counted[:, None] & (e < E)[None, :], other=0.0)
     rows = (b * H + h).to(tl.int64) * L + m
     lse = tl.load(lse_ptr + rows, mask=m < L, other=0.0)
-    delta = tl.load(delta_ptr + rows, mask=m < L, other=0.0)
+    delta = tl.load(delta_ptr + rows, mask=counted, other=0.0)
     return q, grad, lse, delta
 
 
@@ -273,6 +275,7 @@ def attention_backward_kv_kernel(
     valid_n = n < L
     if HAS_MASK:
         end = tl.load(end_ptr + b)
+        end = tl.where(tile * BLOCK_N < end, end, 0)
         valid_n = tl.load(mask_ptr + sample + n, mask=valid_n, other=0) != 0
     grad_k = tl.zeros((BLOCK_N, BLOCK_E), dtype=ACC)
     grad_v = tl.zeros((BLOCK_N, BLOCK_E), dtype=ACC)
@@ -345,6 +348,7 @@ def attention_backward_q_kernel(
     end = L
     if HAS_MASK:
         end = tl.load(end_ptr + b)
+        end = tl.where(tile * BLOCK_M < end, end, 0)
     grad_q = tl.zeros((BLOCK_M, BLOCK_E), dtype=ACC)
     for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)  # [BN]
@@ -424,7 +428,6 @@ _BACKWARD = {
     },
 }
 _INTERPRETER = Tile(64, 64, 1, 1)
-LARGEST_HEAD = 256
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, target: Target) -> Tile:
@@ -575,6 +578,17 @@ def _attention_saving(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    batch, length, width = qkv.shape
+    if width % (3 * n_heads):
+        raise ValueError(f"expected packed projections [B, L, 3 D] of {n_heads} heads, got {list(qkv.shape)}")
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"expected a mask {[batch, length]}, got {list(mask.shape)}")
+    tables = (length, width // (6 * n_heads))
+    if cos is not None and (sin is None or cos.shape != tables or sin.shape != tables):
+        raise ValueError(f"expected two RoPE tables {list(tables)}")
+    if dropout > 0.0 and seed is None:
+        raise ValueError("dropout needs a seed, an int64 tensor of one element")
+    mask, cos, sin = (None if tensor is None else tensor.contiguous() for tensor in (mask, cos, sin))
     ends = None if mask is None else mask_ends(mask)
     return attention_forward(qkv.contiguous(), n_heads, mask, ends, cos, sin, Dropout(dropout, seed))
 
@@ -595,6 +609,7 @@ def _attention_backward(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
+    mask, cos, sin = (None if tensor is None else tensor.contiguous() for tensor in (mask, cos, sin))
     ends = None if mask is None else mask_ends(mask)
     return attention_backward(
         grad.contiguous(), qkv.contiguous(), out, lse, n_heads, mask, ends, cos, sin, Dropout(dropout, seed)

@@ -8,7 +8,8 @@ A block is two sublayers, the mixer and the MLP. Kernels of a pre-norm block wit
     4. first MLP GEMM, with the row scale, bias and activation
     5. second MLP GEMM + bias + residual, leaving the row sums for the next block
 
-and one that folds each norm's weight. The weightless norms of a post-norm block follow the residual,
+and one that folds each norm's weight. In float16 and under autocast (:mod:`trm_kernels.ops.sublayer` says
+why) a row kernel applies each norm instead. The weightless norms of a post-norm block follow the residual,
 where the row's scale is not yet known in the epilogue: they take a row kernel each. So do norms along
 another axis than the next contraction's.
 """
@@ -22,13 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trm_kernels.ops._library import define
-from trm_kernels.ops.attention import Dropout, attention_forward
+from trm_kernels.ops.attention import Dropout, attention_forward, mask_ends
 from trm_kernels.ops.gemm import sumsq_parts
 from trm_kernels.ops.norm import add_rms_norm
 from trm_kernels.ops.sublayer import (
     LAYOUTS,
     Call,
-    Layout,
     first_half,
     second_half,
     sublayer_backward,
@@ -97,6 +97,9 @@ def _call(
     dropout: float,
     operand: torch.dtype,
 ) -> Call:
+    if mask is not None:
+        mask = mask.contiguous()
+        ends = mask_ends(mask) if ends is None else ends
     return Call(
         LAYOUTS[layout],
         eps,
@@ -130,8 +133,8 @@ def _block_backward(
     return [grad_x, *gradients]
 
 
-def _row_sums_fake(x: Tensor, layout: Layout) -> Tensor:
-    if not layout.pre_norm:
+def _row_sums_fake(x: Tensor, call: Call) -> Tensor:
+    if not call.folding:
         return x.new_empty(0)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((x.shape[0] * x.shape[1], sumsq_parts(x.shape[2])), dtype=wide)
@@ -140,7 +143,7 @@ def _row_sums_fake(x: Tensor, layout: Layout) -> Tensor:
 def _block_fake(
     x: Tensor, sumsq: Tensor | None, parameters: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _row_sums_fake(x, _call(x, *rest).layout)
+    return x.new_empty(x.shape), _row_sums_fake(x, _call(x, *rest))
 
 
 def _block_saving_fake(
@@ -165,13 +168,14 @@ def _block_saving_fake(
     saved += [x.new_empty(x.shape), x.new_empty((batch, length, rows), dtype=operand)]
     if not layout.pre_norm:
         saved += [x.new_empty(x.shape)]
-    return x.new_empty(x.shape), _row_sums_fake(x, layout), saved
+    return x.new_empty(x.shape), _row_sums_fake(x, call), saved
 
 
 def _block_backward_fake(
     grad: Tensor, saved: list[Tensor], x: Tensor, parameters: list[Tensor], *rest: Any
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape), *(torch.empty_like(parameter) for parameter in parameters)]
+    # Contiguous, whatever the strides of the parameters: so are the matrix products that give them.
+    return [x.new_empty(x.shape), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
 
 
 class _Block(torch.autograd.Function):
@@ -217,7 +221,7 @@ block_backward = define(
 )
 #: ``block(x, sumsq, parameters, mask, ends, cos, sin, seed, layout, n_heads, eps, dropout, operand)`` gives
 #: the block's output [B, L, D] and the partial sums of squares [B L, parts] of its rows, which the next
-#: block takes as ``sumsq``. ``parameters`` follow
+#: block takes as ``sumsq`` (empty where norms are not folded). ``parameters`` follow
 #: :class:`~trm_kernels.ops.sublayer.SublayerLayout`; ``mask``, ``ends``, ``cos``,
 #: ``sin`` are as for :func:`~trm_kernels.ops.attention.attention_forward`; ``operand`` is the GEMMs' dtype.
 block = define("block", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _block, _block_fake, _block_differentiable)

@@ -12,6 +12,9 @@ folded in (``fold``) and the row sums that the kernel which wrote h left behind.
 the producer's epilogue and never from the A tile here: on sm_90 Triton 3.6-3.9 gives an operand that is
 read a second time, in registers, a ring one slot short.
 
+Both operands are read in the dtype they are multiplied in: a cast would take the A tile through registers,
+which the next step may overwrite while wgmma still reads them.
+
 The backward forms multiply by the derivative of the activation in the epilogue.
 """
 
@@ -26,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_kernels.ops._launch import (
-    TL_DTYPE,
     Target,
     accumulator,
     cdiv,
@@ -56,7 +58,6 @@ class Activation(IntEnum):
         return self in (Activation.GELU_BACKWARD, Activation.SWIGLU_BACKWARD)
 
 
-_NONE = tl.constexpr(Activation.NONE.value)
 _GELU = tl.constexpr(Activation.GELU.value)
 _SWIGLU = tl.constexpr(Activation.SWIGLU.value)
 _GELU_BACKWARD = tl.constexpr(Activation.GELU_BACKWARD.value)
@@ -109,7 +110,6 @@ def gemm_kernel(
     HAS_MASK: tl.constexpr,
     SAVE_PRE: tl.constexpr,
     OUT_SUMSQ: tl.constexpr,
-    OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -153,11 +153,11 @@ def gemm_kernel(
         p_up = p_w + N * w_row
     for start in range(0, K, BLOCK_K):
         in_k = k < K - start
-        b_a = tl.load(p_a, mask=in_m[:, None] & in_k[None, :], other=0.0).to(OPERAND)
-        b_w = tl.load(p_w, mask=in_k[:, None] & in_n[None, :], other=0.0).to(OPERAND)
+        b_a = tl.load(p_a, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        b_w = tl.load(p_w, mask=in_k[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(b_a, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
         if GATED:
-            b_up = tl.load(p_up, mask=in_k[:, None] & in_n[None, :], other=0.0).to(OPERAND)
+            b_up = tl.load(p_up, mask=in_k[:, None] & in_n[None, :], other=0.0)
             acc_up = tl.dot(b_a, b_up, acc_up, input_precision=PRECISION, out_dtype=ACC)
             p_up += BLOCK_K * w_col
         p_a += BLOCK_K * a_col
@@ -276,8 +276,9 @@ _TILES_16BIT = (
     Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 64, 4, 4),
 )
-#: Two accumulators (SwiGLU) or the operands of a derivative do not fit beside a 128 x 128 accumulator:
-#: compiled for sm_90, the gradient of SwiGLU spills 944 bytes a thread there.
+#: Two accumulators (SwiGLU), the operands of a derivative, or the scattered addresses of a transposed output
+#: do not fit beside a 128 x 128 accumulator: the gradient of SwiGLU spills 944 bytes a thread on sm_90, a
+#: transposed residual 104 on sm_80.
 _TILES_NARROW = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4))
 #: float32 multiplies outside the tensor cores unless TF32 is allowed, so its tiles are small.
 _TILES_FLOAT32 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
@@ -285,14 +286,20 @@ _TILE_INTERPRETER = Tile(64, 64, 64, 1, 1)
 
 
 def choose_tile(
-    M: int, N: int, batch: int, activation: Activation, operand: torch.dtype, target: Target
+    M: int,
+    N: int,
+    batch: int,
+    activation: Activation,
+    operand: torch.dtype,
+    target: Target,
+    *,
+    transposed: bool = False,
 ) -> Tile:
     """The largest tile that still gives every processor one; a heuristic, by shape only."""
     if target.interpreted:
         return _TILE_INTERPRETER
-    tiles: tuple[Tile, ...] = (
-        _TILES_NARROW if activation == Activation.SWIGLU or activation.backward else _TILES_16BIT
-    )
+    narrow = activation.gated or activation.backward or transposed
+    tiles: tuple[Tile, ...] = _TILES_NARROW if narrow else _TILES_16BIT
     if operand == torch.float32:
         tiles = _TILES_FLOAT32
     tile = tiles[-1]
@@ -315,7 +322,6 @@ def gemm(
     a: Tensor,
     weight: Tensor,
     *,
-    operand: torch.dtype,
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
     activation: Activation = Activation.NONE,
@@ -332,8 +338,7 @@ def gemm(
 
     Args:
         a: Contiguous [B, L, K] (rows m = B L), or, ``transposed``, [B, K, D] read as B matrices [D, K].
-        weight: [N, K], of any strides; [2 N, K], gate above up, for SwiGLU.
-        operand: dtype that both operands are multiplied in.
+        weight: [N, K] in the dtype of ``a``, of any strides; [2 N, K], gate above up, for SwiGLU.
         bias: [N].
         activation: Applied after the bias. The backward forms read ``pre``, write the gradient of the
             pre-activation, and return the activation too.
@@ -351,6 +356,8 @@ def gemm(
         the pre-activations, or the recomputed activation for a backward form, or None; and the partial
         sums of squares or None.
     """
+    operand = a.dtype
+    assert weight.dtype == operand, f"operands {operand} and {weight.dtype}"
     batches, outer, inner = a.shape
     N = weight.shape[0] // (2 if activation == Activation.SWIGLU else 1)
     width = N * (2 if activation.gated else 1)
@@ -360,7 +367,7 @@ def gemm(
         return (batches, columns, inner) if transposed else (batches, outer, columns)
 
     target = target_of(a)
-    tile = choose_tile(M, N, batch, activation, operand, target)
+    tile = choose_tile(M, N, batch, activation, operand, target, transposed=transposed)
     out = a.new_empty(shape(width if activation.backward else N), dtype=out_dtype)
     act = a.new_empty(shape(N), dtype=operand) if activation.backward else None
     if save_pre:
@@ -385,7 +392,6 @@ def gemm(
         HAS_MASK=mask is not None,
         SAVE_PRE=save_pre,
         OUT_SUMSQ=write_sumsq,
-        OPERAND=TL_DTYPE[operand],
         ACC=accumulator(operand),
         PRECISION=input_precision(operand),
         BLOCK_M=tile.m,

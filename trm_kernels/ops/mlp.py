@@ -23,6 +23,7 @@ from trm_kernels.ops.sublayer import (
 def _prepare(
     x: Tensor, parameters: list[Tensor], mask: Tensor | None, layout: str, eps: float, operand: torch.dtype
 ) -> tuple[Call, Sublayer]:
+    mask = None if mask is None else mask.contiguous()
     call = Call(LAYOUTS[layout], eps, operand, residual=x.dtype, mask=mask)
     return call, unpack_sublayer(call.layout, call.layout.mlp, iter(parameters))
 
@@ -83,7 +84,7 @@ def _mlp_saving_fake(
 def _mlp_backward_fake(
     grad: Tensor, saved: list[Tensor], x: Tensor, parameters: list[Tensor], *rest: Any
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape), *(torch.empty_like(parameter) for parameter in parameters)]
+    return [x.new_empty(x.shape), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
 
 
 class _Mlp(torch.autograd.Function):

@@ -205,6 +205,7 @@ def add_rms_norm(
         The sum h [B, L, D], its normalised form [B, L, D] in ``out_dtype``, and the sums of squares
         [rows, 1]; None for each that was not asked for.
     """
+    assert mask is None or axis == -1, "a mask [B, L] has one value a row only along the width"
     view = _Rows.of(x, axis, target_of(x))
     total = torch.empty_like(x) if write_sum else None
     out = torch.empty_like(x, dtype=out_dtype) if write_out else None
@@ -253,8 +254,9 @@ def rms_norm_backward(
     view = _Rows.of(h, axis, target)
     grad_h = torch.empty_like(h)
     normed = None if normed_dtype is None else torch.empty_like(h, dtype=normed_dtype)
-    # Four programs a multiprocessor hide the latency of a loop over rows; more only lengthen the sum.
-    programs = min(view.blocks, 4 * target.processors)
+    # With a weight, four programs a multiprocessor hide the latency of a loop over rows; more only lengthen
+    # the sum of their partial gradients.
+    programs = view.blocks if weight is None else min(view.blocks, 4 * target.processors)
     partial = None
     if weight is not None:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -280,6 +282,13 @@ def _add3(
     x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     y, z = (None if addend is None else addend.contiguous() for addend in (y, z))
+    for addend in (y, z):
+        if addend is not None and (addend.shape != x.shape or addend.dtype != x.dtype):
+            raise ValueError(f"expected addends of shape {list(x.shape)} and dtype {x.dtype}")
+    if weight is not None:
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"expected a weight [{x.shape[-1]}], got {list(weight.shape)}")
+        weight = weight.contiguous()
     total, out, _ = add_rms_norm(x.contiguous(), y, z, weight, eps=eps, write_sum=True)
     assert total is not None and out is not None
     return total, out
@@ -311,8 +320,7 @@ class _Add3RmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, z: Tensor | None, weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            total, out = add3_rms_norm(x, y, z, weight, eps)
+        total, out = add3_rms_norm(x, y, z, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.addends = eps, (y is not None, z is not None)
         return total, out

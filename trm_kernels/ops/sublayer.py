@@ -1,8 +1,9 @@
 """The two sublayers of a block, ``h + second(f(first(norm(h))))``: what forward and backward share.
 
 Precision: operands of every GEMM are in ``operand``; the residual stream stays in the dtype of x, which
-under autocast is float32. With float16 operands under a float32 residual the norm is applied before the
-operand is rounded, because an unnormalised stream may pass 65504.
+under autocast is float32. A norm is folded into the next weights only where the stream itself can be the
+operand: not under a wider residual, and not in float16, whose range neither the unnormalised stream (over
+65504) nor the folded weights (products under 6e-5) need respect. There a row kernel applies it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels.ops.attention import NO_DROPOUT, Dropout, attention_backward
@@ -88,13 +90,17 @@ class Sublayer:
 
 def unpack_sublayer(layout: Layout, part: SublayerLayout, parameters: Iterator[Tensor]) -> Sublayer:
     """Take one sublayer's tensors off the front of a flat list."""
+
+    def vector() -> Tensor:
+        return next(parameters).contiguous()  # matrices are read with their strides, vectors are not
+
     return Sublayer(
         part,
-        next(parameters) if layout.pre_norm else None,
+        vector() if layout.pre_norm else None,
         tuple(next(parameters) for _ in range(part.weights)),
-        next(parameters) if part.biases else None,
+        vector() if part.biases else None,
         next(parameters),
-        next(parameters) if part.biases else None,
+        vector() if part.biases else None,
     )
 
 
@@ -115,17 +121,21 @@ class Call:
     eps: float
     operand: torch.dtype
     residual: torch.dtype
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # contiguous uint8 [B, L]
     n_heads: int = 1
     ends: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     dropout: Dropout = NO_DROPOUT
 
+    @property
+    def folding(self) -> bool:
+        """Whether norms along the width are folded into the next weights, from row sums left behind."""
+        return self.layout.pre_norm and self.operand == self.residual != torch.float16
+
     def folds(self, sublayer: Sublayer) -> bool:
         """Whether the sublayer's norm is folded into its first weights."""
-        overflows = self.operand == torch.float16 and self.residual == torch.float32
-        return sublayer.norm is not None and not sublayer.layout.tokens and not overflows
+        return self.folding and not sublayer.layout.tokens
 
     def axis(self, sublayer: Sublayer) -> int:
         """Axis of the sublayer's norm."""
@@ -142,6 +152,15 @@ class Call:
         return self.n_heads, self.mask, self.ends, self.cos, self.sin, self.dropout
 
 
+def _aligned(weight: Tensor) -> Tensor:
+    """``weight`` [N, K] with rows that start at multiples of 16 elements.
+
+    A token mixer's K is the sequence length. Compiled for sm_90, rows of 97 elements are loaded without
+    asynchronous copies, and every product waits for them.
+    """
+    return F.pad(weight, (0, -weight.shape[1] % 16))[:, : weight.shape[1]]
+
+
 def first_half(
     call: Call, sublayer: Sublayer, h: Tensor, sumsq: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -155,14 +174,17 @@ def first_half(
         scale = {"sumsq": sumsq, "eps": call.eps}
     else:
         weight = sublayer.stacked(call.operand)
-        if sublayer.norm is not None:
+        if sublayer.layout.tokens:
+            weight = _aligned(weight)
+        if sublayer.norm is None:
+            h = h.to(call.operand)
+        else:
             _, normed, _ = add_rms_norm(h, weight=sublayer.norm, eps=call.eps, out_dtype=call.operand)
             assert normed is not None
             h = normed
     out, pre, _ = gemm(
         h,
         weight,
-        operand=call.operand,
         out_dtype=call.operand,
         bias=sublayer.first_bias,
         activation=sublayer.layout.activation,
@@ -181,12 +203,11 @@ def second_half(
     out, _, sumsq = gemm(
         inner,
         sublayer.second.to(call.operand),
-        operand=call.operand,
         out_dtype=call.residual,
         bias=sublayer.second_bias,
         residual=h,
         mask=mask if pre_norm else None,
-        write_sumsq=pre_norm and not sublayer.layout.tokens,
+        write_sumsq=call.folds(sublayer),
         transposed=sublayer.layout.tokens,
     )
     if pre_norm:
@@ -214,7 +235,8 @@ def _bias_gradient(grad: Tensor, bias: Tensor | None, tokens: bool) -> Tensor | 
 
 def _input_gradient(grad: Tensor, weight: Tensor, tokens: bool) -> Tensor:
     """Gradient of a linear map's input, in the dtype of ``grad``."""
-    return weight.t() @ grad if tokens else grad @ weight
+    # Detached: matmul copies a broadcast operand that requires a gradient.
+    return weight.detach().t() @ grad if tokens else grad @ weight
 
 
 def _first_gradients(sublayer: Sublayer, grad: Tensor, a: Tensor) -> tuple[Tensor, ...]:
@@ -256,7 +278,6 @@ def sublayer_backward(
         grad_first, activated, _ = gemm(
             grad_out,
             second.t(),
-            operand=call.operand,
             out_dtype=call.operand,
             activation=_DERIVATIVE[sublayer.layout.activation],
             pre=saved[0],
