@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from trm_kernels.ops._launch import TARGETS
-
 ROOT = Path(__file__).parent.parent
 DEFAULT_TARGETS = ("sm_90", "sm_80")
 
-pytestmark = pytest.mark.interpreter
+# Not marked `interpreter`: nothing is launched, and a GPU run has better uses for these minutes.
+TARGETS = pytest.importorskip("trm_kernels.ops._launch", reason="triton is not installed").TARGETS
 
 
 def compile_for(target: str, environment: dict[str, str]) -> list[dict[str, Any]]:

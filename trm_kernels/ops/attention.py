@@ -435,8 +435,13 @@ def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, target: Targe
     if target.interpreted:
         return _INTERPRETER
     tile = (_BACKWARD if backward else _FORWARD)[dtype.itemsize][power_of_two(head_dim, 16)]
-    # A second stage of the ring does not fit beside the tiles in AMD's 64 KiB.
-    return tile if target.kind == "cuda" else replace(tile, stages=1)
+    if target.kind != "cuda":
+        return replace(tile, stages=1)  # a second stage does not fit beside the tiles in AMD's 64 KiB
+    datacenter_blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
+    if datacenter_blackwell and tile == _FORWARD[2][16]:
+        # Its accumulators lie outside the registers, and pass through them: 4 warps spill up to 256 bytes.
+        return replace(tile, warps=8, stages=1)
+    return tile
 
 
 @dataclass(frozen=True)
