@@ -162,7 +162,7 @@ def test_the_environment_chooses_and_is_checked() -> None:
     assert chosen.stdout.split() == ["compile", "False", "compile"], chosen.stderr
     wrong = run_python(code, TRM_BACKEND="cutlass")
     assert wrong.returncode != 0
-    assert "ValueError: unknown backend 'cutlass'" in wrong.stderr
+    assert "ValueError: TRM_BACKEND: unknown backend 'cutlass'" in wrong.stderr
 
 
 def test_importing_needs_torch_alone() -> None:

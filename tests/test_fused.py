@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.common import DTYPES, launched
@@ -274,6 +275,10 @@ def test_refusals_name_the_reason(device: str) -> None:
     hooked.layers[0].mlp[0].register_forward_hook(lambda *_: None)
     assert "hooks" in reason(hooked)
 
+    watched = copy.deepcopy(net)
+    watched.layers[0].mlp[0].register_full_backward_pre_hook(lambda *_: None)
+    assert "hooks" in reason(watched)
+
     class Adapter(torch.nn.Linear):
         """Stands for a LoRA wrapper: a linear layer that computes something else."""
 
@@ -289,6 +294,44 @@ def test_refusals_name_the_reason(device: str) -> None:
     assert "lacks a parameter" in reason(unbiased)
     if INTERPRET:
         assert "bit patterns" in reason(copy.deepcopy(net).bfloat16(), x.bfloat16())
+
+
+def test_a_second_derivative_is_never_silently_dropped(device: str) -> None:
+    net = TinyRecursiveNetwork(16, 1, 2, backend="triton").to(device)
+    x = torch.randn(1, 4, 16, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.square().sum().backward()
+
+
+def test_transforms_are_refused_and_auto_serves_them(device: str) -> None:
+    net = TinyRecursiveNetwork(16, 1, 2, family="scratch").to(device)
+    x = torch.randn(1, 4, 16, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        return net(x).square().sum()
+
+    with use_backend("triton"), pytest.raises(BackendError, match=r"torch\.func"):
+        torch.func.grad(loss)(x)
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(x), leaf.grad)
+    with use_backend("triton"), torch.autograd.forward_ad.dual_level(), pytest.raises(BackendError):
+        net(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_rotary_tables_of_a_fake_call_are_not_kept(device: str) -> None:
+    net = TinyRecursiveNetwork(16, 1, 2, family="scratch", backend="triton").to(device)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net(torch.randn(1, 11, 16, device=device))
+    assert type(net(torch.randn(1, 11, 16, device=device))) is Tensor
+
+
+def test_inference_mode_before_training_leaves_no_trace(device: str) -> None:
+    net = TinyRecursiveNetwork(16, 1, 2, family="scratch", backend="triton").to(device)
+    with torch.inference_mode():
+        net(torch.randn(1, 13, 16, device=device))
+    net(torch.randn(1, 13, 16, device=device)).sum().backward()
 
 
 @pytest.mark.gpu

@@ -283,3 +283,22 @@ def test_hooks_on_the_network_run() -> None:
     net.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     nn.Sequential(net)(torch.randn(2, 7, WIDTH))
     assert seen == [(2, 7, WIDTH)]
+
+
+def test_an_empty_batch_gives_an_empty_batch() -> None:
+    net = TinyRecursiveNetwork(16, 2, 2)
+    assert net(torch.randn(0, 5, 16)).shape == (0, 5, 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_theta": 0.0},
+        {"family": "paper", "dropout": 0.1},
+        {"n_heads": 3},
+        {"family": "seed", "mixer": "tokens"},
+    ],
+)
+def test_descriptions_of_no_network_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        NetworkConfig(16, **{"family": "scratch"} | options)

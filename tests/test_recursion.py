@@ -82,6 +82,12 @@ def test_without_gradients_nothing_is_recorded() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_negative_number_of_steps_is_refused() -> None:
+    x = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match="n must be"):
+        latent_recursion(torch.nn.Identity(), x, x, x, -1)
+
+
 @pytest.mark.parametrize("T", [0, -1])
 def test_a_deep_recursion_of_nothing_is_refused(T: int) -> None:
     with pytest.raises(ValueError, match="T must be at least 1"):

@@ -123,24 +123,24 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 
-#: What ``auto`` tries, by device. torch.compile is left out on CPUs: it gains at most 7% over eager
-#: there (DESIGN: 1.07x at d 256, 0.93x at batch 8) and takes tens of seconds to compile.
+#: What ``auto`` tries, by device. torch.compile is left out on CPUs: it is 1.05 to 1.2 times as fast as
+#: eager there (bench/results/cpu.jsonl), and takes tens of seconds to compile, unasked.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "compile", "eager"),
     "cpu": ("native", "eager"),
 }
 _AUTO_ELSEWHERE = ("eager",)
 
-_ENVIRONMENT = os.environ.get("TRM_BACKEND", "auto")
+_ENVIRONMENT = os.environ.get("TRM_BACKEND") or "auto"
 # Plain module state: torch.compile guards it (it cannot see a ContextVar), and the recomputation of a
 # checkpoint, which runs on autograd's own threads, sees the same choice.
 _context: str | None = None
 
 
-def validate_name(name: str) -> str:
-    """Return ``name``, or raise ValueError if it names no backend."""
+def validate_name(name: str, source: str = "") -> str:
+    """Return ``name``, or raise ValueError, its message led by ``source``, if it names no backend."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
     return name
 
 
@@ -162,10 +162,10 @@ def use_backend(name: str) -> Iterator[None]:
 def requested(argument: str | None = None) -> str:
     """The backend that argument, context and environment ask for: a name, or ``"auto"``."""
     if argument is not None:
-        return argument
+        return validate_name(argument)
     if _context is not None:
         return _context
-    return validate_name(_ENVIRONMENT)
+    return validate_name(_ENVIRONMENT, "TRM_BACKEND: ")
 
 
 def refusal(name: str, net: FusedModule, x: Tensor, mask: Tensor | None = None) -> Refusal:

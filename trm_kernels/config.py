@@ -64,6 +64,8 @@ class NetworkConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if not self.rope_theta > 0.0:
+            raise ValueError(f"rope_theta must be positive, not {self.rope_theta}")
         if self.dropout and self.family == "paper":
             raise ValueError("the paper family has no dropout: leave dropout at 0")
         if self.mixer == "tokens":

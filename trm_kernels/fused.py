@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from trm_kernels import ops, reference
 from trm_kernels.config import NetworkConfig
@@ -148,6 +149,11 @@ def refuses(module: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
         return f"head size {config.head_dim} is over 256"
     if config.mixer == "tokens" and x.shape[1] > _LONGEST:
         return f"sequence length {x.shape[1]} of a token mixer is over {_LONGEST}"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return "the kernels have no rules for torch.func transforms or forward-mode differentiation"
+        if x.is_inference() and torch.is_grad_enabled():
+            return "the input was made in inference mode, and cannot be saved for a backward"
     if mask is not None and mask.device != x.device:
         return f"the mask is on {mask.device}, the input on {x.device}"
     return _refuses_modules(module, x)
@@ -186,17 +192,21 @@ def _refuses_modules(module: FusedModule, x: Tensor) -> str | None:
 
 def _is_hooked(child: nn.Module) -> bool:
     """Whether calling ``child`` does more than its class says."""
-    hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
-    return bool(hooks) or "forward" in child.__dict__
+    forward = child._forward_hooks or child._forward_pre_hooks
+    backward = child._backward_hooks or child._backward_pre_hooks
+    return bool(forward) or bool(backward) or "forward" in child.__dict__
 
 
 def _rotary_tables(config: NetworkConfig, x: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous RoPE tables [L, E/2] for ``x``; the same tensors again for the same shape."""
     wide = torch.promote_types(x.dtype, torch.float32)
     arguments = x.shape[1], config.head_dim, config.rope_theta, wide, x.device
-    # What a captured graph computes exists only in its own memory and only after a replay.
+    if torch.compiler.is_compiling():
+        return _make_tables(*arguments)
+    # What a captured graph computes exists only in its own memory and only after a replay; what a dispatch
+    # mode makes may be no real tensor.
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if capturing or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter):
         return _make_tables(*arguments)
     return _cached_tables(*arguments)
 

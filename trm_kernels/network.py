@@ -32,8 +32,8 @@ class FusedModule(nn.Module):
 
         Args:
             x: Input [B, L, D].
-            mask: 1 at valid positions, 0 at padding [B, L], any dtype and any pattern. Padding is not
-                attended to, and comes out as zeros.
+            mask: 1 at valid positions, 0 at padding [B, L], any dtype and any pattern (not an additive
+                mask). Padding is not attended to, and comes out as zeros; it must be finite.
 
         Returns:
             Output [B, L, D].

@@ -27,13 +27,16 @@ def latent_recursion(
         x: Embedded question [B, L, D].
         y: Current answer [B, L, D].
         z: Current latent state [B, L, D].
-        n: Number of latent steps.
+        n: Number of latent steps; 0 refines the answer alone.
         mask: 1 at valid positions [B, L].
         output_norm: Applied after every call of the network (``SequenceTRM`` of anonx3247/llm-trm).
 
     Returns:
         The new ``(y, z)``.
     """
+
+    if n < 0:
+        raise ValueError(f"n must be at least 0, not {n}")
 
     def step(h: Tensor) -> Tensor:
         out = net(h) if mask is None else net(h, mask=mask)

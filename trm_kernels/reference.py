@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         # Dropout first: torch.compile then guards train or eval mode only where it matters.
         dropout = self.config.dropout if self.config.dropout > 0.0 and self.training else 0.0
         out = attention(q, k, v, mask, dropout, keep)
-        return self.output(out.transpose(1, 2).reshape(batch, length, -1))
+        return self.output(out.transpose(1, 2).reshape(batch, length, self.config.d_model))
 
 
 class SeedAttention(SelfAttention):

@@ -74,7 +74,7 @@ class Budget:
         if cost <= self.left:
             return None
         return (
-            f"takes about {cost:.0f} s, and {max(self.left, 0):.0f} s of --budget {self.seconds:.0f} are left"
+            f"takes about {cost:.2g} s, and {max(self.left, 0):.0f} s of --budget {self.seconds:.0f} are left"
         )
 
 

@@ -132,7 +132,7 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
     help="Width. [default: 256, then 2048 (SmolLM3)]",
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="B", help="Batch size. [default: 1]")
-@click.option("--layers", type=click.IntRange(min=1), help="Blocks of the network. [default: 2]")
+@click.option("--layers", type=click.IntRange(1, 1024), help="Blocks of the network. [default: 2]")
 @click.option("--heads", type=click.IntRange(min=1), help="Attention heads; must divide D. [default: 8]")
 @click.option(
     "--family", type=click.Choice(["seed", "scratch", "paper"]), help="Which block. [default: seed]"
@@ -180,7 +180,7 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
     "[default: 33 a case on a CPU, 60 elsewhere]",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and inputs."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and inputs."
 )
 def bench(
     latents: int | None,

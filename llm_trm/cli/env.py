@@ -93,4 +93,6 @@ def env(as_json: bool) -> None:
         reason = backend["unavailable"]
         state = f"unavailable: {reason}" if reason else "available"
         line(name, f"{state} ({backend['summary']})")
-    line("TRM_BACKEND", facts["TRM_BACKEND"] or "not set")
+    chosen, known = facts["TRM_BACKEND"] or "not set", ("auto", *facts["backends"])
+    flaw = "" if chosen in ("not set", *known) else f" (unknown: choose from {', '.join(known)})"
+    line("TRM_BACKEND", f"{chosen}{flaw}")

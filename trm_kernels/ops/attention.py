@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trm_kernels.ops._launch import (
     Target,
@@ -31,7 +30,7 @@ from trm_kernels.ops._launch import (
     power_of_two,
     target_of,
 )
-from trm_kernels.ops._library import define
+from trm_kernels.ops._library import define, first_order
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -645,7 +644,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, mask, cos, sin, seed = ctx.saved_tensors
         grad_qkv = attention_gradient(grad, qkv, out, lse, ctx.n_heads, mask, cos, sin, ctx.dropout, seed)

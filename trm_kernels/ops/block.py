@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from trm_kernels.ops._library import define
+from trm_kernels.ops._library import define, first_order
 from trm_kernels.ops.attention import Dropout, attention_forward, mask_ends
 from trm_kernels.ops.gemm import sumsq_parts
 from trm_kernels.ops.norm import add_rms_norm
@@ -191,7 +190,7 @@ class _Block(torch.autograd.Function):
         return out, row_sums
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, ends, cos, sin, seed, *tensors = ctx.saved_tensors
         parameters, saved = tensors[: ctx.count], tensors[ctx.count :]

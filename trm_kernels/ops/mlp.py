@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from trm_kernels.ops._library import define
+from trm_kernels.ops._library import define, first_order
 from trm_kernels.ops.sublayer import (
     LAYOUTS,
     Call,
@@ -98,7 +97,7 @@ class _Mlp(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, *tensors = ctx.saved_tensors
         parameters, saved = tensors[: ctx.count], tensors[ctx.count :]

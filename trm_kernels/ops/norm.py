@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trm_kernels.ops._launch import Target, accumulator, cdiv, launch, power_of_two, target_of
-from trm_kernels.ops._library import define
+from trm_kernels.ops._library import define, first_order
 
 #: Columns that share one partial sum of squares; every GEMM tile is a multiple of it wide.
 SUMSQ_COLUMNS = tl.constexpr(32)
@@ -326,7 +325,7 @@ class _Add3RmsNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_sum: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         grad_h, grad_weight = add3_rms_norm_backward(grad_sum, grad_out, h, weight, ctx.eps)
