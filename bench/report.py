@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_trm.benchmark.plot import plot
 from llm_trm.benchmark.results import CaseResult, read
-from llm_trm.benchmark.table import footnotes, markdown_table, title
+from llm_trm.benchmark.table import footnotes, markdown_table, number, title
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -88,8 +88,8 @@ def summary(reports: list[DeviceReport]) -> str:
         lines = [["ms", "limit", *names], ["---"] + ["---:"] * (len(names) + 1)]
         for result in report.results:
             medians = {row.backend: row.median_ms for row in result.rows if row.median_ms is not None}
-            cells = [f"{medians[name]:.3g}" if name in medians else "-" for name in names]
-            lines.append([result.case.name, f"{result.floor_ms:.3g}", *cells])
+            cells = [number(medians[name]) if name in medians else "-" for name in names]
+            lines.append([result.case.name, number(result.floor_ms), *cells])
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts += [f"{report.device} ({report.provenance()}):", table]
     return "\n\n".join(parts + _missing(reports))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_trm.benchmark.results import CaseResult
+from llm_trm.benchmark.table import number
 
 _COLOURS = {
     "original": "#b0b0b0",
@@ -55,7 +56,7 @@ def _panel(axis, result: CaseResult) -> None:  # type: ignore[no-untyped-def]
     colours = [_COLOURS.get(row.backend, "#888888") for row in rows]
     axis.barh([row.backend for row in rows], medians, xerr=whiskers, color=colours, ecolor="#333333")
     axis.axvline(result.floor_ms, color="black", linestyle=":", linewidth=1)
-    axis.bar_label(axis.containers[-1], labels=[f" {median:.3g} ms" for median in medians], fontsize=8)
+    axis.bar_label(axis.containers[-1], labels=[f" {number(median)} ms" for median in medians], fontsize=8)
     axis.margins(x=0.15)
     axis.set_xlabel("ms a call (dotted: the limit measured in the same run)", fontsize=8)
     axis.tick_params(labelsize=8)

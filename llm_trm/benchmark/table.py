@@ -13,7 +13,7 @@ from llm_trm.benchmark.results import CaseResult, Row
 _MISSING = "-"
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """``value`` with at least ``digits`` significant digits."""
     if value is None:
         return _MISSING
@@ -34,12 +34,12 @@ def _error(row: Row) -> str:
 
 def _speed(row: Row) -> str:
     if row.status == "ok":
-        return _number(row.median_ms)
+        return number(row.median_ms)
     return "WRONG" if row.status == "wrong" else row.status
 
 
 def _memory(row: Row) -> str:
-    return _MISSING if row.peak_bytes is None else _number(row.peak_bytes / 2**20)
+    return _MISSING if row.peak_bytes is None else number(row.peak_bytes / 2**20)
 
 
 def _ratio(baseline: str) -> Callable[[Row], str]:
@@ -57,9 +57,9 @@ def columns(result: CaseResult) -> dict[str, Callable[[Row], str]]:
     return {
         "backend": lambda row: row.backend,
         "ms": _speed,
-        "p20": lambda row: _number(row.p20_ms),
-        "p80": lambda row: _number(row.p80_ms),
-        "TFLOP/s": lambda row: _number(row.tflops),
+        "p20": lambda row: number(row.p20_ms),
+        "p80": lambda row: number(row.p80_ms),
+        "TFLOP/s": lambda row: number(row.tflops),
         "of limit": lambda row: _MISSING if row.share is None else f"{row.share:.1%}",
         "peak MiB": _memory,
         "error y / grads" if gradients else "error": _error,
@@ -84,8 +84,8 @@ def title(result: CaseResult) -> str:
 def footnotes(result: CaseResult) -> list[str]:
     """The limit that shares are taken of, and why rows have no figures."""
     limit = (
-        f"limit {_number(result.floor_ms)} ms, from {_number(result.matmul_tflops)} TFLOP/s (matrix product) "
-        f"and {_number(result.copy_gbps)} GB/s (copy) measured in this run"
+        f"limit {number(result.floor_ms)} ms, from {number(result.matmul_tflops)} TFLOP/s (matrix product) "
+        f"and {number(result.copy_gbps)} GB/s (copy) measured in this run"
     )
     return [limit] + [f"{row.backend}: {row.reason}" for row in result.rows if row.reason]
 
