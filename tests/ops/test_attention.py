@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops.common import DTYPES, FLOAT64, check_rule, launched
 from trm_kernels import reference
-from trm_kernels.ops.attention import Dropout, attention, dropout_keep
+from trm_kernels.ops.attention import Dropout, attention, dropout_keep, mask_ends
 
 pytestmark = pytest.mark.interpreter
 KERNELS = (
@@ -195,3 +195,12 @@ def test_arguments_that_do_not_fit_are_refused(device: str) -> None:
     ):
         with pytest.raises(ValueError, match=word):
             attention(qkv, n_heads, bad_mask, cos, sin, dropout, None)
+
+
+def test_a_valid_key_at_the_start_of_the_last_tile_counts(device: str) -> None:
+    mask = torch.zeros(1, 65, dtype=torch.bool, device=device)
+    mask[0, 0] = mask[0, 64] = True
+    assert mask_ends(mask.to(torch.uint8)).tolist() == [65]
+    assert mask_ends(torch.zeros(1, 3, dtype=torch.uint8, device=device)).tolist() == [0]
+    case = Case(1, 65, 1, 8, device, mask=mask)
+    check_rule(case.ours, case.eager, case.make, torch.float32, seeds=1)
