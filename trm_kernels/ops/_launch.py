@@ -15,13 +15,6 @@ from torch import Tensor
 
 from trm_kernels.ops import INTERPRET
 
-TL_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
 
 @dataclass(frozen=True)
 class Target:

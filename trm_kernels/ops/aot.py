@@ -76,12 +76,6 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(kernel, ordered, constexprs=constants, attrs=attributes)
 
 
-def key(launch: Launch) -> str:
-    """Equal for launches that compile to the same code."""
-    source = _source(launch)
-    return f"{source.hash()}-{launch.warps}-{launch.stages}"
-
-
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile one launch for ``target``."""
     gpu = GPUTarget(target.kind, target.arch, 32 if target.kind == "cuda" else 64)

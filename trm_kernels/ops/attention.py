@@ -510,7 +510,7 @@ def attention_forward(
     batch, length, width = qkv.shape
     tile, constants, numbers = _common(qkv, n_heads, mask, cos, dropout, backward=False)
     out = qkv.new_empty((batch, length, width // 3))
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty((batch, n_heads, length), dtype=wide)
     launch(
         attention_kernel,
@@ -626,7 +626,7 @@ def _attention_fake(qkv: Tensor, *rest: Any) -> Tensor:
 
 
 def _attention_saving_fake(qkv: Tensor, n_heads: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(qkv.dtype, torch.float32)
     return _attention_fake(qkv), qkv.new_empty((qkv.shape[0], n_heads, qkv.shape[1]), dtype=wide)
 
 

@@ -135,7 +135,7 @@ def _block_backward(
 def _row_sums_fake(x: Tensor, call: Call) -> Tensor:
     if not call.folding:
         return x.new_empty(0)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((x.shape[0] * x.shape[1], sumsq_parts(x.shape[2])), dtype=wide)
 
 
@@ -157,7 +157,7 @@ def _block_saving_fake(
         rows = sum(weight.shape[0] for weight in mixer.first)
         saved += [x.new_empty((batch, rows, width), dtype=operand)]
     else:
-        wide = torch.float64 if operand == torch.float64 else torch.float32
+        wide = torch.promote_types(operand, torch.float32)
         saved += [
             x.new_empty((batch, length, 3 * width), dtype=operand),
             x.new_empty((batch, length, width), dtype=operand),

@@ -374,7 +374,7 @@ def gemm(
         pre = a.new_empty(shape(width), dtype=operand)
     out_sumsq = None
     if write_sumsq:
-        wide = torch.float64 if operand == torch.float64 else torch.float32
+        wide = torch.promote_types(operand, torch.float32)
         out_sumsq = a.new_empty((M, sumsq_parts(N)), dtype=wide)
     parts = 0 if sumsq is None else sumsq.shape[1]
     launch(

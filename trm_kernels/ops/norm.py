@@ -208,7 +208,7 @@ def add_rms_norm(
     view = _Rows.of(x, axis, target_of(x))
     total = torch.empty_like(x) if write_sum else None
     out = torch.empty_like(x, dtype=out_dtype) if write_out else None
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     sumsq = torch.empty((view.rows, 1), dtype=wide, device=x.device) if write_sumsq else None
     launch(
         add_rms_norm_kernel,
@@ -258,7 +258,7 @@ def rms_norm_backward(
     programs = view.blocks if weight is None else min(view.blocks, 4 * target.processors)
     partial = None
     if weight is not None:
-        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(h.dtype, torch.float32)
         partial = torch.empty((programs, view.cols), dtype=wide, device=h.device)
     launch(
         rms_norm_backward_kernel,
