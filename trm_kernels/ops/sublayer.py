@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels.ops.attention import NO_DROPOUT, Dropout, attention_backward
-from trm_kernels.ops.gemm import Activation, fold, gemm
+from trm_kernels.ops.gemm import fold, gemm
 from trm_kernels.ops.norm import add_rms_norm, rms_norm_backward
+from trm_kernels.ops.tiles import Activation
 
 
 @dataclass(frozen=True)
