@@ -25,12 +25,15 @@ class Target:
         arch: Compute capability times ten (90 for Hopper), or the gfx name.
         processors: Streaming multiprocessors.
         shared_memory: Bytes of shared memory that one program may take.
+        name: The device's name, by which tables of measurements are found; empty for a target that is
+            compiled for and not run on.
     """
 
     kind: str
     arch: int | str
     processors: int
     shared_memory: int
+    name: str = ""
 
     @property
     def interpreted(self) -> bool:
@@ -84,12 +87,13 @@ def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
-        return Target("hip", arch, properties.multi_processor_count, 64 * 1024)
+        return Target("hip", arch, properties.multi_processor_count, 64 * 1024, properties.name)
     return Target(
         "cuda",
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined] # missing in torch's stubs
+        properties.name,
     )
 
 

@@ -1,9 +1,11 @@
-"""Tile shapes and schedules of the GEMM kernels: a heuristic by shape, dtype and device."""
+"""Route, tile shape and schedule of each GEMM: a heuristic by shape, dtype and device."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -38,6 +40,58 @@ class Tile:
     warps: int
     stages: int
 
+
+Kernel = Literal["gemm", "activation_gradient", "norm_gradient", "weight_gradient"]
+Route = Literal["triton", "library"]
+
+
+# A tuple, not a dataclass: launchers make one a call, and a frozen dataclass takes 1 to 2 us longer to make.
+class Problem(NamedTuple):
+    """One matrix product, as a launcher asks for it.
+
+    Attributes:
+        kernel: ``"gemm"``: C [M, N] = epilogue(A [M, K] W^T), W [N, K]. ``"activation_gradient"``: the same
+            product with the derivative of ``activation`` in the epilogue. ``"norm_gradient"``: the same with
+            the backward of an RMSNorm over N in the epilogue. ``"weight_gradient"``: C [N, K] = G^T A, contracted
+            over the M rows of G [M, N] and A [M, K].
+        M: Rows, the axis that batch and sequence length decide.
+        N: Columns of the output, one of the two halves where ``activation`` is gated.
+        K: The other side of the weight.
+        batch: Independent products of these sizes (token mixers), else 1.
+        activation: What the epilogue applies.
+        operand: Dtype of the operands.
+        transposed: Whether the product is taken along the sequence axis, [B, K, M] to [B, N, M].
+    """
+
+    kernel: Kernel
+    M: int
+    N: int
+    K: int
+    batch: int
+    activation: Activation
+    operand: torch.dtype
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a problem is computed.
+
+    Attributes:
+        route: ``"triton"``, or ``"library"``: torch's own product, then a kernel for the epilogue.
+        tile: Tile of the Triton kernel, m by n over the output and k along the contraction; unused by
+            ``"library"``.
+        splits: Parts that the contraction of a weight gradient is cut into, each with its own partial
+            sum; 1 elsewhere.
+    """
+
+    route: Route
+    tile: Tile
+    splits: int = 1
+
+
+#: Kernels whose launchers offer the route ``"library"``.
+LIBRARY_KERNELS: frozenset[Kernel] = frozenset()
 
 #: 16-bit tiles, largest first. 64 rows is the least that sm_90's wgmma takes.
 _TILES_16BIT = (
@@ -81,3 +135,38 @@ def choose_tile(
     stage = tile.k * (tile.m + tile.n * (2 if activation == Activation.SWIGLU else 1)) * operand.itemsize
     stages = min(tile.stages, max(1, target.shared_memory // stage - 1)) if target.kind == "cuda" else 2
     return Tile(tile.m, tile.n, tile.k, tile.warps, stages)
+
+
+#: Rows of a split: fewer would cost more in writing and adding partial sums than the added programs gain.
+_SPLIT_ROWS = 512
+
+
+def heuristic(problem: Problem, target: Target) -> Choice:
+    """The choice for a problem that nobody measured."""
+    kernel, M, N, K, batch, activation, operand, transposed = problem
+    if kernel == "weight_gradient":
+        return _split_heuristic(problem, target)
+    # The norm's backward reads two more tiles in its epilogue, as the derivative of an activation does.
+    narrow = transposed or kernel == "norm_gradient"
+    return Choice("triton", choose_tile(M, N, batch, activation, operand, target, transposed=narrow))
+
+
+def _split_heuristic(problem: Problem, target: Target) -> Choice:
+    """The largest tile that gives every processor a program once the rows are split."""
+    M, N, K, operand = problem.M, problem.N, problem.K, problem.operand
+    if target.interpreted:
+        return Choice("triton", _TILE_INTERPRETER)
+    rows = M * problem.batch
+    limit = max(1, rows // _SPLIT_ROWS)
+    tile = choose_tile(N, K, limit, Activation.NONE, operand, target)
+    wanted = target.processors // (cdiv(N, tile.m) * cdiv(K, tile.n))
+    splits = 1
+    while 2 * splits <= min(wanted, limit):
+        splits *= 2
+    return Choice("triton", tile, splits)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, target: Target) -> Choice:
+    """How ``problem`` is computed on ``target``."""
+    return heuristic(problem, target)
