@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from trm_kernels.ops._launch import Target, cdiv
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Activation(IntEnum):
@@ -143,7 +148,7 @@ _SPLIT_ROWS = 512
 
 def heuristic(problem: Problem, target: Target) -> Choice:
     """The choice for a problem that nobody measured."""
-    kernel, M, N, K, batch, activation, operand, transposed = problem
+    kernel, M, N, _, batch, activation, operand, transposed = problem
     if kernel == "weight_gradient":
         return _split_heuristic(problem, target)
     # The norm's backward reads two more tiles in its epilogue, as the derivative of an activation does.
@@ -167,6 +172,52 @@ def _split_heuristic(problem: Problem, target: Target) -> Choice:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, target: Target) -> Choice:
-    """How ``problem`` is computed on ``target``."""
+def _choose(problem: Problem, target: Target) -> Choice:
     return heuristic(problem, target)
+
+
+def choose(problem: Problem, target: Target) -> Choice:
+    """How ``problem`` is computed on ``target``; asked once by a launcher that is marked ``tunable``."""
+    if _watcher is None:
+        return _choose(problem, target)
+    return _watcher.choose(problem, target)
+
+
+class Watcher(Protocol):
+    """What a tuner puts between launchers and choices."""
+
+    def call(self, launcher: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``launcher``, which is about to ask for a choice."""
+
+    def choose(self, problem: Problem, target: Target) -> Choice:
+        """Answer the launcher that runs."""
+
+
+_watcher: Watcher | None = None
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Let ``watcher`` see the calls of tunable launchers and answer them; for one thread at a time."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def tunable(launcher: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Mark a module-level function that asks ``choose`` once and computes the whole problem.
+
+    A tuner records its arguments and calls it again, with other tensors of the same shapes and strides and
+    another choice. So it must depend on nothing but its arguments and the choice.
+    """
+
+    @functools.wraps(launcher)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if _watcher is None:
+            return launcher(*args, **kwargs)
+        return _watcher.call(call, args, kwargs)
+
+    return call
