@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Backend:
         unavailable: Why it cannot work in this process at all, or None.
         refuses: Why it cannot serve this call (network, input [B, L, D], mask [B, L]), or None.
         run: Runs the network on an input and mask that it does not refuse.
+        recursion: Where it can run a whole recursion at once.
     """
 
     name: str
@@ -45,6 +46,22 @@ class Backend:
     unavailable: Callable[[], Refusal]
     refuses: Callable[[FusedModule, Tensor, Tensor | None], Refusal]
     run: Callable[[FusedModule, Tensor, Tensor | None], Tensor]
+    recursion: FusedRecursion | None = None
+
+
+@dataclass(frozen=True)
+class FusedRecursion:
+    """A backend's own recursion.
+
+    Attributes:
+        refuses: Why a recursion over a network that the backend serves must call it step by step, or None:
+            network, states [B, L, D], and what is applied after every call.
+        run: ``run(net, x, y, z, n, T=, mask=, output_norm=, with_gradients=, memory=)``, as for
+            :func:`~trm_kernels.recursion.deep_recursion`, on states of one shape and dtype.
+    """
+
+    refuses: Callable[[FusedModule, Sequence[Tensor], object], Refusal]
+    run: Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,18 @@ def _run_triton(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return fused.run(net, x, mask)
 
 
+def _triton_refuses_recursion(net: FusedModule, states: Sequence[Tensor], output_norm: object) -> Refusal:
+    from trm_kernels import fused
+
+    return fused.refuses_recursion(net, states, output_norm)
+
+
+def _run_triton_recursion(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from trm_kernels import fused
+
+    return fused.run_recursion(*args, **options)
+
+
 def _native_unavailable() -> Refusal:
     return "this version has no C++ kernels"
 
@@ -118,7 +147,14 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("eager", "the reference, plain PyTorch", _always, _always, _run_eager),
         Backend("compile", "the reference under torch.compile", _always, _compile_refuses, _run_compile),
-        Backend("triton", "fused Triton kernels", _triton_unavailable, _triton_refuses, _run_triton),
+        Backend(
+            "triton",
+            "fused Triton kernels",
+            _triton_unavailable,
+            _triton_refuses,
+            _run_triton,
+            FusedRecursion(_triton_refuses_recursion, _run_triton_recursion),
+        ),
         Backend("native", "C++ kernels for CPUs", _native_unavailable, _always, _native_run),
     )
 }

@@ -1,17 +1,22 @@
-"""The ``triton`` backend: a network as a chain of fused blocks."""
+"""The ``triton`` backend: networks and recursions as chains of kernels."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from trm_kernels import ops, reference
-from trm_kernels.config import NetworkConfig
+from trm_kernels import ops, prepared, reference
+from trm_kernels.config import FLOAT32_EPS, NetworkConfig
 from trm_kernels.network import FusedModule, TransformerBlock
+from trm_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from trm_kernels.ops.chain import Memory
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A row of the residual stream is normalised in one tile.
@@ -20,9 +25,9 @@ _WIDEST = 8192
 #: 2976 bytes a thread at 8192 positions.
 _LONGEST = 2048
 
-#: Submodules of a block that hold parameters, and the parameters that the kernels read from each, in the
-#: order of the block's :class:`~trm_kernels.ops.sublayer.Layout`. Spelled out, because walking a module
-#: tree on every call takes longer on the host than launching its kernels (0.2 ms a network, measured).
+#: Submodules of a block that hold parameters, and the parameters that the kernels read from each, in the order
+#: of its :class:`~trm_kernels.ops.layouts.Layout`. Spelled out, because walking a module tree on every call
+#: takes longer on the host than launching its kernels (0.2 ms a network, measured).
 _READ: dict[str, tuple[tuple[str, str], ...]] = {
     "seed": (
         ("norm1", "weight"),
@@ -94,7 +99,7 @@ _KNOWN = frozenset(
 
 
 def layout_name(config: NetworkConfig) -> str:
-    """Which of :data:`trm_kernels.ops.sublayer.LAYOUTS` the blocks of a network follow."""
+    """Which of :data:`trm_kernels.ops.layouts.LAYOUTS` the blocks of a network follow."""
     return f"{config.family}-tokens" if config.mixer == "tokens" else config.family
 
 
@@ -108,7 +113,7 @@ def _submodule(block: nn.Module, path: str) -> nn.Module:
 
 
 def block_parameters(block: nn.Module) -> list[Tensor]:
-    """Parameters of a reference block in the order of its :class:`~trm_kernels.ops.sublayer.Layout`."""
+    """Parameters of a reference block in the order of its :class:`~trm_kernels.ops.layouts.Layout`."""
     assert isinstance(block, reference.TransformerBlock)
     named = _named_parameters(block, layout_name(block.config))
     return [parameter for _, parameter in named if parameter is not None]
@@ -197,10 +202,10 @@ def _is_hooked(child: nn.Module) -> bool:
     return bool(forward) or bool(backward) or "forward" in child.__dict__
 
 
-def _rotary_tables(config: NetworkConfig, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous RoPE tables [L, E/2] for ``x``; the same tensors again for the same shape."""
+def _rotary_tables(config: NetworkConfig, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous RoPE tables [L, E/2] for states like ``x``; the same tensors again for the same shape."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    arguments = x.shape[1], config.head_dim, config.rope_theta, wide, x.device
+    arguments = length, config.head_dim, config.rope_theta, wide, x.device
     if torch.compiler.is_compiling():
         return _make_tables(*arguments)
     # What a captured graph computes exists only in its own memory and only after a replay; what a dispatch
@@ -228,37 +233,159 @@ def _cached_tables(
         return _make_tables(length, head_dim, theta, dtype, device)
 
 
+def _matrices(
+    module: FusedModule, parameters: list[Tensor], layout: str, operand: torch.dtype
+) -> list[Tensor]:
+    """The matrices that the kernels read: kept in inference, made here in training."""
+    from trm_kernels.ops.layouts import LAYOUTS, prepare
+
+    if torch.compiler.is_compiling():
+        return []  # launches cannot be traced: the op makes them itself
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # A captured graph must fold again on every replay, as the weights may change between replays. Under a
+    # dispatch mode tensors may hold no data.
+    keeps = not (torch.is_grad_enabled() or module.training or capturing)
+    keeps = keeps and torch._C._len_torch_dispatch_stack() == 0
+    with torch.no_grad():
+        if not keeps:
+            return prepare(LAYOUTS[layout], parameters, operand)
+        key = prepared.key_of(parameters, operand)
+        matrices = prepared.recall(module, key)
+        if matrices is None:
+            # Tensors made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                matrices = prepare(LAYOUTS[layout], parameters, operand)
+            prepared.keep(module, key, matrices)
+        return matrices
+
+
+class _Prepared:
+    """One network, ready to be applied to states of one shape and dtype."""
+
+    def __init__(
+        self, module: FusedModule, like: Tensor, mask: Tensor | None, packing: Packing | None, n: int
+    ) -> None:
+        from trm_kernels.ops.attention_common import mask_ends
+        from trm_kernels.ops.recursion import Numbers, Tensors
+
+        config = module.config
+        self.layout = layout_name(config)
+        self.operand = operand_dtype(like)
+        self.parameters = [parameter for block in module.blocks for parameter in block_parameters(block)]
+        self.matrices = _matrices(module, self.parameters, self.layout, self.operand)
+        batch, length, _ = like.shape
+        cos = sin = ends = starts = count = None
+        if packing is not None:
+            batch, length, starts, count = packing.batch, packing.length, packing.starts, packing.count
+        if config.rotary:
+            cos, sin = _rotary_tables(config, length, like)
+            if packing is not None:
+                positions = packing.positions()
+                cos, sin = cos[positions], sin[positions]
+        if mask is not None:
+            mask = (mask != 0).to(torch.uint8).contiguous()
+            ends = mask_ends(mask)
+        self.dropout = config.dropout if module.training else 0.0
+        self.device = like.device
+        self.tensors = Tensors(mask, ends, starts, count, cos, sin)
+        self.numbers = Numbers(
+            self.layout,
+            n,
+            config.n_heads,
+            batch,
+            length,
+            config.norm_eps,
+            None,
+            self.dropout,
+            self.operand,
+            "fast",
+        )
+
+    def __call__(
+        self,
+        x: Tensor | None,
+        y: Tensor,
+        z: Tensor | None,
+        output_weight: Tensor | None = None,
+        output_eps: float | None = None,
+        memory: Memory = "balanced",
+    ) -> tuple[Tensor, Tensor]:
+        """One latent recursion, or, with n = 0, one network call."""
+        from trm_kernels.ops.recursion import recursion
+
+        tensors = self.tensors
+        if self.dropout > 0.0:
+            tensors = tensors._replace(seed=torch.randint(2**62, (1,), device=self.device))
+        numbers = self.numbers._replace(output_eps=output_eps, memory=memory)
+        return recursion(x, y, z, self.parameters, self.matrices, output_weight, *tensors, *numbers)
+
+
 def run(module: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     """Run a network or block on ``x`` [B, L, D] and ``mask`` [B, L]."""
-    from trm_kernels.ops.attention import mask_ends
-    from trm_kernels.ops.block import block as fused_block
+    return _Prepared(module, x, mask, None, n=0)(None, x, None, memory="fast")[0]
 
-    config = module.config
-    cos = sin = ends = seed = sumsq = None
-    if config.rotary:
-        cos, sin = _rotary_tables(config, x)
-    if mask is not None:
-        mask = (mask != 0).to(torch.uint8).contiguous()
-        ends = mask_ends(mask)
-    layout = layout_name(config)
-    dropout = config.dropout if module.training else 0.0
-    for block in module.blocks:
-        if dropout > 0.0:
-            seed = torch.randint(2**62, (1,), device=x.device)
-        x, sumsq = fused_block(
-            x,
-            sumsq,
-            block_parameters(block),
-            mask,
-            ends,
-            cos,
-            sin,
-            seed,
-            layout,
-            config.n_heads,
-            config.norm_eps,
-            dropout,
-            operand_dtype(x),
-        )
-        sumsq = None if sumsq.numel() == 0 else sumsq
-    return x
+
+def fusible_norm(output_norm: object) -> bool:
+    """Whether a recursion may apply ``output_norm`` in its own kernels."""
+    known = type(output_norm) in (reference.RMSNorm, nn.RMSNorm)
+    return output_norm is None or (
+        known and isinstance(output_norm, nn.Module) and not _is_hooked(output_norm)
+    )
+
+
+def refuses_recursion(module: FusedModule, states: Sequence[Tensor], output_norm: object) -> str | None:
+    """Why a recursion over a network that the kernels serve must call it step by step, or None."""
+    if _is_hooked(module):
+        return "the network has hooks or a forward of its own, which a fused recursion would skip"
+    if not fusible_norm(output_norm):
+        return f"output_norm is a {type(output_norm).__name__}, not an RMSNorm"
+    if output_norm is not None and not module.config.pre_norm:
+        return "a post-norm network has no use for output_norm"
+    if output_norm is not None:
+        weight = getattr(output_norm, "weight", None)
+        shape = output_norm.normalized_shape if isinstance(output_norm, nn.RMSNorm) else weight.shape  # type: ignore[union-attr]
+        if tuple(shape) != (module.config.d_model,):
+            return f"output_norm normalises {list(shape)}, not the width {module.config.d_model}"
+        if weight is not None and weight.device != states[0].device:
+            return f"output_norm is on {weight.device}, the states on {states[0].device}"
+    if any(state.device != states[0].device for state in states):
+        return "x, y and z are on different devices"
+    return None
+
+
+def run_recursion(
+    module: FusedModule,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    n: int,
+    *,
+    T: int,
+    mask: Tensor | None,
+    output_norm: nn.Module | None,
+    with_gradients: bool,
+    memory: Memory,
+) -> tuple[Tensor, Tensor]:
+    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
+    packing = None if mask is None else Packing.of(mask)
+    if packing is not None:
+        x, y, z = packing.pack(x), packing.pack(y), packing.pack(z)
+    network = _Prepared(module, y, None, packing, n)
+    weight: Tensor | None = None
+    eps: float | None = None
+    if output_norm is not None:
+        weight = output_norm.weight  # type: ignore[assignment]
+        eps = FLOAT32_EPS if output_norm.eps is None else output_norm.eps  # type: ignore[assignment]
+
+    def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        new_y, new_z = network(x if n > 0 else None, y, z, weight, eps, memory)
+        return new_y, z if n == 0 else new_z
+
+    with torch.no_grad():
+        for _ in range(T - 1):
+            y, z = recursion(y, z)
+    with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
+        y, z = recursion(y, z)
+        if packing is not None:
+            y, z = packing.unpack(y), packing.unpack(z)
+        return y, z

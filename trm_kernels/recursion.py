@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trm_kernels import backends
+from trm_kernels.network import FusedModule
 
 Network = Callable[..., Tensor]
+Normalisation = Callable[[Tensor], Tensor]
+
+#: What the recursion with gradient keeps for its backward (:data:`trm_kernels.ops.chain.Memory`).
+Memory = Literal["fast", "balanced", "small"]
 
 
 def latent_recursion(
@@ -18,9 +27,13 @@ def latent_recursion(
     n: int,
     *,
     mask: Tensor | None = None,
-    output_norm: Callable[[Tensor], Tensor] | None = None,
+    output_norm: Normalisation | None = None,
+    memory: Memory = "balanced",
 ) -> tuple[Tensor, Tensor]:
     """n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
+
+    On the ``triton`` backend, and where ``net`` is a network of this package, the recursion is one chain of
+    kernels with one autograd node; a mask then packs the valid positions, so that padding costs nothing.
 
     Args:
         net: The tiny network; called as ``net(h)``, or ``net(h, mask=mask)`` where there is a mask.
@@ -28,24 +41,17 @@ def latent_recursion(
         y: Current answer [B, L, D].
         z: Current latent state [B, L, D].
         n: Number of latent steps; 0 refines the answer alone.
-        mask: 1 at valid positions [B, L].
+        mask: 1 at valid positions [B, L]; the others come out as zeros.
         output_norm: Applied after every call of the network (``SequenceTRM`` of anonx3247/llm-trm).
+        memory: What is kept for the backward. ``"fast"``: all that it reads. ``"balanced"``: not the
+            pre-activations of the MLPs, which one product a block computes again. ``"small"``: the input of
+            every network call alone, the rest of the call is run again. Other backends keep what autograd
+            keeps, but for ``"small"``, where they checkpoint every call.
 
     Returns:
         The new ``(y, z)``.
     """
-
-    if n < 0:
-        raise ValueError(f"n must be at least 0, not {n}")
-
-    def step(h: Tensor) -> Tensor:
-        out = net(h) if mask is None else net(h, mask=mask)
-        return out if output_norm is None else output_norm(out)
-
-    question = x + y  # constant over the n steps
-    for _ in range(n):
-        z = step(question + z)
-    return step(y + z), z
+    return deep_recursion(net, x, y, z, n, 1, mask=mask, output_norm=output_norm, memory=memory)
 
 
 def deep_recursion(
@@ -57,8 +63,9 @@ def deep_recursion(
     T: int,
     *,
     mask: Tensor | None = None,
-    output_norm: Callable[[Tensor], Tensor] | None = None,
+    output_norm: Normalisation | None = None,
     with_gradients: bool = True,
+    memory: Memory = "balanced",
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient, then one with (or without, if asked).
 
@@ -71,13 +78,66 @@ def deep_recursion(
     Returns:
         The new ``(y, z)``.
     """
+    if n < 0:
+        raise ValueError(f"n must be at least 0, not {n}")
     if T < 1:
         raise ValueError(f"T must be at least 1, not {T}")
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory must be one of {get_args(Memory)}, not {memory!r}")
+    if isinstance(net, FusedModule):
+        states = _states(x, y, z)
+        run = _fused(net, states, mask, output_norm)
+        if run is not None:
+            return run(
+                net,
+                *states,
+                n,
+                T=T,
+                mask=mask,
+                output_norm=output_norm,
+                with_gradients=with_gradients,
+                memory=memory,
+            )
+
+    def call(h: Tensor) -> Tensor:
+        out = net(h) if mask is None else net(h, mask=mask)
+        return out if output_norm is None else output_norm(out)
+
+    def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        recompute = memory == "small" and torch.is_grad_enabled()
+
+        def step(h: Tensor) -> Tensor:
+            return checkpoint(call, h, use_reentrant=False) if recompute else call(h)
+
+        question = x + y  # constant over the n steps
+        for _ in range(n):
+            z = step(question + z)
+        return step(y + z), z
+
     with torch.no_grad():
         for _ in range(T - 1):
-            y, z = latent_recursion(net, x, y, z, n, mask=mask, output_norm=output_norm)
+            y, z = recursion(y, z)
     with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
-        return latent_recursion(net, x, y, z, n, mask=mask, output_norm=output_norm)
+        return recursion(y, z)
+
+
+def _states(*states: Tensor) -> tuple[Tensor, ...]:
+    """x, y and z in one shape and dtype: those of their sum."""
+    dtype = states[0].dtype
+    for state in states[1:]:
+        dtype = torch.promote_types(dtype, state.dtype)
+    return tuple(state.to(dtype) for state in torch.broadcast_tensors(*states))
+
+
+def _fused(
+    net: FusedModule, states: tuple[Tensor, ...], mask: Tensor | None, output_norm: Normalisation | None
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The recursion of the backend that serves ``net``, if it has one that serves this call."""
+    net.check(states[1], mask)
+    fused = backends.BACKENDS[backends.select(net, states[1], mask).name].recursion
+    if fused is None or fused.refuses(net, states, output_norm) is not None:
+        return None
+    return fused.run
 
 
 class RecursionMixin:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops.common import DTYPES, FLOAT64, check_rule, launched
 from trm_kernels import reference
-from trm_kernels.ops.attention import Dropout, attention, dropout_keep, mask_ends
+from trm_kernels.ops.attention_op import Dropout, attention, dropout_keep, mask_ends
 
 pytestmark = pytest.mark.interpreter
 KERNELS = (

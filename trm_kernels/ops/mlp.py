@@ -8,43 +8,52 @@ import torch
 from torch import Tensor
 
 from trm_kernels.ops._library import define, first_order
-from trm_kernels.ops.sublayer import (
-    LAYOUTS,
-    Call,
-    Sublayer,
-    first_half,
-    second_half,
-    sublayer_backward,
-    unpack_sublayer,
-)
+from trm_kernels.ops.attention_common import Samples
+from trm_kernels.ops.chain import enter
+from trm_kernels.ops.layouts import LAYOUTS, Block, Sublayer, unpack_sublayer, with_matrices
+from trm_kernels.ops.stream import Stream
+from trm_kernels.ops.sublayer import Call, first_half, last_half
+from trm_kernels.ops.sublayer_backward import SublayerGradient, sublayer_backward
 
 
 def _prepare(
     x: Tensor, parameters: list[Tensor], mask: Tensor | None, layout: str, eps: float, operand: torch.dtype
 ) -> tuple[Call, Sublayer]:
-    mask = None if mask is None else mask.contiguous()
-    call = Call(LAYOUTS[layout], eps, operand, residual=x.dtype, mask=mask)
-    return call, unpack_sublayer(call.layout, call.layout.mlp, iter(parameters))
+    batch, length, _ = x.shape
+    samples = Samples(batch, length, None if mask is None else mask.contiguous())
+    call = Call(LAYOUTS[layout], eps, operand, x.dtype, samples)
+    return call, unpack_sublayer(call.layout, call.layout.mlp, iter(parameters), operand)
 
 
-def _mlp_saving(
-    x: Tensor, parameters: list[Tensor], mask: Tensor | None, layout: str, eps: float, operand: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    call, sublayer = _prepare(x, parameters, mask, layout, eps, operand)
-    x = x.contiguous()
-    inner, pre = first_half(call, sublayer, x, None, save=True)
-    out, _, unnormed = second_half(call, sublayer, inner, x, mask)
-    assert pre is not None
-    return out, [pre] if unnormed is None else [pre, unnormed]
+def _forward(call: Call, sublayer: Sublayer, x: Tensor, saved: dict[str, Tensor]) -> tuple[Stream, Tensor]:
+    """The stream that the sublayer reads, and its output."""
+    block = Block(sublayer, sublayer)
+    with_matrices([block], [], call.operand)
+    stream, _ = enter(call, [block], None, x.contiguous(), None, {})
+    inner = first_half(call, sublayer, stream, saved.get("pre"), save=bool(saved))
+    out, _ = last_half(
+        call, sublayer, inner, stream, saved, addend=None, keep=True, mask=call.samples.mask, reader=None,
+        reader_slot={},
+    )  # fmt: skip
+    assert out is not None
+    return stream, out
 
 
-def _mlp(
-    x: Tensor, parameters: list[Tensor], mask: Tensor | None, layout: str, eps: float, operand: torch.dtype
-) -> Tensor:
-    call, sublayer = _prepare(x, parameters, mask, layout, eps, operand)
-    x = x.contiguous()
-    inner, _ = first_half(call, sublayer, x, None, save=False)
-    return second_half(call, sublayer, inner, x, mask)[0]
+def _saved(call: Call, sublayer: Sublayer, x: Tensor) -> dict[str, Tensor]:
+    """Memory for what the backward reads."""
+    saved = {"pre": x.new_empty((*x.shape[:2], sublayer.inner), dtype=call.operand)}
+    return saved if call.layout.pre_norm else saved | {"sum": x.new_empty(x.shape)}
+
+
+def _mlp_saving(x: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    call, sublayer = _prepare(x, parameters, *rest)
+    saved = _saved(call, sublayer, x)
+    _, out = _forward(call, sublayer, x, saved)
+    return out, list(saved.values())
+
+
+def _mlp(x: Tensor, parameters: list[Tensor], *rest: Any) -> Tensor:
+    return _forward(*_prepare(x, parameters, *rest), x, {})[1]
 
 
 def _mlp_backward(
@@ -53,31 +62,32 @@ def _mlp_backward(
     x: Tensor,
     parameters: list[Tensor],
     mask: Tensor | None,
-    layout: str,
-    eps: float,
-    operand: torch.dtype,
+    *rest: Any,
 ) -> list[Tensor]:
-    call, sublayer = _prepare(x, parameters, mask, layout, eps, operand)
-    pre, *unnormed = saved
-    grad = call.incoming(grad)
-    grad_x, gradients = sublayer_backward(
-        call, sublayer, grad, x.contiguous(), unnormed[0] if unnormed else None, [pre]
-    )
-    return [grad_x, *gradients.flat()]
+    call, sublayer = _prepare(x, parameters, mask, *rest)
+    if mask is not None:
+        grad = grad.masked_fill(mask[..., None] == 0, 0.0)
+    block = Block(sublayer, sublayer)
+    with_matrices([block], [], call.operand)
+    stream, _ = enter(call, [block], None, x.contiguous(), None, {})
+    slot = {f"mlp.{name}": tensor for name, tensor in zip(("pre", "sum"), saved, strict=False)}
+    gradient = SublayerGradient(sublayer, None)
+    back, products = sublayer_backward(
+        call, sublayer, Stream(grad.to(x.dtype).contiguous()), 0, slot, stream, gradient,
+        lambda _, shape, dtype: x.new_empty(shape, dtype=dtype),
+    )  # fmt: skip
+    assert products.inner is not None
+    a = stream.operand if products.a is None else products.a
+    gradient.add(products.g, a, products.grad, products.inner, x.shape[0] * x.shape[1])
+    return [back.value, *gradient.totals()]
 
 
 def _mlp_fake(x: Tensor, parameters: list[Tensor], *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _mlp_saving_fake(
-    x: Tensor, parameters: list[Tensor], mask: Tensor | None, layout: str, eps: float, operand: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    call, sublayer = _prepare(x, parameters, mask, layout, eps, operand)
-    saved = [x.new_empty((*x.shape[:2], sum(weight.shape[0] for weight in sublayer.first)), dtype=operand)]
-    if not call.layout.pre_norm:
-        saved.append(x.new_empty(x.shape))
-    return x.new_empty(x.shape), saved
+def _mlp_saving_fake(x: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(x.shape), list(_saved(*_prepare(x, parameters, *rest), x).values())
 
 
 def _mlp_backward_fake(

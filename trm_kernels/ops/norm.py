@@ -25,6 +25,15 @@ SUMSQ_COLUMNS = tl.constexpr(32)
 
 
 @triton.jit
+def row_sum_parts(sums_ptr, rows, valid, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Totals [BM] of the partial sums [rows, PARTS] that another kernel's tiles left behind."""
+    p = tl.arange(0, PARTS_BLOCK)
+    offsets = rows.to(tl.int64)[:, None] * PARTS + p[None, :]  # [BM, PARTS_BLOCK]
+    partial = tl.load(sums_ptr + offsets, mask=valid[:, None] & (p < PARTS)[None, :], other=0.0)
+    return tl.sum(partial.to(ACC), axis=1)
+
+
+@triton.jit
 def _row_tile(
     rows,
     cols,
@@ -51,6 +60,7 @@ def add_rms_norm_kernel(
     z_ptr,
     weight_ptr,
     mask_ptr,
+    count_ptr,
     sum_ptr,
     out_ptr,
     sumsq_ptr,
@@ -65,6 +75,7 @@ def add_rms_norm_kernel(
     HAS_Z: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr,
     WRITE_SUM: tl.constexpr,
     WRITE_OUT: tl.constexpr,
     WRITE_SUMSQ: tl.constexpr,
@@ -72,6 +83,8 @@ def add_rms_norm_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    if PACKED:
+        rows = tl.load(count_ptr)
     r, c, offsets, valid = _row_tile(
         rows, cols, inner, stride_outer, stride_inner, stride_col, tl.program_id(0), BLOCK_R, BLOCK_C
     )
@@ -104,6 +117,7 @@ def rms_norm_backward_kernel(
     h_ptr,
     weight_ptr,
     residual_ptr,
+    count_ptr,
     grad_h_ptr,
     normed_ptr,
     grad_weight_ptr,
@@ -117,10 +131,13 @@ def rms_norm_backward_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WRITE_NORMED: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    if PACKED:
+        rows = tl.load(count_ptr)
     # One row of the weight's gradient for each program, summed by the launcher: no atomics, so the
     # result is the same on every run.
     grad_weight = tl.zeros((BLOCK_C,), dtype=ACC)
@@ -193,12 +210,17 @@ def add_rms_norm(
     *,
     eps: float,
     axis: int = -1,
+    count: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     write_sum: bool = False,
     write_out: bool = True,
     write_sumsq: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the forward kernel on contiguous [B, L, D] tensors.
+
+    ``count``, int32 [1]: number of packed rows; rows behind it are neither read nor written. ``out``: where to
+    write; made here where None.
 
     Returns:
         The sum h [B, L, D], its normalised form [B, L, D] in ``out_dtype``, and the sums of squares
@@ -207,18 +229,20 @@ def add_rms_norm(
     assert mask is None or axis == -1, "a mask [B, L] has one value a row only along the width"
     view = _Rows.of(x, axis, target_of(x))
     total = torch.empty_like(x) if write_sum else None
-    out = torch.empty_like(x, dtype=out_dtype) if write_out else None
+    if write_out and out is None:
+        out = torch.empty_like(x, dtype=out_dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     sumsq = torch.empty((view.rows, 1), dtype=wide, device=x.device) if write_sumsq else None
     launch(
         add_rms_norm_kernel,
         (view.blocks,),
-        x, y, z, weight, mask, total, out, sumsq,
+        x, y, z, weight, mask, count, total, out, sumsq,
         view.rows, view.cols, view.inner, *view.strides, eps,
         HAS_Y=y is not None,
         HAS_Z=z is not None,
         HAS_WEIGHT=weight is not None,
         HAS_MASK=mask is not None,
+        PACKED=count is not None,
         WRITE_SUM=write_sum,
         WRITE_OUT=write_out,
         WRITE_SUMSQ=write_sumsq,
@@ -238,7 +262,9 @@ def rms_norm_backward(
     *,
     eps: float,
     axis: int = -1,
+    count: Tensor | None = None,
     normed_dtype: torch.dtype | None = None,
+    grad_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of ``rms_norm(h) * weight``, plus ``residual``; contiguous [B, L, D] tensors.
 
@@ -251,7 +277,7 @@ def rms_norm_backward(
     """
     target = target_of(h)
     view = _Rows.of(h, axis, target)
-    grad_h = torch.empty_like(h)
+    grad_h = torch.empty_like(h) if grad_h is None else grad_h
     normed = None if normed_dtype is None else torch.empty_like(h, dtype=normed_dtype)
     # With a weight, four programs a multiprocessor hide the latency of a loop over rows; more only lengthen
     # the sum of their partial gradients.
@@ -263,11 +289,12 @@ def rms_norm_backward(
     launch(
         rms_norm_backward_kernel,
         (programs,),
-        grad, h, weight, residual, grad_h, normed, partial,
+        grad, h, weight, residual, count, grad_h, normed, partial,
         view.rows, view.cols, view.inner, *view.strides, eps,
         HAS_WEIGHT=weight is not None,
         HAS_RESIDUAL=residual is not None,
         WRITE_NORMED=normed is not None,
+        PACKED=count is not None,
         BLOCK_R=view.block_r,
         BLOCK_C=view.block_c,
         ACC=accumulator(h.dtype),

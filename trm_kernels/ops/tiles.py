@@ -1,4 +1,7 @@
-"""Route, tile shape and schedule of each GEMM: a heuristic by shape, dtype and device."""
+"""Route, tile shape and schedule of each GEMM: what was measured, else a heuristic by shape, dtype, device.
+
+Imports no Triton: tables of choices are read and shown where there is none.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from trm_kernels.ops._launch import Target, cdiv
+if TYPE_CHECKING:
+    from trm_kernels.ops._launch import Target
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -52,20 +56,20 @@ Route = Literal["triton", "library"]
 
 # A tuple, not a dataclass: launchers make one a call, and a frozen dataclass takes 1 to 2 us longer to make.
 class Problem(NamedTuple):
-    """One matrix product, as a launcher asks for it.
+    """One matrix product, as a launcher asks for it. Its rows are what batch and length decide.
 
     Attributes:
-        kernel: ``"gemm"``: C [M, N] = epilogue(A [M, K] W^T), W [N, K]. ``"activation_gradient"``: the same
-            product with the derivative of ``activation`` in the epilogue. ``"norm_gradient"``: the same with
-            the backward of an RMSNorm over N in the epilogue. ``"weight_gradient"``: C [N, K] = G^T A, contracted
-            over the M rows of G [M, N] and A [M, K].
-        M: Rows, the axis that batch and sequence length decide.
-        N: Columns of the output, one of the two halves where ``activation`` is gated.
-        K: The other side of the weight.
+        kernel: ``"gemm"``: C [M, N] = epilogue(A [M, K] W^T), W [N, K], over M rows.
+            ``"activation_gradient"``: the same with the derivative of ``activation`` in the epilogue.
+            ``"norm_gradient"``: the same with the backward of an RMSNorm over N in the epilogue.
+            ``"weight_gradient"``: C [M, N] = G^T A, contracted over K rows of G [K, M] and A [K, N].
+        M: Height of the output.
+        N: Width of the output, of one of the two halves where ``activation`` is gated.
+        K: Length of the contraction.
         batch: Independent products of these sizes (token mixers), else 1.
         activation: What the epilogue applies.
         operand: Dtype of the operands.
-        transposed: Whether the product is taken along the sequence axis, [B, K, M] to [B, N, M].
+        transposed: Whether the rows are the last axis, [B, K, M] to [B, N, M].
     """
 
     kernel: Kernel
@@ -76,6 +80,11 @@ class Problem(NamedTuple):
     activation: Activation
     operand: torch.dtype
     transposed: bool
+
+    @property
+    def products(self) -> int:
+        """Matrices of W's shape that one tile of A is multiplied by: gate and up, or one."""
+        return 2 if self.activation == Activation.SWIGLU else 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,11 @@ _TILES_NARROW = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 6
 #: float32 multiplies outside the tensor cores unless TF32 is allowed, so its tiles are small.
 _TILES_FLOAT32 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
 _TILE_INTERPRETER = Tile(64, 64, 64, 1, 1)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
+    return -(-a // b)
 
 
 def choose_tile(
@@ -158,22 +172,81 @@ def heuristic(problem: Problem, target: Target) -> Choice:
 
 def _split_heuristic(problem: Problem, target: Target) -> Choice:
     """The largest tile that gives every processor a program once the rows are split."""
-    M, N, K, operand = problem.M, problem.N, problem.K, problem.operand
+    M, N, rows = problem.M, problem.N, problem.K
     if target.interpreted:
         return Choice("triton", _TILE_INTERPRETER)
-    rows = M * problem.batch
     limit = max(1, rows // _SPLIT_ROWS)
-    tile = choose_tile(N, K, limit, Activation.NONE, operand, target)
-    wanted = target.processors // (cdiv(N, tile.m) * cdiv(K, tile.n))
+    tile = choose_tile(M, N, limit, Activation.NONE, problem.operand, target)
+    wanted = target.processors // programs(problem, Choice("triton", tile))
     splits = 1
     while 2 * splits <= min(wanted, limit):
         splits *= 2
     return Choice("triton", tile, splits)
 
 
+def programs(problem: Problem, choice: Choice) -> int:
+    """Programs of the launch that computes the product."""
+    tile = choice.tile
+    return cdiv(problem.M, tile.m) * cdiv(problem.N, tile.n) * problem.batch * choice.splits
+
+
+def shared_memory(problem: Problem, tile: Tile) -> int:
+    """Bytes of shared memory that the stages of a tile take: the least that a program of it needs."""
+    return tile.stages * tile.k * (tile.m + tile.n * problem.products) * problem.operand.itemsize
+
+
+#: ``tl.dot`` multiplies no less than 16 by 16; row sums are written for every 32 columns.
+_LEAST = {"m": 16, "n": 32, "k": 16}
+_MOST = {"m": 256, "n": 256, "k": 256}
+_WARPS = (1, 2, 4, 8, 16)
+_MOST_STAGES = 8
+_MOST_SPLITS = 128
+#: Accumulators are float32, in registers: 255 a thread, of which addresses and operands need some.
+_ACCUMULATORS = 192
+
+
+def flaw(problem: Problem, choice: Choice, target: Target) -> str | None:
+    """Why ``choice`` cannot be launched for ``problem`` on ``target``, or None."""
+    if choice.route == "library":
+        supported = problem.kernel in LIBRARY_KERNELS
+        return None if supported else f"{problem.kernel} has no library route"
+    if choice.route != "triton":
+        return f"unknown route {choice.route!r}"
+    tile = choice.tile
+    for axis, least in _LEAST.items():
+        size = getattr(tile, axis)
+        if size & (size - 1) or not least <= size <= _MOST[axis]:
+            return f"tile {axis} {size} is no power of two from {least} to {_MOST[axis]}"
+    if tile.warps not in _WARPS:
+        return f"{tile.warps} warps are not one of {_WARPS}"
+    if not 1 <= tile.stages <= _MOST_STAGES:
+        return f"{tile.stages} stages are not from 1 to {_MOST_STAGES}"
+    if not 1 <= choice.splits <= (_MOST_SPLITS if problem.kernel == "weight_gradient" else 1):
+        return f"{choice.splits} splits do not fit {problem.kernel}"
+    lanes = 64 if target.kind == "hip" else 32
+    if tile.m * tile.n * problem.products > _ACCUMULATORS * tile.warps * lanes:
+        return f"{tile.warps} warps cannot hold the accumulators of {tile.m} x {tile.n}"
+    needed = shared_memory(problem, tile)
+    if needed > target.shared_memory:
+        return f"{needed} bytes of stages are over the {target.shared_memory} of shared memory"
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, target: Target) -> Choice:
+    # A target without a name is compiled for and not run on: what is recorded depends on no table.
+    if target.name and not target.interpreted:
+        from trm_kernels import dispatch
+
+        measured = dispatch.lookup(problem, target)
+        if measured is not None:
+            return measured
     return heuristic(problem, target)
+
+
+def forget_choices() -> None:
+    """Ask again for every choice: the tables have changed."""
+    _choose.cache_clear()
 
 
 def choose(problem: Problem, target: Target) -> Choice:

@@ -1,0 +1,233 @@
+"""A latent recursion as one chain of kernels: n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
+
+Kernels of a pre-norm block with attention, five in all:
+
+    1. QKV GEMM, its epilogue applying the row scale of the norm that is folded into the weights
+    2. attention
+    3. output GEMM + bias + residual, leaving the row sums of squares for the next norm
+    4. first MLP GEMM, with the row scale, bias and activation
+    5. second MLP GEMM + bias + residual; in a network's last block also + x + y, the next call's input
+
+and one kernel in front that adds x + y + z. Where a norm ends the network call (a post-norm block,
+``SequenceTRM``'s ``output_norm``) a row kernel applies it and adds x + y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trm_kernels.ops.attention import attention_forward
+from trm_kernels.ops.gemm import sumsq_parts
+from trm_kernels.ops.layouts import Block
+from trm_kernels.ops.stream import Stream, start
+from trm_kernels.ops.sublayer import Call, Slot, first_half, last_half, second_half
+
+#: What a training step keeps of every network call: ``"fast"`` all that the backward reads;
+#: ``"balanced"`` not the pre-activations of the MLPs, which one GEMM a block computes again; ``"small"`` the
+#: input of the call alone.
+Memory = Literal["fast", "balanced", "small"]
+MEMORY: tuple[Memory, ...] = get_args(Memory)
+
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def block_spec(call: Call, block: Block, like: Tensor, memory: Memory, *, last: bool) -> Spec:
+    """Names, shapes and dtypes of what one call of one block keeps; ``like``: the stream [B, L, D]."""
+    batch, length, width = like.shape
+    rows = batch * length
+    wide = torch.promote_types(like.dtype, torch.float32)
+    spec: Spec = {}
+
+    def stream(key: str, folded: bool) -> None:
+        spec[key] = (batch, length, width), call.operand if folded else call.residual
+        if folded:
+            spec[f"{key}.sumsq"] = (rows, sumsq_parts(width)), wide
+
+    mixer, mlp = block.sublayers
+    stream("in", mixer.folded)
+    if mixer.layout.tokens:
+        spec["mixer.pre"] = (batch, mixer.inner, width), call.operand
+    else:
+        spec["qkv"] = (batch, length, 3 * width), call.operand
+        spec["attention"] = (batch, length, width), call.operand
+        spec["lse"] = (call.n_heads, rows), wide
+    if call.layout.pre_norm:
+        stream("middle", mlp.folded)
+    else:
+        spec["mixer.sum"] = spec["mlp.sum"] = (batch, length, width), call.residual
+    if memory == "fast":
+        spec["mlp.pre"] = (batch, length, mlp.inner), call.operand
+    if last and call.output_norm is not None:
+        spec["mlp.sum"] = (batch, length, width), call.residual
+    return spec
+
+
+def saved_spec(call: Call, blocks: list[Block], like: Tensor, steps: int, memory: Memory) -> Spec:
+    """What a recursion of ``steps`` network calls keeps, each tensor stacked over the steps."""
+    if memory == "small":
+        return {"in": ((steps, *like.shape), call.residual)}
+    return {
+        f"{layer}.{name}": ((steps, *shape), dtype)
+        for layer, block in enumerate(blocks)
+        for name, (shape, dtype) in block_spec(
+            call, block, like, memory, last=layer == len(blocks) - 1
+        ).items()
+    }
+
+
+@dataclass
+class Saved:
+    """What the backward reads, each tensor stacked over the network calls from ``first`` on."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    first: int = 0
+
+    @classmethod
+    def empty(cls, spec: Spec, like: Tensor, first: int = 0) -> Saved:
+        """Memory for ``spec`` on the device of ``like``."""
+        made = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
+        return cls(made, first)
+
+    def slot(self, layer: int, step: int) -> Slot:
+        """The tensors of one call of one block, by name."""
+        lead = f"{layer}."
+        return {
+            name[len(lead) :]: tensor[step - self.first]
+            for name, tensor in self.tensors.items()
+            if name.startswith(lead)
+        }
+
+    def stack(self, layer: int, name: str, first: int, last: int) -> Tensor:
+        """A tensor of the calls ``first`` to ``last - 1``, stacked."""
+        return self.tensors[f"{layer}.{name}"][first - self.first : last - self.first]
+
+
+def _part(slot: Slot, name: str) -> Slot:
+    """The sublayer ``name`` of a slot."""
+    lead = f"{name}."
+    return {key[len(lead) :]: tensor for key, tensor in slot.items() if key.startswith(lead)}
+
+
+def network_call(
+    call: Call,
+    blocks: list[Block],
+    stream: Stream,
+    step: int,
+    slots: list[Slot],
+    *,
+    addend: Tensor | None = None,
+    keep: bool = True,
+    next_slot: Slot | None = None,
+) -> tuple[Tensor | None, Stream | None]:
+    """One call of the network: its output, and the next call's input.
+
+    Args:
+        stream: The input.
+        step: Number of the call in the recursion; tells the dropout of one call from that of another.
+        slots: Where each block keeps what the backward reads.
+        addend, keep: See :func:`~trm_kernels.ops.sublayer.last_half`.
+        next_slot: Of the first block in the next call.
+    """
+    mask = call.samples.mask
+    for layer, block in enumerate(blocks):
+        slot, mixer, mlp = slots[layer], block.mixer, block.mlp
+        of_mixer, of_mlp = _part(slot, "mixer"), _part(slot, "mlp")
+        save = bool(slot)
+        if mixer.layout.tokens:
+            inner = first_half(call, mixer, stream, of_mixer.get("pre"), save=save)
+        else:
+            qkv = first_half(call, mixer, stream, slot.get("qkv"), save=save)
+            heads = call.heads(mixer, step * len(blocks) + layer)
+            inner, _ = attention_forward(qkv, heads, out=slot.get("attention"), lse=slot.get("lse"))
+        stream = second_half(call, mixer, inner, stream, of_mixer, mlp, slot, "middle")
+        inner = first_half(call, mlp, stream, of_mlp.get("pre"), save="pre" in of_mlp)
+        if layer + 1 < len(blocks):
+            reader = blocks[layer + 1].mixer
+            stream = second_half(call, mlp, inner, stream, of_mlp, reader, slots[layer + 1], "in", mask=mask)
+    return last_half(
+        call,
+        blocks[-1].mlp,
+        inner,
+        stream,
+        of_mlp,
+        addend=addend,
+        keep=keep,
+        mask=mask,
+        reader=blocks[0].mixer,
+        reader_slot=next_slot or {},
+    )
+
+
+def enter(
+    call: Call, blocks: list[Block], x: Tensor | None, y: Tensor | None, z: Tensor | None, slot: Slot
+) -> tuple[Stream, Tensor | None]:
+    """The input of the first network call, x + y + z, and the pair x + y."""
+    reader = blocks[0].mixer
+    if x is None and (y is None or z is None) and not reader.folded and "in" not in slot:
+        only = y if z is None else z
+        assert only is not None
+        return Stream(only), None
+    stream, pair, _ = start(x, y, z, count=call.samples.count, **call.written(reader, slot, "in"))
+    assert stream is not None
+    return stream, pair
+
+
+def recursion_forward(
+    call: Call,
+    blocks: list[Block],
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    n: int,
+    memory: Memory | None,
+) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
+    """Run a latent recursion on contiguous x, y, z [B, L, D]; with n = 0 a single call, ``net(y + z)``.
+
+    Args:
+        memory: What to keep for the backward, None for nothing.
+
+    Returns:
+        The new y, the new z (None if n is 0), and what is kept, by name.
+    """
+    saved = Saved()
+    if memory is not None:
+        saved = Saved.empty(saved_spec(call, blocks, y, n + 1, memory), y)
+    layers = range(len(blocks))
+    inputs_only = memory == "small"
+
+    def slots(step: int) -> list[Slot]:
+        return [{} if inputs_only else saved.slot(layer, step) for layer in layers]
+
+    def entry(step: int) -> Slot:
+        if not inputs_only:
+            return saved.slot(0, step)
+        # A rounded copy would take the place of the stream itself.
+        return {"in": saved.tensors["in"][step]} if call.rounds(blocks[0].mixer) is None else {}
+
+    stream, pair = enter(call, blocks, x, y, z, entry(0))
+    new_z: Tensor | None = None
+    for step in range(n + 1):
+        if inputs_only and stream.value.data_ptr() != saved.tensors["in"][step].data_ptr():
+            saved.tensors["in"][step].copy_(stream.value)
+        last_z, answer = step == n - 1, step == n
+        out, following = network_call(
+            call,
+            blocks,
+            stream,
+            step,
+            slots(step),
+            addend=None if answer else y if last_z else pair,
+            keep=answer or last_z,
+            next_slot=None if answer else entry(step + 1),
+        )
+        if last_z:
+            new_z = out
+        if following is not None:
+            stream = following
+    assert out is not None
+    return out, new_z, saved.tensors

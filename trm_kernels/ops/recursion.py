@@ -1,0 +1,328 @@
+"""A latent recursion, or one network call, behind one autograd boundary: ``torch.ops.trm_kernels.recursion``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trm_kernels.ops._library import define, first_order
+from trm_kernels.ops.attention_common import Samples, mask_ends
+from trm_kernels.ops.chain import Memory, Saved, recursion_forward, saved_spec
+from trm_kernels.ops.chain_backward import recursion_backward
+from trm_kernels.ops.layouts import LAYOUTS, unpack, with_matrices
+from trm_kernels.ops.stream import Norm
+from trm_kernels.ops.sublayer import Call
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call that have no gradient; each may be None.
+
+    Attributes:
+        mask: uint8 [B, L], 1 = valid, for samples that are not packed; its ``ends`` are made here if missing.
+        ends: See :func:`~trm_kernels.ops.attention_common.mask_ends`.
+        starts, row_count: ``starts`` and ``count`` of packed samples
+            (:class:`~trm_kernels.ops.attention_common.Samples`).
+        cos, sin: RoPE tables [L, E/2], of packed samples [R, E/2].
+        seed: Of the dropout, int64 [1].
+    """
+
+    mask: Tensor | None = None
+    ends: Tensor | None = None
+    starts: Tensor | None = None
+    row_count: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class Numbers(NamedTuple):
+    """What else describes a call.
+
+    Attributes:
+        layout: Name in :data:`~trm_kernels.ops.layouts.LAYOUTS`.
+        n: Latent steps; 0 for a single call of the network.
+        n_heads: Attention heads.
+        batch, length: Samples, and the length of the longest.
+        eps: Of the blocks' norms.
+        output_eps: Of the norm after every network call; None: there is none.
+        dropout: Probability of dropping an attention weight.
+        operand: Dtype of the GEMMs' operands.
+        memory: What a training step keeps (:data:`~trm_kernels.ops.chain.Memory`).
+    """
+
+    layout: str
+    n: int
+    n_heads: int
+    batch: int
+    length: int
+    eps: float
+    output_eps: float | None
+    dropout: float
+    operand: torch.dtype
+    memory: Memory
+
+
+_STATIC = len(Tensors._fields) + len(Numbers._fields)
+
+
+def _call(like: Tensor, output_weight: Tensor | None, tensors: Tensors, numbers: Numbers) -> Call:
+    mask, ends = tensors.mask, tensors.ends
+    if mask is not None:
+        mask = mask.contiguous()
+        ends = mask_ends(mask) if ends is None else ends
+    norm = None
+    if numbers.output_eps is not None:
+        norm = Norm(None if output_weight is None else output_weight.contiguous(), numbers.output_eps)
+    return Call(
+        LAYOUTS[numbers.layout],
+        numbers.eps,
+        numbers.operand,
+        like.dtype,
+        Samples(numbers.batch, numbers.length, mask, ends, tensors.starts, tensors.row_count),
+        numbers.n_heads,
+        tensors.cos,
+        tensors.sin,
+        numbers.dropout,
+        tensors.seed,
+        norm,
+    )
+
+
+def _split(rest: Sequence[Any]) -> tuple[Tensors, Numbers]:
+    count = len(Tensors._fields)
+    return Tensors(*rest[:count]), Numbers(*rest[count:])
+
+
+def _run(
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    rest: Sequence[Any],
+    *,
+    save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    tensors, numbers = _split(rest)
+    call = _call(y, output_weight, tensors, numbers)
+    blocks = with_matrices(unpack(call.layout, parameters, call.operand), matrices, call.operand)
+    x, z = (None if state is None else state.contiguous() for state in (x, z))
+    memory = numbers.memory if save else None
+    out, new_z, saved = recursion_forward(call, blocks, x, y.contiguous(), z, numbers.n, memory)
+    return out, y.new_empty(0) if new_z is None else new_z, list(saved.values())
+
+
+def _recursion(
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    return _run(x, y, z, parameters, matrices, output_weight, rest, save=False)[:2]
+
+
+def _recursion_saving(
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _run(x, y, z, parameters, matrices, output_weight, rest, save=True)
+
+
+def _recursion_backward(
+    grad_y: Tensor,
+    grad_z: Tensor | None,
+    saved: list[Tensor],
+    pair: bool,
+    needed: bool,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    tensors, numbers = _split(rest)
+    call = _call(grad_y, output_weight, tensors, numbers)
+    blocks = with_matrices(unpack(call.layout, parameters, call.operand), matrices, call.operand)
+    if call.samples.mask is not None:
+        grad_y = grad_y.masked_fill(call.samples.mask[..., None] == 0, 0.0)
+    spec = saved_spec(call, blocks, grad_y, numbers.n + 1, numbers.memory)
+    found = recursion_backward(
+        call,
+        blocks,
+        Saved(dict(zip(spec, saved, strict=True))),
+        numbers.n,
+        grad_y.contiguous(),
+        None if grad_z is None else grad_z.contiguous(),
+        pair=pair,
+        memory=numbers.memory,
+        needed=needed,
+    )
+    nothing = grad_y.new_empty(0)
+    of_output = nothing
+    if found.output_weight is not None and output_weight is not None:
+        of_output = found.output_weight.to(output_weight.dtype)
+    of_inputs = [nothing if grad is None else grad for grad in (found.x, found.y, found.z)]
+    return [*(grad.clone() if grad is nothing else grad for grad in of_inputs), of_output, *found.parameters]
+
+
+def _recursion_fake(
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    _, numbers = _split(rest)
+    return y.new_empty(y.shape), y.new_empty(0 if numbers.n == 0 else y.shape)
+
+
+def _recursion_saving_fake(
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    tensors, numbers = _split(rest)
+    call = _call(y, output_weight, tensors, numbers)
+    blocks = unpack(call.layout, parameters, call.operand)
+    spec = saved_spec(call, blocks, y, numbers.n + 1, numbers.memory)
+    saved = [y.new_empty(shape, dtype=dtype) for shape, dtype in spec.values()]
+    return *_recursion_fake(x, y, z, parameters, matrices, output_weight, *rest), saved
+
+
+def _recursion_backward_fake(
+    grad_y: Tensor,
+    grad_z: Tensor | None,
+    saved: list[Tensor],
+    pair: bool,
+    needed: bool,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    _, numbers = _split(rest)
+    steps = numbers.n > 0
+
+    def like(there: bool) -> Tensor:
+        return grad_y.new_empty(grad_y.shape if there else 0)
+
+    of_output = grad_y.new_empty(0)
+    if numbers.output_eps is not None and output_weight is not None:
+        of_output = output_weight.new_empty(output_weight.shape)
+    # Contiguous, whatever the strides of the parameters.
+    of_parameters = [parameter.new_empty(parameter.shape) for parameter in parameters] if needed else []
+    return [like(pair and steps), like(True), like(steps), of_output, *of_parameters]
+
+
+class _Recursion(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor | None,
+        y: Tensor,
+        z: Tensor | None,
+        output_weight: Tensor | None,
+        counts: tuple[int, int],
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor]:
+        of_parameters, of_matrices = counts
+        parameters, rest = list(rest[:of_parameters]), rest[of_parameters:]
+        matrices, rest = list(rest[:of_matrices]), rest[of_matrices:]
+        tensors, numbers = _split(rest)
+        out, new_z, saved = recursion_saving(x, y, z, parameters, matrices, output_weight, *rest)
+        ctx.save_for_backward(output_weight, *tensors, *parameters, *matrices, *saved)
+        ctx.counts, ctx.numbers = counts, numbers
+        ctx.given = x is not None, z is not None
+        ctx.set_materialize_grads(False)
+        if numbers.n == 0:
+            ctx.mark_non_differentiable(new_z)
+        return out, new_z
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_parameters, of_matrices = ctx.counts
+        output_weight, *found = ctx.saved_tensors
+        static, found = found[: len(Tensors._fields)], found[len(Tensors._fields) :]
+        parameters, found = found[:of_parameters], found[of_parameters:]
+        matrices, saved = found[:of_matrices], found[of_matrices:]
+        pair, has_z = ctx.given
+        needed = any(ctx.needs_input_grad[5 : 5 + of_parameters])
+        if ctx.numbers.n == 0:
+            grad_z = None
+        if grad_y is None:
+            if grad_z is None:
+                return (None,) * (5 + of_parameters + of_matrices + _STATIC)
+            grad_y = torch.zeros_like(grad_z)
+        of_x, of_y, of_z, of_output, *gradients = recursion_gradient(
+            grad_y, grad_z, saved, pair, needed, parameters, matrices, output_weight, *static, *ctx.numbers
+        )
+        if ctx.numbers.n == 0:
+            of_x, of_z = None, of_y if has_z else None
+        return (
+            of_x if pair else None,
+            of_y,
+            of_z if has_z else None,
+            of_output if output_weight is not None else None,
+            None,
+            *(gradients if needed else [None] * of_parameters),
+            *[None] * (of_matrices + _STATIC),
+        )
+
+
+def _differentiable(
+    x: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    parameters: list[Tensor],
+    matrices: list[Tensor],
+    output_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    counts = len(parameters), len(matrices)
+    return _Recursion.apply(x, y, z, output_weight, counts, *parameters, *matrices, *rest)
+
+
+_REST = (
+    "Tensor[] parameters, Tensor[] matrices, Tensor? output_weight, Tensor? mask, Tensor? ends, "
+    "Tensor? starts, Tensor? row_count, Tensor? cos, Tensor? sin, Tensor? seed, str layout, SymInt n, "
+    "SymInt n_heads, SymInt batch, SymInt length, float eps, float? output_eps, float dropout, "
+    "ScalarType operand, str memory"
+)
+_ARGUMENTS = f"Tensor? x, Tensor y, Tensor? z, {_REST}"
+recursion_saving = define(
+    "recursion_saving",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor[])",
+    _recursion_saving,
+    _recursion_saving_fake,
+)
+recursion_gradient = define(
+    "recursion_backward",
+    f"(Tensor grad_y, Tensor? grad_z, Tensor[] saved, bool pair, bool needed, {_REST}) -> Tensor[]",
+    _recursion_backward,
+    _recursion_backward_fake,
+)
+#: ``recursion(x, y, z, parameters, matrices, output_weight, *Tensors, *Numbers)`` gives the new y and z
+#: [B, L, D] (z empty where n is 0). x may be None where n is 0, z always; ``parameters`` are the blocks' flat
+#: lists (:class:`~trm_kernels.ops.layouts.SublayerLayout`) one behind the other, ``matrices`` what
+#: :func:`~trm_kernels.ops.layouts.prepare` made of them, or empty.
+recursion = define(
+    "recursion", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _recursion, _recursion_fake, _differentiable
+)

@@ -1,0 +1,56 @@
+"""The matrices that the kernels read, kept between calls for inference.
+
+Folding a norm's weight into a matrix is worth a kernel a call in training, where weights change with every
+step. In inference it is done once, and done again when something may have changed the weights: an optimizer's
+step, ``load_state_dict``, ``train()``, another data pointer, another version. ``Tensor._version`` alone is no
+guide: fused optimizers, writes through ``.data`` and graph replays leave it as it is. None of these sees a
+write through ``.data`` in evaluation mode: call :func:`forget` after one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+Key = tuple[Any, ...]
+
+_kept: WeakKeyDictionary[nn.Module, tuple[Key, list[Tensor]]] = WeakKeyDictionary()
+_changes = 0
+_watching = False
+
+
+def forget(*_: object) -> None:
+    """Drop everything that is kept, in this process: the weights have changed."""
+    global _changes
+    _changes += 1
+    _kept.clear()
+
+
+def _watch() -> None:
+    """Let every optimizer's step, whosever parameters it changes, drop what is kept."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_post_hook(forget)
+        _watching = True
+
+
+def key_of(parameters: Sequence[Tensor], operand: torch.dtype) -> Key:
+    """What the matrices depend on, as far as it can be seen."""
+    return (operand, _changes, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+
+
+def recall(module: nn.Module, key: Key) -> list[Tensor] | None:
+    """The matrices kept for ``module``, if nothing has changed since."""
+    found = _kept.get(module)
+    return found[1] if found is not None and found[0] == key else None
+
+
+def keep(module: nn.Module, key: Key, matrices: list[Tensor]) -> None:
+    """Keep the matrices of ``module`` until something changes."""
+    _watch()
+    _kept[module] = key, matrices
