@@ -1,22 +1,40 @@
 """Fused kernels for Tiny Recursive Models. Needs torch alone; Triton is imported on first use."""
 
+from trm_kernels.averaging import ParameterAverage
 from trm_kernels.backends import BackendError, Selection, use_backend
+from trm_kernels.carry import Carry
 from trm_kernels.config import NetworkConfig
+from trm_kernels.graphs import GraphCache, GraphedFunction, GraphedRecursion, graph_status, graphed
+from trm_kernels.halting import AsyncCount, HaltingResult, halting_recursion
 from trm_kernels.network import TinyRecursiveNetwork, TransformerBlock
+from trm_kernels.optimizers import capturable_adamw
 from trm_kernels.patch import PatchReport, patch
 from trm_kernels.recursion import RecursionMixin, deep_recursion, latent_recursion
+from trm_kernels.training import TrainingStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncCount",
     "BackendError",
+    "Carry",
+    "GraphCache",
+    "GraphedFunction",
+    "GraphedRecursion",
+    "HaltingResult",
     "NetworkConfig",
+    "ParameterAverage",
     "PatchReport",
     "RecursionMixin",
     "Selection",
     "TinyRecursiveNetwork",
+    "TrainingStep",
     "TransformerBlock",
+    "capturable_adamw",
     "deep_recursion",
+    "graph_status",
+    "graphed",
+    "halting_recursion",
     "latent_recursion",
     "patch",
     "use_backend",

@@ -35,7 +35,7 @@ def report() -> dict[str, Any]:
     import torch
 
     from llm_trm.benchmark.environment import run_record
-    from trm_kernels import backends
+    from trm_kernels import backends, graphs
 
     record = run_record(torch.device("cpu"))
     return {
@@ -48,6 +48,8 @@ def report() -> dict[str, Any]:
             for name, backend in backends.BACKENDS.items()
         },
         "TRM_BACKEND": os.environ.get("TRM_BACKEND"),
+        "graphs": {"unavailable": graphs.unavailable()},
+        "TRM_GRAPHS": os.environ.get("TRM_GRAPHS"),
     }
 
 
@@ -57,7 +59,7 @@ def env(as_json: bool) -> None:
     """Print versions, devices, and which backends work here.
 
     A backend that does not work is printed with its reason, and each device with the backend that `auto`
-    takes on it.
+    takes on it. Whether CUDA graphs work is found out by capturing a tiny one.
 
     \b
     Examples:
@@ -96,3 +98,6 @@ def env(as_json: bool) -> None:
     chosen, known = facts["TRM_BACKEND"] or "not set", ("auto", *facts["backends"])
     flaw = "" if chosen in ("not set", *known) else f" (unknown: choose from {', '.join(known)})"
     line("TRM_BACKEND", f"{chosen}{flaw}")
+    reason = facts["graphs"]["unavailable"]
+    line("CUDA graphs", f"unavailable, calls run without: {reason}" if reason else "available")
+    line("TRM_GRAPHS", facts["TRM_GRAPHS"] or "not set")

@@ -1,0 +1,71 @@
+"""An exponential moving average of parameters that stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class ParameterAverage:
+    """``average = decay * average + (1 - decay) * parameter``, for all parameters in a few launches.
+
+    Updates are in place and wait for nothing, so that a CUDA graph can hold them. Averages of bfloat16 and
+    float16 parameters are float32: at a decay of 0.999 an update would vanish in their rounding.
+
+    Args:
+        parameters: What to average, for instance ``model.parameters()``.
+        decay: Share of the average that an update keeps, in [0, 1).
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self._parameters = list(parameters)
+        self.averages = [_wide(parameter).clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step towards the parameters."""
+        torch._foreach_lerp_(self.averages, [_wide(p) for p in self._parameters], 1.0 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Write the averages into ``parameters``, by default those that are averaged."""
+        targets = self._parameters if parameters is None else list(parameters)
+        for target, average in zip(targets, self.averages, strict=True):
+            target.copy_(average)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the parameters hold their averages; in place, so that graphs see them too."""
+        saved = [parameter.detach().clone() for parameter in self._parameters]
+        self.copy_to()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, saved, strict=True):
+                    parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, object]:
+        """The decay and copies of the averages."""
+        return {"decay": self.decay, "averages": [average.clone() for average in self.averages]}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take over what :meth:`state_dict` gave, in place."""
+        averages = state["averages"]
+        assert isinstance(averages, list)
+        for own, value in zip(self.averages, averages, strict=True):
+            own.copy_(value)
+        decay = state["decay"]
+        assert isinstance(decay, float)
+        self.decay = decay
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.float() if parameter.dtype in (torch.bfloat16, torch.float16) else parameter

@@ -1,0 +1,26 @@
+"""CUDA graphs of recursions: one for each bucket of shapes, within bounds, never silently absent."""
+
+from trm_kernels.graphs.buckets import Bucket, eighths, multiple_of, power_of_two
+from trm_kernels.graphs.cache import GraphCache, GraphFallbackWarning, GraphStatus, graph_status
+from trm_kernels.graphs.capture import Captured, CaptureError, Capturer, CudaCapturer, unavailable
+from trm_kernels.graphs.function import GraphedFunction
+from trm_kernels.graphs.recursion import GraphedRecursion, graphed
+
+__all__ = [
+    "Bucket",
+    "CaptureError",
+    "Captured",
+    "Capturer",
+    "CudaCapturer",
+    "GraphCache",
+    "GraphFallbackWarning",
+    "GraphStatus",
+    "GraphedFunction",
+    "GraphedRecursion",
+    "eighths",
+    "graph_status",
+    "graphed",
+    "multiple_of",
+    "power_of_two",
+    "unavailable",
+]

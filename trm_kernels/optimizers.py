@@ -1,0 +1,77 @@
+"""Optimizers inside CUDA graphs: one that fits, and what keeps another from fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim import optimizer as internals
+
+from trm_kernels.graphs.keys import storage
+
+
+def capturable_adamw(parameters: Iterable[Any], lr: float, **options: Any) -> AdamW:
+    """A fused AdamW whose learning rates are device tensors, so that schedules change them between replays.
+
+    Args:
+        parameters: Parameters or groups, as for :class:`torch.optim.AdamW`, on one device.
+        lr: Learning rate of the groups that bring none of their own.
+        **options: Further arguments of :class:`torch.optim.AdamW`.
+    """
+    groups = list(parameters)
+    if not groups:
+        raise ValueError("there are no parameters")
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    device = groups[0]["params"][0].device
+    for group in groups:
+        group["lr"] = torch.tensor(float(group.get("lr", lr)), device=device)
+    # torch refuses capturable on devices that have no graphs.
+    capturable = device.type == "cuda"
+    return AdamW(groups, lr=groups[0]["lr"], fused=True, capturable=capturable, **options)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters that ``optimizer`` updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def refusal(optimizer: Optimizer) -> str | None:
+    """Why a step of ``optimizer`` cannot be captured, or None."""
+    for group in optimizer.param_groups:
+        if not group.get("capturable", False):
+            return "the optimizer was built without capturable=True"
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device != group["params"][0].device:
+            return "a learning rate is no tensor on the device: a graph would keep it for ever"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks, which a replay would not call"
+    for parameter in parameters_of(optimizer):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return "a parameter has gradient hooks, which a replay would not call"
+    return None
+
+
+def settings(optimizer: Optimizer) -> tuple[Hashable, ...]:
+    """What a captured step of ``optimizer`` holds fast: numbers, and where its tensors lie."""
+    return tuple(
+        (
+            tuple(storage(parameter) for parameter in group["params"]),
+            tuple(
+                (name, storage(value) if isinstance(value, Tensor) else value)
+                for name, value in group.items()
+                if name != "params"
+            ),
+        )
+        for group in optimizer.param_groups
+    )
+
+
+def call_global_post_hooks(optimizer: Optimizer) -> None:
+    """Tell those who asked to know of every optimizer's steps that a replay took one."""
+    for hook in list(internals._global_optimizer_post_hooks.values()):
+        hook(optimizer, (), {})
