@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import trm_kernels
+from llm_trm.cli import main
 from tests.graph_double import RecordingCapturer
 from trm_kernels import (
     GraphCache,
@@ -351,12 +354,12 @@ def test_bounds_that_make_no_sense(bounds: dict[str, int]) -> None:
 def test_a_function_that_is_gone_leaves_its_graphs_unreachable() -> None:
     """A new function must not meet the graphs of an old one that had the same id."""
     cache, capturer = recorded()
-    for factor in range(20):
+    for factor in range(6):
         fast = GraphedFunction(lambda x, factor=factor: factor * x, cache=cache)
         assert fast(torch.ones(1)).item() == factor
         del fast
         gc.collect()
-    assert len(capturer.graphs) == 20
+    assert len(capturer.graphs) == 6
 
 
 # Fallbacks.
@@ -473,6 +476,15 @@ def test_what_the_function_raises_passes_through() -> None:
     assert not cache.status().fallbacks
     assert fast(torch.ones(1)).item() == 2.0
     assert len(capturer.graphs) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_llm_trm_env_says_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads(CliRunner().invoke(main, ["env", "--json"]).stdout)
+    assert facts["graphs"] == {"unavailable": "no CUDA device"}
+    assert "unavailable, calls run without: no CUDA device" in CliRunner().invoke(main, ["env"]).stdout
+    monkeypatch.setattr(capture_internals, "_SETTING", "0")
+    assert "calls run without: TRM_GRAPHS=0" in CliRunner().invoke(main, ["env"]).stdout
 
 
 # Nesting and threads.

@@ -18,7 +18,7 @@ from trm_kernels.carry import Carry, exploration_steps
 from trm_kernels.graphs.cache import GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.graphs.function import uncached_autocast
-from trm_kernels.graphs.keys import ModuleWatch, ambient, communicates
+from trm_kernels.graphs.keys import ModuleWatch, ambient
 from trm_kernels.metrics import MetricBuffer, MetricWindow
 from trm_kernels.recursion import Network, deep_recursion
 
@@ -68,7 +68,8 @@ class TrainingStep:
             tensor of the batch is x.
         mask: Gives the mask [B, L] of a batch, called as ``mask(*batch)``; by default there is none.
         initial: Gives the states (y, z), broadcastable to x, that a sample starts from, called as
-            ``initial(x)``; zeros by default. With T = 1 they get gradients.
+            ``initial(x)``; zeros by default. With T = 1 they get gradients, of zeros (and not None) on a step
+            that no sample starts on.
         clip_norm: Largest gradient norm; None for no clipping.
         average: Updated after each step.
         autocast_dtype: ``torch.bfloat16`` to run under autocast.
@@ -141,10 +142,12 @@ class TrainingStep:
         self._exploration, self._skip_nonfinite = exploration, skip_nonfinite
         self._capture, self._warmup = capture, warmup
         read = (net, loss, embed, mask, initial, output_norm)
-        self._modules = [*(module for module in read if isinstance(module, nn.Module)), *modules]
-        self._watch = ModuleWatch(self._modules)
+        self._watch = ModuleWatch([*(module for module in read if isinstance(module, nn.Module)), *modules])
         self._token = object()  # in the keys of a cache that may outlive this step
         self._optimizer_state, self._generation = optimizer.state, 0
+        if capture:
+            # torch warns of capturable=True in a step that is not captured; those that warm up are meant.
+            optimizer._warned_capturable_if_run_uncaptured = True
         self._programs: OrderedDict[Hashable, _Program] = OrderedDict()
         self._plain_runs: OrderedDict[Hashable, int] = OrderedDict()
 
@@ -227,7 +230,7 @@ class TrainingStep:
             self.cache.capturer.unavailable(device)
             or optimizers.refusal(self.optimizer)
             or self._watch.hooks()
-            or communicates(self._modules)
+            or self._watch.communicates()
         )
 
     def _key(self, program: _Program, device: torch.device) -> Hashable:

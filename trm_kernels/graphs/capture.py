@@ -199,7 +199,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
     """Clean up after a capture that failed."""
     # Up to torch 2.11 a capture that ends in an error leaves the allocator recording into the pool. Where it
     # does not, ending it a second time raises.
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)
     with contextlib.suppress(RuntimeError):
         graph.reset()

@@ -93,14 +93,12 @@ class ModuleWatch:
                     return f"a {type(module).__name__} holds a {type(tensor).__name__}, not a plain tensor"
         return None
 
-
-def communicates(modules: Iterable[nn.Module]) -> str | None:
-    """Why modules that communicate cannot be captured, or None."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return "several processes train together: collectives in a graph are not proven"
-    for root in modules:
-        for module in root.modules():
-            if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    def communicates(self) -> str | None:
+        """Why a step of these modules would run collectives, or None."""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            return "several processes train together: collectives in a graph are not proven"
+        for module in self._modules:
+            if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
                 return f"a {type(module).__name__} communicates: collectives in a graph are not proven"
-    return None
+        return None
