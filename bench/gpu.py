@@ -16,54 +16,64 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm_trm.benchmark.candidates import candidates_for
+from llm_trm.benchmark.candidates import CANDIDATES, candidates_for
 from llm_trm.benchmark.environment import device_name, run_record
-from llm_trm.benchmark.results import CaseResult, append, read
+from llm_trm.benchmark.results import CaseResult, append, key_of, read
 from llm_trm.benchmark.runner import Budget, DeviceLostError, run_case
+from llm_trm.benchmark.suites import Group, group_of, suite
 from llm_trm.benchmark.table import footnotes, markdown_table, title
-from llm_trm.benchmark.workloads import Case
+from llm_trm.benchmark.workloads import Case, Mode
 
 TESTS_SECONDS = 150.0
-#: A case gets this long at most, compiling included; a candidate that hangs is given up a little later.
-CASE_SECONDS = 90.0
+#: A candidate that hangs is given up after so long; max-autotune compiles for minutes.
 HANG_SECONDS = 120.0
+HANG_SECONDS_MAX_AUTOTUNE = 300.0
 TIMED_SECONDS = 3.0
 #: With less than this left no case is begun: torch.compile alone would take it.
 LEAST_SECONDS = 25.0
 
-_PHASE2 = Case("forward", 256, 256, dtype="bfloat16")
-_LATENTS = replace(_PHASE2, hidden_size=2048)
-_PAPER = Case("forward", 512, 97, batch=768, dtype="bfloat16", family="paper")
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that share their rows and the most seconds that one of them may take, compiling included."""
+
+    cases: Sequence[Case]
+    group: Group = "main"
+    case_seconds: float = 75.0
 
 
-def _both(case: Case, **changes: Any) -> list[Case]:
-    return [replace(case, mode=mode, **changes) for mode in ("forward", "train")]
+def _part(name: str, *modes: Mode, dtype: str = "bfloat16", case_seconds: float = 75.0) -> Part:
+    return Part(suite(name, "cuda", dtype, modes or None), group_of(name), case_seconds)
 
 
-#: Measured before the device tests: were the rest cut off, these would say the most.
-FIRST = [*_both(_PHASE2), _LATENTS]
+#: Measured before the device tests, in this order: were the rest cut off, these would say the most.
+FIRST = (
+    _part("phase2", "forward"),
+    _part("paper", "forward"),
+    _part("latents", "forward"),
+    _part("train"),
+    _part("phase2", "train"),
+    _part("paper", "train"),
+    _part("latents", "train"),
+)
 
 #: Measured after them, in this order.
-THEN = [
-    *_both(_PHASE2, batch=32),
-    *_both(_LATENTS, batch=8),
-    replace(_LATENTS, mode="train"),
-    *_both(_PAPER),
-    *_both(_PHASE2, dtype="float32"),
-    *_both(_PHASE2, dtype="float16"),
-    *_both(_LATENTS, batch=8, dtype="float32"),
-    *_both(_LATENTS, batch=8, dtype="float16"),
-    *_both(_PHASE2, batch=32, dtype="float32"),
-    *_both(_PHASE2, batch=32, dtype="float16"),
-    *_both(_PAPER, dtype="float32"),
-    *_both(_PAPER, dtype="float16"),
-]
+THEN = (
+    _part("peers", case_seconds=180.0),
+    _part("scaling", case_seconds=45.0),
+    *(
+        _part(name, dtype=dtype)
+        for dtype in ("float32", "float16")
+        for name in ("phase2", "paper", "latents")
+    ),
+    _part("train", dtype="float32"),
+)
 
 
 class Run:
@@ -91,46 +101,54 @@ class Run:
             if line.get("commit") == self.commit and line.get("device") == device:
                 yield line
 
-    def done(self) -> set[str]:
-        """Names of the cases (and ``tests``) that need not run again; one with skipped rows does."""
+    def done(self, *, whole: bool = False) -> set[str]:
+        """Keys of the cases (and ``tests``) that were measured; ``whole``: less those with skipped rows."""
         return {
             line["name"]
             for line in self._mine(self.results)
-            if all(row["status"] != "skipped" for row in line.get("rows", ()))
+            if not whole or all(row["status"] != "skipped" for row in line.get("rows", ()))
         }
 
     def excluded(self, case: Case) -> dict[str, str]:
-        """Candidates that broke the device on this case before."""
+        """Candidates that broke the device on this case before, in whatever part."""
         return {
             line["backend"]: line["reason"] for line in self._mine(self.crashes) if line["name"] == case.name
         }
 
-    def cases(self, cases: Sequence[Case]) -> None:
-        """Run what is missing of ``cases`` while time is left."""
-        for case in cases:
-            if case.name in self.done():
-                print(f"already measured: {case.name}", flush=True)
+    def part(self, part: Part, *, whole: bool = False) -> None:
+        """Run what is missing of a part while time is left; ``whole`` runs cases with skipped rows again."""
+        for case in part.cases:
+            key = key_of(case, part.group)
+            if key in self.done(whole=whole):
+                print(f"already measured: {key}", flush=True)
                 continue
-            if any(name not in candidates_for("cuda") for name in self.excluded(case)):
-                print(f"given up, see {self.crashes}: {case.name}", flush=True)
+            if any(name not in CANDIDATES for name in self.excluded(case)):
+                print(f"given up, see {self.crashes}: {key}", flush=True)
                 continue
             if self.left < LEAST_SECONDS:
-                print(f"no time left: {case.name}", flush=True)
+                print(f"no time left: {key}", flush=True)
                 continue
-            self.case(case)
+            self.case(case, part)
 
-    def case(self, case: Case) -> None:
+    def case(self, case: Case, part: Part) -> None:
         """Run one case and append its line."""
         torch.cuda.empty_cache()
 
         def progress(doing: str) -> None:
             self.doing, self.since = (case, doing), time.time()
 
-        budget = Budget(min(self.left - 10, CASE_SECONDS), min(TIMED_SECONDS, self.left / 8))
+        budget = Budget(min(self.left - 10, part.case_seconds), min(TIMED_SECONDS, self.left / 8))
+        names = candidates_for(case, "cuda", part.group)
         begin = time.time()
         try:
             result = run_case(
-                case, self.device, candidates_for("cuda"), budget, progress, excluded=self.excluded(case)
+                case,
+                self.device,
+                names,
+                budget,
+                progress,
+                excluded=self.excluded(case),
+                group=part.group,
             )
         except DeviceLostError as error:
             self.restart(case, error.backend, str(error))
@@ -155,9 +173,12 @@ class Run:
         while True:
             time.sleep(1.0)
             doing, since = self.doing, self.since
-            if doing is not None and time.time() - since > HANG_SECONDS:
-                case, backend = doing
-                self.restart(case, backend, f"{backend} took more than {HANG_SECONDS:.0f} s")
+            if doing is None:
+                continue
+            case, backend = doing
+            patience = _patience(backend)
+            if time.time() - since > patience:
+                self.restart(case, backend, f"{backend} took more than {patience:.0f} s")
 
     def tests(self) -> None:
         """Run the tests that launch kernels in a process of their own; the output goes to gpu-tests.txt."""
@@ -186,6 +207,12 @@ class Run:
         append(self.results, self.record | line | {"seconds": round(time.time() - begin, 1)})
 
 
+def _patience(doing: str) -> float:
+    candidate = CANDIDATES.get(doing)
+    compiles_long = candidate is not None and candidate.compiles > 1.0
+    return HANG_SECONDS_MAX_AUTOTUNE if compiles_long else HANG_SECONDS
+
+
 def _show(result: CaseResult, seconds: float) -> None:
     print(f"\n{title(result)}, {seconds:.0f} s\n{markdown_table(result)}")
     print("\n".join(footnotes(result)), flush=True)
@@ -210,9 +237,14 @@ def main() -> None:
     deadline = options.deadline or time.time() + 60 * options.budget_minutes
     run = Run(options.out, options.commit, deadline)
     threading.Thread(target=run.watch, daemon=True).start()
-    run.cases(FIRST)
+    for part in FIRST:
+        run.part(part)
     run.tests()
-    run.cases(THEN)
+    for part in THEN:
+        run.part(part)
+    # Last, or a case that never fits its share would keep all others from their first turn.
+    for part in (*FIRST, *THEN):
+        run.part(replace(part, case_seconds=2 * part.case_seconds), whole=True)
 
 
 if __name__ == "__main__":

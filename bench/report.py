@@ -1,19 +1,22 @@
 """Draws the docs' tables and plots from ``bench/results/*.jsonl``: ``python -m bench.report``.
 
 Rewrites what stands between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` in docs/benchmarks.md (every
-table) and README.md (one line a case), and one plot a device under docs/. No figure is written by hand.
+table) and README.md (one line a case), and the plots of each device under docs/: bars, and curves of cost
+against batch size, length and width. No figure is written by hand.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_trm.benchmark.plot import plot
+from llm_trm.benchmark.plot import plot, plot_scaling
 from llm_trm.benchmark.results import CaseResult, read
+from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.table import footnotes, markdown_table, number, title
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +25,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 @dataclass
 class DeviceReport:
-    """The latest result of every case on one device, and the run of each."""
+    """The latest result of every case and group on one device, and the run of each."""
 
     device: str
     results: list[CaseResult]
@@ -33,11 +36,18 @@ class DeviceReport:
         """Whether the results come from a CUDA or ROCm device."""
         return bool(self.runs[0]["machine"]["device_type"] == "cuda")
 
-    @property
-    def plot_name(self) -> str:
-        """File name of the device's plot."""
+    def of(self, *groups: Group) -> list[CaseResult]:
+        """The results of some groups."""
+        return [result for result in self.results if result.group in groups]
+
+    def plots(self) -> dict[str, tuple[Callable[[Sequence[CaseResult], Path], None], list[CaseResult]]]:
+        """File name of each plot, what draws it, and from what."""
         slug = re.sub("[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return f"benchmarks-{slug}.png"
+        drawn = {
+            f"benchmarks-{slug}.png": (plot, self.of("main", "peers")),
+            f"benchmarks-{slug}-scaling.png": (plot_scaling, self.of("scaling")),
+        }
+        return {name: (draw, results) for name, (draw, results) in drawn.items() if results}
 
     def provenance(self) -> str:
         """Versions, commits and days behind the results."""
@@ -52,7 +62,7 @@ class DeviceReport:
 
 
 def load(folder: Path) -> list[DeviceReport]:
-    """Read every results file of a folder; of two lines for one case and device the later counts."""
+    """Read every results file of a folder; of two lines for one key and device the later counts."""
     latest: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in read(path):
@@ -68,35 +78,57 @@ def load(folder: Path) -> list[DeviceReport]:
 
 
 def details(reports: list[DeviceReport]) -> str:
-    """Every table, a section a device."""
+    """Every table, a section a device; of the scaling suite one line a case."""
     parts = []
     for report in reports:
-        parts += [f"## {report.device}", report.provenance() + ".", f"![{report.device}]({report.plot_name})"]
-        for result in report.results:
+        parts += [f"## {report.device}", report.provenance() + "."]
+        parts += [f"![{name.removesuffix('.png')}]({name})" for name in report.plots()]
+        for result in report.of("main", "peers"):
             notes = "\n".join(f"- {note}" for note in footnotes(result))
-            parts += [f"**{title(result)}**", markdown_table(result), notes]
-    return "\n\n".join(parts + _missing(reports))
+            against = ", against peers" if result.group == "peers" else ""
+            parts += [f"**{title(result)}{against}**", markdown_table(result), notes]
+        if scaling := report.of("scaling"):
+            parts += ["**Scaling, median ms of one latent recursion**", _medians(scaling)]
+    return "\n\n".join(parts + _missing(reports, SECTIONS))
+
+
+def _medians(results: Sequence[CaseResult]) -> str:
+    """One line a case: the limit, and the median milliseconds of every candidate that was timed."""
+    names = list(dict.fromkeys(row.backend for result in results for row in result.rows if row.median_ms))
+    lines = [["ms", "limit", *names], ["---"] + ["---:"] * (len(names) + 1)]
+    for result in results:
+        medians = {row.backend: row.median_ms for row in result.rows if row.median_ms is not None}
+        cells = [number(medians[name]) if name in medians else "-" for name in names]
+        lines.append([result.case.name, number(result.floor_ms), *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summary(reports: list[DeviceReport]) -> str:
-    """One line a case: median milliseconds of every candidate that was timed."""
+    """One line a case, without peers and scaling."""
     parts = []
     for report in reports:
-        names = list(
-            dict.fromkeys(row.backend for result in report.results for row in result.rows if row.median_ms)
-        )
-        lines = [["ms", "limit", *names], ["---"] + ["---:"] * (len(names) + 1)]
-        for result in report.results:
-            medians = {row.backend: row.median_ms for row in result.rows if row.median_ms is not None}
-            cells = [number(medians[name]) if name in medians else "-" for name in names]
-            lines.append([result.case.name, number(result.floor_ms), *cells])
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts += [f"{report.device} ({report.provenance()}):", table]
+        parts += [f"{report.device} ({report.provenance()}):", _medians(report.of("main"))]
     return "\n\n".join(parts + _missing(reports))
 
 
-def _missing(reports: list[DeviceReport]) -> list[str]:
-    return [] if any(report.is_gpu for report in reports) else ["On a GPU: not measured yet."]
+#: What the docs call not measured while no device has a result of it.
+SECTIONS: dict[str, Callable[[CaseResult], bool]] = {
+    "Whole training steps": lambda result: result.case.mode == "step",
+    "Other implementations": lambda result: result.group == "peers",
+    "Scaling": lambda result: result.group == "scaling",
+}
+
+
+def _missing(
+    reports: list[DeviceReport], sections: Mapping[str, Callable[[CaseResult], bool]] | None = None
+) -> list[str]:
+    lines = [] if any(report.is_gpu for report in reports) else ["On a GPU: not measured yet."]
+    measured = [result for report in reports for result in report.results]
+    return lines + [
+        f"{section}: not measured yet."
+        for section, belongs in (sections or {}).items()
+        if not any(belongs(result) for result in measured)
+    ]
 
 
 def rewrite(path: Path, text: str) -> bool:
@@ -114,7 +146,8 @@ def main(root: Path = ROOT) -> None:
     """Redraw everything; exit code 1 if a document has no markers."""
     reports = load(root / "bench" / "results")
     for report in reports:
-        plot(report.results, root / "docs" / report.plot_name)
+        for name, (draw, results) in report.plots().items():
+            draw(results, root / "docs" / name)
     documents = {root / "docs" / "benchmarks.md": details(reports), root / "README.md": summary(reports)}
     unmarked = [str(path.relative_to(root)) for path, text in documents.items() if not rewrite(path, text)]
     if unmarked:

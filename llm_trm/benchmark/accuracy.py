@@ -8,26 +8,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_trm.benchmark.candidates import Inputs, Step
+from llm_trm.benchmark.models import State, reference_network, written_out
+from llm_trm.benchmark.steps import Inputs, Step
+from llm_trm.benchmark.training import float64_gradients
 from llm_trm.benchmark.workloads import Case
-from trm_kernels import reference
 from trm_kernels.testing import ErrorPool, ToleranceRule
 
 #: Elements of B * L * D that the float64 run takes at once: it keeps some 3 KB for each of them.
 _CHUNK_ELEMENTS = 2**22
 
 
-def float64_truth(case: Case, state: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+def float64_truth(case: Case, state: State, inputs: Inputs) -> dict[str, Tensor]:
     """Output and gradients of the reference in float64 on input set 0, as :meth:`Step.results` names them.
 
     The batch is taken in chunks: samples are independent, and gradients of parameters add up over them.
     """
+    size = max(1, _CHUNK_ELEMENTS // (case.latents * case.hidden_size))
+    if case.mode == "step":
+        return float64_gradients(case, state, inputs, size)
     x, y, z = inputs[0]
     # MPS has no float64.
     device = torch.device("cpu") if x.device.type == "mps" else x.device
-    net = reference.TinyRecursiveNetwork(case.config()).to(device, torch.float64)
-    net.load_state_dict(state)
-    size = max(1, _CHUNK_ELEMENTS // (case.latents * case.hidden_size))
+    wide = {name: tensor.to(device, torch.float64) for name, tensor in state.items()}
+    model = written_out(reference_network)(case, wide)
     parts: dict[str, list[Tensor]] = {"output": [], "x": []}
     sums: dict[str, Tensor] = {}
     for begin in range(0, case.batch, size):
@@ -35,8 +38,8 @@ def float64_truth(case: Case, state: dict[str, Tensor], inputs: Inputs) -> dict[
         question, answer, latent, grad_y = (
             tensor[rows].to(device, torch.float64) for tensor in (x, y, z, inputs.grad_y)
         )
-        chunk = Inputs([question], [answer], [latent], grad_y)
-        step = Step(replace(case, batch=len(grad_y)), net, chunk, original=True)
+        chunk = Inputs([question], [answer], [latent], grad_y, inputs.labels, inputs.head)
+        step = Step(replace(case, batch=len(grad_y)), model, chunk)
         step(0)
         for name, tensor in step.results():
             if name in parts:

@@ -3,218 +3,202 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import trm_kernels
-from llm_trm.benchmark.memory import peak_memory
-from llm_trm.benchmark.original import OriginalNetwork
-from llm_trm.benchmark.workloads import Case
-from trm_kernels import backends, reference
+from llm_trm.benchmark import official, peers
+from llm_trm.benchmark.models import (
+    Build,
+    Model,
+    State,
+    original_network,
+    ours,
+    reference_network,
+    written_out,
+)
+from llm_trm.benchmark.steps import GraphStep, Inputs, Step, Timed
+from llm_trm.benchmark.suites import Group
+from llm_trm.benchmark.training import DeviceLoopStep, LoopStep, autocast_dtype
+from llm_trm.benchmark.workloads import Case, Mode
+from trm_kernels import backends
 
 GRAPH = "+graph"
 
-#: Rows of a table, in order. ``original`` is the module that the project replaces, ``+graph`` replays the
-#: whole case as one CUDA graph, the others are the backends of ``trm_kernels``.
-CANDIDATES = (
-    "original",
-    *(name for name in backends.BACKENDS),
-    *(name + GRAPH for name in ("eager", "compile", "triton")),
-)
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
-def candidates_for(device_type: str) -> tuple[str, ...]:
-    """The candidates that make sense on a device type."""
-    return tuple(name for name in CANDIDATES if device_type == "cuda" or not name.endswith(GRAPH))
+@dataclass(frozen=True)
+class Candidate:
+    """One row of a table.
 
-
-@dataclass
-class Inputs:
-    """Sets of x, y, z, each a list of K tensors [B, L, D], and the gradient of y [B, L, D] for training.
-
-    K sets together exceed twice the last-level cache of a GPU, so that no call finds its input there.
-
-    ``graph_pool`` is the memory that the case's CUDA graphs share. They never run at the same time, and
-    what outlives a replay is not shared.
+    Attributes:
+        name: What ``--backends`` and the results call it.
+        build: Makes its model.
+        groups: The tables that show it unasked.
+        missing: Why it cannot run in this process at all, with the remedy, or None.
+        families: The families of block that it has.
+        modes: The cases in which it is another candidate than those beside it.
+        cuda_only: Why it runs on CUDA alone, or None.
+        graph: Whether the whole case is replayed as one CUDA graph.
+        compiles: Time that it spends compiling, in that of torch.compile's default on the network.
+        differs: What it computes instead, where that is another function of the same shape: it cannot be
+            held to the tolerance rule then, and its operations are counted on their own.
+        trains: Whether its whole training step is this library's own instead of the plain loop.
+        coarser: Why it may err more than the tolerance rule allows (a narrower dtype, asked for).
     """
 
-    x: list[Tensor]
-    y: list[Tensor]
-    z: list[Tensor]
-    grad_y: Tensor
-    graph_pool: Any = None
+    name: str
+    build: Build
+    groups: tuple[Group, ...] = ("main", "peers")
+    missing: Callable[[], str | None] = lambda: None
+    families: tuple[str, ...] = ("seed", "scratch", "paper")
+    modes: tuple[Mode, ...] = ("forward", "train", "step")
+    cuda_only: str | None = None
+    graph: bool = False
+    compiles: float = 0.0
+    differs: str | None = None
+    coarser: str | None = None
+    trains: bool = False
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        k = i % len(self.x)
-        return self.x[k], self.y[k], self.z[k]
-
-
-MAX_INPUT_SETS = 256
-
-
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, cache_bytes: int) -> Inputs:
-    """Draw normal inputs; the gradient of y is scaled so that parameter gradients stay of unit order."""
-    shape = (case.batch, case.latents, case.hidden_size)
-    sets = 1
-    if device.type == "cuda":
-        set_bytes = 3 * dtype.itemsize * case.batch * case.latents * case.hidden_size
-        sets = min(MAX_INPUT_SETS, 1 + 2 * cache_bytes // set_bytes)
-    x, y, z = ([torch.randn(shape, device=device, dtype=dtype) for _ in range(sets)] for _ in range(3))
-    scale = (case.batch * case.latents) ** -0.5
-    grad_y = torch.randn(shape, device=device, dtype=dtype) * scale
-    return Inputs(x, y, z, grad_y, torch.cuda.graph_pool_handle() if device.type == "cuda" else None)
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run on a device type in this process, or None."""
+        if self.cuda_only is not None and device_type != "cuda":
+            return f"{self.cuda_only}, not {device_type}"
+        return self.missing()
 
 
-def make_state(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict that all candidates load. Vectors are drawn too: fresh norms and biases hide errors."""
-    with device:
-        net = reference.TinyRecursiveNetwork(case.config())
-    for parameter in net.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
-    return net.to(dtype).state_dict()
+def _backend(name: str, groups: tuple[Group, ...] = ("main", "peers"), **options: Any) -> Candidate:
+    # Looked up when asked: a backend may be registered anew.
+    return Candidate(name, ours(name), groups, lambda: backends.BACKENDS[name].unavailable(), **options)
 
 
-class Step:
-    """One candidate at one case: a latent recursion, or a training step (see :class:`Case`)."""
-
-    def __init__(self, case: Case, net: nn.Module, inputs: Inputs, *, original: bool = False) -> None:
-        self.case = case
-        self.net = net
-        self.inputs = inputs
-        self.output: Tensor | None = None
-        self.leaf: Tensor | None = None
-        # The original adds x + y + z anew in every step, as the reference does.
-        schedule = reference if original else trm_kernels
-        self._latent = functools.partial(schedule.latent_recursion, n=case.steps)
-        self._deep = functools.partial(schedule.deep_recursion, n=case.steps, T=case.recursions)
-        net.train(case.mode == "train")
-
-    def __call__(self, i: int) -> None:
-        """Run on input set ``i`` modulo their number."""
-        self.launch(*self.inputs[i])
-
-    def launch(self, x: Tensor, y: Tensor, z: Tensor) -> None:
-        """Run on x, y, z [B, L, D]."""
-        if self.case.mode == "forward":
-            with torch.no_grad():
-                self.output = self._latent(self.net, x, y, z)[0]
-            return
-        self.net.zero_grad(set_to_none=True)
-        self.leaf = x.detach().requires_grad_()
-        output = self._deep(self.net, self.leaf, y, z)[0]
-        output.backward(self.inputs.grad_y)
-        self.output = output.detach()
-
-    def prepare(self) -> None:
-        """First call on input set 0: compiles what compiles."""
-        self(0)
-
-    def check(self) -> None:
-        """Run on input set 0, for :meth:`results`."""
-        self(0)
-
-    def results(self) -> Iterator[tuple[str, Tensor]]:
-        """``("output", y)``, then in training ``("x", gradient)`` and each parameter's gradient."""
-        assert self.output is not None
-        yield "output", self.output
-        if self.case.mode == "train":
-            assert self.leaf is not None
-            for name, tensor in (("x", self.leaf), *self.net.named_parameters()):
-                if tensor.grad is None:
-                    raise RuntimeError(f"{name} received no gradient")
-                yield name, tensor.grad
-
-    def clear(self) -> None:
-        """Let go of the last call's results."""
-        self.output = self.leaf = None
-        self.net.zero_grad(set_to_none=True)
-
-    def peak_memory(self, device: torch.device) -> int | None:
-        """Bytes held at the peak of a call, results included, above parameters and inputs."""
-        self.clear()
-        return peak_memory(device, lambda: self(0))
+def _variant(candidate: Candidate, suffix: str, recursion: dict[str, Any], **changes: Any) -> Candidate:
+    """The same backend, its recursions given further options."""
+    name = f"{candidate.name}-{suffix}"
+    return replace(candidate, name=name, build=ours(candidate.name, **recursion), **changes)
 
 
-class GraphStep(Step):
-    """The same, captured once and replayed as a CUDA graph; a call copies its inputs into the graph's."""
-
-    WARM_UP = 3
-
-    def prepare(self) -> None:
-        """Warm up on a side stream, as capturing asks for, and capture the last input set."""
-        self.static = [tensor.clone() for tensor in self.inputs[-1]]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UP):
-                self.launch(*self.static)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.clear()
-        self.graph = torch.cuda.CUDAGraph()
-
-        def capture() -> None:
-            with torch.cuda.graph(self.graph, pool=self.inputs.graph_pool):
-                self.launch(*self.static)
-
-        self._peak = peak_memory(self.static[0].device, capture)
-
-    def __call__(self, i: int) -> None:
-        torch._foreach_copy_(self.static, list(self.inputs[i]))
-        self.graph.replay()
-
-    def check(self) -> None:
-        for _, tensor in self.results():
-            tensor.fill_(float("nan"))  # a replay that writes nothing must not pass
-        self(0)
-
-    def peak_memory(self, device: torch.device) -> int | None:
-        return self._peak  # all of it is allocated while capturing
+def _replayed(candidate: Candidate, groups: tuple[Group, ...] = ("main", "peers")) -> Candidate:
+    return replace(
+        candidate,
+        name=candidate.name + GRAPH,
+        groups=groups,
+        graph=True,
+        cuda_only="CUDA graphs need a CUDA device",
+    )
 
 
-def _on_meta(build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
-    with torch.device("meta"):
-        net = build()
-    # Own copies: training candidates must not share gradients, nor warm the cache for each other.
-    net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return net
+_EVERYWHERE: tuple[Group, ...] = ("main", "peers", "scaling")
+_EAGER = _backend("eager", _EVERYWHERE)
+_COMPILE = _backend("compile", _EVERYWHERE, compiles=1.0)
+_TRITON = _backend("triton", _EVERYWHERE, trains=True)
+#: max-autotune times every tiling that Inductor knows for each matrix product.
+_COMPILE_MAX = Candidate(
+    "compile-max",
+    written_out(reference_network, MAX_AUTOTUNE),
+    ("peers",),
+    cuda_only="max-autotune is measured on a CUDA device",
+    compiles=5.0,
+)
+_PAPER = functools.partial(Candidate, groups=("peers",), families=("paper",))
+_MIXER = functools.partial(
+    Candidate,
+    groups=("peers",),
+    missing=lambda: peers.missing("tiny_recursive_model"),
+    differs=peers.MIXER_DIFFERS,
+)
+
+#: By name, in the order of a table's rows.
+CANDIDATES: dict[str, Candidate] = {
+    candidate.name: candidate
+    for candidate in (
+        Candidate("original", written_out(original_network), families=("seed",)),
+        _EAGER,
+        _COMPILE,
+        _COMPILE_MAX,
+        _PAPER("official", official.model()),
+        _PAPER("official+compile", official.model("level"), compiles=1.0),
+        _PAPER(
+            "official+compile-all",
+            official.model("recursion"),
+            cuda_only="one graph of 7 calls is compiled for a CUDA device",
+            compiles=4.0,
+        ),
+        Candidate(
+            "liger",
+            peers.liger_model(),
+            ("peers",),
+            lambda: peers.missing("liger_kernel"),
+            cuda_only="liger-kernel's Triton kernels need a CUDA device",
+        ),
+        _MIXER("tiny-recursive-model", peers.mixer_model()),
+        _MIXER("tiny-recursive-model+compile", peers.mixer_model(compiled=True), compiles=1.0),
+        _TRITON,
+        _backend("native", _EVERYWHERE, trains=True),
+        _replayed(_EAGER),
+        _replayed(_COMPILE),
+        _replayed(_COMPILE_MAX, ("peers",)),
+        _replayed(_TRITON, _EVERYWHERE),
+        _replayed(_variant(_TRITON, "fast", {"memory": "fast"}, modes=("train", "step"))),
+        _replayed(_variant(_TRITON, "small", {"memory": "small"}, modes=("train", "step"))),
+    )
+}
+
+
+def candidates_for(case: Case, device_type: str, group: Group = "main") -> tuple[str, ...]:
+    """The rows of a case's table, without graph replays where there are no graphs."""
+    return tuple(
+        name
+        for name, candidate in CANDIDATES.items()
+        if group in candidate.groups
+        and case.family in candidate.families
+        and case.mode in candidate.modes
+        and (device_type == "cuda" or not candidate.graph)
+    )
 
 
 def unavailable(name: str, device_type: str) -> str | None:
     """Why candidate ``name`` cannot run in this process at all, or None."""
-    base = name.removesuffix(GRAPH)
-    if name.endswith(GRAPH) and device_type != "cuda":
-        return f"CUDA graphs need a CUDA device, not {device_type}"
-    reason = backends.BACKENDS[base].unavailable() if base in backends.BACKENDS else None
-    if reason is None and base == "triton" and device_type == "cpu":
+    reason = CANDIDATES[name].unavailable(device_type)
+    if reason is None and name == "triton" and device_type == "cpu":
         return "the kernels run on a GPU; Triton's interpreter shows no speed"
     return reason
 
 
-def build(name: str, case: Case, state: dict[str, Tensor], inputs: Inputs) -> Step | str:
+def _refusal(case: Case, model: Model, x: torch.Tensor) -> str | None:
+    """Why the backend of ``model`` cannot serve the case, or None."""
+    backend = getattr(model.net, "backend", None)
+    if backend is None:
+        return None
+    dtype = autocast_dtype(case, model) if case.mode == "step" else None
+    for grad in (False,) if case.mode == "forward" else (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            reason = backends.refusal(backend, model.net, x.detach().requires_grad_(grad))  # type: ignore[arg-type]
+        if reason is not None:
+            return reason
+    return None
+
+
+def build(name: str, case: Case, state: State, inputs: Inputs) -> Timed | str:
     """The step of candidate ``name``, or the reason why it cannot serve the case."""
+    candidate = CANDIDATES[name]
     x = inputs.x[0]
     reason = unavailable(name, x.device.type)
     if reason is not None:
         return reason
-    step = GraphStep if name.endswith(GRAPH) else Step
-    config = case.config()
-    if name == "original":
-        if config.family != "seed":
-            return f"the original module has the seed family's block, not the {config.family} family's"
-        return step(case, _on_meta(lambda: OriginalNetwork(config), state), inputs, original=True)
-    base = name.removesuffix(GRAPH)
-    net = _on_meta(lambda: trm_kernels.TinyRecursiveNetwork.from_config(config, backend=base), state)
-    assert isinstance(net, trm_kernels.TinyRecursiveNetwork)
-    built = step(case, net, inputs)
-    training = case.mode == "train"
-    for grad in (False, True) if training else (False,):
-        with torch.set_grad_enabled(grad):
-            reason = backends.refusal(base, net, x.detach().requires_grad_(grad))
-            if reason is not None:
-                return reason
-    return built
+    if case.family not in candidate.families:
+        return f"it has the {' and '.join(candidate.families)} family's block, not the {case.family} family's"
+    model = candidate.build(case, state)
+    reason = _refusal(case, model, x)
+    if reason is not None:
+        return reason
+    if case.mode == "step" and candidate.trains:
+        from llm_trm.benchmark.library_step import LibraryStep
+
+        return LibraryStep(case, model, inputs, capture=candidate.graph)
+    if candidate.graph:
+        return GraphStep((DeviceLoopStep if case.mode == "step" else Step)(case, model, inputs))
+    return (LoopStep if case.mode == "step" else Step)(case, model, inputs)

@@ -56,18 +56,21 @@ def commit() -> str | None:
     return f"{head}+" if head and changes else head
 
 
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what decides speed; None where it is absent."""
-    try:
-        triton: str | None = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "llm-trm": llm_trm.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
+        **{name: _installed(name) for name in ("triton", "tiny-recursive-model", "liger-kernel")},
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "driver": driver.splitlines()[0] if driver else None,

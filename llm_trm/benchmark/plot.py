@@ -1,11 +1,14 @@
-"""Results as bars: one panel a case. Needs matplotlib, which ``pip install "llm-trm[plot]"`` brings."""
+"""Results as bars, or as curves over shapes. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llm_trm.benchmark.results import CaseResult
+from llm_trm.benchmark.suites import Axis, scaling_axes
 from llm_trm.benchmark.table import number
 
 _COLOURS = {
@@ -17,47 +20,127 @@ _COLOURS = {
     "triton": "#44bd32",
     "triton+graph": "#2e7d22",
     "native": "#0097e6",
+    "official": "#b39ddb",
+    "official+compile": "#7e57c2",
+    "liger": "#ef6c00",
+    "tiny-recursive-model": "#c2185b",
 }
 
 
 def plot(results: Sequence[CaseResult], path: Path) -> None:
     """Draw the timed rows of every case: median milliseconds as bars, p20 to p80 as whiskers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    timed = [result for result in results if result.baselines() or any(row.median_ms for row in result.rows)]
+    timed = [result for result in results if any(row.median_ms for row in result.rows)]
     heights = [0.8 + 0.3 * len(result.rows) for result in timed] or [1.0]
-    figure, axes = plt.subplots(
+    with _figure(
+        path,
         len(heights),
         1,
         figsize=(8, sum(heights)),
         squeeze=False,
         gridspec_kw={"height_ratios": heights},
-        layout="constrained",
+    ) as axes:
+        if not timed:
+            _say_empty(axes[0][0])
+        for axis, result in zip(axes[:, 0], timed, strict=False):
+            _panel(axis, result)
+
+
+def plot_scaling(results: Sequence[CaseResult], path: Path) -> None:
+    """Draw cost against batch size, sequence length and hidden size, log-log, a line a candidate.
+
+    Takes the results that lie on an axis of the scaling suite (:func:`~.suites.scaling_axes`) and leaves
+    the others aside; the dotted line is the limit measured in the same run.
+    """
+    axes_of_suite = max(
+        (scaling_axes(cpu) for cpu in (False, True)), key=lambda axes: len(_points(axes, results))
     )
+    with _figure(path, 1, len(axes_of_suite), figsize=(12, 4), sharey=True) as axes:
+        for drawn, axis in zip(axes, axes_of_suite, strict=True):
+            _curves(drawn, axis, results)
+        axes[0].set_ylabel("ms a latent recursion", fontsize=8)
+        handles, labels = axes[0].get_legend_handles_labels()
+        if labels:
+            axes[0].legend(handles, labels, fontsize=7)
+
+
+def _points(axes: Sequence[Axis], results: Sequence[CaseResult]) -> list[CaseResult]:
+    return [result for result in results if any(axis.value(result.case) is not None for axis in axes)]
+
+
+@contextmanager
+def _figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    try:
+        yield axes
+        # No version in the file: the same results give the same bytes.
+        figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+    finally:
+        plt.close(figure)
+
+
+def _say_empty(axis: Any) -> None:
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, "nothing was timed", ha="center")
+
+
+def _curves(drawn: Any, axis: Axis, results: Sequence[CaseResult]) -> None:
+    points = sorted(
+        ((value, result) for result in results if (value := axis.value(result.case)) is not None),
+        key=lambda point: point[0],
+    )
+    timed = [(value, result) for value, result in points if any(row.median_ms for row in result.rows)]
     if not timed:
-        axes[0][0].set_axis_off()
-        axes[0][0].text(0.5, 0.5, "nothing was timed", ha="center")
-    for axis, result in zip(axes[:, 0], timed, strict=False):
-        _panel(axis, result)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        _say_empty(drawn)
+        return
+    names = dict.fromkeys(row.backend for _, result in timed for row in result.rows if row.median_ms)
+    for name in names:
+        curve = [
+            (value, row.median_ms)
+            for value, result in timed
+            for row in result.rows
+            if row.backend == name and row.median_ms
+        ]
+        drawn.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=_colour(name), label=name)
+    floors = [(value, result.floor_ms) for value, result in timed]
+    drawn.plot(*zip(*floors, strict=True), color="black", linestyle=":", linewidth=1, label="limit")
+    drawn.set_xscale("log", base=2)
+    drawn.set_yscale("log")
+    drawn.set_xticks([value for value, _ in timed], [str(value) for value, _ in timed])
+    drawn.minorticks_off()
+    drawn.grid(alpha=0.3)
+    drawn.tick_params(labelsize=8)
+    base = axis.base
+    fixed = {
+        "batch": f"B {base.batch}",
+        "latents": f"L {base.latents}",
+        "hidden_size": f"D {base.hidden_size}",
+    }
+    others = ", ".join(text for field, text in fixed.items() if field != axis.field)
+    drawn.set_xlabel(f"{axis.label} ({others})", fontsize=8)
+    drawn.set_title(f"{timed[0][1].device}, {timed[0][1].case.dtype}", fontsize=8, loc="left")
 
 
-def _panel(axis, result: CaseResult) -> None:  # type: ignore[no-untyped-def]
+def _colour(name: str) -> str:
+    return _COLOURS.get(name, "#888888")
+
+
+def _panel(axis: Any, result: CaseResult) -> None:
     rows = [row for row in result.rows if row.median_ms is not None][::-1]
     medians = [row.median_ms or 0.0 for row in rows]
     whiskers = [
         [(row.median_ms or 0.0) - (row.p20_ms or 0.0) for row in rows],
         [(row.p80_ms or 0.0) - (row.median_ms or 0.0) for row in rows],
     ]
-    colours = [_COLOURS.get(row.backend, "#888888") for row in rows]
+    colours = [_colour(row.backend) for row in rows]
     axis.barh([row.backend for row in rows], medians, xerr=whiskers, color=colours, ecolor="#333333")
     axis.axvline(result.floor_ms, color="black", linestyle=":", linewidth=1)
     axis.bar_label(axis.containers[-1], labels=[f" {number(median)} ms" for median in medians], fontsize=8)
     axis.margins(x=0.15)
     axis.set_xlabel("ms a call (dotted: the limit measured in the same run)", fontsize=8)
     axis.tick_params(labelsize=8)
-    axis.set_title(f"{result.case.name}, {result.device}", fontsize=9, loc="left")
+    axis.set_title(f"{result.key}, {result.device}", fontsize=9, loc="left")

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
 
 #: Candidates that others are compared with, where they ran.
-BASELINES = ("original", "eager", "compile", "eager+graph", "compile+graph")
+BASELINES = ("original", "eager", "compile", "eager+graph", "compile+graph", "official+compile")
 
 
 @dataclass
@@ -30,6 +31,10 @@ class Row:
         errors: Relative Frobenius error against float64 of ``output`` and, in training, ``gradients``;
             None where it is not finite.
         speedup: Median of each baseline over this row's median.
+        differs: What the candidate computes instead of the case's function; nothing holds it to the
+            tolerance rule then.
+        flops: Operations of a call, where they are not the case's own.
+        coarser: Why it may err more than the tolerance rule allows; its error stands beside its speed.
     """
 
     backend: str
@@ -44,6 +49,9 @@ class Row:
     peak_bytes: int | None = None
     errors: dict[str, float | None] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
+    differs: str | None = None
+    flops: int | None = None
+    coarser: str | None = None
 
 
 @dataclass
@@ -55,6 +63,7 @@ class CaseResult:
         floor_ms: Milliseconds that the measured limits allow at best.
         matmul_tflops: Measured rate of the big matrix product, 1e12 operations a second.
         copy_gbps: Measured rate of the big copy, 1e9 bytes read or written a second.
+        group: Which rows it has; a case may be measured once for each group.
     """
 
     case: Case
@@ -63,6 +72,12 @@ class CaseResult:
     matmul_tflops: float
     copy_gbps: float
     rows: list[Row]
+    group: Group = "main"
+
+    @property
+    def key(self) -> str:
+        """Identifies what was measured: of two results with one key the later counts."""
+        return key_of(self.case, self.group)
 
     def baselines(self) -> list[str]:
         """The baselines that were timed."""
@@ -71,13 +86,19 @@ class CaseResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"name": self.case.name}
+        return asdict(self) | {"name": self.key}
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> CaseResult:
         """The inverse of :meth:`to_json`, run details aside."""
         fields = {key: line[key] for key in ("device", "floor_ms", "matmul_tflops", "copy_gbps")}
-        return cls(Case(**line["case"]), rows=[Row(**row) for row in line["rows"]], **fields)
+        rows = [Row(**row) for row in line["rows"]]
+        return cls(Case(**line["case"]), rows=rows, group=line.get("group", "main"), **fields)
+
+
+def key_of(case: Case, group: Group) -> str:
+    """:attr:`CaseResult.key` of a case measured with the rows of ``group``."""
+    return case.name if group == "main" else f"{group}: {case.name}"
 
 
 def add_speedups(rows: Iterable[Row]) -> None:

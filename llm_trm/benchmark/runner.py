@@ -12,10 +12,13 @@ from torch import Tensor
 
 from llm_trm.benchmark import limits as machine_limits
 from llm_trm.benchmark.accuracy import broken_rules, errors, float64_truth
-from llm_trm.benchmark.candidates import GRAPH, Inputs, Step, build, make_inputs, make_state, unavailable
+from llm_trm.benchmark.candidates import CANDIDATES, Candidate, build, unavailable
 from llm_trm.benchmark.environment import device_name
+from llm_trm.benchmark.models import State
 from llm_trm.benchmark.protocol import MIN_ROUNDS, interleave, synchronize, timer_for
 from llm_trm.benchmark.results import CaseResult, Row, add_speedups
+from llm_trm.benchmark.steps import Inputs, Timed, make_inputs, make_state
+from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
 from trm_kernels.testing import ErrorPool
 
@@ -82,8 +85,9 @@ class Budget:
 class _Measured:
     """A candidate that gave the right result, ready for timing."""
 
-    step: Step
+    step: Timed
     row: Row
+    flops: int
     seconds: float
 
 
@@ -98,7 +102,9 @@ class CaseRun:
         progress: Progress,
         seed: int,
         excluded: Mapping[str, str],
+        group: Group,
     ) -> None:
+        self.group = group
         self.seed = seed
         self.excluded = excluded
         self.case = case
@@ -122,15 +128,16 @@ class CaseRun:
         # Without a reset torch.compile would meet the second shape of a run with dynamic shapes.
         torch.compiler.reset()
         torch.manual_seed(self.seed)
-        state = make_state(self.case, self.device, self.dtype)
-        inputs = make_inputs(self.case, self.device, self.dtype, self.limits.cache_bytes)
+        state = make_state(self.case, self.device)
+        inputs = make_inputs(self.case, self.device, self.limits.cache_bytes)
         self.progress("float64")
         truth = float64_truth(self.case, state, inputs)
         # Eager goes first, asked for or not: the tolerance rule is stated in its error.
         eager = self._prepare("eager", state, inputs, truth)
         self.eager_status = eager.status
         rows = {"eager": eager}
-        for name in names:
+        # What compiles longest comes last: a cut then costs one row.
+        for name in sorted(names, key=lambda name: CANDIDATES[name].compiles):
             if name in self.excluded:
                 rows[name] = Row(name, "failed", self.excluded[name])
             elif name != "eager":
@@ -150,55 +157,70 @@ class CaseRun:
             matmul_tflops=self.limits.flops * 1e-12,
             copy_gbps=self.limits.bandwidth * 1e-9,
             rows=rows,
+            group=self.group,
         )
 
     def _absent(self, name: str) -> Row | None:
         reason = unavailable(name, self.device.type)
         return None if reason is None else Row(name, "not run", reason)
 
-    def _prepare(self, name: str, state: dict[str, Tensor], inputs: Inputs, truth: dict[str, Tensor]) -> Row:
+    def _prepare(self, name: str, state: State, inputs: Inputs, truth: dict[str, Tensor]) -> Row:
         """Compile, check and warm one candidate; keeps it in ``measured`` if it is to be timed."""
         if name != "eager" and not self.eager_errors:
             return self._absent(name) or Row(
-                name, self.eager_status, "the tolerance rule needs eager's error"
+                name, self.eager_status, "eager, which all are held to, did not run"
             )
         self.progress(name)
-        compiles = name.removesuffix(GRAPH) == "compile"
-        graphs = _TRAIN_COMPILES if self.case.mode == "train" else 1.0
+        candidate = CANDIDATES[name]
+        graphs = candidate.compiles * (1.0 if self.case.mode == "forward" else _TRAIN_COMPILES)
         try:
             step = build(name, self.case, state, inputs)
             if isinstance(step, str):
                 return Row(name, "not run", step)
             cost = (_CALLS_BEFORE_TIMING + MIN_ROUNDS) * self.eager_seconds
-            if compiles:
-                cost += self.budget.compile_seconds * graphs
+            cost += self.budget.compile_seconds * graphs
             reason = self.budget.refuses(self.committed + cost)
             if reason is not None:
                 return Row(name, "skipped", reason)
             first = self._timed(step.prepare)
             step.check()
-            pools = errors(step.results(), truth)
-            if name == "eager":
-                self.eager_errors = pools
-            broken = broken_rules(self.dtype, pools, self.eager_errors)
-            row = Row(name, "wrong" if broken else "ok", "; ".join(broken) or None)
-            row.errors = {key: e if math.isfinite(e := pool.error) else None for key, pool in pools.items()}
+            row, flops = self._checked(candidate, step, truth)
             peak: list[int | None] = []
             seconds = self._timed(lambda: peak.append(step.peak_memory(self.device)))
             row.peak_bytes = peak[0]
-            if not broken:
-                self.measured.append(_Measured(step, row, self._warm_seconds(step, seconds)))
+            if row.status == "ok":
+                self.measured.append(_Measured(step, row, flops, self._warm_seconds(step, seconds)))
         except Exception as error:  # a candidate's failure is a result, and no reason to lose the others
             self._require_device(name, error)
             return Row(name, "failed", _first_line(error))
         if name == "eager":
             self.eager_seconds = seconds
-        if compiles:
+        if candidate.compiles == 1.0:
             self.budget.compile_seconds = max(first - seconds, 1.0) / graphs
         self.committed += MIN_ROUNDS * seconds
         return row
 
-    def _warm_seconds(self, step: Step, seconds: float) -> float:
+    def _checked(self, candidate: Candidate, step: Timed, truth: dict[str, Tensor]) -> tuple[Row, int]:
+        """The row of a candidate whose results were just computed, and the operations of one call."""
+        if candidate.differs is not None:
+            row = Row(candidate.name, "ok", differs=candidate.differs)
+            if not all(bool(tensor.isfinite().all()) for _, tensor in step.results()):
+                row.status, row.reason = "wrong", "a result is not finite"
+            assert step.model.call_flops is not None
+            row.flops = self.case.in_all_calls(step.model.call_flops)
+            return row, row.flops
+        pools = errors(step.results(), truth)
+        if candidate.name == "eager":
+            self.eager_errors = pools
+        broken = broken_rules(self.dtype, pools, self.eager_errors)
+        if candidate.coarser is not None:
+            row = Row(candidate.name, "ok", coarser=candidate.coarser)
+        else:
+            row = Row(candidate.name, "wrong" if broken else "ok", "; ".join(broken) or None)
+        row.errors = {key: e if math.isfinite(e := pool.error) else None for key, pool in pools.items()}
+        return row, self.case.flops
+
+    def _warm_seconds(self, step: Timed, seconds: float) -> float:
         # The call that counted memory was slowed by counting; a slow one hides that, a quick one is repeated.
         return seconds if seconds > 0.5 else self._timed(lambda: step(0))
 
@@ -232,8 +254,9 @@ class CaseRun:
             row = measured[name].row
             row.median_ms, row.p20_ms, row.p80_ms = (t * 1e3 for t in (timing.median, timing.p20, timing.p80))
             row.rounds = len(timing.samples)
-            row.tflops = self.case.flops / timing.median * 1e-12
-            row.share = self.floor / timing.median
+            row.tflops = measured[name].flops / timing.median * 1e-12
+            if row.differs is None:
+                row.share = self.floor / timing.median
 
 
 def _first_line(error: Exception) -> str:
@@ -250,6 +273,7 @@ def run_case(
     *,
     seed: int = 0,
     excluded: Mapping[str, str] | None = None,
+    group: Group = "main",
 ) -> CaseResult:
     """Measure candidates on a case; those that cannot run get a row that says why.
 
@@ -261,8 +285,9 @@ def run_case(
         progress: Told what is being done.
         seed: Of weights and inputs.
         excluded: Candidates that are known to break the device on this case, with the reason.
+        group: What the result is filed under.
 
     Raises:
         DeviceLostError: A candidate left the device unusable for this process.
     """
-    return CaseRun(case, device, budget, progress, seed, excluded or {}).run(names)
+    return CaseRun(case, device, budget, progress, seed, excluded or {}, group).run(names)

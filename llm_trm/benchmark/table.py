@@ -27,6 +27,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def _error(row: Row) -> str:
+    if row.differs is not None:
+        return "other function"
     if not row.errors:
         return _MISSING
     return " / ".join("NaN" if error is None else f"{error:.1e}" for error in row.errors.values())
@@ -53,7 +55,7 @@ def _ratio(baseline: str) -> Callable[[Row], str]:
 
 def columns(result: CaseResult) -> dict[str, Callable[[Row], str]]:
     """Headers and cells of a table, in order."""
-    gradients = result.case.mode == "train"
+    gradients = result.case.mode != "forward"
     return {
         "backend": lambda row: row.backend,
         "ms": _speed,
@@ -70,11 +72,12 @@ def columns(result: CaseResult) -> dict[str, Callable[[Row], str]]:
 def title(result: CaseResult) -> str:
     """One line that tells the case."""
     case = result.case
-    what = (
-        f"one latent recursion, {case.forward_calls} network calls"
-        if case.mode == "forward"
-        else f"one training step, {case.forward_calls} network calls and {case.backward_calls} back"
-    )
+    what = {
+        "forward": f"one latent recursion, {case.forward_calls} network calls",
+        "train": f"forward and backward, {case.forward_calls} network calls and {case.backward_calls} back",
+        "step": f"a whole training step, {case.forward_calls} network calls and {case.backward_calls} back, "
+        "clipping, AdamW and EMA",
+    }[case.mode]
     return (
         f"{case.mode}: hidden size {case.hidden_size}, {case.latents} latents, batch {case.batch}, "
         f"{case.layers} layers, {case.heads} heads, {case.family} block, {case.dtype} ({what})"
@@ -82,12 +85,21 @@ def title(result: CaseResult) -> str:
 
 
 def footnotes(result: CaseResult) -> list[str]:
-    """The limit that shares are taken of, and why rows have no figures."""
+    """The limit that shares are taken of, who computes another function, and why rows have no figures."""
     limit = (
         f"limit {number(result.floor_ms)} ms, from {number(result.matmul_tflops)} TFLOP/s (matrix product) "
         f"and {number(result.copy_gbps)} GB/s (copy) measured in this run"
     )
-    return [limit] + [f"{row.backend}: {row.reason}" for row in result.rows if row.reason]
+    others = [
+        f"{row.backend}: the same work, but another function, so it has no error: {row.differs}; "
+        f"{number((row.flops or 0) * 1e-9)} GFLOP a call, the others {number(result.case.flops * 1e-9)}"
+        for row in result.rows
+        if row.differs is not None
+    ]
+    others += [
+        f"{row.backend}: not held to the tolerance rule: {row.coarser}" for row in result.rows if row.coarser
+    ]
+    return [limit, *others, *(f"{row.backend}: {row.reason}" for row in result.rows if row.reason)]
 
 
 def terminal_table(result: CaseResult) -> Table:

@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from llm_trm.benchmark.workloads import CPU_TRAIN_WIDTH, SUITES, Case, Mode, suite
+from llm_trm.benchmark.suites import CPU_TRAIN_WIDTH, SUITES, group_of, left_out, shrunk, suite
+from llm_trm.benchmark.workloads import Case, Mode
 from llm_trm.cli.device import device_option, resolve_device
 
 if TYPE_CHECKING:
     import torch
 
     from llm_trm.benchmark.results import CaseResult
+    from llm_trm.benchmark.suites import Group
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_MODES: tuple[Mode, ...] = get_args(Mode)
 
 #: Seconds of the whole run for each case, by device type; the default three cases on a CPU make 100 s.
 _SECONDS_PER_CASE = {"cpu": 100 / 3, "cuda": 60.0, "mps": 60.0}
+#: Peers are many, and several of them compile.
+_PEERS_TAKE = 3
 #: Seconds of timed rounds in each case, where a quarter of the case's share of the budget is not less.
 _TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
 
@@ -68,28 +71,35 @@ def _writable(_context: click.Context, parameter: click.Parameter, value: Path |
 def _cases(
     suite_name: str | None,
     shape: dict[str, int | str | None],
-    modes: Sequence[Mode],
+    mode: Mode | None,
     device_type: str,
     dtype: str,
 ) -> list[Case]:
     """The cases that the options ask for."""
+    if dtype == "float16" and mode == "step":
+        raise click.UsageError(
+            "--mode step: float16 would need loss scaling, which is not measured; use bf16"
+        )
     given = {key: value for key, value in shape.items() if value is not None}
     if suite_name is not None:
         if given:
             option = "--" + next(iter(given)).replace("_", "-")
             raise click.UsageError(f"{option} and --suite exclude each other: a suite fixes its shapes")
-        cases = suite(suite_name, device_type, dtype, modes)
+        cases = suite(suite_name, device_type, dtype, (mode,) if mode else None)
         if not cases:
-            raise click.UsageError(f"--suite {suite_name} has no case of this mode on {device_type}")
+            raise click.UsageError(
+                f"--suite {suite_name} has no case of this mode and dtype on {device_type}"
+            )
         return cases
+    modes: Sequence[Mode] = (mode,) if mode else ("forward", "train")
     widths = [given.pop("hidden_size")] if "hidden_size" in given else [256, 2048]
     cases = []
     for width in widths:
-        for mode in modes:
+        for kind in modes:
             # One training step at 2048 takes 13 s on 2 cores; asked for by name, it is run.
-            heavy = device_type == "cpu" and mode == "train" and int(width) > CPU_TRAIN_WIDTH
-            if not heavy or len(modes) == 1:
-                cases.append(Case(mode, width, **{"latents": 256, "dtype": dtype, **given}))  # type: ignore[arg-type]
+            heavy = device_type == "cpu" and kind != "forward" and int(width) > CPU_TRAIN_WIDTH
+            if not heavy or mode:
+                cases.append(Case(kind, width, **{"latents": 256, "dtype": dtype, **given}))  # type: ignore[arg-type]
     for case in cases:
         try:
             case.config()
@@ -150,13 +160,19 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
 )
 @click.option(
     "--mode",
-    type=click.Choice(_MODES),
+    type=click.Choice(get_args(Mode)),
     help="forward: one latent recursion (n = 6 latent steps: 7 calls of the network), no gradient. "
     "train: one supervision step: gradients set to None, a deep recursion (T = 3 latent recursions, the "
     "last with gradient), backward from a given gradient of y to parameters and x; no optimizer step. "
-    f"[default: both; on a CPU only forward above D = {CPU_TRAIN_WIDTH}]",
+    "step: a whole training step, with loss, gradient clipping, AdamW and EMA; parameters in float32. "
+    f"[default: forward and train, or what the suite is for. CPU: only forward above D = {CPU_TRAIN_WIDTH}]",
 )
 @click.option("--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named list of cases.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Shrink every case to at most D = 64, L = 32, batch 2, 4 heads: to try a command in seconds.",
+)
 @click.option(
     "--json",
     "json_file",
@@ -177,7 +193,7 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
     type=click.FloatRange(min=1),
     metavar="SECONDS",
     help="Time for the whole run, compiling included; what does not fit is skipped and says so. "
-    "[default: 33 a case on a CPU, 60 elsewhere]",
+    f"[default: 33 a case on a CPU, 60 elsewhere, {_PEERS_TAKE} times that against peers]",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and inputs."
@@ -194,6 +210,7 @@ def bench(
     backends: str | None,
     mode: Mode | None,
     suite_name: str | None,
+    quick: bool,
     json_file: Path | None,
     plot: Path | None,
     budget: float | None,
@@ -217,6 +234,9 @@ def bench(
       llm-trm bench --hidden-size 512 --batch 8 --mode train --dtype bf16
       llm-trm bench --backends eager,compile --plot speed.png
       llm-trm bench --suite phase2 --json results.jsonl
+      llm-trm bench --suite train
+      llm-trm bench --suite peers --quick
+      llm-trm bench --suite scaling --plot scaling.png
     """
     # Before torch is imported: its profiler (which counts memory on CPUs) logs each start to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -232,20 +252,27 @@ def bench(
         "heads": heads,
         "family": family,
     }
-    cases = _cases(suite_name, shape, (mode,) if mode else _MODES, where.type, kind)
+    cases = _cases(suite_name, shape, mode, where.type, kind)
+    if quick:
+        cases = shrunk(cases)
+    elif suite_name and (note := left_out(suite_name, where.type)):
+        click.echo(f"{suite_name}: {note}")
     names = _backend_names(backends)
     if names:
         _check_named_backends(names, where, kind)
     from llm_trm.benchmark.runner import DeviceLostError
 
     try:
-        results = _run(cases, where, names, budget, seed, json_file)
+        results = _run(cases, where, names, budget, seed, json_file, group_of(suite_name))
     except DeviceLostError as error:
         raise click.ClickException(f"{error}; leave it out with --backends") from error
     if plot:
-        from llm_trm.benchmark.plot import plot as draw
+        from llm_trm.benchmark import plot as draw
 
-        draw(results, plot)
+        if suite_name == "scaling":
+            draw.plot_scaling(results, plot)
+        else:
+            draw.plot(results, plot)
     if any(row.status in ("wrong", "failed") for result in results for row in result.rows):
         sys.exit(1)
 
@@ -257,6 +284,7 @@ def _run(
     budget_seconds: float | None,
     seed: int,
     json_file: Path | None,
+    group: Group,
 ) -> list[CaseResult]:
     """Run the cases, printing and recording each as it is done."""
     from rich.console import Console
@@ -268,8 +296,9 @@ def _run(
     from llm_trm.benchmark.runner import Budget, run_case
     from llm_trm.benchmark.table import terminal_table
 
-    names = named or candidates_for(device.type)
-    total = budget_seconds or _SECONDS_PER_CASE[device.type] * len(cases)
+    rows_of = [(case, named or candidates_for(case, device.type, group)) for case in cases]
+    share = _SECONDS_PER_CASE[device.type] * (_PEERS_TAKE if group == "peers" else 1)
+    total = budget_seconds or share * len(cases)
     budget = Budget(total, min(_TIMED_SECONDS[device.type], total / len(cases) / 4))
     console = Console()
     if not console.is_terminal:
@@ -285,18 +314,17 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         # Steps of a case: float64, each candidate, the timing.
-        task = bar.add_task("", total=len(cases) * (len(names) + 2))
-        for number, case in enumerate(cases):
-            begun = 0
+        task = bar.add_task("", total=sum(len(names) + 2 for _, names in rows_of))
+        for number, (case, names) in enumerate(rows_of):
+            begun = sum(len(names) + 2 for _, names in rows_of[:number])
 
-            def progress(doing: str, case: Case = case, number: int = number) -> None:
+            def progress(doing: str, case: Case = case) -> None:
                 nonlocal begun
-                done = number * (len(names) + 2) + begun
-                bar.update(task, description=f"{case.name}: {doing}", completed=done)
+                bar.update(task, description=f"{case.name}: {doing}", completed=begun)
                 begun += 1
 
             progress("limits of this machine")
-            result = run_case(case, device, names, budget, progress, seed=seed)
+            result = run_case(case, device, names, budget, progress, seed=seed, group=group)
             results.append(result)
             console.print(terminal_table(result))
             if json_file:

@@ -1,0 +1,142 @@
+"""Tables, files of results, and the documents drawn from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.report
+from llm_trm.benchmark.environment import run_record
+from llm_trm.benchmark.plot import plot_scaling
+from llm_trm.benchmark.results import CaseResult, Row, append, read
+from llm_trm.benchmark.suites import suite
+from llm_trm.benchmark.table import footnotes, markdown_table
+from tests.benchmark.sample import sample_result
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_are_of_medians() -> None:
+    original, eager, wrong, _ = sample_result().rows
+    assert original.speedup == {"eager": 0.5}
+    assert eager.speedup == {"original": 2.0}
+    assert wrong.speedup == {}
+
+
+def test_table_withholds_the_speed_of_a_wrongsample_result() -> None:
+    lines = markdown_table(sample_result()).splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line for line in lines}
+    assert "WRONG" in cells["native"]
+    assert "NaN" in cells["native"]
+    assert "2.00x" in cells["eager"]
+    assert "not run" in cells["triton"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_results_round_trip_through_a_file_that_was_cut(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    result = sample_result()
+    append(file, {"commit": "abc"} | result.to_json())
+    with file.open("a") as cut:
+        cut.write('{"commit": "abc", "rows": [')
+    append(file, {"commit": "def"} | result.to_json())
+    lines = list(read(file))
+    assert [line["commit"] for line in lines] == ["abc", "def"]
+    assert CaseResult.from_json(lines[1]) == result
+
+
+def test_run_record_names_the_given_commit() -> None:
+    record = run_record(CPU, "0123abc")
+    assert record["commit"] == "0123abc"
+    assert record["versions"]["torch"] == torch.__version__
+    assert json.dumps(record)
+
+
+def test_report_draws_the_latest_results_between_the_markers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    for document in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"):
+        document.write_text(f"before\n{bench.report.BEGIN}\nold\n{bench.report.END}\nafter\n")
+    for day, median in (("2026-01-02", 2.0), ("2026-01-01", 7.0)):
+        result = sample_result()
+        result.rows[1].median_ms = median
+        record = run_record(CPU, f"commit-of-{day}") | {"time": f"{day}T00:00:00+00:00"}
+        append(results / "cpu.jsonl", record | result.to_json())
+    bench.report.main(tmp_path)
+    for document in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"):
+        text = document.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+        assert "commit-of-202" in text
+        assert "On a GPU: not measured yet." in text
+    assert "2.00" in text
+    assert "7.00" not in text
+    assert (tmp_path / "docs" / "benchmarks-abacus.png").exists()
+
+
+def test_row_of_another_function_says_so() -> None:
+    result = sample_result()
+    result.rows.append(
+        Row("mixer", "ok", None, 1.0, 0.9, 1.1, 9, 1.0, differs="no attention", flops=2 * 10**9)
+    )
+    line = next(line for line in markdown_table(result).splitlines() if line.startswith("| mixer"))
+    assert "other function" in line
+    (note,) = (note for note in footnotes(result) if note.startswith("mixer"))
+    for words in ("another function", "no attention", "2.00 GFLOP a call", "the others"):
+        assert words in note
+
+
+def test_row_that_the_rule_does_not_bind_says_why() -> None:
+    result = sample_result()
+    result.rows.append(Row("fp8", "ok", None, 1.0, coarser="e4m3 operands", errors={"output": 0.03}))
+    assert "fp8: not held to the tolerance rule: e4m3 operands" in footnotes(result)
+    assert "3.0e-02" in markdown_table(result)
+
+
+def test_results_written_before_there_were_groups_are_read() -> None:
+    line = sample_result().to_json()
+    del line["group"]
+    for row in line["rows"]:
+        for name in ("differs", "flops", "coarser"):
+            del row[name]
+    assert CaseResult.from_json(line) == sample_result()
+
+
+def test_one_case_of_two_groups_is_two_results(tmp_path: Path) -> None:
+    record = run_record(CPU, "abc")
+    append(tmp_path / "cpu.jsonl", record | sample_result().to_json())
+    append(tmp_path / "cpu.jsonl", record | replace(sample_result(), group="peers").to_json())
+    (report,) = bench.report.load(tmp_path)
+    assert [result.group for result in report.results] == ["main", "peers"]
+    text = bench.report.details([report])
+    assert "against peers" in text
+    assert "Scaling: not measured yet." in text
+    assert "Whole training steps: not measured yet." in text
+    assert "Other implementations" not in text
+    assert "peers" not in bench.report.summary([report])
+
+
+def test_scaling_results_are_curves_and_one_table(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = [
+        replace(sample_result(), case=case, group="scaling") for case in suite("scaling", "cuda", "bfloat16")
+    ]
+    for result in results:
+        append(tmp_path / "gpu.jsonl", run_record(CPU, "abc") | result.to_json())
+    (report,) = bench.report.load(tmp_path)
+    assert list(report.plots()) == ["benchmarks-abacus-scaling.png"]
+    text = bench.report.details([report])
+    assert text.count("| seed forward") == len(results)
+    plot_scaling(results, tmp_path / "curves.png")
+    first = (tmp_path / "curves.png").read_bytes()
+    plot_scaling(results, tmp_path / "curves.png")
+    assert first == (tmp_path / "curves.png").read_bytes()
+    plot_scaling([], tmp_path / "nothing.png")
+    assert (tmp_path / "nothing.png").exists()
