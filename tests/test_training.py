@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.graph_double import RecordingCapturer
 from trm_kernels import (
@@ -212,8 +213,8 @@ def test_steps_equal_a_loop_written_by_hand(captured: bool, T: int, autocast: bo
 def test_a_thousand_steps_equal_a_loop_written_by_hand() -> None:
     model = Sorter()
     other = copy.deepcopy(model)
-    expected, _ = by_hand(other, adamw(other, 3e-3), 1000, n=1)
-    losses = train(step_of(model, adamw(model, 3e-3), n=1, cache=recorded()), 1000)
+    expected, _ = by_hand(other, adamw(other, 3e-3), 1000, n=1, T=1)
+    losses = train(step_of(model, adamw(model, 3e-3), n=1, T=1, cache=recorded()), 1000)
     assert losses == expected
     assert sum(losses[-50:]) < 0.7 * sum(losses[:50]), "the model must learn, or agreement says nothing"
     assert_same(model, other)
@@ -427,6 +428,44 @@ def test_global_post_hooks_hear_of_replays() -> None:
     assert cache.status().replays == 5
     # The double runs the optimizer's Python on a replay, where CUDA would not: 8 calls and 5 notices.
     assert heard == [optimizer] * 13
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where an operator's result, or its size, has to be known on the host."""
+
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.equal.default,
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in self.READS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_on_the_host() -> None:
+    model = Sorter()
+    # With lr as a tensor torch's CPU kernel reads it; the CUDA kernel does not.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    step = step_of(
+        model,
+        optimizer,
+        average=ParameterAverage(model.parameters()),
+        autocast_dtype=torch.bfloat16,
+        skip_nonfinite=True,
+        exploration=0.5,
+        supervision_steps=2,
+        capture=False,
+    )
+    data = next(batches())
+    with pytest.raises(AssertionError, match="waits"), NoHostReads():
+        model.loss(torch.zeros(BATCH, LENGTH, WIDTH), torch.zeros(()), *data)[0].item()
+    with NoHostReads():
+        for _ in range(8):
+            step(*data)
+    assert len(step.drain()) == 8
 
 
 # Options.

@@ -207,17 +207,8 @@ class TrainingStep:
         device = program.carry.halted.device
         reason = self._refusal(device)
         if reason is None:
-            capturer.order(device)
-            key = self._key(program, device)
-            if self._plain_runs.get(key, 0) < self._warmup and self.cache.get(key) is None:
-                self._plain_runs[key] = self._plain_runs.get(key, 0) + 1
-                while len(self._plain_runs) > _MAX_KEYS:
-                    self._plain_runs.popitem(last=False)
-                self.cache.fall_back("warming up for a capture", warn=False)
-                capturer.aside(lambda: self._run(program), device)
-                return
             try:
-                self._replay(key, program, device)
+                self._replay(program, device)
                 return
             except CaptureError as error:
                 reason = str(error)
@@ -249,16 +240,33 @@ class TrainingStep:
             None if self.average is None else self.average.decay,
         )
 
-    def _replay(self, key: Hashable, program: _Program, device: torch.device) -> None:
+    def _replay(self, program: _Program, device: torch.device) -> None:
+        """Replay the step, captured first if need be, or run it if it must warm up before that."""
+        key = self._key(program, device)
+        self.cache.capturer.order(device)
         entry = self.cache.get(key)
         if entry is None:
-            reason = self.cache.refused(key) or self._watch.wrapped()
+            reason = self.cache.refused(key)
             if reason is not None:
                 raise CaptureError(reason)
+            if self._warms_up(key):
+                self.cache.fall_back("warming up for a capture", warn=False)
+                self.cache.capturer.aside(lambda: self._run(program), device)
+                return
             # The graph keeps the program, whose id is in the key.
             entry = self.cache.capture(key, lambda: self._run(program), device, payload=program)
         self.cache.replay(entry)
         optimizers.call_global_post_hooks(self.optimizer)
+
+    def _warms_up(self, key: Hashable) -> bool:
+        """Whether this kind of call has run plainly too few times; counts one more if so."""
+        runs = self._plain_runs.get(key, 0)
+        if runs == self._warmup:
+            return False
+        self._plain_runs[key] = runs + 1
+        while len(self._plain_runs) > _MAX_KEYS:
+            self._plain_runs.popitem(last=False)
+        return True
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
         if self._autocast_dtype is None:

@@ -37,7 +37,7 @@ class _Buffers:
                 None if argument is None else torch.zeros(shape, dtype=argument.dtype, device=argument.device)
                 for argument, shape in zip(arguments, shapes, strict=True)
             )
-        return cls(tensors, [()] * len(arguments))
+        return cls(tensors, [shape for shape in shapes])
 
     def load(self, arguments: Arguments) -> None:
         """Copy ``arguments`` in, zeros around them."""
@@ -45,12 +45,13 @@ class _Buffers:
         for index, (buffer, argument) in enumerate(zip(self.tensors, arguments, strict=True)):
             if buffer is None or argument is None:
                 continue
-            shape, before = tuple(argument.shape), self.loaded[index]
-            if any(old > new for old, new in zip(before, shape, strict=False)):
-                buffer.zero_()  # a larger argument lay here before
-            self.loaded[index] = shape
-            targets.append(_corner(buffer, shape))
-            sources.append(argument.detach())
+            shape = argument.shape
+            if shape != self.loaded[index]:
+                if any(old > new for old, new in zip(self.loaded[index], shape, strict=True)):
+                    buffer.zero_()  # a larger argument lay here before
+                self.loaded[index] = shape
+            targets.append(buffer if shape == buffer.shape else _corner(buffer, shape))
+            sources.append(argument)
         torch._foreach_copy_(targets, sources)
 
 
@@ -186,10 +187,9 @@ class GraphedFunction:
             if tensors[index] is None and axis in cropped:
                 mask = self._one(device).expand([sizes[name] for name in self._axes[index]])
                 tensors = (*tensors[:index], mask, *tensors[index + 1 :])
-        shapes = [
-            () if tensor is None else self._shape(index, tensor, padded)
-            for index, tensor in enumerate(tensors)
-        ]
+        shapes: list[Shape] = [() if tensor is None else tensor.shape for tensor in tensors]
+        if cropped:
+            shapes = [self._padded(index, shape, padded) for index, shape in enumerate(shapes)]
         key = (
             self._token,
             tuple(
@@ -216,10 +216,10 @@ class GraphedFunction:
                 self._ones[device] = torch.ones((), dtype=torch.uint8, device=device)
         return self._ones[device]
 
-    def _shape(self, index: int, tensor: Tensor, padded: Mapping[str, int]) -> Shape:
+    def _padded(self, index: int, shape: Shape, padded: Mapping[str, int]) -> Shape:
         """The shape of the static buffer for argument ``index``."""
-        axes = self._axes[index] if index < len(self._axes) else ""
-        return (*(padded[axis] for axis in axes), *tensor.shape[len(axes) :])
+        axes = self._axes[index] if shape and index < len(self._axes) else ""
+        return (*(padded[axis] for axis in axes), *shape[len(axes) :])
 
     def _capture(
         self,
@@ -229,7 +229,7 @@ class GraphedFunction:
         shapes: Sequence[Shape],
         device: torch.device,
     ) -> Entry:
-        reason = self.cache.refused(key) or self._watch.wrapped()
+        reason = self.cache.refused(key)
         if reason is not None:
             raise CaptureError(reason)
         buffers = _Buffers.allocate(tensors, shapes)
