@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 
 if TYPE_CHECKING:
     from trm_kernels.ops._launch import Target
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 class Activation(IntEnum):
@@ -50,13 +47,13 @@ class Tile:
     stages: int
 
 
-Kernel = Literal["gemm", "activation_gradient", "norm_gradient", "weight_gradient"]
+Kernel = Literal["gemm", "stream", "activation_gradient", "norm_gradient", "weight_gradient"]
 Route = Literal["triton", "library"]
 
 
 # A tuple, not a dataclass: launchers make one a call, and a frozen dataclass takes 1 to 2 us longer to make.
 class Problem(NamedTuple):
-    """One matrix product, as a launcher asks for it. Its rows are what batch and length decide.
+    """One matrix product, as a launcher asks for it. Rows are what batch and sequence length decide.
 
     Attributes:
         kernel: ``"gemm"``: C [M, N] = epilogue(A [M, K] W^T), W [N, K], over M rows.
@@ -93,8 +90,8 @@ class Choice:
 
     Attributes:
         route: ``"triton"``, or ``"library"``: torch's own product, then a kernel for the epilogue.
-        tile: Tile of the Triton kernel, m by n over the output and k along the contraction; unused by
-            ``"library"``.
+        tile: Tile of the Triton kernel, m by n over the output and k along the contraction; for
+            ``"library"`` that of the epilogue.
         splits: Parts that the contraction of a weight gradient is cut into, each with its own partial
             sum; 1 elsewhere.
     """
@@ -165,18 +162,18 @@ def heuristic(problem: Problem, target: Target) -> Choice:
     kernel, M, N, _, batch, activation, operand, transposed = problem
     if kernel == "weight_gradient":
         return _split_heuristic(problem, target)
-    # The norm's backward reads two more tiles in its epilogue, as the derivative of an activation does.
-    narrow = transposed or kernel == "norm_gradient"
+    # The norm's backward reads two more tiles in its epilogue, as the derivative of an activation does; a
+    # float32 stream and what is added to it spill 344 bytes a thread beside a 128 x 128 accumulator (sm_90).
+    narrow = transposed or kernel in ("norm_gradient", "stream")
     return Choice("triton", choose_tile(M, N, batch, activation, operand, target, transposed=narrow))
 
 
 def _split_heuristic(problem: Problem, target: Target) -> Choice:
     """The largest tile that gives every processor a program once the rows are split."""
-    M, N, rows = problem.M, problem.N, problem.K
     if target.interpreted:
         return Choice("triton", _TILE_INTERPRETER)
-    limit = max(1, rows // _SPLIT_ROWS)
-    tile = choose_tile(M, N, limit, Activation.NONE, problem.operand, target)
+    limit = max(1, problem.K // _SPLIT_ROWS)
+    tile = choose_tile(problem.M, problem.N, limit, Activation.NONE, problem.operand, target)
     wanted = target.processors // programs(problem, Choice("triton", tile))
     splits = 1
     while 2 * splits <= min(wanted, limit):
@@ -207,11 +204,10 @@ _ACCUMULATORS = 192
 
 def flaw(problem: Problem, choice: Choice, target: Target) -> str | None:
     """Why ``choice`` cannot be launched for ``problem`` on ``target``, or None."""
-    if choice.route == "library":
-        supported = problem.kernel in LIBRARY_KERNELS
-        return None if supported else f"{problem.kernel} has no library route"
-    if choice.route != "triton":
+    if choice.route not in get_args(Route):
         return f"unknown route {choice.route!r}"
+    if choice.route == "library" and problem.kernel not in LIBRARY_KERNELS:
+        return f"{problem.kernel} has no library route"
     tile = choice.tile
     for axis, least in _LEAST.items():
         size = getattr(tile, axis)
@@ -250,47 +246,20 @@ def forget_choices() -> None:
 
 
 def choose(problem: Problem, target: Target) -> Choice:
-    """How ``problem`` is computed on ``target``; asked once by a launcher that is marked ``tunable``."""
-    if _watcher is None:
-        return _choose(problem, target)
-    return _watcher.choose(problem, target)
+    """How ``problem`` is computed on ``target``: as measured there, or by :func:`heuristic`."""
+    return _choose(problem, target) if _override is None else _override(problem, target)
 
 
-class Watcher(Protocol):
-    """What a tuner puts between launchers and choices."""
-
-    def call(self, launcher: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``launcher``, which is about to ask for a choice."""
-
-    def choose(self, problem: Problem, target: Target) -> Choice:
-        """Answer the launcher that runs."""
-
-
-_watcher: Watcher | None = None
+Chooser = Callable[["Problem", "Target"], Choice]
+_override: Chooser | None = None
 
 
 @contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Let ``watcher`` see the calls of tunable launchers and answer them; for one thread at a time."""
-    global _watcher
-    before, _watcher = _watcher, watcher
+def chosen_by(chooser: Chooser) -> Iterator[None]:
+    """Let ``chooser`` make the choices, in the whole process: a tuner tries them in turn."""
+    global _override
+    before, _override = _override, chooser
     try:
         yield
     finally:
-        _watcher = before
-
-
-def tunable(launcher: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mark a module-level function that asks ``choose`` once and computes the whole problem.
-
-    A tuner records its arguments and calls it again, with other tensors of the same shapes and strides and
-    another choice. So it must depend on nothing but its arguments and the choice.
-    """
-
-    @functools.wraps(launcher)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if _watcher is None:
-            return launcher(*args, **kwargs)
-        return _watcher.call(call, args, kwargs)
-
-    return call
+        _override = before
