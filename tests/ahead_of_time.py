@@ -17,8 +17,10 @@ from trm_kernels import NetworkConfig, TinyRecursiveNetwork
 from trm_kernels.fused import block_parameters
 from trm_kernels.ops import aot
 from trm_kernels.ops._launch import TARGETS, Launch, Target, record
-from trm_kernels.ops.attention import NO_DROPOUT, Dropout, attention_backward, attention_forward
-from trm_kernels.ops.block import _block_backward, _block_saving
+from trm_kernels.ops.attention import attention_forward
+from trm_kernels.ops.attention_backward import attention_backward
+from trm_kernels.ops.attention_common import Dropout, Heads, Samples
+from trm_kernels.ops.recursion import Numbers, Tensors, _recursion, _recursion_backward, _recursion_saving
 
 #: (B, L, D, H) of the regimes in docs/architecture.md; between them they take every tile.
 SHAPES = ((32, 256, 256, 8), (1, 256, 256, 8), (768, 96, 512, 8), (1, 256, 2048, 16))
@@ -38,36 +40,64 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def run_block(
-    layout: str, shape: tuple[int, int, int, int], residual: torch.dtype, operand: torch.dtype
+def run_recursion(
+    layout: str,
+    shape: tuple[int, int, int, int],
+    residual: torch.dtype,
+    operand: torch.dtype,
+    *,
+    packed: bool = False,
+    output_norm: bool = False,
 ) -> None:
-    """Forward and backward of one block on tensors without data."""
+    """Forward and backward of a latent recursion of one latent step on tensors without data."""
     batch, length, width, heads = shape
     family, _, tokens = layout.partition("-")
-    config = NetworkConfig(width, 1, heads, family=family, mixer=tokens or "attention", seq_len=length)
+    config = NetworkConfig(width, 2, heads, family=family, mixer=tokens or "attention", seq_len=length)
     with torch.device("meta"):
         net = TinyRecursiveNetwork.from_config(config).to(residual)
-    parameters = block_parameters(net.layers[0])
-    x = meta(batch, length, width, dtype=residual)
-    cos = meta(length, config.head_dim // 2, dtype=torch.float32) if config.rotary else None
-    static = (None, None, cos, cos, None, layout, heads, config.norm_eps, 0.0, operand)
-    out, _, saved = _block_saving(x, None, parameters, *static)
-    _block_backward(out, saved, x, parameters, *static)
+    parameters = [parameter for block in net.layers for parameter in block_parameters(block)]
+    states = meta(batch, length, width, dtype=residual)
+    positions = length
+    starts = count = None
+    if packed:
+        states = meta(1, batch * length, width, dtype=residual)
+        starts, count = meta(batch + 1, dtype=torch.int32), meta(1, dtype=torch.int32)
+        positions = batch * length
+    cos = meta(positions, config.head_dim // 2, dtype=torch.float32) if config.rotary else None
+    tensors = Tensors(starts=starts, row_count=count, cos=cos, sin=cos)
+    weight = meta(width, dtype=residual) if output_norm else None
+    numbers = Numbers(
+        layout,
+        1,
+        heads,
+        batch,
+        length,
+        config.norm_eps,
+        1e-6 if output_norm else None,
+        0.0,
+        operand,
+        "balanced",
+    )
+    rest = parameters, [], weight, *tensors, *numbers
+    _recursion(states, states, states, *rest)
+    out, _, saved = _recursion_saving(states, states, states, *rest)
+    _recursion_backward(out, None, saved, True, True, *rest)
 
 
 def run_attention(head_size: int, dtype: torch.dtype, everything: bool) -> None:
     """Attention alone, plain or with mask, RoPE and dropout."""
-    batch, length, heads = 2, 96, 4
-    qkv = meta(batch, length, 3 * heads * head_size, dtype=dtype)
-    lse = meta(batch, heads, length, dtype=torch.float32)
-    rest: tuple[object, ...] = (None, None, None, None, NO_DROPOUT)
+    batch, length, n_heads = 2, 96, 4
+    qkv = meta(batch, length, 3 * n_heads * head_size, dtype=dtype)
+    heads = Heads(n_heads, Samples(batch, length))
     if everything:
         table = meta(length, head_size // 2, dtype=torch.float32)
         dropout = Dropout(0.1, meta(1, dtype=torch.int64))
-        mask = meta(batch, length, dtype=torch.uint8)
-        rest = (mask, meta(batch, dtype=torch.int32), table, table, dropout)
-    out, _ = attention_forward(qkv, heads, *rest)
-    attention_backward(out, qkv, out, lse, heads, *rest)
+        samples = Samples(
+            batch, length, meta(batch, length, dtype=torch.uint8), meta(batch, dtype=torch.int32)
+        )
+        heads = Heads(n_heads, samples, table, table, dropout=dropout)
+    out, lse = attention_forward(qkv, heads)
+    attention_backward(out, qkv, out, lse, heads)
 
 
 def shipped(target: Target) -> Iterator[Launch]:
@@ -92,13 +122,16 @@ def _record_everything() -> None:
     """Run every launcher at the shapes and dtypes above."""
     for shape in SHAPES:
         for residual, operand in PRECISIONS:
-            run_block("seed", shape, residual, operand)
+            run_recursion("seed", shape, residual, operand)
     for residual, operand in PRECISIONS:
-        run_block("paper", SHAPES[2], residual, operand)
-    run_block("scratch", SHAPES[2], torch.bfloat16, torch.bfloat16)
+        run_recursion("paper", SHAPES[2], residual, operand)
+    run_recursion("scratch", SHAPES[2], torch.bfloat16, torch.bfloat16)
     for layout in ("scratch-tokens", "paper-tokens"):
-        run_block(layout, UNALIGNED, torch.bfloat16, torch.bfloat16)
-    run_block("seed", SHAPES[0], torch.float16, torch.float16)
+        run_recursion(layout, UNALIGNED, torch.bfloat16, torch.bfloat16)
+    run_recursion("seed", SHAPES[0], torch.float16, torch.float16)
+    for residual, operand in PRECISIONS[:2]:
+        run_recursion("seed", SHAPES[0], residual, operand, packed=True, output_norm=True)
+    run_recursion("scratch", SHAPES[2], torch.bfloat16, torch.bfloat16, packed=True)
     for head_size in HEAD_SIZES:
         for dtype in (torch.bfloat16, torch.float32):
             for everything in (False, True):
@@ -119,11 +152,12 @@ def main(names: list[str]) -> None:
         target = TARGETS[target_name]
         for launch in tf32(target) if precision == "tf32" else shipped(target):
             compiled = aot.compile_launch(launch, target)
+            operand = next(arg for arg in launch.args if isinstance(arg, torch.Tensor))
             row = {
                 "target": target_name,
                 "configuration": describe(launch),
                 "kernel": launch.kernel.__name__,
-                "operand": str(launch.args[0].dtype),
+                "operand": str(operand.dtype),
                 "shared_memory": compiled.shared_memory,
                 "limit": target.shared_memory,
                 "stack": compiled.stack,

@@ -37,7 +37,8 @@ def faults(row: dict[str, Any]) -> list[str]:
     if row["shared_memory"] > row["limit"]:
         found.append(f"takes {row['shared_memory']} bytes of shared memory, over {row['limit']}")
     half = row["operand"] in ("torch.float16", "torch.bfloat16")
-    if row["target"] == "sm_90" and row["kernel"] == "gemm_kernel" and half and not row["wgmma"]:
+    products = ("gemm_kernel", "activation_gradient_kernel", "weight_gradient_kernel")
+    if row["target"] == "sm_90" and row["kernel"] in products and half and not row["wgmma"]:
         found.append("has no wgmma")
     return found
 

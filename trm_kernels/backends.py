@@ -55,12 +55,12 @@ class FusedRecursion:
 
     Attributes:
         refuses: Why a recursion over a network that the backend serves must call it step by step, or None:
-            network, states [B, L, D], and what is applied after every call.
-        run: ``run(net, x, y, z, n, T=, mask=, output_norm=, with_gradients=, memory=)``, as for
-            :func:`~trm_kernels.recursion.deep_recursion`, on states of one shape and dtype.
+            network, states [B, L, D], what is applied after every call, and the precision asked for.
+        run: ``run(net, x, y, z, n, T=, mask=, output_norm=, with_gradients=, memory=, precision=)``, as
+            for :func:`~trm_kernels.recursion.deep_recursion`, on states of one shape and dtype.
     """
 
-    refuses: Callable[[FusedModule, Sequence[Tensor], object], Refusal]
+    refuses: Callable[[FusedModule, Sequence[Tensor], object, str | None], Refusal]
     run: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -111,9 +111,9 @@ def _triton_unavailable() -> Refusal:
 
 
 def _triton_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
-    from trm_kernels import fused
+    from trm_kernels import fused_checks
 
-    return fused.refuses(net, x, mask)
+    return fused_checks.refuses(net, x, mask)
 
 
 def _run_triton(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -122,10 +122,12 @@ def _run_triton(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return fused.run(net, x, mask)
 
 
-def _triton_refuses_recursion(net: FusedModule, states: Sequence[Tensor], output_norm: object) -> Refusal:
-    from trm_kernels import fused
+def _triton_refuses_recursion(
+    net: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
+) -> Refusal:
+    from trm_kernels import fused_checks
 
-    return fused.refuses_recursion(net, states, output_norm)
+    return fused_checks.refuses_recursion(net, states, output_norm, precision)
 
 
 def _run_triton_recursion(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

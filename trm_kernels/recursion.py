@@ -17,6 +17,8 @@ Normalisation = Callable[[Tensor], Tensor]
 
 #: What the recursion with gradient keeps for its backward (:data:`trm_kernels.ops.chain.Memory`).
 Memory = Literal["fast", "balanced", "small"]
+#: How recursions may deviate from the precision of their states.
+Precision = Literal["fp8-nograd"]
 
 
 def latent_recursion(
@@ -29,6 +31,7 @@ def latent_recursion(
     mask: Tensor | None = None,
     output_norm: Normalisation | None = None,
     memory: Memory = "balanced",
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]:
     """n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
 
@@ -47,11 +50,16 @@ def latent_recursion(
             pre-activations of the MLPs, which one product a block computes again. ``"small"``: the input of
             every network call alone, the rest of the call is run again. Other backends keep what autograd
             keeps, but for ``"small"``, where they checkpoint every call.
+        precision: ``"fp8-nograd"`` runs the matrix products of recursions that record no gradient in fp8
+            (e4m3, a scale for every row of the activations and of the weights): those of inference, and T - 1
+            of T in training. Needs the ``triton`` backend on compute capability 9.0 or newer.
 
     Returns:
         The new ``(y, z)``.
     """
-    return deep_recursion(net, x, y, z, n, 1, mask=mask, output_norm=output_norm, memory=memory)
+    return deep_recursion(
+        net, x, y, z, n, 1, mask=mask, output_norm=output_norm, memory=memory, precision=precision
+    )
 
 
 def deep_recursion(
@@ -66,6 +74,7 @@ def deep_recursion(
     output_norm: Normalisation | None = None,
     with_gradients: bool = True,
     memory: Memory = "balanced",
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient, then one with (or without, if asked).
 
@@ -77,6 +86,9 @@ def deep_recursion(
 
     Returns:
         The new ``(y, z)``.
+
+    Raises:
+        BackendError: A backend or precision that was asked for by name cannot serve the call.
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, not {n}")
@@ -84,11 +96,14 @@ def deep_recursion(
         raise ValueError(f"T must be at least 1, not {T}")
     if memory not in get_args(Memory):
         raise ValueError(f"memory must be one of {get_args(Memory)}, not {memory!r}")
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f"precision must be None or one of {get_args(Precision)}, not {precision!r}")
+    stepwise: str | None = f"{type(net).__name__} is no network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
-        run = _fused(net, states, mask, output_norm)
-        if run is not None:
-            return run(
+        fused, stepwise = _fused(net, states, mask, output_norm, precision)
+        if fused is not None:
+            return fused.run(
                 net,
                 *states,
                 n,
@@ -97,7 +112,10 @@ def deep_recursion(
                 output_norm=output_norm,
                 with_gradients=with_gradients,
                 memory=memory,
+                precision=precision,
             )
+    if precision is not None:
+        raise backends.BackendError(f"precision={precision!r} cannot serve this call: {stepwise}")
 
     def call(h: Tensor) -> Tensor:
         out = net(h) if mask is None else net(h, mask=mask)
@@ -130,14 +148,20 @@ def _states(*states: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fused(
-    net: FusedModule, states: tuple[Tensor, ...], mask: Tensor | None, output_norm: Normalisation | None
-) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The recursion of the backend that serves ``net``, if it has one that serves this call."""
+    net: FusedModule,
+    states: tuple[Tensor, ...],
+    mask: Tensor | None,
+    output_norm: Normalisation | None,
+    precision: Precision | None,
+) -> tuple[backends.FusedRecursion | None, str | None]:
+    """The recursion of the backend that serves ``net``, or None and why it is called step by step."""
     net.check(states[1], mask)
-    fused = backends.BACKENDS[backends.select(net, states[1], mask).name].recursion
-    if fused is None or fused.refuses(net, states, output_norm) is not None:
-        return None
-    return fused.run
+    name = backends.select(net, states[1], mask).name
+    fused = backends.BACKENDS[name].recursion
+    if fused is None:
+        return None, f"backend {name!r} has no recursion of its own"
+    reason = fused.refuses(net, states, output_norm, precision)
+    return (fused, None) if reason is None else (None, reason)
 
 
 class RecursionMixin:

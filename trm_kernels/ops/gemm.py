@@ -303,7 +303,9 @@ def gemm(
 
     assert weight.dtype == a.dtype, f"operands {a.dtype} and {weight.dtype}"
     target = target_of(a)
-    kernel: Kernel = "gemm" if norm_gradient is None else "norm_gradient"
+    kernel: Kernel = "gemm" if write_copy is None else "stream"
+    if norm_gradient is not None:
+        kernel = "norm_gradient"
     choice = choose(Problem(kernel, M, N, K, batch, activation, a.dtype, transposed), target)
     tile = choice.tile
     library = choice.route == "library"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels.ops.fold import aligned, fold, stack
+from trm_kernels.ops.quantise import quantise_rows
 from trm_kernels.ops.tiles import Activation
 
 
@@ -81,8 +82,10 @@ class Sublayer:
     first_bias: Tensor | None  # [N]
     second: Tensor  # [D, N], a token mixer's [L, N]
     second_bias: Tensor | None  # [D]
-    first_matrix: Tensor | None = None  # [N, K], operand dtype
-    second_matrix: Tensor | None = None  # like second, operand dtype
+    first_matrix: Tensor | None = None  # [N, K], operand dtype or fp8
+    second_matrix: Tensor | None = None  # like second, operand dtype or fp8
+    first_scales: Tensor | None = None  # of the rows of an fp8 first matrix [N], float32
+    second_scales: Tensor | None = None  # of those of an fp8 second matrix
 
     @property
     def inner(self) -> int:
@@ -98,6 +101,29 @@ class Sublayer:
             first = stack(self.first, operand)
             first = aligned(first) if self.layout.tokens else first
         return first, self.second.to(operand)
+
+    def prepare_fp8(self, operand: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The two matrices in fp8 and their scales; a token mixer's in ``operand``, with empty scales.
+
+        A token mixer's operands have their rows along the sequence, where fp8 tiles of them cannot be loaded
+        without a transposition.
+        """
+        if self.layout.tokens:
+            first, second = self.prepare(operand)
+            return first, second, first.new_empty(0), first.new_empty(0)
+        stacked = stack(self.first, self.first[0].dtype).contiguous()
+        first, first_scales = quantise_rows(stacked, column=self.norm)
+        second, second_scales = quantise_rows(self.second.contiguous())
+        return first, second, first_scales, second_scales
+
+    def take(self, matrices: Iterator[Tensor], fp8: bool) -> None:
+        """Take what :meth:`prepare` or :meth:`prepare_fp8` made."""
+        self.first_matrix, self.second_matrix = next(matrices), next(matrices)
+        if fp8:
+            scales = next(matrices), next(matrices)
+            if not self.layout.tokens:
+                self.first_scales, self.second_scales = scales
+                self.folded = False  # the kernel that quantises a row normalises it
 
 
 def unpack_sublayer(
@@ -141,17 +167,25 @@ def unpack(layout: Layout, parameters: list[Tensor], operand: torch.dtype) -> li
     return blocks
 
 
-def prepare(layout: Layout, parameters: list[Tensor], operand: torch.dtype) -> list[Tensor]:
-    """The matrices that the GEMMs of a network read: first and second of every sublayer, in order."""
-    blocks = unpack(layout, parameters, operand)
-    return [matrix for block in blocks for part in block.sublayers for matrix in part.prepare(operand)]
+def prepare(
+    layout: Layout, parameters: list[Tensor], operand: torch.dtype, *, fp8: bool = False
+) -> list[Tensor]:
+    """The matrices that the GEMMs of a network read, of every sublayer in order: first and second, in fp8
+    followed by their scales.
+    """
+    parts = [part for block in unpack(layout, parameters, operand) for part in block.sublayers]
+    if fp8:
+        return [matrix for part in parts for matrix in part.prepare_fp8(operand)]
+    return [matrix for part in parts for matrix in part.prepare(operand)]
 
 
-def with_matrices(blocks: list[Block], matrices: list[Tensor], operand: torch.dtype) -> list[Block]:
+def with_matrices(
+    blocks: list[Block], matrices: list[Tensor], operand: torch.dtype, *, fp8: bool = False
+) -> list[Block]:
     """Give blocks the matrices that :func:`prepare` made; where there are none, they are made here."""
     given = iter(matrices)
     for block in blocks:
         for part in block.sublayers:
-            pair = (next(given), next(given)) if matrices else part.prepare(operand)
-            part.first_matrix, part.second_matrix = pair
+            made = None if matrices else part.prepare_fp8(operand) if fp8 else part.prepare(operand)
+            part.take(given if made is None else iter(made), fp8)
     return blocks

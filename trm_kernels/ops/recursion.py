@@ -51,6 +51,7 @@ class Numbers(NamedTuple):
         dropout: Probability of dropping an attention weight.
         operand: Dtype of the GEMMs' operands.
         memory: What a training step keeps (:data:`~trm_kernels.ops.chain.Memory`).
+        fp8: Whether the GEMMs run in fp8; without gradient only.
     """
 
     layout: str
@@ -63,6 +64,7 @@ class Numbers(NamedTuple):
     dropout: float
     operand: torch.dtype
     memory: Memory
+    fp8: bool = False
 
 
 _STATIC = len(Tensors._fields) + len(Numbers._fields)
@@ -109,7 +111,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     tensors, numbers = _split(rest)
     call = _call(y, output_weight, tensors, numbers)
-    blocks = with_matrices(unpack(call.layout, parameters, call.operand), matrices, call.operand)
+    blocks = unpack(call.layout, parameters, call.operand)
+    with_matrices(blocks, matrices, call.operand, fp8=numbers.fp8)
     x, z = (None if state is None else state.contiguous() for state in (x, z))
     memory = numbers.memory if save else None
     out, new_z, saved = recursion_forward(call, blocks, x, y.contiguous(), z, numbers.n, memory)
@@ -296,6 +299,8 @@ def _differentiable(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
+    if rest[-1]:
+        raise RuntimeError("a recursion in fp8 has no gradient: run it under torch.no_grad()")
     counts = len(parameters), len(matrices)
     return _Recursion.apply(x, y, z, output_weight, counts, *parameters, *matrices, *rest)
 
@@ -304,7 +309,7 @@ _REST = (
     "Tensor[] parameters, Tensor[] matrices, Tensor? output_weight, Tensor? mask, Tensor? ends, "
     "Tensor? starts, Tensor? row_count, Tensor? cos, Tensor? sin, Tensor? seed, str layout, SymInt n, "
     "SymInt n_heads, SymInt batch, SymInt length, float eps, float? output_eps, float dropout, "
-    "ScalarType operand, str memory"
+    "ScalarType operand, str memory, bool fp8"
 )
 _ARGUMENTS = f"Tensor? x, Tensor y, Tensor? z, {_REST}"
 recursion_saving = define(

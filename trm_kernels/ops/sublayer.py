@@ -19,6 +19,7 @@ from trm_kernels.ops.attention_common import Dropout, Heads, Samples
 from trm_kernels.ops.gemm import gemm
 from trm_kernels.ops.layouts import Layout, Sublayer
 from trm_kernels.ops.norm import add_rms_norm
+from trm_kernels.ops.quantise import quantise_rows
 from trm_kernels.ops.stream import Norm, Stream, start
 from trm_kernels.ops.tiles import Activation
 
@@ -93,6 +94,28 @@ def normed_operand(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
     return normed
 
 
+def _quantised(
+    call: Call, rows: Tensor, scales: Tensor | None, eps: float | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The left operand of a GEMM, and the scales of both where the matrix is in fp8."""
+    if scales is None:
+        return rows, None
+    quantised, of_rows = quantise_rows(rows, eps=eps, count=call.samples.count)
+    return quantised, (of_rows, scales)
+
+
+def _first_operand(
+    call: Call, sublayer: Sublayer, stream: Stream
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The normalised stream as the first GEMM reads it; where the norm is folded, not yet normalised."""
+    if sublayer.folded:
+        return stream.operand, None
+    if sublayer.first_scales is not None:
+        eps = None if sublayer.norm is None else call.eps
+        return _quantised(call, stream.value, sublayer.first_scales, eps)
+    return normed_operand(call, sublayer, stream), None
+
+
 def first_half(call: Call, sublayer: Sublayer, stream: Stream, pre: Tensor | None, *, save: bool) -> Tensor:
     """``f(first(norm(h)))``; the pre-activations go to ``pre``, or are not kept if ``save`` is False.
 
@@ -100,9 +123,11 @@ def first_half(call: Call, sublayer: Sublayer, stream: Stream, pre: Tensor | Non
     """
     assert sublayer.first_matrix is not None
     activation = sublayer.layout.activation
+    operand, scales = _first_operand(call, sublayer, stream)
     product = gemm(
-        stream.operand if sublayer.folded else normed_operand(call, sublayer, stream),
+        operand,
         sublayer.first_matrix,
+        scales=scales,
         out_dtype=call.operand,
         bias=None if activation == Activation.NONE else sublayer.first_bias,
         activation=activation,
@@ -151,7 +176,9 @@ def second_half(
     written = call.written(reader, reader_slot, reader_key)
     place = written.pop("next")
     count = call.samples.count
+    inner, scales = _quantised(call, inner, sublayer.second_scales)
     common: dict[str, Any] = {
+        "scales": scales,
         "out_dtype": call.residual,
         "bias": sublayer.second_bias,
         "residual": stream.value,
@@ -193,7 +220,9 @@ def last_half(
     """
     assert sublayer.second_matrix is not None
     count = call.samples.count
+    inner, scales = _quantised(call, inner, sublayer.second_scales)
     common: dict[str, Any] = {
+        "scales": scales,
         "out_dtype": call.residual,
         "bias": sublayer.second_bias,
         "residual": stream.value,

@@ -19,14 +19,12 @@ from trm_kernels.ops.tiles import Activation, Problem, choose
 
 
 @triton.jit
-def _row_range(
-    count_ptr, steps, rows, split, PACKED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def _row_range(count_ptr, steps, rows, split, splits, PACKED: tl.constexpr, BLOCK_R: tl.constexpr):
     """Rows of a step, row blocks of a step, and the first and last block, over all steps, of this split."""
     if PACKED:
         rows = tl.load(count_ptr)
     blocks = tl.cdiv(rows, BLOCK_R)
-    share = tl.cdiv(steps * blocks, SPLITS)
+    share = tl.cdiv(steps * blocks, splits)
     first = split * share
     return rows, blocks, first, min(first + share, steps * blocks)
 
@@ -37,6 +35,7 @@ def weight_gradient_kernel(
     a_ptr,
     out_ptr,
     count_ptr,
+    splits,
     steps,
     rows,
     N,
@@ -49,7 +48,6 @@ def weight_gradient_kernel(
     a_col,
     ACCUMULATE: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,8 +63,13 @@ def weight_gradient_kernel(
     r = tl.arange(0, BLOCK_R)  # [BR]
     in_n = n < N
     in_k = k < K
-    rows, blocks, first, last = _row_range(count_ptr, steps, rows, split, PACKED, SPLITS, BLOCK_R)
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+    rows, blocks, first, last = _row_range(count_ptr, steps, rows, split, splits, PACKED, BLOCK_R)
+    valid = in_n[:, None] & in_k[None, :]
+    p_out = out_ptr + split.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
+    if ACCUMULATE:
+        acc = tl.load(p_out, mask=valid, other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
     for block in range(first, last):
         step = (block // blocks).to(tl.int64)
         row = (block % blocks) * BLOCK_R + r
@@ -77,10 +80,6 @@ def weight_gradient_kernel(
         b_g = tl.load(p_g, mask=in_r[:, None] & in_n[None, :], other=0.0)
         b_a = tl.load(p_a, mask=in_r[:, None] & in_k[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_g), b_a, acc, input_precision=PRECISION, out_dtype=ACC)
-    valid = in_n[:, None] & in_k[None, :]
-    p_out = out_ptr + split.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
-    if ACCUMULATE:
-        acc += tl.load(p_out, mask=valid, other=0.0)
     tl.store(p_out, acc, mask=valid)
 
 
@@ -89,21 +88,21 @@ def column_sum_kernel(
     g_ptr,
     out_ptr,
     count_ptr,
+    splits,
     steps,
     rows,
     N,
     ACCUMULATE: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    split = tl.program_id(0) % SPLITS
-    n = (tl.program_id(0) // SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(0) % splits
+    n = (tl.program_id(0) // splits) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     stride = rows
-    rows, blocks, first, last = _row_range(count_ptr, steps, rows, split, PACKED, SPLITS, BLOCK_R)
+    rows, blocks, first, last = _row_range(count_ptr, steps, rows, split, splits, PACKED, BLOCK_R)
     acc = tl.zeros((BLOCK_N,), dtype=ACC)
     for block in range(first, last):
         row = (block % blocks) * BLOCK_R + r
@@ -133,7 +132,7 @@ class WeightGradient:
         steps, rows, N = g.shape
         K = a.shape[2]
         target = target_of(g)
-        problem = Problem("weight_gradient", rows, N, K, steps, Activation.NONE, g.dtype, transposed)
+        problem = Problem("weight_gradient", N, K, steps * rows, 1, Activation.NONE, g.dtype, transposed)
         choice = choose(problem, target)
         tile = choice.tile
         splits = choice.splits if self._partial is None else self._partial.shape[0]
@@ -144,11 +143,10 @@ class WeightGradient:
         launch(
             weight_gradient_kernel,
             (cdiv(N, tile.m) * cdiv(K, tile.n) * splits,),
-            g, a, self._partial, self.count, steps, rows, N, K,
+            g, a, self._partial, self.count, splits, steps, rows, N, K,
             *g.stride(), *a.stride(),
             ACCUMULATE=accumulate,
             PACKED=self.count is not None,
-            SPLITS=splits,
             ACC=accumulator(g.dtype),
             PRECISION=input_precision(g.dtype),
             BLOCK_N=tile.m,
@@ -185,10 +183,9 @@ class ColumnSum:
         launch(
             column_sum_kernel,
             (cdiv(N, block_n) * splits,),
-            g, self._partial, self.count, steps, rows, N,
+            g, self._partial, self.count, splits, steps, rows, N,
             ACCUMULATE=accumulate,
             PACKED=self.count is not None,
-            SPLITS=splits,
             ACC=accumulator(g.dtype),
             BLOCK_N=block_n,
             BLOCK_R=block_r,
