@@ -186,8 +186,8 @@ class GraphCache:
         try:
             captured = self.capturer.capture(function, device, pool.handle, warmup)
         except CaptureError as error:
-            # It may have left traces in the pool: the next graphs use another. And it may have failed for want
-            # of memory, which the plain call is to find.
+            # It may have left traces in the pool: the next graphs use another. And it may have failed for
+            # want of memory, which the plain call is to find.
             del self._open[device]
             self.capturer.trim()
             raise self._refuse(key, str(error)) from error
