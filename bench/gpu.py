@@ -8,6 +8,7 @@ or hangs is noted in ``DIR/crashes.jsonl``, the process starts itself afresh, an
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import subprocess
@@ -132,6 +133,7 @@ class Run:
 
     def case(self, case: Case, part: Part) -> None:
         """Run one case and append its line."""
+        gc.collect()  # graphs of the last case hang in cycles
         torch.cuda.empty_cache()
 
         def progress(doing: str) -> None:

@@ -82,7 +82,10 @@ def details(reports: list[DeviceReport]) -> str:
     parts = []
     for report in reports:
         parts += [f"## {report.device}", report.provenance() + "."]
-        parts += [f"![{name.removesuffix('.png')}]({name})" for name in report.plots()]
+        parts += [
+            f"![{report.device}{', scaling' if name.endswith('-scaling.png') else ''}]({name})"
+            for name in report.plots()
+        ]
         for result in report.of("main", "peers"):
             notes = "\n".join(f"- {note}" for note in footnotes(result))
             against = ", against peers" if result.group == "peers" else ""

@@ -46,6 +46,7 @@ class Candidate:
         compiles: Time that it spends compiling, in that of torch.compile's default on the network.
         differs: What it computes instead, where that is another function of the same shape: it cannot be
             held to the tolerance rule then, and its operations are counted on their own.
+        base: The candidate whose memory tells what this one needs: that it replays, or varies.
         trains: Whether its whole training step is this library's own instead of the plain loop.
         coarser: Why it may err more than the tolerance rule allows (a narrower dtype, asked for).
     """
@@ -62,6 +63,7 @@ class Candidate:
     differs: str | None = None
     coarser: str | None = None
     trains: bool = False
+    base: str = "eager"
 
     def unavailable(self, device_type: str) -> str | None:
         """Why it cannot run on a device type in this process, or None."""
@@ -78,7 +80,8 @@ def _backend(name: str, groups: tuple[Group, ...] = ("main", "peers"), **options
 def _variant(candidate: Candidate, suffix: str, recursion: dict[str, Any], **changes: Any) -> Candidate:
     """The same backend, its recursions given further options."""
     name = f"{candidate.name}-{suffix}"
-    return replace(candidate, name=name, build=ours(candidate.name, **recursion), **changes)
+    build = ours(candidate.name, **recursion)
+    return replace(candidate, name=name, build=build, base=candidate.name, **changes)
 
 
 def _replayed(candidate: Candidate, groups: tuple[Group, ...] = ("main", "peers")) -> Candidate:
@@ -86,6 +89,7 @@ def _replayed(candidate: Candidate, groups: tuple[Group, ...] = ("main", "peers"
         candidate,
         name=candidate.name + GRAPH,
         groups=groups,
+        base=candidate.name if candidate.base == "eager" else candidate.base,
         graph=True,
         cuda_only="CUDA graphs need a CUDA device",
     )

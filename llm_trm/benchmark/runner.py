@@ -14,6 +14,7 @@ from llm_trm.benchmark import limits as machine_limits
 from llm_trm.benchmark.accuracy import broken_rules, errors, float64_truth
 from llm_trm.benchmark.candidates import CANDIDATES, Candidate, build, unavailable
 from llm_trm.benchmark.environment import device_name
+from llm_trm.benchmark.memory import free_memory
 from llm_trm.benchmark.models import State
 from llm_trm.benchmark.protocol import MIN_ROUNDS, interleave, synchronize, timer_for
 from llm_trm.benchmark.results import CaseResult, Row, add_speedups
@@ -31,6 +32,10 @@ _CALLS_BEFORE_TIMING = 2
 #: Time to compile a training step over that of a forward case: 77 s and 26 s, without torch's caches, on a
 #: busy 2-core machine.
 _TRAIN_COMPILES = 3.0
+
+
+#: Of what is free on a device; the rest is lost to fragments and to libraries.
+_USABLE_MEMORY = 0.9
 
 
 class DeviceLostError(RuntimeError):
@@ -118,6 +123,7 @@ class CaseRun:
         self.committed = 0.0
         self.eager_errors: dict[str, ErrorPool] = {}
         self.measured: list[_Measured] = []
+        self.rows: dict[str, Row] = {}
 
     def run(self, names: Sequence[str]) -> CaseResult:
         """Measure the candidates, and return one row for each in the order of ``names``."""
@@ -135,18 +141,17 @@ class CaseRun:
         # Eager goes first, asked for or not: the tolerance rule is stated in its error.
         eager = self._prepare("eager", state, inputs, truth)
         self.eager_status = eager.status
-        rows = {"eager": eager}
-        # What compiles longest comes last: a cut then costs one row.
-        for name in sorted(names, key=lambda name: CANDIDATES[name].compiles):
+        self.rows["eager"] = eager
+        for name in sorted(names, key=_preparation_order):
             if name in self.excluded:
-                rows[name] = Row(name, "failed", self.excluded[name])
+                self.rows[name] = Row(name, "failed", self.excluded[name])
             elif name != "eager":
-                rows[name] = self._prepare(name, state, inputs, truth)
+                self.rows[name] = self._prepare(name, state, inputs, truth)
         del truth
         self._time(
             {measured.row.backend: measured for measured in self.measured if measured.row.backend in names}
         )
-        return self._result([rows[name] for name in names])
+        return self._result([self.rows[name] for name in names])
 
     def _result(self, rows: list[Row]) -> CaseResult:
         add_speedups(rows)
@@ -174,6 +179,9 @@ class CaseRun:
         candidate = CANDIDATES[name]
         graphs = candidate.compiles * (1.0 if self.case.mode == "forward" else _TRAIN_COMPILES)
         try:
+            reason = self._lacks_memory(candidate)
+            if reason is not None:
+                return Row(name, "not run", reason)
             step = build(name, self.case, state, inputs)
             if isinstance(step, str):
                 return Row(name, "not run", step)
@@ -200,6 +208,21 @@ class CaseRun:
         self.committed += MIN_ROUNDS * seconds
         return row
 
+    def _lacks_memory(self, candidate: Candidate) -> str | None:
+        """Why a graph, which keeps its memory between replays, would leave too little for the plain calls."""
+        free = free_memory(self.device)
+        if not candidate.graph or free is None:
+            return None
+        peaks = {name: row.peak_bytes for name, row in self.rows.items() if row.peak_bytes is not None}
+        own = peaks.get(candidate.base, peaks["eager"])
+        plain = max(peak for name, peak in peaks.items() if not CANDIDATES[name].graph)
+        if own + plain <= _USABLE_MEMORY * free:
+            return None
+        return (
+            f"a graph would keep about {own / 2**30:.0f} GiB, the largest plain candidate needs "
+            f"{plain / 2**30:.0f}, and {free / 2**30:.0f} are free"
+        )
+
     def _checked(self, candidate: Candidate, step: Timed, truth: dict[str, Tensor]) -> tuple[Row, int]:
         """The row of a candidate whose results were just computed, and the operations of one call."""
         if candidate.differs is not None:
@@ -213,7 +236,7 @@ class CaseRun:
         if candidate.name == "eager":
             self.eager_errors = pools
         broken = broken_rules(self.dtype, pools, self.eager_errors)
-        if candidate.coarser is not None:
+        if candidate.coarser is not None and all(math.isfinite(pool.error) for pool in pools.values()):
             row = Row(candidate.name, "ok", coarser=candidate.coarser)
         else:
             row = Row(candidate.name, "wrong" if broken else "ok", "; ".join(broken) or None)
@@ -257,6 +280,13 @@ class CaseRun:
             row.tflops = measured[name].flops / timing.median * 1e-12
             if row.differs is None:
                 row.share = self.floor / timing.median
+
+
+def _preparation_order(name: str) -> tuple[float, bool]:
+    # What compiles longest comes last: a cut then costs one row. Graphs of the baselines come after the
+    # library's own: where memory is short, they go without.
+    candidate = CANDIDATES[name]
+    return candidate.compiles, candidate.graph and not candidate.trains
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -32,6 +33,22 @@ def autocast_dtype(case: Case, model: Model) -> torch.dtype | None:
         return None
     dtype: torch.dtype = getattr(torch, case.dtype)
     return dtype
+
+
+@functools.cache
+def autocast_cache_keeps_gradients(device_type: str) -> bool:
+    """Whether a weight that autocast first cast without gradient still gets one from a later use.
+
+    The recursions without gradient come first in a step. Up to some release of PyTorch (issue 112583 of
+    pytorch/pytorch) the cast that they left in the cache cut the weight off from the others; there the cache
+    must be off.
+    """
+    weight = torch.ones(1, 1, device=device_type, requires_grad=True)
+    x = torch.ones(1, 1, device=device_type)
+    with torch.autocast(device_type, torch.bfloat16):
+        with torch.no_grad():
+            F.linear(x, weight)
+        return F.linear(x, weight).requires_grad
 
 
 def require_updates(initial: Mapping[str, Tensor], updated: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -68,7 +85,13 @@ class LoopStep(Step):
     def gradients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """Forward and backward pass; returns the loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.head.device.type, self.autocast, enabled=self.autocast is not None):
+        kind = self.head.device.type
+        with torch.autocast(
+            kind,
+            self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=autocast_cache_keeps_gradients(kind),
+        ):
             output = self.model.deep(x, y, z)[0]
         loss = loss_of(output, self.head, self.inputs.labels)
         loss.backward()

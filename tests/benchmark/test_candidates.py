@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import trm_kernels
-from llm_trm.benchmark import accuracy
+from llm_trm.benchmark import accuracy, runner
 from llm_trm.benchmark.candidates import CANDIDATES, build, candidates_for, unavailable
 from llm_trm.benchmark.models import ours
-from llm_trm.benchmark.runner import Budget, run_case
+from llm_trm.benchmark.results import Row
+from llm_trm.benchmark.runner import Budget, CaseRun, run_case
 from llm_trm.benchmark.steps import Step, make_inputs, make_state
 from llm_trm.benchmark.workloads import Case
 from trm_kernels import backends
@@ -125,6 +126,28 @@ def test_candidate_that_may_err_more_is_timed_beside_its_error(monkeypatch: pyte
     assert (row.status, row.coarser) == ("ok", "three digits")
     assert row.median_ms is not None
     assert (row.errors["output"] or 0.0) > 1e-3
+
+
+def test_graph_that_would_leave_no_memory_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CaseRun(SMALL, CPU, Budget(60, 0.05), lambda _: None, 0, {}, "main")
+    run.rows = {
+        "eager": Row("eager", "ok", peak_bytes=30 << 30),
+        "triton": Row("triton", "ok", peak_bytes=8 << 30),
+    }
+    monkeypatch.setattr(runner, "free_memory", lambda device: 48 << 30)
+    assert run._lacks_memory(CANDIDATES["eager"]) is None
+    assert run._lacks_memory(CANDIDATES["triton+graph"]) is None
+    assert run._lacks_memory(CANDIDATES["triton-small+graph"]) is None
+    reason = run._lacks_memory(CANDIDATES["eager+graph"])
+    assert reason is not None
+    assert "about 30 GiB" in reason
+    assert "48 are free" in reason
+
+
+def test_own_graphs_are_prepared_before_those_of_baselines() -> None:
+    names = sorted(candidates_for(SMALL, "cuda", "peers"), key=runner._preparation_order)
+    assert names.index("triton+graph") < names.index("eager+graph") < names.index("compile")
+    assert names[-1].startswith("compile-max")
 
 
 @pytest.mark.gpu

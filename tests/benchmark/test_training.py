@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_trm.benchmark import accuracy
+from llm_trm.benchmark import accuracy, training
 from llm_trm.benchmark.library_step import LibraryStep
 from llm_trm.benchmark.models import ours
 from llm_trm.benchmark.steps import Inputs, make_inputs, make_state
@@ -74,6 +74,20 @@ def test_float64_truth_of_a_step_in_chunks_equals_the_whole(
     monkeypatch.setattr(accuracy, "_CHUNK_ELEMENTS", 1)
     for name, tensor in accuracy.float64_truth(CASE, state, inputs).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_step_without_autocasts_cache_has_every_gradient(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "autocast_cache_keeps_gradients", lambda device_type: False)
+    case = replace(CASE, dtype="bfloat16")
+    state = make_state(case, CPU)
+    truth = accuracy.float64_truth(case, state, inputs)
+    step = LoopStep(case, ours("eager")(case, state), inputs)
+    step.prepare()
+    step.check()
+    pools = accuracy.errors(step.results(), truth)
+    assert all(pool.error < 20 * UNIT_ROUNDOFF[torch.bfloat16] for pool in pools.values())
 
 
 def test_clipping_binds(inputs: Inputs) -> None:
