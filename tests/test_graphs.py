@@ -332,6 +332,16 @@ def test_a_graph_larger_than_the_bound_is_refused_and_said() -> None:
     assert list(cache.status().fallbacks.values()) == [2]
 
 
+def test_a_graph_that_is_refused_for_its_size_costs_no_other() -> None:
+    cache, capturer = recorded(30, 200, max_bytes=100)
+    fast = GraphedFunction(double, cache=cache)
+    fast(torch.ones(1))
+    with pytest.warns(graphs.GraphFallbackWarning):
+        fast(torch.ones(2))
+    assert [graph.released for graph in capturer.graphs] == [False, True]
+    assert len(cache) == 1 and cache.nbytes == 30
+
+
 def test_clearing_returns_all_memory_and_forgets_refusals() -> None:
     cache, capturer = recorded(10)
     fast = GraphedFunction(double, cache=cache)

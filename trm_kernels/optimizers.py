@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as internals
 
 from trm_kernels.graphs.keys import storage
+
+_NEEDS = attrgetter("requires_grad")
 
 
 def capturable_adamw(parameters: Iterable[Any], lr: float, **options: Any) -> AdamW:
@@ -60,7 +63,7 @@ def settings(optimizer: Optimizer) -> tuple[Hashable, ...]:
     """What a captured step of ``optimizer`` holds fast: numbers, and where its tensors lie."""
     return tuple(
         (
-            tuple(storage(parameter) for parameter in group["params"]),
+            (*map(Tensor.data_ptr, group["params"]), *map(_NEEDS, group["params"])),
             tuple(
                 (name, storage(value) if isinstance(value, Tensor) else value)
                 for name, value in group.items()

@@ -152,13 +152,13 @@ class GraphCache:
             while len(self._entries) >= self.max_graphs:
                 self._evict(next(iter(self._entries)))
             entry = self._capture(key, function, device, warmup)
-            if self._is_full():
+            if self._is_full() and not self._alone_too_large(entry):
                 self._give_up_pools(keep=entry.pool)
-            if self._is_full() and entry.pool.graphs > 1:
-                # The newest pool alone holds too much: a fresh one tells what this graph needs.
-                self._evict_pool(entry.pool)
-                entry = self._capture(key, function, device, 0)
-            if self._is_full():
+                if self._is_full():
+                    # The newest pool holds too much: a fresh one tells what this graph alone needs.
+                    self._evict_pool(entry.pool)
+                    entry = self._capture(key, function, device, 0)
+            if self._alone_too_large(entry):
                 self._evict_pool(entry.pool)
                 raise self._refuse(key, f"a graph needs more than the cache's {self.max_bytes} bytes")
         entry.payload = payload
@@ -207,6 +207,9 @@ class GraphCache:
 
     def _is_full(self) -> bool:
         return self.max_bytes is not None and self.nbytes > self.max_bytes
+
+    def _alone_too_large(self, entry: Entry) -> bool:
+        return self.max_bytes is not None and entry.pool.graphs == 1 and entry.pool.nbytes > self.max_bytes
 
     def _open_pool(self, device: torch.device) -> _Pool:
         pool = self._open.get(device)
