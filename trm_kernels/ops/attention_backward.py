@@ -28,18 +28,26 @@ from trm_kernels.ops.norm import row_sum_parts
 def attention_delta_kernel(
     out_ptr,
     grad_ptr,
+    bias_ptr,
     start_ptr,
     delta_ptr,
+    through_ptr,
     R,
     L,
     H,
     E: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """delta = sum over channels of output times its gradient [H, R]: the softmax backward's row term."""
+    """delta = sum over channels of output times its gradient [H, R]: the softmax backward's row term.
+
+    The values' bias adds the same to the gradient of every weight of a row: grad . bias, subtracted from delta
+    here, or, where dropout scales each weight's gradient, stored beside it.
+    """
     tile, _, b, h = program(L, H, BLOCK_M)
     first, length = sample_rows(start_ptr, b, L, PACKED)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -48,14 +56,24 @@ def attention_delta_kernel(
     offsets = (first + m)[:, None] * (H * E) + h * E + e[None, :]
     out = tl.load(out_ptr + offsets, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + offsets, mask=valid, other=0.0).to(ACC)
-    tl.store(delta_ptr + h.to(tl.int64) * R + first + m, tl.sum(out * grad, axis=1), mask=m < length)
+    delta = tl.sum(out * grad, axis=1)
+    rows = h.to(tl.int64) * R + first + m
+    if HAS_BIAS:
+        of_values = load_bias(bias_ptr + 2 * H * E + h * E, E, BLOCK_E, ACC)
+        through_bias = tl.sum(grad * of_values[None, :], axis=1)
+        if DROPOUT:
+            tl.store(through_ptr + rows, through_bias, mask=m < length)
+        else:
+            delta -= through_bias
+    tl.store(delta_ptr + rows, delta, mask=m < length)
 
 
 @triton.jit
 def _load_query(
-    qkv_ptr, bias_ptr, grad_ptr, mask_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, m, first, length, h, R, H,
+    qkv_ptr, bias_ptr, grad_ptr, mask_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, through_ptr,
+    m, first, length, h, R, H,
     E: tl.constexpr, BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROTARY: tl.constexpr, ACC: tl.constexpr,
+    ROTARY: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Query block [BM, BE] with its output gradient [BM, BE], log-sum-exp, delta and value-bias term [BM]."""
     e = tl.arange(0, BLOCK_E)
@@ -72,8 +90,8 @@ def _load_query(
     through_bias = tl.zeros_like(delta)
     if HAS_BIAS:
         q = (q.to(ACC) + load_bias(bias_ptr + h * E, E, BLOCK_E, ACC)[None, :]).to(q.dtype)
-        of_values = load_bias(bias_ptr + 2 * H * E + h * E, E, BLOCK_E, ACC)
-        through_bias = tl.sum(grad.to(ACC) * of_values[None, :], axis=1)
+        if DROPOUT:
+            through_bias = tl.load(through_ptr + rows, mask=counted, other=0.0)
     return q, grad, lse, delta, through_bias
 
 
@@ -86,10 +104,10 @@ def _weights_and_gradient(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
     weights = tl.where(valid, tl.exp2(scores - lse[:, None]), 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
-    if HAS_BIAS:
-        grad_weights += through_bias[:, None]
     dropped = weights
     if DROPOUT:
+        if HAS_BIAS:
+            grad_weights += through_bias[:, None]
         dropped = tl.where(keep, weights * inv_keep, 0.0)
         grad_weights = tl.where(keep, grad_weights * inv_keep, 0.0)
     return dropped, weights * (grad_weights - delta[:, None])
@@ -115,6 +133,7 @@ def attention_backward_kv_kernel(
     seed_ptr,
     lse_ptr,
     delta_ptr,
+    through_ptr,
     sumsq_ptr,
     grad_qkv_ptr,
     dots_ptr,
@@ -164,8 +183,8 @@ def attention_backward_kv_kernel(
     for start in range(0, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)  # [BM]
         q, grad, lse, delta, through_bias = _load_query(
-            qkv_ptr, bias_ptr, grad_ptr, mask_ptr, p_cos, p_sin, lse_ptr, delta_ptr, m, first, length, h, R,
-            H, E, BLOCK_E, HAS_BIAS, HAS_MASK, ROTARY, ACC,
+            qkv_ptr, bias_ptr, grad_ptr, mask_ptr, p_cos, p_sin, lse_ptr, delta_ptr, through_ptr,
+            m, first, length, h, R, H, E, BLOCK_E, HAS_BIAS, HAS_MASK, ROTARY, DROPOUT, ACC,
         )  # fmt: skip
         valid = (m < length)[:, None] & valid_n[None, :]
         keep = valid
@@ -218,6 +237,7 @@ def attention_backward_q_kernel(
     seed_ptr,
     lse_ptr,
     delta_ptr,
+    through_ptr,
     sumsq_ptr,
     grad_qkv_ptr,
     dots_ptr,
@@ -252,8 +272,8 @@ def attention_backward_q_kernel(
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     q, grad, lse, delta, through_bias = _load_query(
-        qkv_ptr, bias_ptr, grad_ptr, mask_ptr, p_cos, p_sin, lse_ptr, delta_ptr, m, first, length, h, R, H,
-        E, BLOCK_E, HAS_BIAS, HAS_MASK, ROTARY, ACC,
+        qkv_ptr, bias_ptr, grad_ptr, mask_ptr, p_cos, p_sin, lse_ptr, delta_ptr, through_ptr,
+        m, first, length, h, R, H, E, BLOCK_E, HAS_BIAS, HAS_MASK, ROTARY, DROPOUT, ACC,
     )  # fmt: skip
     p_q = qkv_ptr + first * row_stride + h * E
     end = length
@@ -335,12 +355,15 @@ def attention_backward(
     constants = heads.constants(qkv, width, tile)
     grad_qkv = torch.empty_like(qkv) if grad_qkv is None else grad_qkv
     delta = torch.empty_like(lse)
+    through = torch.empty_like(lse) if constants["HAS_BIAS"] and constants["DROPOUT"] else None
     launch(
         attention_delta_kernel,
         (cdiv(samples.length, 64) * samples.batch * n_heads,),
-        out, grad, samples.starts, delta, rows, samples.length, n_heads,
+        out, grad, heads.bias, samples.starts, delta, through, rows, samples.length, n_heads,
         E=constants["E"],
+        HAS_BIAS=constants["HAS_BIAS"],
         PACKED=constants["PACKED"],
+        DROPOUT=constants["DROPOUT"],
         ACC=constants["ACC"],
         BLOCK_M=64,
         BLOCK_E=constants["BLOCK_E"],
@@ -353,7 +376,7 @@ def attention_backward(
     of_q = of_kv = None
     if heads.bias is not None:
         of_q, of_kv = lse.new_empty((tiles_q, width)), lse.new_empty((tiles_kv, 2 * width))
-    common = (qkv, grad, *heads.pointers, lse, delta, sumsq, grad_qkv, dots)
+    common = (qkv, grad, *heads.pointers, lse, delta, through, sumsq, grad_qkv, dots)
     numbers = (rows, *heads.numbers(width), eps)
     launch(attention_backward_kv_kernel, (tiles_kv * n_heads,), *common, of_kv, *numbers, **constants)
     launch(attention_backward_q_kernel, (tiles_q * n_heads,), *common, of_q, *numbers, **constants)

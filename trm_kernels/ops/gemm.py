@@ -33,7 +33,7 @@ from torch import Tensor
 
 from trm_kernels.ops._launch import accumulator, cdiv, input_precision, launch, power_of_two, target_of
 from trm_kernels.ops.norm import SUMSQ_COLUMNS, row_sum_parts
-from trm_kernels.ops.tiles import Activation, Kernel, Problem, choose
+from trm_kernels.ops.tiles import Activation, Kernel, Problem, choose, heuristic
 
 _GELU = tl.constexpr(Activation.GELU.value)
 _SWIGLU = tl.constexpr(Activation.SWIGLU.value)
@@ -306,9 +306,13 @@ def gemm(
     kernel: Kernel = "gemm" if write_copy is None else "stream"
     if norm_gradient is not None:
         kernel = "norm_gradient"
-    choice = choose(Problem(kernel, M, N, K, batch, activation, a.dtype, transposed), target)
-    tile = choice.tile
+    problem = Problem(kernel, M, N, K, batch, activation, a.dtype, transposed)
+    choice = choose(problem, target)
     library = choice.route == "library"
+    if library and (count is not None or scales is not None):
+        # The library knows neither how many rows are packed nor scales of rows.
+        library, choice = False, heuristic(problem, target)
+    tile = choice.tile
     if library:
         a = torch.matmul(weight, a) if transposed else torch.matmul(a, weight.t())
     if keep and out is None:

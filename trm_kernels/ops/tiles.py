@@ -102,7 +102,7 @@ class Choice:
 
 
 #: Kernels whose launchers offer the route ``"library"``.
-LIBRARY_KERNELS: frozenset[Kernel] = frozenset()
+LIBRARY_KERNELS: frozenset[Kernel] = frozenset(("gemm", "stream", "norm_gradient", "weight_gradient"))
 
 #: 16-bit tiles, largest first. 64 rows is the least that sm_90's wgmma takes.
 _TILES_16BIT = (

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_kernels.ops._launch import accumulator, cdiv, input_precision, launch, target_of
-from trm_kernels.ops.tiles import Activation, Problem, choose
+from trm_kernels.ops.tiles import Activation, Problem, choose, heuristic
 
 
 @triton.jit
@@ -115,6 +115,13 @@ def column_sum_kernel(
     tl.store(p_out, acc, mask=n < N)
 
 
+def _library_product(g: Tensor, a: Tensor) -> Tensor:
+    """``g^T a`` [N, K] in float32 by torch's own product."""
+    if g.dtype in (torch.float32, torch.float64):
+        return g.t() @ a
+    return torch.mm(g.t(), a, out_dtype=torch.float32)
+
+
 class WeightGradient:
     """The float32 gradient of one matrix [N, K], summed over launches."""
 
@@ -134,6 +141,17 @@ class WeightGradient:
         target = target_of(g)
         problem = Problem("weight_gradient", N, K, steps * rows, 1, Activation.NONE, g.dtype, transposed)
         choice = choose(problem, target)
+        if choice.route == "library" and (self.count is not None or transposed):
+            choice = heuristic(
+                problem, target
+            )  # the library knows no packed rows and no rows in the last axis
+        if choice.route == "library":
+            product = _library_product(g.reshape(-1, N), a.reshape(-1, K))
+            if self._partial is None:
+                self._partial = product[None]
+            else:
+                self._partial[0].add_(product)  # an earlier chunk may have been split
+            return
         tile = choice.tile
         splits = choice.splits if self._partial is None else self._partial.shape[0]
         accumulate = self._partial is not None
