@@ -17,7 +17,11 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
 
 @click.group(
     cls=Group,
-    commands_at={"bench": "llm_trm.cli.bench:bench", "env": "llm_trm.cli.env:env"},
+    commands_at={
+        "bench": "llm_trm.cli.bench:bench",
+        "env": "llm_trm.cli.env:env",
+        "tune": "llm_trm.cli.tune:tune",
+    },
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(
@@ -35,4 +39,5 @@ def main() -> None:
     Start with
       llm-trm env                   what this machine has, and which backends work
       llm-trm bench --latents 256   how fast the recursion is, and how exact
+      llm-trm tune                  measure this GPU, so that every product runs on its fastest tile
     """

@@ -35,7 +35,7 @@ def report() -> dict[str, Any]:
     import torch
 
     from llm_trm.benchmark.environment import run_record
-    from trm_kernels import backends, graphs
+    from trm_kernels import backends, dispatch, graphs
 
     record = run_record(torch.device("cpu"))
     return {
@@ -50,6 +50,7 @@ def report() -> dict[str, Any]:
         "TRM_BACKEND": os.environ.get("TRM_BACKEND"),
         "graphs": {"unavailable": graphs.unavailable()},
         "TRM_GRAPHS": os.environ.get("TRM_GRAPHS"),
+        "tiles": dispatch.describe(),
     }
 
 
@@ -101,3 +102,5 @@ def env(as_json: bool) -> None:
     reason = facts["graphs"]["unavailable"]
     line("CUDA graphs", f"unavailable, calls run without: {reason}" if reason else "available")
     line("TRM_GRAPHS", facts["TRM_GRAPHS"] or "not set")
+    for text in facts["tiles"]:
+        line("tiles", text)

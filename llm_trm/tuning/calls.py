@@ -1,0 +1,155 @@
+"""Calls of launchers, kept without their tensors: recorded in one place, made again in another."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trm_kernels.ops.tiles import Problem
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        """Elements of the storage that it reaches."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of that storage."""
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class InstanceSpec:
+    """An object that a method was called on."""
+
+    type: type
+    attributes: dict[str, Any]
+
+
+def describe(value: Any) -> Any:
+    """``value`` with a specification in the place of every tensor."""
+    if isinstance(value, Tensor):
+        return TensorSpec(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return type(value)(describe(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: describe(getattr(value, field.name)) for field in fields(value)})
+    if _has_methods(value):
+        return InstanceSpec(type(value), {name: describe(item) for name, item in vars(value).items()})
+    return value
+
+
+def build(value: Any, make: Callable[[TensorSpec], Tensor]) -> Any:
+    """The opposite of :func:`describe`, with tensors from ``make``."""
+    if isinstance(value, TensorSpec):
+        return make(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(build(item, make) for item in value)
+    if isinstance(value, InstanceSpec):
+        instance = object.__new__(value.type)
+        instance.__dict__.update({name: build(item, make) for name, item in value.attributes.items()})
+        return instance
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: build(getattr(value, f.name), make) for f in fields(value)})
+    return value
+
+
+def fresh(value: Any) -> Any:
+    """``value`` with the same tensors, but objects of their own: a method may change its instance."""
+    return copy.copy(value) if _has_methods(value) else value
+
+
+def _has_methods(value: Any) -> bool:
+    """Whether ``value`` is an object of this project's own, as launchers that are methods have (no enum)."""
+    return type(value).__module__.startswith("trm_kernels") and type(value).__new__ is object.__new__
+
+
+def empty(spec: TensorSpec) -> Tensor:
+    """A tensor without data."""
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+
+
+def random(spec: TensorSpec, device: torch.device) -> Tensor:
+    """Random data, never zeros: float32 from 0 to 1, as row sums of squares are positive, others normal."""
+    if spec.dtype.is_floating_point:
+        flat = torch.empty(spec.elements, dtype=torch.float32, device=device)
+        flat = (flat.uniform_() if spec.dtype == torch.float32 else flat.normal_()).to(spec.dtype)
+    else:
+        flat = torch.ones(spec.elements, dtype=spec.dtype, device=device)
+    return flat.as_strided(spec.shape, spec.stride)
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """A call of a launcher, which asks for one problem.
+
+    Attributes:
+        problem: What it asked for.
+        module: Where the launcher lies, importable.
+        name: Its qualified name there.
+        args: Its arguments, as :func:`describe` gives them.
+        kwargs: And the named ones.
+    """
+
+    problem: Problem
+    module: str
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        """Specifications of its tensors."""
+        found: list[TensorSpec] = []
+
+        def collect(spec: TensorSpec) -> Tensor:
+            found.append(spec)
+            return empty(spec)
+
+        build((self.args, tuple(self.kwargs.values())), collect)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(spec.bytes for spec in self.tensors)
+
+    def prepare(self, make: Callable[[TensorSpec], Tensor]) -> Callable[[], object]:
+        """The call with tensors from ``make``, to be made any number of times."""
+        launcher: Any = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            launcher = getattr(launcher, part)
+        args = build(self.args, make)
+        kwargs = {name: build(value, make) for name, value in self.kwargs.items()}
+        # Partial sums are added up later: that is part of what splitting costs.
+        summed = self.problem.kernel == "weight_gradient"
+
+        def call() -> object:
+            mine = tuple(fresh(arg) for arg in args)
+            out = launcher(*mine, **kwargs)
+            return mine[0].total if summed else out
+
+        return call
+
+
+def input_sets(call: RecordedCall, cache_bytes: int) -> int:
+    """Sets of inputs that, taken in turn, do not stay in a cache of ``cache_bytes``; at most 16."""
+    return max(1, min(16, math.ceil(2 * cache_bytes / max(call.bytes, 1))))

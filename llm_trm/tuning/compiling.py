@@ -1,0 +1,96 @@
+"""Candidates compiled ahead of their timing, in parallel processes that hold no GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from llm_trm.tuning.calls import RecordedCall, empty
+from trm_kernels.ops._launch import Launch, Target, record
+from trm_kernels.ops.tiles import Choice, chosen_by
+
+#: Bytes of spilled registers a thread that cost nothing: a pointer or two that is used once.
+_HARMLESS_SPILL = 16
+
+#: ``compile(call, choices, target)``: for each choice why it is not worth timing, or None.
+Compiler = Callable[[RecordedCall, Sequence[Choice], Target], list[str | None]]
+
+
+def launches(call: RecordedCall, choice: Choice, target: Target) -> list[Launch]:
+    """What the call would launch with a choice."""
+    with record(target) as recorded, chosen_by(lambda problem, _: choice):
+        call.prepare(empty)()
+    return recorded
+
+
+def refusal(call: RecordedCall, choice: Choice, target: Target) -> str | None:
+    """Why a choice is not worth timing: it does not compile, spills, or does not fit; None if it is."""
+    from trm_kernels.ops import aot
+
+    try:
+        recorded = launches(call, choice, target)
+        for launch in recorded:
+            compiled = aot.compile_launch(launch, target)
+            if compiled.shared_memory > target.shared_memory:
+                return f"takes {compiled.shared_memory} bytes of shared memory"
+            if compiled.spills_in_loop or compiled.stack > _HARMLESS_SPILL:
+                return f"spills {compiled.stack} bytes a thread"
+        for launch in recorded:
+            _fill_cache(launch, target)
+    except Exception as error:  # a compiler fails in many ways, and every one means: not this candidate
+        return f"does not compile: {type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def _fill_cache(launch: Launch, target: Target) -> None:
+    """Compile as a launch on the device would, so that Triton's cache on disk has it by then.
+
+    The launch's own key differs from that of an ahead-of-time compilation, so it takes Triton's own path with
+    a driver that only names the target.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    gpu = GPUTarget(target.kind, target.arch, 32 if target.kind == "cuda" else 64)
+
+    class Named:
+        def get_current_target(self) -> Any:
+            return gpu
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    driver.set_active(Named())
+    launch.kernel.warmup(
+        *launch.args, grid=(1,), **launch.constants, num_warps=launch.warps, num_stages=launch.stages
+    )
+
+
+class ParallelCompiler:
+    """Compiles candidates in worker processes; a context manager."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        self._workers = workers or min(16, os.cpu_count() or 1)
+
+    def __enter__(self) -> ParallelCompiler:
+        # Spawned: a forked process may not touch CUDA after its parent did.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, call: RecordedCall, choices: Sequence[Choice], target: Target) -> list[str | None]:
+        waiting = [self._pool.submit(refusal, call, choice, target) for choice in choices]
+        try:
+            return [future.result() for future in waiting]
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"a compiling process died ({error}); run the command again") from error

@@ -1,0 +1,114 @@
+"""Which products a recursion asks for: recorded from its own launchers, on tensors without data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llm_trm.benchmark.workloads import Case
+from llm_trm.tuning.calls import RecordedCall, describe
+from trm_kernels import TinyRecursiveNetwork, dispatch
+from trm_kernels.fused_checks import block_parameters, layout_name
+from trm_kernels.ops import recursion
+from trm_kernels.ops._launch import Target, record
+from trm_kernels.ops.activation_gradient import activation_gradient
+from trm_kernels.ops.gemm import gemm
+from trm_kernels.ops.tiles import Choice, Problem, chosen_by, heuristic
+from trm_kernels.ops.weight_gradient import WeightGradient
+
+#: Functions that ask for one choice and compute the whole problem.
+LAUNCHERS: tuple[Callable[..., Any], ...] = (gemm, activation_gradient)
+
+#: Compute capability, times ten, from which recursions without gradient may run in fp8.
+_FIRST_WITH_FP8 = 90
+
+
+def record_cases(cases: Sequence[Case], target: Target) -> list[RecordedCall]:
+    """The calls that the cases make of launchers, one for each problem that a table tells apart.
+
+    Of several calls of one problem the one with the most tensors stands for all: its epilogue does the most.
+    """
+    found: dict[str, RecordedCall] = {}
+    for case in cases:
+        for call in _calls(case, target):
+            name = dispatch.key(call.problem)
+            if name not in found or len(call.tensors) > len(found[name].tensors):
+                found[name] = call
+    return list(found.values())
+
+
+def _calls(case: Case, target: Target) -> list[RecordedCall]:
+    calls: list[RecordedCall] = []
+    running: list[tuple[Callable[..., Any], Any, Any]] = []
+
+    def choose(problem: Problem, _: Target) -> Choice:
+        assert running, f"{problem.kernel} was asked for by a launcher that the tuner does not know"
+        launcher, args, kwargs = running[-1]
+        calls.append(RecordedCall(problem, launcher.__module__, launcher.__qualname__, args, kwargs))
+        return heuristic(problem, target)
+
+    def watch(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            running.append((launcher, describe(args), {name: describe(v) for name, v in kwargs.items()}))
+            try:
+                return launcher(*args, **kwargs)
+            finally:
+                running.pop()
+
+        return call
+
+    with _replaced(watch), record(target), chosen_by(choose), torch.no_grad():
+        _run(case, target)
+    return calls
+
+
+@contextmanager
+def _replaced(watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Every name of a launcher stands for ``watch(launcher)``; launchers stay free of the tuner."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("trm_kernels.ops.")]
+    places: list[tuple[Any, str, Callable[..., Any]]] = [(WeightGradient, "add", WeightGradient.add)]
+    for module in modules:
+        named = list(vars(module).items())
+        places += [(module, name, value) for name, value in named if any(value is each for each in LAUNCHERS)]
+    try:
+        for owner, name, launcher in places:
+            setattr(owner, name, watch(launcher))
+        yield
+    finally:
+        for owner, name, launcher in places:
+            setattr(owner, name, launcher)
+
+
+def _run(case: Case, target: Target) -> None:
+    """One latent recursion of the case, without gradient, and for training with it and backward."""
+    config = case.config()
+    with torch.device("meta"):
+        net = TinyRecursiveNetwork.from_config(config).to(getattr(torch, case.parameter_dtype))
+        shape = case.batch, case.latents, case.hidden_size
+        state = torch.empty(shape, dtype=getattr(torch, case.stream_dtype))
+        cos = torch.empty(case.latents, config.head_dim // 2) if config.rotary else None
+    parameters = [parameter for block in net.layers for parameter in block_parameters(block)]
+    tensors = recursion.Tensors(cos=cos, sin=cos)
+    numbers = recursion.Numbers(
+        layout_name(config),
+        case.steps,
+        case.heads,
+        case.batch,
+        case.latents,
+        config.norm_eps,
+        None,
+        0.0,
+        getattr(torch, case.dtype),
+        "balanced",
+    )
+    rest: Any = (parameters, [], None, *tensors, *numbers)
+    recursion._recursion(state, state, state, *rest)
+    if case.dtype == "bfloat16" and target.kind == "cuda" and int(target.arch) >= _FIRST_WITH_FP8:
+        recursion._recursion(state, state, state, *rest[:-1], True)
+    if case.mode != "forward":
+        _, _, saved = recursion._recursion_saving(state, state, state, *rest)
+        recursion._recursion_backward(state, state, saved, True, True, *rest)

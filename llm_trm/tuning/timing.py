@@ -1,0 +1,90 @@
+"""Times of the candidates of one problem, taken in turn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llm_trm.benchmark.protocol import Call, Timer, interleave, synchronize, timer_for
+from llm_trm.tuning.calls import RecordedCall, input_sets, random
+from trm_kernels.ops.tiles import Choice, chosen_by
+
+#: Calls in one captured graph: enough that a replay costs nothing beside them.
+_CALLS_A_GRAPH = 16
+#: Seconds of timed rounds for one problem, and for each candidate of it.
+_SECONDS, _SECONDS_EACH = 0.2, 0.02
+
+
+@dataclass
+class Times:
+    """What was measured of one problem.
+
+    Attributes:
+        ms: Median milliseconds of each candidate that ran.
+        failures: Why the others did not.
+    """
+
+    ms: dict[Choice, float] = field(default_factory=dict)
+    failures: dict[Choice, str] = field(default_factory=dict)
+
+
+#: ``measure(call, choices)``: the times of a call with each choice.
+Measure = Callable[[RecordedCall, Sequence[Choice]], Times]
+
+
+def measure_on(device: torch.device, timer: Timer | None = None) -> Measure:
+    """A function that measures on ``device``: on CUDA in captured graphs, without the host's share."""
+    return functools.partial(_measure, device, timer or timer_for(device))
+
+
+def _measure(device: torch.device, timer: Timer, call: RecordedCall, choices: Sequence[Choice]) -> Times:
+    cuda = device.type == "cuda"
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0  # type: ignore[attr-defined]
+    sets = [call.prepare(lambda spec: random(spec, device)) for _ in range(input_sets(call, cache))]
+    times = Times()
+    runs: dict[str, Call] = {}
+    expected: dict[str, float] = {}
+    names = {str(position): choice for position, choice in enumerate(choices)}
+    repeats = _CALLS_A_GRAPH if cuda else 1
+    with torch.no_grad():
+        for name, choice in names.items():
+            try:
+                runs[name] = _captured(sets, choice) if cuda else _plain(sets, choice)
+                runs[name](0)
+                synchronize(device)
+                expected[name] = timer(runs[name], 0, 1)
+            except Exception as error:  # a candidate may fail in many ways; it is then no candidate
+                times.failures[choice] = f"{type(error).__name__}: {str(error)[:200]}"
+                runs.pop(name, None)
+        budget = max(_SECONDS, _SECONDS_EACH * len(runs))
+        timings, failures = interleave(runs, timer, expected, budget)
+    times.ms = {names[name]: timing.median * 1e3 / repeats for name, timing in timings.items()}
+    times.failures |= {names[name]: str(error)[:200] for name, error in failures.items()}
+    return times
+
+
+def _plain(sets: Sequence[Callable[[], object]], choice: Choice) -> Call:
+    def run(index: int) -> object:
+        with chosen_by(lambda problem, target: choice):
+            return sets[index % len(sets)]()
+
+    return run
+
+
+def _captured(sets: Sequence[Callable[[], object]], choice: Choice) -> Call:
+    """A graph of calls that take the input sets in turn."""
+    graph = torch.cuda.CUDAGraph()
+    with chosen_by(lambda problem, target: choice):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in sets[:2]:  # compiles, and makes what cuBLAS allocates on first use
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            for index in range(_CALLS_A_GRAPH):
+                sets[index % len(sets)]()
+    return lambda _: graph.replay()

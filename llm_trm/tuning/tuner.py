@@ -1,0 +1,109 @@
+"""The loop of ``llm-trm tune``: candidates, compilation, times, and a table that is written as it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_trm.tuning.calls import RecordedCall
+from llm_trm.tuning.candidates import candidates
+from llm_trm.tuning.compiling import Compiler
+from llm_trm.tuning.timing import Measure
+from trm_kernels import dispatch
+from trm_kernels.dispatch import Entry, Table
+from trm_kernels.fingerprint import fingerprint
+from trm_kernels.ops._launch import Target
+from trm_kernels.ops.tiles import heuristic
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one problem.
+
+    Attributes:
+        name: Its key in the table.
+        entry: What was written, or None.
+        tried: How many candidates were timed.
+        dropped: How many were not worth timing, or failed.
+        reason: Why nothing was written, or an empty string.
+    """
+
+    name: str
+    entry: Entry | None
+    tried: int
+    dropped: int
+    reason: str = ""
+
+
+def open_table(path: Path, target: Target) -> Table:
+    """The table at ``path`` to go on with, or a new one.
+
+    Raises:
+        TableError: There is a file that is no table of this device: it is not overwritten.
+    """
+    if path.exists():
+        return dispatch.read(path, target)
+    names = ("name", "kind", "arch", "processors", "shared_memory")
+    return Table({name: getattr(target, name) for name in names})
+
+
+def pending(calls: Sequence[RecordedCall], table: Table) -> list[RecordedCall]:
+    """The calls that the table lacks, or holds a stale entry of."""
+    entries = table.entries
+    return [
+        call for call in calls if (entry := entries.get(dispatch.key(call.problem))) is None or entry.stale
+    ]
+
+
+def tune(
+    calls: Sequence[RecordedCall],
+    target: Target,
+    table: Table,
+    path: Path,
+    compile_all: Compiler,
+    measure: Measure,
+    run: dict[str, Any],
+    *,
+    budget: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Tuned]:
+    """Measure the calls and write the table after each, until ``budget`` seconds are spent.
+
+    Args:
+        calls: One for each problem.
+        table: What was measured before; grows.
+        path: Where it is written.
+        run: What the table's header says of this run (``time``, ``commit``, ``versions``).
+        budget: Seconds after which no problem is begun.
+    """
+    begun = clock()
+    for call in calls:
+        if clock() - begun >= budget:
+            return
+        name = dispatch.key(call.problem)
+        found = candidates(call.problem, target)
+        refused = compile_all(call, found, target)
+        worth = [choice for choice, reason in zip(found, refused, strict=True) if reason is None]
+        if not worth:
+            yield Tuned(name, None, 0, len(found), str(refused[0]))
+            continue
+        times = measure(call, worth)
+        if not times.ms:
+            yield Tuned(name, None, 0, len(found), next(iter(times.failures.values())))
+            continue
+        best = min(times.ms, key=lambda choice: times.ms[choice])
+        entry = Entry(
+            best,
+            times.ms[best],
+            times.ms.get(heuristic(call.problem, target)),
+            call.problem,
+            fingerprint(call.problem.kernel),
+            run["versions"].get("triton"),
+        )
+        table.entries[name] = entry
+        table.run = run
+        table.write(path)
+        yield Tuned(name, entry, len(times.ms), len(found) - len(times.ms))
