@@ -36,6 +36,8 @@ TESTS_SECONDS = 150.0
 HANG_SECONDS = 120.0
 HANG_SECONDS_MAX_AUTOTUNE = 300.0
 TIMED_SECONDS = 3.0
+#: What torch.compile is expected to take for a forward case, until it has been seen.
+COMPILE_SECONDS = 10.0
 #: With less than this left no case is begun: torch.compile alone would take it.
 LEAST_SECONDS = 25.0
 
@@ -46,10 +48,10 @@ class Part:
 
     cases: Sequence[Case]
     group: Group = "main"
-    case_seconds: float = 75.0
+    case_seconds: float = 90.0
 
 
-def _part(name: str, *modes: Mode, dtype: str = "bfloat16", case_seconds: float = 75.0) -> Part:
+def _part(name: str, *modes: Mode, dtype: str = "bfloat16", case_seconds: float = 90.0) -> Part:
     return Part(suite(name, "cuda", dtype, modes or None), group_of(name), case_seconds)
 
 
@@ -88,6 +90,7 @@ class Run:
         self.deadline = deadline
         self.device = torch.device("cuda")
         self.record = run_record(self.device, commit)
+        self.compile_seconds = COMPILE_SECONDS
         self.doing: tuple[Case, str] | None = None
         self.since = time.time()
 
@@ -139,7 +142,8 @@ class Run:
         def progress(doing: str) -> None:
             self.doing, self.since = (case, doing), time.time()
 
-        budget = Budget(min(self.left - 10, part.case_seconds), min(TIMED_SECONDS, self.left / 8))
+        seconds = min(self.left - 10, part.case_seconds)
+        budget = Budget(seconds, min(TIMED_SECONDS, self.left / 8), self.compile_seconds)
         names = candidates_for(case, "cuda", part.group)
         begin = time.time()
         try:
@@ -159,6 +163,7 @@ class Run:
             return
         finally:
             self.doing = None
+            self.compile_seconds = budget.compile_seconds
         append(self.results, self.record | result.to_json())
         _show(result, time.time() - begin)
 

@@ -23,7 +23,7 @@ from llm_trm.benchmark.steps import GraphStep, Inputs, Step, Timed
 from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.training import DeviceLoopStep, LoopStep, autocast_dtype
 from llm_trm.benchmark.workloads import Case, Mode
-from trm_kernels import backends
+from trm_kernels import TinyRecursiveNetwork, backends
 
 GRAPH = "+graph"
 
@@ -40,7 +40,7 @@ class Candidate:
         groups: The tables that show it unasked.
         missing: Why it cannot run in this process at all, with the remedy, or None.
         families: The families of block that it has.
-        modes: The cases in which it is another candidate than those beside it.
+        modes, dtypes: The cases in which it is another candidate than those beside it.
         cuda_only: Why it runs on CUDA alone, or None.
         graph: Whether the whole case is replayed as one CUDA graph.
         compiles: Time that it spends compiling, in that of torch.compile's default on the network.
@@ -57,6 +57,7 @@ class Candidate:
     missing: Callable[[], str | None] = lambda: None
     families: tuple[str, ...] = ("seed", "scratch", "paper")
     modes: tuple[Mode, ...] = ("forward", "train", "step")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     cuda_only: str | None = None
     graph: bool = False
     compiles: float = 0.0
@@ -94,6 +95,8 @@ def _replayed(candidate: Candidate, groups: tuple[Group, ...] = ("main", "peers"
         cuda_only="CUDA graphs need a CUDA device",
     )
 
+
+_FP8 = "the recursions that record no gradient round the operands of their matrix products to fp8 (e4m3)"
 
 _EVERYWHERE: tuple[Group, ...] = ("main", "peers", "scaling")
 _EAGER = _backend("eager", _EVERYWHERE)
@@ -148,6 +151,7 @@ CANDIDATES: dict[str, Candidate] = {
         _replayed(_TRITON, _EVERYWHERE),
         _replayed(_variant(_TRITON, "fast", {"memory": "fast"}, modes=("train", "step"))),
         _replayed(_variant(_TRITON, "small", {"memory": "small"}, modes=("train", "step"))),
+        _replayed(_variant(_TRITON, "fp8", {"precision": "fp8-nograd"}, coarser=_FP8, dtypes=("bfloat16",))),
     )
 }
 
@@ -160,6 +164,7 @@ def candidates_for(case: Case, device_type: str, group: Group = "main") -> tuple
         if group in candidate.groups
         and case.family in candidate.families
         and case.mode in candidate.modes
+        and case.dtype in candidate.dtypes
         and (device_type == "cuda" or not candidate.graph)
     )
 
@@ -172,15 +177,22 @@ def unavailable(name: str, device_type: str) -> str | None:
     return reason
 
 
-def _refusal(case: Case, model: Model, x: torch.Tensor) -> str | None:
-    """Why the backend of ``model`` cannot serve the case, or None."""
-    backend = getattr(model.net, "backend", None)
-    if backend is None:
+def _refusal(case: Case, model: Model, inputs: Inputs) -> str | None:
+    """Why the backend of ``model``, or its fused recursion, cannot serve the case, or None."""
+    net = model.net
+    if not isinstance(net, TinyRecursiveNetwork) or net.backend is None:
         return None
     dtype = autocast_dtype(case, model) if case.mode == "step" else None
+    recursion = backends.BACKENDS[net.backend].recursion
     for grad in (False,) if case.mode == "forward" else (False, True):
-        with torch.set_grad_enabled(grad), torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-            reason = backends.refusal(backend, model.net, x.detach().requires_grad_(grad))  # type: ignore[arg-type]
+        states = [tensor.detach().requires_grad_(grad) for tensor in inputs[0]]
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(states[0].device.type, dtype, enabled=dtype is not None),
+        ):
+            reason = backends.refusal(net.backend, net, states[0])
+            if reason is None and recursion is not None:
+                reason = recursion.refuses(net, states, None, model.options.get("precision"))
         if reason is not None:
             return reason
     return None
@@ -189,14 +201,13 @@ def _refusal(case: Case, model: Model, x: torch.Tensor) -> str | None:
 def build(name: str, case: Case, state: State, inputs: Inputs) -> Timed | str:
     """The step of candidate ``name``, or the reason why it cannot serve the case."""
     candidate = CANDIDATES[name]
-    x = inputs.x[0]
-    reason = unavailable(name, x.device.type)
+    reason = unavailable(name, inputs.head.device.type)
     if reason is not None:
         return reason
     if case.family not in candidate.families:
         return f"it has the {' and '.join(candidate.families)} family's block, not the {case.family} family's"
     model = candidate.build(case, state)
-    reason = _refusal(case, model, x)
+    reason = _refusal(case, model, inputs)
     if reason is not None:
         return reason
     if case.mode == "step" and candidate.trains:

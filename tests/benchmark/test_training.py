@@ -109,3 +109,18 @@ def test_library_step_that_was_not_captured_is_no_result(inputs: Inputs) -> None
     step = LibraryStep(CASE, ours("eager")(CASE, make_state(CASE, CPU)), inputs, capture=True)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="not captured"):
         step.prepare()
+
+
+@pytest.mark.interpreter
+def test_library_step_on_the_kernels_obeys_the_rule(device: str) -> None:
+    case = replace(CASE, batch=2, layers=1, steps=1, recursions=2)
+    where = torch.device(device)
+    state, inputs = make_state(case, where), make_inputs(case, where, 0)
+    truth = accuracy.float64_truth(case, state, inputs)
+    pools = []
+    for build in (ours("triton"), ours("eager")):
+        step = LibraryStep(case, build(case, state), inputs, capture=False)
+        step.prepare()
+        step.check()
+        pools.append(accuracy.errors(step.results(), truth))
+    assert not accuracy.broken_rules(torch.float32, *pools)
