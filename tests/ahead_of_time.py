@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ from trm_kernels.ops.attention import attention_forward
 from trm_kernels.ops.attention_backward import attention_backward
 from trm_kernels.ops.attention_common import Dropout, Heads, Samples
 from trm_kernels.ops.recursion import Numbers, Tensors, _recursion, _recursion_backward, _recursion_saving
+from trm_kernels.ops.tiles import LIBRARY_KERNELS, Choice, Problem, chosen_by, heuristic
 
 #: (B, L, D, H) of the regimes in docs/architecture.md; between them they take every tile.
 SHAPES = ((32, 256, 256, 8), (1, 256, 256, 8), (768, 96, 512, 8), (1, 256, 2048, 16))
@@ -118,6 +120,33 @@ def tf32(target: Target) -> Iterator[Launch]:
     return (launch for launch in shipped(target) if launch.constants.get("PRECISION") == "tf32")
 
 
+def run_fp8(shape: tuple[int, int, int, int]) -> None:
+    """A latent recursion without gradient, its products in fp8."""
+    batch, length, width, heads = shape
+    for family in ("seed", "paper"):
+        config = NetworkConfig(width, 1, heads, family=family)
+        with torch.device("meta"):
+            net = TinyRecursiveNetwork.from_config(config).to(torch.bfloat16)
+        states = meta(batch, length, width, dtype=torch.bfloat16)
+        numbers = Numbers(
+            family, 1, heads, batch, length, config.norm_eps, None, 0.0, torch.bfloat16, "fast", fp8=True
+        )
+        _recursion(states, states, states, block_parameters(net.layers[0]), [], None, *Tensors(), *numbers)
+
+
+def run_library() -> None:
+    """The epilogues alone, behind products of the library, and float32 ones beside 16-bit operands."""
+
+    def library(problem: Problem, target: Target) -> Choice:
+        choice = heuristic(problem, target)
+        return replace(choice, route="library") if problem.kernel in LIBRARY_KERNELS else choice
+
+    with chosen_by(library):
+        run_recursion("seed", SHAPES[3], torch.bfloat16, torch.bfloat16)
+        run_recursion("seed", SHAPES[3], torch.float32, torch.bfloat16)
+        run_recursion("paper-tokens", UNALIGNED, torch.bfloat16, torch.bfloat16)
+
+
 def _record_everything() -> None:
     """Run every launcher at the shapes and dtypes above."""
     for shape in SHAPES:
@@ -132,6 +161,9 @@ def _record_everything() -> None:
     for residual, operand in PRECISIONS[:2]:
         run_recursion("seed", SHAPES[0], residual, operand, packed=True, output_norm=True)
     run_recursion("scratch", SHAPES[2], torch.bfloat16, torch.bfloat16, packed=True)
+    run_library()
+    for shape in (SHAPES[0], SHAPES[3]):
+        run_fp8(shape)
     for head_size in HEAD_SIZES:
         for dtype in (torch.bfloat16, torch.float32):
             for everything in (False, True):
@@ -164,6 +196,7 @@ def main(names: list[str]) -> None:
                 "spills_in_loop": compiled.spills_in_loop,
                 "registers": compiled.registers,
                 "wgmma": compiled.wgmma,
+                "hazards": compiled.hazards,
             }
             print(json.dumps(row), flush=True)
 

@@ -17,10 +17,10 @@ DEFAULT_TARGETS = ("sm_90", "sm_80")
 TARGETS = pytest.importorskip("trm_kernels.ops._launch", reason="triton is not installed").TARGETS
 
 
-def compile_for(target: str, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """One row a configuration, compiled in a process of its own."""
+def run_script(name: str, environment: dict[str, str], *arguments: str) -> list[Any]:
+    """The JSON lines that a script of this folder prints, in a process of its own."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ahead_of_time.py"), target],
+        [sys.executable, str(ROOT / "tests" / name), *arguments],
         env={**environment, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
@@ -40,7 +40,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     products = ("gemm_kernel", "activation_gradient_kernel", "weight_gradient_kernel")
     if row["target"] == "sm_90" and row["kernel"] in products and half and not row["wgmma"]:
         found.append("has no wgmma")
-    return found
+    return found + row["hazards"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 def test_every_configuration_compiles_within_limits(
     target: str, compiler_environment: dict[str, str]
 ) -> None:
-    rows = compile_for(target, compiler_environment)
+    rows = run_script("ahead_of_time.py", compiler_environment, target)
     kernels = {row["kernel"] for row in rows}
     assert {"gemm_kernel", "attention_kernel", "attention_backward_q_kernel", "fold_kernel"} <= kernels
     wrong = [f"{row['configuration']}: {', '.join(faults(row))}" for row in rows if faults(row)]
@@ -71,7 +71,15 @@ def test_a_fault_is_seen() -> None:
         "spills_in_loop": False,
         "registers": 64,
         "wgmma": True,
+        "hazards": [],
     }
     assert not faults(good)
     for change in ({"stack": 24}, {"spills_in_loop": True}, {"shared_memory": 3}, {"wgmma": False}):
         assert faults(good | change), change
+    assert faults(good | {"hazards": ["a race"]})
+
+
+def test_kernels_with_the_known_races_are_recognised(compiler_environment: dict[str, str]) -> None:
+    of_operand, of_store = run_script("hazardous.py", compiler_environment)
+    assert len(of_operand) == 1 and "operand of a product" in of_operand[0]
+    assert of_store and all("stores to" in line for line in of_store)

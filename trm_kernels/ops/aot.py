@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from trm_kernels.ops._launch import Launch, Target
+from trm_kernels.ops.hazards import hazards
 
 _POINTER = {
     torch.float16: "*fp16",
@@ -43,6 +44,7 @@ class Compiled:
         spills_in_loop: Whether a loop loads from that stack or stores to it, which is what costs.
         registers: Registers a thread (CUDA only; 0 elsewhere).
         wgmma: Whether the PTX holds Hopper's warp-group matrix instructions.
+        hazards: Patterns that the compiler is known to pipeline wrongly.
     """
 
     shared_memory: int
@@ -50,6 +52,7 @@ class Compiled:
     spills_in_loop: bool
     registers: int
     wgmma: bool
+    hazards: tuple[str, ...]
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -83,10 +86,11 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(_source(launch), target=gpu, options=options)
     shared = compiled.metadata.shared
+    found = tuple(hazards(compiled.asm["ttir"]))
     if target.kind != "cuda":
-        return Compiled(shared, stack=0, spills_in_loop=False, registers=0, wgmma=False)
+        return Compiled(shared, stack=0, spills_in_loop=False, registers=0, wgmma=False, hazards=found)
     registers, stack, in_loop = _resources(compiled.asm["cubin"])
-    return Compiled(shared, stack, in_loop, registers, "wgmma.mma_async" in compiled.asm["ptx"])
+    return Compiled(shared, stack, in_loop, registers, "wgmma.mma_async" in compiled.asm["ptx"], found)
 
 
 def _resources(cubin: bytes) -> tuple[int, int, bool]:
