@@ -74,7 +74,13 @@ def _target(dry_run: bool) -> Target:
 @click.option(
     "--family", type=click.Choice(["seed", "scratch", "paper"]), help="Which block. [default: seed]"
 )
-@click.option("--dtype", type=click.Choice([*_DTYPES, *_DTYPES.values()]), default="bf16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice([*_DTYPES, *_DTYPES.values()]),
+    default="bf16",
+    show_default=True,
+    help="Of the operands; bf16 on sm_90 and newer covers fp8 too.",
+)
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
