@@ -43,11 +43,14 @@ class DeviceReport:
     def plots(self) -> dict[str, tuple[Callable[[Sequence[CaseResult], Path], None], list[CaseResult]]]:
         """File name of each plot, what draws it, and from what."""
         slug = re.sub("[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        drawn = {
-            f"benchmarks-{slug}.png": (plot, self.of("main", "peers")),
-            f"benchmarks-{slug}-scaling.png": (plot_scaling, self.of("scaling")),
-        }
-        return {name: (draw, results) for name, (draw, results) in drawn.items() if results}
+        drawn: dict[str, tuple[Callable[[Sequence[CaseResult], Path], None], list[CaseResult]]] = {}
+        if bars := self.of("main", "peers"):
+            drawn[f"benchmarks-{slug}.png"] = plot, bars
+        scaling = self.of("scaling")
+        for dtype in sorted({result.case.dtype for result in scaling}):
+            curves = [result for result in scaling if result.case.dtype == dtype]
+            drawn[f"benchmarks-{slug}-scaling-{dtype}.png"] = plot_scaling, curves
+        return drawn
 
     def provenance(self) -> str:
         """Versions, commits and days behind the results."""
@@ -83,8 +86,8 @@ def details(reports: list[DeviceReport]) -> str:
     for report in reports:
         parts += [f"## {report.device}", report.provenance() + "."]
         parts += [
-            f"![{report.device}{', scaling' if name.endswith('-scaling.png') else ''}]({name})"
-            for name in report.plots()
+            f"![{report.device}{', scaling' if draw is plot_scaling else ''}]({name})"
+            for name, (draw, _) in report.plots().items()
         ]
         for result in report.of("main", "peers"):
             notes = "\n".join(f"- {note}" for note in footnotes(result))

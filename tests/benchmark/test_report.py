@@ -131,7 +131,7 @@ def test_scaling_results_are_curves_and_one_table(tmp_path: Path) -> None:
     for result in results:
         append(tmp_path / "gpu.jsonl", run_record(CPU, "abc") | result.to_json())
     (report,) = bench.report.load(tmp_path)
-    assert list(report.plots()) == ["benchmarks-abacus-scaling.png"]
+    assert list(report.plots()) == ["benchmarks-abacus-scaling-bfloat16.png"]
     text = bench.report.details([report])
     assert text.count("| seed forward") == len(results)
     plot_scaling(results, tmp_path / "curves.png")
