@@ -1,6 +1,6 @@
 """Races that only a GPU shows: an error that moves between runs on the same inputs.
 
-Triton 3.6 to 3.9 are known to pipeline two patterns wrongly on sm_90 (:mod:`trm_kernels.ops.hazards`); the shipped
+Triton 3.6 to 3.9 pipeline two patterns wrongly on sm_90 (:mod:`trm_kernels.ops.hazards`); the shipped
 kernels hold neither, and here they run often enough, at shapes that fill the chip, for a race to show.
 """
 

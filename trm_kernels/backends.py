@@ -56,8 +56,8 @@ class FusedRecursion:
     Attributes:
         refuses: Why a recursion over a network that the backend serves must call it step by step, or None:
             network, states [B, L, D], what is applied after every call, and the precision asked for.
-        run: ``run(net, x, y, z, n, T=, mask=, output_norm=, with_gradients=, memory=, precision=)``, as
-            for :func:`~trm_kernels.recursion.deep_recursion`, on states of one shape and dtype.
+        run: ``run(net, x, y, z, n, T=, ...)``, with all arguments of
+            :func:`~trm_kernels.recursion.deep_recursion`, on states of one shape and dtype.
     """
 
     refuses: Callable[[FusedModule, Sequence[Tensor], object, str | None], Refusal]

@@ -12,7 +12,7 @@ from trm_kernels import prepared, reference
 from trm_kernels.config import FLOAT32_EPS, NetworkConfig
 from trm_kernels.fused_checks import block_parameters, layout_name, operand_dtype
 from trm_kernels.network import FusedModule
-from trm_kernels.packing import Packing
+from trm_kernels.packing import Packing, read_positions
 
 if TYPE_CHECKING:
     from trm_kernels.ops.chain import Memory
@@ -125,13 +125,15 @@ class _Applied:
         y: Tensor,
         z: Tensor | None,
         output_weight: Tensor | None = None,
+        *,
+        read: Tensor | None = None,
         **numbers: Any,
     ) -> tuple[Tensor, Tensor]:
         """One latent recursion, or, with n = 0, one network call; ``numbers`` replace those of the start."""
         from trm_kernels.ops.recursion import recursion
 
         now = self.numbers._replace(**numbers)
-        tensors = self.tensors
+        tensors = self.tensors._replace(read=read)
         if now.dropout > 0.0:
             tensors = tensors._replace(seed=torch.randint(2**62, (1,), device=self.device))
         if now.fp8 not in self._matrices:
@@ -159,6 +161,7 @@ def run_recursion(
     with_gradients: bool,
     memory: Memory,
     precision: str | None,
+    read: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
     packing = None if mask is None else Packing.of(mask)
@@ -171,12 +174,21 @@ def run_recursion(
         weight = output_norm.weight
         output_eps = FLOAT32_EPS if output_norm.eps is None else output_norm.eps
 
-    def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def records() -> bool:
         given = (x, y, z, weight, *network.parameters)
-        records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        fp8 = precision == "fp8-nograd" and not records
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+
+    def recursion(y: Tensor, z: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        fp8 = precision == "fp8-nograd" and not records()
         new_y, new_z = network(
-            x if n > 0 else None, y, z, weight, output_eps=output_eps, memory=memory, fp8=fp8
+            x if n > 0 else None,
+            y,
+            z,
+            weight,
+            read=rows,
+            output_eps=output_eps,
+            memory=memory,
+            fp8=fp8,
         )
         return new_y, z if n == 0 else new_z
 
@@ -184,7 +196,20 @@ def run_recursion(
         for _ in range(T - 1):
             y, z = recursion(y, z)
     with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
-        y, z = recursion(y, z)
-        if packing is not None:
-            y, z = packing.unpack(y), packing.unpack(z)
-        return y, z
+        if read is None or records():
+            y, z = recursion(y, z)
+            y = y if packing is None else packing.unpack(y)
+            y = y if read is None else read_positions(y, read)
+        else:
+            y, z = recursion(y, z, _rows_of(read, network.numbers.length, packing))
+            y = y.view(*read.shape, -1)
+            if packing is not None:
+                y = y.masked_fill(~packing.mask.gather(1, read)[..., None], 0.0)
+        return y, z if packing is None else packing.unpack(z)
+
+
+def _rows_of(read: Tensor, length: int, packing: Packing | None) -> Tensor:
+    """Rows [B K] of the positions ``read`` [B, K], among padded rows or packed ones."""
+    first = torch.arange(read.shape[0], device=read.device)[:, None] * length
+    rows = (first + read).reshape(-1)
+    return rows if packing is None else packing.place[rows]

@@ -90,3 +90,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Gather.apply(grad, ctx.packing, not ctx.padded), None, None
+
+
+def read_positions(x: Tensor, read: Tensor) -> Tensor:
+    """``x`` [B, L, D] at positions ``read`` [B, K], int64: [B, K, D]."""
+    return x.gather(1, read[..., None].expand(-1, -1, x.shape[-1]))

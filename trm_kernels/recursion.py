@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trm_kernels import backends
 from trm_kernels.network import FusedModule
+from trm_kernels.packing import read_positions
 
 Network = Callable[..., Tensor]
 Normalisation = Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ def latent_recursion(
     output_norm: Normalisation | None = None,
     memory: Memory = "balanced",
     precision: Precision | None = None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
 
@@ -53,12 +55,14 @@ def latent_recursion(
         precision: ``"fp8-nograd"`` runs the matrix products of recursions that record no gradient in fp8
             (e4m3, a scale for every row of the activations and of the weights): those of inference, and T - 1
             of T in training. Needs the ``triton`` backend on compute capability 9.0 or newer.
+        read: Positions of the new y that are wanted, int64 [B, K]; y is then [B, K, D]. Without gradient the
+            ``triton`` backend computes only them behind the last mixing of positions.
 
     Returns:
         The new ``(y, z)``.
     """
     return deep_recursion(
-        net, x, y, z, n, 1, mask=mask, output_norm=output_norm, memory=memory, precision=precision
+        net, x, y, z, n, 1, mask=mask, output_norm=output_norm, memory=memory, precision=precision, read=read
     )
 
 
@@ -75,6 +79,7 @@ def deep_recursion(
     with_gradients: bool = True,
     memory: Memory = "balanced",
     precision: Precision | None = None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient, then one with (or without, if asked).
 
@@ -113,6 +118,7 @@ def deep_recursion(
                 with_gradients=with_gradients,
                 memory=memory,
                 precision=precision,
+                read=read,
             )
     if precision is not None:
         raise backends.BackendError(f"precision={precision!r} cannot serve this call: {stepwise}")
@@ -136,7 +142,8 @@ def deep_recursion(
         for _ in range(T - 1):
             y, z = recursion(y, z)
     with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
-        return recursion(y, z)
+        y, z = recursion(y, z)
+        return (y if read is None else read_positions(y, read)), z
 
 
 def _states(*states: Tensor) -> tuple[Tensor, ...]:

@@ -15,13 +15,14 @@ and one kernel in front that adds x + y + z. Where a norm ends the network call 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from trm_kernels.ops.attention import attention_forward
+from trm_kernels.ops.attention_common import Samples
 from trm_kernels.ops.gemm import sumsq_parts
 from trm_kernels.ops.layouts import Block
 from trm_kernels.ops.stream import Stream, start
@@ -113,6 +114,11 @@ def _part(slot: Slot, name: str) -> Slot:
     return {key[len(lead) :]: tensor for key, tensor in slot.items() if key.startswith(lead)}
 
 
+def _rows_read(stream: Tensor, read: Tensor) -> Tensor:
+    """The rows ``read`` [N] of a tensor [B, L, D], as [1, N, D]."""
+    return stream.flatten(0, 1).index_select(0, read)[None]
+
+
 def network_call(
     call: Call,
     blocks: list[Block],
@@ -123,6 +129,7 @@ def network_call(
     addend: Tensor | None = None,
     keep: bool = True,
     next_slot: Slot | None = None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor | None, Stream | None]:
     """One call of the network: its output, and the next call's input.
 
@@ -132,6 +139,8 @@ def network_call(
         slots: Where each block keeps what the backward reads.
         addend, keep: See :func:`~trm_kernels.ops.sublayer.last_half`.
         next_slot: Of the first block in the next call.
+        read: Rows of the output that anything reads, int64 [N]; the output is then [1, N, D]. In the last block,
+            only they go on behind the mixing of positions.
     """
     mask = call.samples.mask
     for layer, block in enumerate(blocks):
@@ -144,12 +153,15 @@ def network_call(
             qkv = first_half(call, mixer, stream, slot.get("qkv"), save=save)
             heads = call.heads(mixer, step * len(blocks) + layer)
             inner, _ = attention_forward(qkv, heads, out=slot.get("attention"), lse=slot.get("lse"))
+            if read is not None and layer + 1 == len(blocks):
+                inner, stream = _rows_read(inner, read), Stream(_rows_read(stream.value, read))
+                call, mask, read = replace(call, samples=Samples(1, read.shape[0])), None, None
         stream = second_half(call, mixer, inner, stream, of_mixer, mlp, slot, "middle")
         inner = first_half(call, mlp, stream, of_mlp.get("pre"), save="pre" in of_mlp)
         if layer + 1 < len(blocks):
             reader = blocks[layer + 1].mixer
             stream = second_half(call, mlp, inner, stream, of_mlp, reader, slots[layer + 1], "in", mask=mask)
-    return last_half(
+    out, following = last_half(
         call,
         blocks[-1].mlp,
         inner,
@@ -161,6 +173,9 @@ def network_call(
         reader=blocks[0].mixer,
         reader_slot=next_slot or {},
     )
+    if read is not None and out is not None:
+        out = _rows_read(out, read)
+    return out, following
 
 
 def enter(
@@ -185,11 +200,13 @@ def recursion_forward(
     z: Tensor | None,
     n: int,
     memory: Memory | None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
     """Run a latent recursion on contiguous x, y, z [B, L, D]; with n = 0 a single call, ``net(y + z)``.
 
     Args:
         memory: What to keep for the backward, None for nothing.
+        read: Rows of the new y that anything reads, int64 [N]; without ``memory`` only.
 
     Returns:
         The new y, the new z (None if n is 0), and what is kept, by name.
@@ -224,6 +241,7 @@ def recursion_forward(
             addend=None if answer else y if last_z else pair,
             keep=answer or last_z,
             next_slot=None if answer else entry(step + 1),
+            read=read if answer else None,
         )
         if last_z:
             new_z = out

@@ -27,6 +27,7 @@ class Tensors(NamedTuple):
             (:class:`~trm_kernels.ops.attention_common.Samples`).
         cos, sin: RoPE tables [L, E/2], of packed samples [R, E/2].
         seed: Of the dropout, int64 [1].
+        read: Rows of the new y that anything reads, int64 [N], for which y is [1, N, D]; not for training.
     """
 
     mask: Tensor | None = None
@@ -36,6 +37,7 @@ class Tensors(NamedTuple):
     cos: Tensor | None = None
     sin: Tensor | None = None
     seed: Tensor | None = None
+    read: Tensor | None = None
 
 
 class Numbers(NamedTuple):
@@ -115,7 +117,7 @@ def _run(
     with_matrices(blocks, matrices, call.operand, fp8=numbers.fp8)
     x, z = (None if state is None else state.contiguous() for state in (x, z))
     memory = numbers.memory if save else None
-    out, new_z, saved = recursion_forward(call, blocks, x, y.contiguous(), z, numbers.n, memory)
+    out, new_z, saved = recursion_forward(call, blocks, x, y.contiguous(), z, numbers.n, memory, tensors.read)
     return out, y.new_empty(0) if new_z is None else new_z, list(saved.values())
 
 
@@ -188,8 +190,9 @@ def _recursion_fake(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    _, numbers = _split(rest)
-    return y.new_empty(y.shape), y.new_empty(0 if numbers.n == 0 else y.shape)
+    tensors, numbers = _split(rest)
+    shape = y.shape if tensors.read is None else (1, tensors.read.shape[0], y.shape[2])
+    return y.new_empty(shape), y.new_empty(0 if numbers.n == 0 else y.shape)
 
 
 def _recursion_saving_fake(
@@ -299,15 +302,18 @@ def _differentiable(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    if rest[-1]:
-        raise RuntimeError("a recursion in fp8 has no gradient: run it under torch.no_grad()")
+    tensors, numbers = _split(rest)
+    if numbers.fp8 or tensors.read is not None:
+        raise RuntimeError(
+            "a recursion in fp8, or of some rows, has no gradient: run it under torch.no_grad()"
+        )
     counts = len(parameters), len(matrices)
     return _Recursion.apply(x, y, z, output_weight, counts, *parameters, *matrices, *rest)
 
 
 _REST = (
     "Tensor[] parameters, Tensor[] matrices, Tensor? output_weight, Tensor? mask, Tensor? ends, "
-    "Tensor? starts, Tensor? row_count, Tensor? cos, Tensor? sin, Tensor? seed, str layout, SymInt n, "
+    "Tensor? starts, Tensor? row_count, Tensor? cos, Tensor? sin, Tensor? seed, Tensor? read, str layout, SymInt n, "
     "SymInt n_heads, SymInt batch, SymInt length, float eps, float? output_eps, float dropout, "
     "ScalarType operand, str memory, bool fp8"
 )
