@@ -105,7 +105,7 @@ def run_attention(head_size: int, dtype: torch.dtype, everything: bool) -> None:
 def shipped(target: Target) -> Iterator[Launch]:
     """One launch of every configuration: kernel, constants, dtypes, warps and stages."""
     with record(target) as launches:
-        _record_everything()
+        _record_everything(target)
     seen = set()
     for launch in launches:
         key = describe(launch)
@@ -147,11 +147,13 @@ def run_library() -> None:
         run_recursion("paper-tokens", UNALIGNED, torch.bfloat16, torch.bfloat16)
 
 
-def _record_everything() -> None:
+def _record_everything(target: Target) -> None:
     """Run every launcher at the shapes and dtypes above."""
-    for shape in SHAPES:
+    for shape in (SHAPES[0], SHAPES[3]):
         for residual, operand in PRECISIONS:
             run_recursion("seed", shape, residual, operand)
+    for shape in (SHAPES[1], SHAPES[2]):
+        run_recursion("seed", shape, torch.bfloat16, torch.bfloat16)
     for residual, operand in PRECISIONS:
         run_recursion("paper", SHAPES[2], residual, operand)
     run_recursion("scratch", SHAPES[2], torch.bfloat16, torch.bfloat16)
@@ -162,8 +164,9 @@ def _record_everything() -> None:
         run_recursion("seed", SHAPES[0], residual, operand, packed=True, output_norm=True)
     run_recursion("scratch", SHAPES[2], torch.bfloat16, torch.bfloat16, packed=True)
     run_library()
-    for shape in (SHAPES[0], SHAPES[3]):
-        run_fp8(shape)
+    if target.kind == "cuda" and isinstance(target.arch, int) and target.arch >= 90:
+        for shape in (SHAPES[0], SHAPES[3]):
+            run_fp8(shape)
     for head_size in HEAD_SIZES:
         for dtype in (torch.bfloat16, torch.float32):
             for everything in (False, True):
@@ -189,6 +192,7 @@ def main(names: list[str]) -> None:
                 "target": target_name,
                 "configuration": describe(launch),
                 "kernel": launch.kernel.__name__,
+                "product": "BLOCK_K" in launch.constants and not launch.constants.get("PRODUCT", False),
                 "operand": str(operand.dtype),
                 "shared_memory": compiled.shared_memory,
                 "limit": target.shared_memory,

@@ -36,9 +36,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['stack']} bytes at {row['registers']} registers")
     if row["shared_memory"] > row["limit"]:
         found.append(f"takes {row['shared_memory']} bytes of shared memory, over {row['limit']}")
-    half = row["operand"] in ("torch.float16", "torch.bfloat16")
-    products = ("gemm_kernel", "activation_gradient_kernel", "weight_gradient_kernel")
-    if row["target"] == "sm_90" and row["kernel"] in products and half and not row["wgmma"]:
+    narrow = row["operand"] in ("torch.float16", "torch.bfloat16", "torch.float8_e4m3fn")
+    if row["target"] == "sm_90" and row["product"] and narrow and not row["wgmma"]:
         found.append("has no wgmma")
     return found + row["hazards"]
 
@@ -64,6 +63,7 @@ def test_a_fault_is_seen() -> None:
     good = {
         "target": "sm_90",
         "kernel": "gemm_kernel",
+        "product": True,
         "operand": "torch.bfloat16",
         "shared_memory": 1,
         "limit": 2,
