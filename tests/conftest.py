@@ -16,6 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests import faster_interpreter
+
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Where the package's own dependencies bring Triton, its absence is a failure and no reason to skip.
@@ -25,6 +27,8 @@ if not HAS_CUDA:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: the tests need it set")
     os.environ["TRITON_INTERPRET"] = "1"
+    if HAS_TRITON:
+        faster_interpreter.install()
 # Triton 3.10 turns FP fusion off by default, and 3.9 warns about it: one meaning on every version.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 

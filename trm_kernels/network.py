@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from trm_kernels import backends, reference
+from trm_kernels import backends, prepared, reference
 from trm_kernels.config import NetworkConfig
 
 
@@ -64,6 +64,20 @@ class FusedModule(nn.Module):
                 raise ValueError("a token mixer mixes every position and takes no mask")
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"expected a mask {list(x.shape[:2])}, got {list(mask.shape)}")
+
+    # Each of these may come with other weights than those of the matrices kept for inference.
+    def train(self, mode: bool = True) -> Self:
+        """See :meth:`torch.nn.Module.train`."""
+        prepared.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda()
+        prepared.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        prepared.forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"

@@ -2,9 +2,10 @@
 
 Folding a norm's weight into a matrix is worth a kernel a call in training, where weights change with every
 step. In inference it is done once, and done again when something may have changed the weights: an optimizer's
-step, ``load_state_dict``, ``train()``, another data pointer, another version. ``Tensor._version`` alone is no
-guide: fused optimizers, writes through ``.data`` and graph replays leave it as it is. None of these sees a
-write through ``.data`` in evaluation mode: call :func:`forget` after one.
+step, ``load_state_dict``, ``train()`` and ``eval()``, ``.to()``, another data pointer, another version.
+``Tensor._version`` alone is no guide: fused optimizers, writes through ``.data`` and graph replays leave it
+as it is; nor is the pointer: ``net.half().float()`` may end where it began. None of these sees a write
+through ``.data`` in evaluation mode: call :func:`forget` after one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ def _watch() -> None:
 
 def key_of(parameters: Sequence[Tensor], operand: torch.dtype) -> Key:
     """What the matrices depend on, as far as it can be seen."""
-    return (operand, _changes, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+    return (operand, _changes, *((parameter.data_ptr(), _version(parameter)) for parameter in parameters))
+
+
+def _version(parameter: Tensor) -> object:
+    # Tensors made in inference mode count no versions: they equal nothing, themselves included.
+    return object() if parameter.is_inference() else parameter._version
 
 
 def recall(module: nn.Module, key: Key) -> list[Tensor] | None:

@@ -112,6 +112,10 @@ def _run(
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     tensors, numbers = _split(rest)
+    if numbers.n > 0 and x is None:
+        raise ValueError("latent steps need an x")
+    if numbers.n > 0 and tensors.mask is not None:
+        raise ValueError("a mask [B, L] serves single calls: pack the samples of a recursion")
     call = _call(y, output_weight, tensors, numbers)
     blocks = unpack(call.layout, parameters, call.operand)
     with_matrices(blocks, matrices, call.operand, fp8=numbers.fp8)
