@@ -9,7 +9,9 @@ Kernels of a pre-norm block with attention, five in all:
     5. second MLP GEMM + bias + residual; in a network's last block also + x + y, the next call's input
 
 and one kernel in front that adds x + y + z. Where a norm ends the network call (a post-norm block,
-``SequenceTRM``'s ``output_norm``) a row kernel applies it and adds x + y.
+``SequenceTRM``'s ``output_norm``) a row kernel applies it and adds x + y. The other norms of a post-norm block
+need none without gradient: the products that read their rows scale them. In training a row kernel applies each,
+as it does the norms of token mixers and of float16.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from trm_kernels.ops.attention import attention_forward
 from trm_kernels.ops.attention_common import Samples
 from trm_kernels.ops.gemm import sumsq_parts
 from trm_kernels.ops.layouts import Block
-from trm_kernels.ops.stream import Stream, start
+from trm_kernels.ops.stream import Stream, rows_of, start
 from trm_kernels.ops.sublayer import Call, Slot, first_half, last_half, second_half
 
 #: What a training step keeps of every network call: ``"fast"`` all that the backward reads;
@@ -114,11 +116,6 @@ def _part(slot: Slot, name: str) -> Slot:
     return {key[len(lead) :]: tensor for key, tensor in slot.items() if key.startswith(lead)}
 
 
-def _rows_read(stream: Tensor, read: Tensor) -> Tensor:
-    """The rows ``read`` [N] of a tensor [B, L, D], as [1, N, D]."""
-    return stream.flatten(0, 1).index_select(0, read)[None]
-
-
 def network_call(
     call: Call,
     blocks: list[Block],
@@ -154,7 +151,7 @@ def network_call(
             heads = call.heads(mixer, step * len(blocks) + layer)
             inner, _ = attention_forward(qkv, heads, out=slot.get("attention"), lse=slot.get("lse"))
             if read is not None and layer + 1 == len(blocks):
-                inner, stream = _rows_read(inner, read), Stream(_rows_read(stream.value, read))
+                inner, stream = rows_of(inner, read), stream.rows(read)
                 call, mask, read = replace(call, samples=Samples(1, read.shape[0])), None, None
         stream = second_half(call, mixer, inner, stream, of_mixer, mlp, slot, "middle")
         inner = first_half(call, mlp, stream, of_mlp.get("pre"), save="pre" in of_mlp)
@@ -174,7 +171,7 @@ def network_call(
         reader_slot=next_slot or {},
     )
     if read is not None and out is not None:
-        out = _rows_read(out, read)
+        out = rows_of(out, read)
     return out, following
 
 
@@ -212,7 +209,10 @@ def recursion_forward(
         The new y, the new z (None if n is 0), and what is kept, by name.
     """
     saved = Saved()
-    if memory is not None:
+    if memory is None:
+        tokens, masked = call.layout.mixer.tokens, call.samples.mask is not None
+        call = replace(call, deferred=not (call.layout.pre_norm or tokens or masked))
+    else:
         saved = Saved.empty(saved_spec(call, blocks, y, n + 1, memory), y)
     layers = range(len(blocks))
     inputs_only = memory == "small"

@@ -41,6 +41,8 @@ class _Workspace:
         self._stacks: dict[str, Tensor] = {}
 
     def slot(self, name: str, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.steps == 1:
+            return self._like.new_empty(shape, dtype=dtype)  # used at once, and free for the next sublayer
         if name not in self._stacks:
             self._stacks[name] = self._like.new_empty((self.steps, *shape), dtype=dtype)
         return self._stacks[name][index]
@@ -82,7 +84,7 @@ class _Sweep:
         # Written by one call for the call before it, which may belong to the next chunk.
         self.copies = call.operand != call.residual
         self.entries = None
-        if last.folded and (self.copies or self.chunk > 1):
+        if last.folded and self.chunk > 1:
             self.entries = some.new_empty((self.steps, *self.like.shape), dtype=call.operand)
 
     def recomputed(self, step: int) -> Saved:

@@ -4,7 +4,7 @@
     acc *= 1 / sqrt(mean(h_m^2) + eps)        row scale of an RMSNorm, from partial sums of squares
     pre  = acc                                saved for training, before the bias
     act  = f(acc + bias[n])                   identity, GELU, or silu(gate) * up
-    out  = act + residual[m, n]               0 at masked rows
+    out  = act + residual[m, n]               0 at masked rows; the residual may be normalised here too
     next = out + addend[m, n]                 the input of the next network call, x + y + z
     and the partial sums of squares of the rows of next (or out), for the norm that reads them
 
@@ -100,6 +100,7 @@ def gemm_kernel(
     QUANTISED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL_SCALE: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -190,7 +191,11 @@ def gemm_kernel(
         h = tl.load(h_ptr + o_c, mask=valid, other=0.0).to(ACC)
         acc -= h * (dot / (N * (mean + eps)))[:, None]
     if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + o_c, mask=valid, other=0.0).to(ACC)
+        residual = tl.load(residual_ptr + o_c, mask=valid, other=0.0).to(ACC)
+        if RESIDUAL_SCALE:
+            mean = row_sum_parts(sumsq_ptr, m, in_m, PARTS, PARTS_BLOCK, ACC) / N
+            residual *= tl.rsqrt(mean + eps)[:, None]
+        acc += residual
     if HAS_MASK:
         keep = tl.load(mask_ptr + m, mask=in_m, other=0) != 0
         acc = tl.where(keep[:, None], acc, 0.0)
@@ -257,6 +262,7 @@ def gemm(
     norm_gradient: tuple[Tensor, Tensor] | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
+    residual_sumsq: Tensor | None = None,
     addend: Tensor | None = None,
     mask: Tensor | None = None,
     count: Tensor | None = None,
@@ -283,6 +289,8 @@ def gemm(
         norm_gradient: ``(h, dots)``: undo the norm of h [B, L, N], with the partial dots [m, parts].
         scales: Row scales [m] of an fp8 ``a`` and channel scales [N or 2 N] of an fp8 ``weight``.
         residual: Added after the activation; shape of the output.
+        residual_sumsq: Partial sums of squares [m, parts] of the rows of ``residual``, which is RMS-normalised
+            (with ``eps``) before it is added.
         addend: What ``next`` adds to the output.
         mask: Rows that survive, uint8 [m]; the others come out as zeros.
         count: Number of packed rows, int32 [1]; rows behind it are neither read nor written.
@@ -327,6 +335,9 @@ def gemm(
         out_sumsq = a.new_empty((M, sumsq_parts(N)), dtype=torch.promote_types(out_dtype, torch.float32))
     h, dots = (None, None) if norm_gradient is None else norm_gradient
     a_scale, w_scale = (None, None) if scales is None else scales
+    assert sumsq is None or residual_sumsq is None, "one pointer serves both"
+    row_scale = sumsq is not None and h is None
+    sumsq = residual_sumsq if sumsq is None else sumsq
     (parts, parts_block), (dot_parts, dots_block) = _parts(sumsq), _parts(dots)
     launch(
         gemm_kernel,
@@ -337,7 +348,7 @@ def gemm(
         ACTIVATION=int(activation),
         TRANSPOSED=transposed,
         PRODUCT=library,
-        ROW_SCALE=sumsq is not None and h is None,
+        ROW_SCALE=row_scale,
         NORM_GRADIENT=h is not None,
         PARTS=parts,
         PARTS_BLOCK=parts_block,
@@ -346,6 +357,7 @@ def gemm(
         QUANTISED=scales is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        RESIDUAL_SCALE=residual_sumsq is not None,
         HAS_ADDEND=addend is not None,
         HAS_MASK=mask is not None,
         PACKED=count is not None,

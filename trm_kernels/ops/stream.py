@@ -22,6 +22,11 @@ from trm_kernels.ops._launch import accumulator, cdiv, launch, power_of_two, tar
 from trm_kernels.ops.gemm import sumsq_parts
 
 
+def rows_of(x: Tensor, read: Tensor) -> Tensor:
+    """The rows ``read`` [N] of a tensor [B, L, D], as [1, N, D]."""
+    return x.flatten(0, 1).index_select(0, read)[None]
+
+
 @dataclass
 class Stream:
     """The residual stream between two kernels."""
@@ -34,6 +39,11 @@ class Stream:
     def operand(self) -> Tensor:
         """What the next GEMM multiplies."""
         return self.value if self.copy is None else self.copy
+
+    def rows(self, read: Tensor) -> Stream:
+        """The rows ``read`` [N], for a residual: without the copy."""
+        sumsq = None if self.sumsq is None else self.sumsq.index_select(0, read)
+        return Stream(rows_of(self.value, read), sumsq=sumsq)
 
 
 @triton.jit

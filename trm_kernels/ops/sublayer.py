@@ -42,6 +42,9 @@ class Call:
         dropout: Probability of dropping an attention weight.
         seed: Its device seed, int64 [1].
         output_norm: Applied after every network call.
+        deferred: Whether a post-norm sublayer leaves its sum as it is, with the sums of squares of its rows:
+            the products behind it then scale their rows, and the residual, instead of a row kernel. Without
+            gradient only, as the backward reads the normalised streams.
     """
 
     layout: Layout
@@ -55,6 +58,7 @@ class Call:
     dropout: float = 0.0
     seed: Tensor | None = None
     output_norm: Norm | None = None
+    deferred: bool = False
 
     def axis(self, sublayer: Sublayer) -> int:
         """Axis of the sublayer's norm."""
@@ -108,11 +112,12 @@ def _first_operand(
     call: Call, sublayer: Sublayer, stream: Stream
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The normalised stream as the first GEMM reads it; where the norm is folded, not yet normalised."""
-    if sublayer.folded:
-        return stream.operand, None
+    deferred = sublayer.norm is None and stream.sumsq is not None
     if sublayer.first_scales is not None:
-        eps = None if sublayer.norm is None else call.eps
+        eps = call.eps if deferred or sublayer.norm is not None else None
         return _quantised(call, stream.value, sublayer.first_scales, eps)
+    if sublayer.folded or deferred:
+        return stream.operand, None
     return normed_operand(call, sublayer, stream), None
 
 
@@ -131,7 +136,7 @@ def first_half(call: Call, sublayer: Sublayer, stream: Stream, pre: Tensor | Non
         out_dtype=call.operand,
         bias=None if activation == Activation.NONE else sublayer.first_bias,
         activation=activation,
-        sumsq=stream.sumsq if sublayer.folded else None,
+        sumsq=None if scales is not None else stream.sumsq,
         eps=call.eps,
         count=call.samples.count,
         transposed=sublayer.layout.tokens,
@@ -189,6 +194,12 @@ def second_half(
         product = gemm(inner, sublayer.second_matrix, **common, mask=mask, out=place, **written)
         assert product.out is not None
         return Stream(product.out, product.copy, product.sumsq)
+    common |= {"residual_sumsq": stream.sumsq, "eps": call.eps}
+    if call.deferred:
+        copied = call.operand if call.operand != call.residual and reader.first_scales is None else None
+        product = gemm(inner, sublayer.second_matrix, **common, write_copy=copied, write_sumsq=True)
+        assert product.out is not None
+        return Stream(product.out, product.copy, product.sumsq)
     product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
     assert product.out is not None
     _, normed, _ = add_rms_norm(
@@ -237,6 +248,8 @@ def last_half(
         )
         following = None if product.next is None else Stream(product.next, product.copy, product.sumsq)
         return product.out, following
+    if not call.layout.pre_norm:
+        common |= {"residual_sumsq": stream.sumsq, "eps": call.eps}
     product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
     assert product.out is not None
     if mask is not None:
