@@ -10,8 +10,9 @@ Kernels of a pre-norm block with attention, five in all:
 
 and one kernel in front that adds x + y + z. Where a norm ends the network call (a post-norm block,
 ``SequenceTRM``'s ``output_norm``) a row kernel applies it and adds x + y. The other norms of a post-norm block
-need none without gradient: the products that read their rows scale them. In training a row kernel applies each,
-as it does the norms of token mixers and of float16.
+need none without gradient: the products that read their rows scale them, and a token mixer's of up to 128 positions
+is applied in the epilogue of its second product, whose tile holds it whole. In training a row kernel applies each,
+as it does the norms in front of token mixers and those of float16.
 """
 
 from __future__ import annotations

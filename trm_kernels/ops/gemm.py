@@ -4,7 +4,8 @@
     acc *= 1 / sqrt(mean(h_m^2) + eps)        row scale of an RMSNorm, from partial sums of squares
     pre  = acc                                saved for training, before the bias
     act  = f(acc + bias[n])                   identity, GELU, or silu(gate) * up
-    out  = act + residual[m, n]               0 at masked rows; the residual may be normalised here too
+    out  = act + residual[m, n]               0 at masked rows; the residual may be normalised here too, and,
+                                              where a tile holds whole rows, the output
     next = out + addend[m, n]                 the input of the next network call, x + y + z
     and the partial sums of squares of the rows of next (or out), for the norm that reads them
 
@@ -24,7 +25,7 @@ operands (autocast), the epilogue writes a rounded copy beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -101,6 +102,7 @@ def gemm_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RESIDUAL_SCALE: tl.constexpr,
+    NORMALISE: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -196,6 +198,10 @@ def gemm_kernel(
             mean = row_sum_parts(sumsq_ptr, m, in_m, PARTS, PARTS_BLOCK, ACC) / N
             residual *= tl.rsqrt(mean + eps)[:, None]
         acc += residual
+    if NORMALISE:
+        # The tile holds whole rows.
+        whole = tl.where(valid, acc, 0.0)
+        acc *= tl.rsqrt(tl.sum(whole * whole, axis=1) / N + eps)[:, None]
     if HAS_MASK:
         keep = tl.load(mask_ptr + m, mask=in_m, other=0) != 0
         acc = tl.where(keep[:, None], acc, 0.0)
@@ -232,6 +238,9 @@ class Product:
     sumsq: Tensor | None  # [rows, parts], see sumsq_parts
 
 
+#: The most columns that one tile can hold.
+WHOLE_ROW = 128
+
 _TRITON_DTYPE = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -263,6 +272,7 @@ def gemm(
     scales: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     residual_sumsq: Tensor | None = None,
+    normalise: bool = False,
     addend: Tensor | None = None,
     mask: Tensor | None = None,
     count: Tensor | None = None,
@@ -291,6 +301,7 @@ def gemm(
         residual: Added after the activation; shape of the output.
         residual_sumsq: Partial sums of squares [m, parts] of the rows of ``residual``, which is RMS-normalised
             (with ``eps``) before it is added.
+        normalise: RMS-normalise the rows of the output, with ``eps``; up to ``WHOLE_ROW`` columns.
         addend: What ``next`` adds to the output.
         mask: Rows that survive, uint8 [m]; the others come out as zeros.
         count: Number of packed rows, int32 [1]; rows behind it are neither read nor written.
@@ -321,6 +332,10 @@ def gemm(
         # The library knows neither how many rows are packed nor scales of rows.
         library, choice = False, heuristic(problem, target)
     tile = choice.tile
+    if normalise:
+        assert N <= WHOLE_ROW, f"a tile does not hold {N} columns"
+        # 8 warps need 93 registers a thread for it on sm_90, 4 warps 168: two programs a processor, not one.
+        tile = replace(tile, m=64, n=power_of_two(N, tile.n), warps=8)
     if library:
         a = torch.matmul(weight, a) if transposed else torch.matmul(a, weight.t())
     if keep and out is None:
@@ -358,6 +373,7 @@ def gemm(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         RESIDUAL_SCALE=residual_sumsq is not None,
+        NORMALISE=normalise,
         HAS_ADDEND=addend is not None,
         HAS_MASK=mask is not None,
         PACKED=count is not None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels.ops.attention_common import Dropout, Heads, Samples
-from trm_kernels.ops.gemm import gemm
+from trm_kernels.ops.gemm import WHOLE_ROW, gemm
 from trm_kernels.ops.layouts import Layout, Sublayer
 from trm_kernels.ops.norm import add_rms_norm
 from trm_kernels.ops.quantise import quantise_rows
@@ -200,6 +200,10 @@ def second_half(
         product = gemm(inner, sublayer.second_matrix, **common, write_copy=copied, write_sumsq=True)
         assert product.out is not None
         return Stream(product.out, product.copy, product.sumsq)
+    if sublayer.layout.tokens and "sum" not in slot and sublayer.second_matrix.shape[0] <= WHOLE_ROW:
+        product = gemm(inner, sublayer.second_matrix, **common, normalise=True, out=place)
+        assert product.out is not None
+        return Stream(product.out)
     product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
     assert product.out is not None
     _, normed, _ = add_rms_norm(
