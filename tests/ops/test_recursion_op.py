@@ -51,7 +51,7 @@ def problem(
 
 
 def agree(ours: dict[str, Tensor], truth: dict[str, Tensor], bound: float) -> None:
-    """Relative to the largest value of each tensor: the gradient of a bias of the keys is all rounding error."""
+    """Relative to the largest value of each tensor: the gradient of the keys' bias is all rounding."""
     assert ours.keys() == truth.keys()
     for name, expected in truth.items():
         atol = bound * max(1.0, expected.abs().max().item())
@@ -66,7 +66,7 @@ def agree(ours: dict[str, Tensor], truth: dict[str, Tensor], bound: float) -> No
     [
         ("seed", 2, "fast"),
         ("seed", 0, "balanced"),
-        ("scratch", 2, "small"),
+        ("scratch", 1, "small"),
         ("scratch-tokens", 2, "balanced"),
         ("paper", 2, "balanced"),
         ("paper-tokens", 0, "small"),

@@ -1,0 +1,361 @@
+"""Recursions as one chain of kernels: the tolerance rule, launches, which gradients flow, dropout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.ops.common import launched
+from trm_kernels import TinyRecursiveNetwork, deep_recursion, latent_recursion, reference
+from trm_kernels.ops import layouts
+from trm_kernels.ops._launch import LAUNCHES
+from trm_kernels.ops.attention import dropout_keep
+from trm_kernels.ops.attention_common import Dropout
+from trm_kernels.testing import ToleranceRule
+
+pytestmark = pytest.mark.interpreter
+LENGTH, WIDTH = 6, 16
+#: Patterns of a batch of two: padding behind, holes, and 1..1 0..0 1 (``SequenceTRM``).
+MASKS = {
+    "none": None,
+    "suffix": [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]],
+    "holes": [[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]],
+    "reasoning": [[1, 1, 0, 0, 0, 1], [1, 1, 1, 1, 0, 1]],
+}
+
+
+def build(device: str, *, layers: int = 1, heads: int = 1, **options: Any) -> TinyRecursiveNetwork:
+    if options.get("mixer") == "tokens":
+        options["seq_len"] = LENGTH
+    net = TinyRecursiveNetwork(WIDTH, layers, heads, backend="triton", **options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net.to(device)
+
+
+def states(device: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(batch, LENGTH, WIDTH, device=device, dtype=dtype) for _ in range(3)]
+
+
+def mask_of(kind: str, device: str) -> Tensor | None:
+    rows = MASKS[kind]
+    return None if rows is None else torch.tensor(rows, device=device)
+
+
+def found(
+    net: TinyRecursiveNetwork,
+    norm: nn.Module | None,
+    inputs: list[Tensor],
+    directions: list[Tensor],
+    **options: Any,
+) -> dict[str, Tensor]:
+    """New y and z, and the gradients of everything that has one."""
+    net.zero_grad()
+    leaves = [state.detach().clone().requires_grad_() for state in inputs]
+    out = deep_recursion(net, *leaves, output_norm=norm, **options)
+    torch.autograd.backward(out, [d.to(o.dtype) for d, o in zip(directions, out, strict=True)])
+    results = dict(zip(("new y", "new z"), (o.detach() for o in out), strict=True))
+    results |= {name: leaf.grad for name, leaf in zip("xyz", leaves, strict=True) if leaf.grad is not None}
+    results |= {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+    if norm is not None:
+        results["output norm"] = norm.weight.grad.clone()
+        norm.zero_grad()
+    return results
+
+
+def hold_to_the_rule(
+    device: str,
+    dtype: torch.dtype,
+    *,
+    options: dict[str, Any],
+    n: int,
+    T: int,
+    masking: str = "none",
+    normed: bool = False,
+    autocast: bool = False,
+    seeds: int = 2,
+    memory: str = "balanced",
+) -> None:
+    """Outputs and gradients of a deep recursion: kernels, eager, and eager in float64."""
+    rule = ToleranceRule(dtype)
+    held = torch.float32 if autocast else dtype
+    mask = mask_of(masking, device)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        ours = build(device, **options).to(held)
+        eager, truth = copy.deepcopy(ours), copy.deepcopy(ours).double()
+        eager.backend = truth.backend = "eager"
+        norm = None
+        if normed:
+            norm = reference.RMSNorm(WIDTH, 1e-6).to(device, held)
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+        inputs, directions = states(device, dtype=held), states(device)[:2]
+        schedule = {"n": n, "T": T, "mask": mask, "memory": memory}
+        results = []
+        for net in (ours, eager):
+            with torch.autocast(device, dtype) if autocast else nullcontext():
+                results.append(found(net, norm, inputs, directions, **schedule))
+        wide = None if norm is None else copy.deepcopy(norm).double()
+        results.append(found(truth, wide, [state.double() for state in inputs], directions, **schedule))
+        assert results[0].keys() == results[2].keys()
+        for name in results[2]:
+            rule.add(name, *(result[name] for result in results))
+        if mask is not None:
+            assert not results[0]["new y"][mask == 0].any() and not results[0]["new z"][mask == 0].any()
+    rule.check()
+
+
+SEED: dict[str, Any] = {"layers": 2}
+SCRATCH: dict[str, Any] = {"family": "scratch"}
+PAPER: dict[str, Any] = {"family": "paper"}
+TOKENS: dict[str, Any] = {"mixer": "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "T", "masking", "normed"),
+    [
+        (SEED, 2, 2, "reasoning", True),
+        (SEED, 6, 1, "none", False),
+        (SCRATCH, 2, 2, "holes", True),
+        (SCRATCH | TOKENS, 2, 2, "none", True),
+        (PAPER, 2, 3, "suffix", False),
+        (PAPER | TOKENS, 2, 2, "none", False),
+    ],
+    ids=["seed", "seed-6", "scratch", "scratch-tokens", "paper", "paper-tokens"],
+)
+def test_float32_meets_the_rule(
+    options: dict[str, Any], n: int, T: int, masking: str, normed: bool, device: str
+) -> None:
+    with launched("gemm_kernel", "weight_gradient_kernel"):
+        hold_to_the_rule(
+            device, torch.float32, options=options, n=n, T=T, masking=masking, normed=normed, seeds=2
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "masking", "normed"),
+    [(SEED, "holes", True), (PAPER, "reasoning", False), (SCRATCH | TOKENS, "none", False)],
+    ids=["seed", "paper", "scratch-tokens"],
+)
+def test_pure_half_precision_meets_the_rule(
+    options: dict[str, Any], masking: str, normed: bool, device: str
+) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    hold_to_the_rule(device, dtype, options=options, n=2, T=2, masking=masking, normed=normed)
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize(
+    ("options", "masking", "normed", "memory"),
+    [(SEED, "reasoning", False, "balanced"), (SCRATCH, "holes", True, "small")],
+    ids=["seed", "scratch"],
+)
+def test_a_float32_residual_with_half_operands_meets_the_rule(
+    options: dict[str, Any],
+    masking: str,
+    normed: bool,
+    memory: str,
+    folded: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under autocast. bfloat16 folds norms, float16 does not: here it does, as bfloat16 cannot be run."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    monkeypatch.setattr(
+        layouts, "folds", lambda layout, _: folded and layout.pre_norm and not layout.mixer.tokens
+    )
+    with launched("fold_kernel") if folded else launched("rms_norm_backward_kernel"):
+        hold_to_the_rule(
+            device, dtype, options=options, n=2, T=2, masking=masking, normed=normed, autocast=True,
+            memory=memory,
+        )  # fmt: skip
+
+
+def test_pure_half_precision_with_folded_norms_meets_the_rule(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    monkeypatch.setattr(layouts, "folds", lambda layout, _: layout.pre_norm and not layout.mixer.tokens)
+    hold_to_the_rule(device, dtype, options=SEED, n=2, T=2, masking="suffix", normed=True)
+
+
+@pytest.mark.parametrize(("normed", "launches"), [(False, 1 + 7 * 10), (True, 1 + 7 * 11)])
+def test_a_latent_recursion_takes_as_many_launches_as_planned(
+    normed: bool, launches: int, device: str
+) -> None:
+    """One sum, then five kernels a block; a norm behind every call is one more."""
+    net = build(device, layers=2).eval()
+    norm = nn.RMSNorm(WIDTH, eps=1e-6).to(device) if normed else None
+    x, y, z = (state[:1, :2] for state in states(device))
+    with torch.no_grad():
+        net(x)  # folds the matrices
+        before = LAUNCHES.copy()
+        latent_recursion(net, x, y, z, 6, output_norm=norm)
+    assert sum((LAUNCHES - before).values()) == launches
+
+
+@pytest.mark.parametrize(
+    "case", ["y alone", "z alone", "frozen network", "frozen states", "one parameter", "x"]
+)
+def test_only_what_is_asked_for_gets_a_gradient(case: str, device: str) -> None:
+    net = build(device)
+    eager = copy.deepcopy(net)
+    eager.backend = "eager"
+    inputs = states(device)
+    results = []
+    for module in (net, eager):
+        leaves = [state.clone().requires_grad_(case != "frozen states") for state in inputs]
+        if case == "x":
+            leaves = [leaves[0], inputs[1], inputs[2]]
+        for name, parameter in module.named_parameters():
+            frozen = case in ("frozen network", "x") or (
+                case == "one parameter" and name != "layers.0.norm2.weight"
+            )
+            parameter.requires_grad_(not frozen)
+        y, z = latent_recursion(module, *leaves, 1)
+        loss = {"y alone": y, "z alone": z}.get(case)
+        (y * z if loss is None else loss).square().sum().backward()
+        results.append([leaf.grad for leaf in (*leaves, *module.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        # Autograd leaves None where nothing flows; one node for a whole recursion may leave zeros.
+        theirs = torch.zeros_like(mine) if theirs is None and mine is not None else theirs
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            scale = max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_latent_step_is_a_call_of_the_network(masked: bool, device: str) -> None:
+    net, (x, y, z) = build(device), states(device)
+    mask = mask_of("holes", device) if masked else None
+    new_y, new_z = latent_recursion(net, x, y, z, 0, mask=mask)
+    torch.testing.assert_close(new_y, net.forward_eager(y + z, mask), rtol=1e-4, atol=1e-5)
+    kept = slice(None) if mask is None else mask.bool()
+    assert torch.equal(new_z[kept], z[kept])
+
+
+def test_states_of_other_shapes_and_dtypes_and_strides(device: str) -> None:
+    """A learned y and z [D], broadcast; their gradients are sums."""
+    net = build(device, family="scratch")
+    eager = copy.deepcopy(net)
+    eager.backend = "eager"
+    x = torch.randn(LENGTH, 2, 2 * WIDTH, device=device)[..., ::2].transpose(0, 1)
+    assert not x.is_contiguous()
+    results = []
+    for module in (net, eager):
+        torch.manual_seed(3)
+        y = torch.randn(WIDTH, device=device, requires_grad=True)
+        z = torch.randn(1, 1, WIDTH, device=device).to(torch.float16).requires_grad_()
+        new_y, new_z = latent_recursion(module, x, y, z, 1)
+        (new_y * new_z).sum().backward()
+        results.append((new_y, new_z, y.grad, z.grad))
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        bound = (2e-3 if mine.dtype == torch.float16 else 1e-4) * max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=bound)
+
+
+def test_a_second_derivative_raises(device: str) -> None:
+    net, (x, y, z) = build(device), states(device)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(latent_recursion(net, x, y, z, 1)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.square().sum().backward()
+
+
+def test_a_hook_on_the_network_sees_every_call(device: str) -> None:
+    net, inputs = build(device, family="paper"), states(device)
+    mask = mask_of("reasoning", device)
+    fused = latent_recursion(net, *inputs, 2, mask=mask)
+    calls = []
+    handle = net.register_forward_hook(lambda *_: calls.append(1))
+    step_by_step = latent_recursion(net, *inputs, 2, mask=mask)
+    handle.remove()
+    assert len(calls) == 3
+    # Packed in one, padded in the other: the same rows, other tiles.
+    torch.testing.assert_close(fused, step_by_step, rtol=1e-4, atol=1e-5)
+    with launched("stream_kernel"):
+        latent_recursion(net, *inputs, 2, mask=mask)
+    assert len(calls) == 3
+
+
+def test_dropout_follows_its_call_and_block(device: str) -> None:
+    """Against the masks that the kernels draw: one seed a recursion, counted by call and block."""
+    n, layers, heads, probability = 1, 2, 2, 0.4
+    net, inputs = build(device, layers=layers, heads=heads, dropout=probability).train(), states(device)
+    eager = reference.TinyRecursiveNetwork(net.config).to(device)
+    eager.load_state_dict(net.state_dict())
+    torch.manual_seed(5)
+    seed = torch.randint(2**62, (1,), device=device)
+    keeps = [
+        dropout_keep(Dropout(probability, seed, call), 2, heads, LENGTH) for call in range((n + 1) * layers)
+    ]
+    assert not any(torch.equal(keeps[0], keep) for keep in keeps[1:])
+    results = []
+    for module in (net, eager):
+        leaves = [state.clone().requires_grad_() for state in inputs]
+        module.zero_grad()
+        if module is net:
+            torch.manual_seed(5)
+            y, z = latent_recursion(module, *leaves, n)
+        else:
+            x, y, z = leaves
+            z = module(x + y + z, keeps=keeps[:layers])
+            y = module(y + z, keeps=keeps[layers:])
+        (y * z).square().sum().backward()
+        results.append([y, z, *(leaf.grad for leaf in (*leaves, *module.parameters()))])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-4 * max(1.0, theirs.abs().max().item()))
+
+
+def test_recomputed_calls_drop_what_the_forward_dropped(device: str) -> None:
+    net, inputs = build(device, layers=2, dropout=0.5).train(), states(device)
+    mask = mask_of("holes", device)
+
+    def run(memory: str) -> list[Tensor]:
+        torch.manual_seed(9)
+        net.zero_grad()
+        leaves = [state.clone().requires_grad_() for state in inputs]
+        y, z = latent_recursion(net, *leaves, 2, mask=mask, memory=memory)
+        (y * z).square().sum().backward()
+        return [y, z, *(leaf.grad.clone() for leaf in (*leaves, *net.parameters()))]
+
+    fast, small = run("fast"), run("small")
+    assert torch.equal(fast[0], small[0]) and torch.equal(fast[1], small[1])
+    for mine, theirs in zip(small[2:], fast[2:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+
+
+def test_every_recursion_draws_its_own_dropout(device: str) -> None:
+    net, (x, y, z) = build(device, dropout=0.5).train(), states(device)
+    with torch.no_grad():
+        first, _ = latent_recursion(net, x, y, z, 1)
+        second, _ = latent_recursion(net, x, y, z, 1)
+        assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fullgraph_compile_keeps_the_kernels(masked: bool, device: str) -> None:
+    net, (x, y, z) = build(device, family="scratch"), states(device)
+    mask = mask_of("suffix", device) if masked else None
+
+    def recurse(x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return latent_recursion(net, x, y, z, 1, mask=mask)
+
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
+        recurse, fullgraph=True, backend="aot_eager"
+    )
+    leaf = x.clone().requires_grad_()
+    with launched("stream_kernel", "weight_gradient_kernel"):
+        out = compiled(leaf, y, z, mask)
+        (out[0] + out[1]).sum().backward()
+    torch.testing.assert_close(out, recurse(x, y, z, mask), rtol=1e-4, atol=1e-5)
+    assert leaf.grad is not None and leaf.grad.norm() > 0.0
