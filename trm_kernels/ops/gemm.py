@@ -334,7 +334,7 @@ def gemm(
     tile = choice.tile
     if normalise:
         assert N <= WHOLE_ROW, f"a tile does not hold {N} columns"
-        # 8 warps need 93 registers a thread for it on sm_90, 4 warps 168: two programs a processor, not one.
+        # 93 registers a thread on sm_90; with 4 warps 168.
         tile = replace(tile, m=64, n=power_of_two(N, tile.n), warps=8)
     if library:
         a = torch.matmul(weight, a) if transposed else torch.matmul(a, weight.t())
