@@ -10,7 +10,11 @@ from torch import Tensor
 
 from tests.ops.common import DTYPES, FLOAT64, check_rule, launched
 from trm_kernels import reference
-from trm_kernels.ops.attention_op import Dropout, attention, dropout_keep, mask_ends
+from trm_kernels.ops.attention import attention_forward, dropout_keep
+from trm_kernels.ops.attention_backward import attention_backward
+from trm_kernels.ops.attention_common import Dropout, Heads, Samples, mask_ends
+from trm_kernels.ops.attention_op import attention
+from trm_kernels.packing import Packing
 
 pytestmark = pytest.mark.interpreter
 KERNELS = (
@@ -204,3 +208,79 @@ def test_a_valid_key_at_the_start_of_the_last_tile_counts(device: str) -> None:
     assert mask_ends(torch.zeros(1, 3, dtype=torch.uint8, device=device)).tolist() == [0]
     case = Case(1, 65, 1, 8, device, mask=mask)
     check_rule(case.ours, case.eager, case.make, torch.float32, seeds=1)
+
+
+def test_samples_in_packed_rows_equal_padded_ones(device: str) -> None:
+    """Lengths of no tile, one tile, and an empty sample; rows behind the last hold nothing."""
+    heads, head_size, length = 2, 8, 70
+    mask = torch.zeros(4, length, dtype=torch.bool, device=device)
+    for sample, valid in enumerate((3, 70, 0, 65)):
+        mask[sample, torch.randperm(length, device=device)[:valid]] = True
+    packing = Packing.of(mask)
+    case = Case(4, length, heads, head_size, device, mask=mask)
+    qkv, grad = (torch.randn(4, length, n * 16, device=device) for n in (3, 1))
+    leaf = qkv.clone().requires_grad_()
+    expected = case.eager(leaf)
+    expected.backward(grad)
+    rows = packing.pack(qkv).contiguous()
+    rows[0, mask.sum() :] = float("nan")
+    samples = Samples(4, length, starts=packing.starts, count=packing.count)
+    with launched(*KERNELS):
+        out, lse = attention_forward(rows, Heads(heads, samples))
+        found = attention_backward(packing.pack(grad).contiguous(), rows, out, lse, Heads(heads, samples))
+    torch.testing.assert_close(packing.unpack(out), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packing.unpack(found.qkv), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_are_rotated_by_their_position(device: str) -> None:
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]], dtype=torch.bool, device=device)
+    packing = Packing.of(mask)
+    case = Case(2, 5, 2, 8, device, mask=mask, rotary=True)
+    qkv, grad = (torch.randn(2, 5, n * 16, device=device) for n in (3, 1))
+    leaf = qkv.clone().requires_grad_()
+    expected = case.eager(leaf)
+    expected.backward(grad)
+    cos, sin = (table[packing.positions()] for table in case.tables(qkv) or ())
+    heads = Heads(2, Samples(2, 5, starts=packing.starts, count=packing.count), cos, sin)
+    rows = packing.pack(qkv).contiguous()
+    out, lse = attention_forward(rows, heads)
+    found = attention_backward(packing.pack(grad).contiguous(), rows, out, lse, heads)
+    torch.testing.assert_close(packing.unpack(out), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packing.unpack(found.qkv), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_bias_and_a_folded_norm(masked: bool, dropout: float) -> None:
+    """Projections s Y without their bias: out, gradient over rms, row dots, and the gradient of the bias."""
+    eps, width = 1e-3, 16
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool) if masked else None
+    case = Case(2, 4, 2, 8, "cpu", mask=mask, dropout=dropout)
+    h = torch.randn(2, 4, width, dtype=torch.float64)
+    rstd = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+    weight = torch.randn(3 * width, width, dtype=torch.float64)
+    pre = (rstd * (h @ weight.t())).requires_grad_()
+    bias = torch.randn(3 * width, dtype=torch.float64, requires_grad=True)
+    expected = case.eager(pre + bias)
+    grad = torch.randn_like(expected)
+    of_pre, of_bias = torch.autograd.grad(expected, (pre, bias), grad)
+
+    key_mask = None if mask is None else mask.to(torch.uint8)
+    samples = Samples(2, 4, key_mask, None if key_mask is None else mask_ends(key_mask))
+    heads = Heads(2, samples, bias=bias.detach(), dropout=case.dropout)
+    out, lse = attention_forward(pre.detach(), heads)
+    torch.testing.assert_close(out, expected)
+    sums = h.square().view(8, 4, 4).sum(2)
+    found = attention_backward(grad, pre.detach(), out, lse, heads, sumsq=sums, eps=eps)
+    torch.testing.assert_close(found.qkv, of_pre * rstd)
+    assert found.dots is not None and found.bias is not None
+    torch.testing.assert_close(found.dots.sum(1), (of_pre * pre.detach()).sum(-1).flatten())
+    torch.testing.assert_close(found.bias, of_bias)
+
+
+def test_calls_of_one_seed_draw_apart(device: str) -> None:
+    seed = torch.tensor([3], device=device)
+    first, second, again = (dropout_keep(Dropout(0.5, seed, call), 1, 2, 64) for call in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert 0.47 < (first == second).float().mean().item() < 0.53
