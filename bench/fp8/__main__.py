@@ -1,0 +1,75 @@
+"""``python -m bench.fp8``: trains networks with and without fp8, tests them, and draws docs/fp8.md.
+
+Appends one line a network to ``bench/results/fp8.jsonl``. On a CUDA device of compute capability 9.0 or newer
+the kernels run; elsewhere fp8 is emulated. About ten minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+import sys
+from typing import Any
+
+import torch
+
+from bench.fp8.report import draw
+from bench.fp8.study import TRAININGS, Settings, run
+from bench.report import BEGIN, END, ROOT
+from llm_trm.benchmark.results import append
+from trm_kernels.config import Family
+
+FAMILIES: tuple[Family, ...] = ("seed", "paper")
+RESULTS = ROOT / "bench" / "results" / "fp8.jsonl"
+
+
+def _show(line: dict[str, Any]) -> None:
+    exact = ", ".join(f"{mode} {100 * found['exact']:.1f}%" for mode, found in line["evaluation"].items())
+    print(
+        f"{line['family']} block, seed {line['seed']}, trained in {line['training']}: "
+        f"loss {line['training_loss']:.4f}; puzzles solved: {exact}",
+        flush=True,
+    )
+
+
+def study(device: torch.device, settings: Settings, seeds: int, jobs: int, commit: str | None) -> None:
+    """Every family, seed and training, ``jobs`` at a time; lines are appended as they come."""
+    runs = itertools.product(range(seeds), FAMILIES, TRAININGS)
+    # Forking after torch has started threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending = [
+            pool.submit(run, family, seed, training, settings, device, commit)
+            for seed, family, training in runs
+        ]
+        for done in concurrent.futures.as_completed(pending):
+            line = done.result()
+            append(RESULTS, line)
+            _show(line)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fp8", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--device", default="cpu", help="cpu (emulated, the default) or cuda (the kernels)")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
+    parser.add_argument("--batches", type=int, default=Settings.batches, help="training batches of each")
+    parser.add_argument("--jobs", type=int, help="trained at a time; 2 on a CPU, 1 on a GPU by default")
+    parser.add_argument("--commit", help="the commit that is measured, where this is no checkout")
+    parser.add_argument("--report", action="store_true", help="train nothing, only draw docs/fp8.md")
+    options = parser.parse_args()
+    if options.seeds < 1 or options.batches < 1 or (options.jobs is not None and options.jobs < 1):
+        parser.error("--seeds, --batches and --jobs must be at least 1")
+    device = torch.device(options.device)
+    if not options.report:
+        jobs = options.jobs or (2 if device.type == "cpu" else 1)
+        study(device, Settings(batches=options.batches), options.seeds, jobs, options.commit)
+    if not draw(ROOT, RESULTS):
+        print(f"no {BEGIN} ... {END} in docs/fp8.md", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
