@@ -5,6 +5,7 @@ weight gradient a matrix over the concatenated calls, or over as many of them as
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +65,19 @@ def _chunk(call: Call, blocks: list[Block], like: Tensor, steps: int, memory: Me
     return max(1, min(steps, WORKSPACE // max(1, bytes_of_call)))
 
 
+Kind = Literal["mixer", "mlp"]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One block in one network call, and what the forward kept of it."""
+
+    layer: int
+    step: int
+    index: int  # of the call in its chunk
+    slot: Slot
+
+
 class _Sweep:
     """State of one backward pass."""
 
@@ -76,8 +90,12 @@ class _Sweep:
         self.like = saved.tensors["in" if memory == "small" else "0.in"][0]
         self.chunk = _chunk(call, blocks, self.like, self.steps, memory)
         self.workspace = _Workspace(self.chunk, some)
-        self.gradients = [
-            [SublayerGradient(part, call.samples.count) for part in block.sublayers] for block in blocks
+        self.gradients: list[dict[Kind, SublayerGradient]] = [
+            {
+                "mixer": SublayerGradient(block.mixer, call.samples.count),
+                "mlp": SublayerGradient(block.mlp, call.samples.count),
+            }
+            for block in blocks
         ]
         self.of_output_norm: Tensor | None = None
         last = blocks[-1].mlp
@@ -104,7 +122,10 @@ class _Sweep:
 
     def entry(self, step: int) -> dict[str, Tensor | None]:
         """Where the gradient of a network call's output, or its copy, is written by the call after it."""
-        place = None if self.entries is None or step < 0 else self.entries[step]
+        return self.written(None if self.entries is None or step < 0 else self.entries[step])
+
+    def written(self, place: Tensor | None) -> dict[str, Tensor | None]:
+        """``place`` for the gradient that a product reads: the copy, where the stream is wider."""
         return {"copy": place} if self.copies else {"out": place}
 
     def back_output_norm(self, grad: Tensor, slot: Slot) -> Stream:
@@ -121,69 +142,56 @@ class _Sweep:
 
     def network_call(self, grad: Stream, step: int, index: int, saved: Saved) -> Stream:
         """Back through one network call; ``index``: its place in the chunk."""
-        call, blocks = self.call, self.blocks
-        last = len(blocks) - 1
         if self.call.output_norm is not None:
-            grad = self.back_output_norm(grad.value, saved.slot(last, step))
+            grad = self.back_output_norm(grad.value, saved.slot(len(self.blocks) - 1, step))
         if self.entries is not None and grad.operand.data_ptr() != self.entries[step].data_ptr():
             self.entries[step].copy_(grad.value)
             grad = Stream(grad.value, self.entries[step]) if self.copies else Stream(self.entries[step])
-        for layer in reversed(range(len(blocks))):
-            slot = saved.slot(layer, step)
-            mixer, mlp = blocks[layer].sublayers
-            of_mixer, of_mlp = self.gradients[layer]
-            middle = middle_stream(call, mixer, slot)
-            grad = self.sublayer(mlp, of_mlp, grad, f"{layer}.mlp", step, index, slot, middle, saved, layer)
-            stream = Stream(slot["in"], sumsq=slot.get("in.sumsq"))
-            grad = self.sublayer(
-                mixer, of_mixer, grad, f"{layer}.mixer", step, index, slot, stream, saved, layer
-            )
+        for layer in reversed(range(len(self.blocks))):
+            visit = _Visit(layer, step, index, saved.slot(layer, step))
+            middle = middle_stream(self.call, self.blocks[layer].mixer, visit.slot)
+            grad = self.sublayer(visit, "mlp", grad, middle)
+            entered = Stream(visit.slot["in"], sumsq=visit.slot.get("in.sumsq"))
+            grad = self.sublayer(visit, "mixer", grad, entered)
         return grad
 
-    def sublayer(
-        self,
-        part: Sublayer,
-        gradient: SublayerGradient,
-        grad: Stream,
-        name: str,
-        step: int,
-        index: int,
-        slot: Slot,
-        stream: Stream,
-        saved: Saved,
-        layer: int,
-    ) -> Stream:
-        """Back through one sublayer; its weight gradients are taken here or with the chunk."""
-        call, is_mixer = self.call, part is self.blocks[layer].mixer
-        # The gradient of this sublayer's input is that of the output of the sublayer in front of it.
-        if is_mixer and layer == 0:
-            where, in_front = self.entry(step - 1), self.blocks[-1].mlp
-        else:
-            before = f"{layer}.mixer" if not is_mixer else f"{layer - 1}.mlp"
-            in_front = self.blocks[layer].mixer if not is_mixer else self.blocks[layer - 1].mlp
-            place = None
-            if in_front.folded and self.needed:
-                dtype = call.operand
-                place = self.workspace.slot(f"{before}.grad", index, tuple(self.like.shape), dtype)
-            where = {"copy": place} if self.copies else {"out": place}
+    def sublayer(self, visit: _Visit, kind: Kind, grad: Stream, stream: Stream) -> Stream:
+        """Back through one sublayer, whose input is ``stream``; weight gradients follow here or with the chunk."""
+        part, gradient = getattr(self.blocks[visit.layer], kind), self.gradients[visit.layer][kind]
+        in_front, where = self.in_front(visit, kind)
         back, products = sublayer_backward(
-            call,
+            self.call,
             part,
             grad,
-            step * len(self.blocks) + layer,
-            slot,
+            visit.step * len(self.blocks) + visit.layer,
+            visit.slot,
             stream,
             gradient,
-            lambda kind, shape, dtype: self.workspace.slot(f"{name}.{kind}", index, shape, dtype),
-            out=where.get("out"),
-            copy=where.get("copy"),
+            lambda name, shape, dtype: self.workspace.slot(
+                f"{visit.layer}.{kind}.{name}", visit.index, shape, dtype
+            ),
             write_copy=self.copies and in_front.folded,
+            **where,
         )
         if self.needed and self.chunk == 1:
             a = stream.operand if products.a is None else products.a
-            inner = slot["attention"] if products.inner is None else products.inner
+            inner = visit.slot["attention"] if products.inner is None else products.inner
             gradient.add(products.g, a, products.grad, inner, self.rows)
         return back
+
+    def in_front(self, visit: _Visit, kind: Kind) -> tuple[Sublayer, dict[str, Tensor | None]]:
+        """The sublayer in front, whose output's gradient is this one's input's, and where that is written."""
+        layer = visit.layer
+        if kind == "mixer" and layer == 0:
+            return self.blocks[-1].mlp, self.entry(visit.step - 1)
+        name, part = f"{layer}.mixer", self.blocks[layer].mixer
+        if kind == "mixer":
+            name, part = f"{layer - 1}.mlp", self.blocks[layer - 1].mlp
+        place = None
+        if part.folded and self.needed:
+            shape = tuple(self.like.shape)
+            place = self.workspace.slot(f"{name}.grad", visit.index, shape, self.call.operand)
+        return part, self.written(place)
 
     @property
     def rows(self) -> int:
@@ -193,24 +201,28 @@ class _Sweep:
     def flush(self, first: int, last: int) -> None:
         """Weight gradients of the calls ``first`` to ``last - 1``, whose operands lie in the workspace."""
         steps = last - first
-        final = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            names = f"{layer}.mixer", f"{layer}.mlp"
-            for part, gradient, name in zip(block.sublayers, self.gradients[layer], names, strict=True):
-                mixer = part is block.mixer
-                a = self.saved.stack(layer, "in" if mixer else "middle", first, last)
-                if not mixer and layer == final:
-                    assert self.entries is not None
-                    grad = self.entries[first:last]
-                else:
-                    grad = self.workspace.stack(f"{name}.grad", steps)
-                inner = (
-                    self.saved.stack(layer, "attention", first, last)
-                    if mixer
-                    else self.workspace.stack(f"{name}.inner", steps)
-                )
-                g = self.workspace.stack(f"{name}.g", steps)
-                gradient.add(g, a, grad, inner, self.rows)
+
+        def stacked(name: str) -> Tensor:
+            return self.workspace.stack(name, steps)
+
+        for layer, gradients in enumerate(self.gradients):
+            gradients["mixer"].add(
+                stacked(f"{layer}.mixer.g"),
+                self.saved.stack(layer, "in", first, last),
+                stacked(f"{layer}.mixer.grad"),
+                self.saved.stack(layer, "attention", first, last),
+                self.rows,
+            )
+            of_output = None if self.entries is None else self.entries[first:last]
+            if layer + 1 < len(self.blocks) or of_output is None:
+                of_output = stacked(f"{layer}.mlp.grad")
+            gradients["mlp"].add(
+                stacked(f"{layer}.mlp.g"),
+                self.saved.stack(layer, "middle", first, last),
+                of_output,
+                stacked(f"{layer}.mlp.inner"),
+                self.rows,
+            )
 
 
 def recursion_backward(
@@ -258,7 +270,10 @@ def recursion_backward(
     of_parameters = []
     if needed:
         of_parameters = [
-            total for pair_of in sweep.gradients for gradient in pair_of for total in gradient.totals()
+            total
+            for gradients in sweep.gradients
+            for gradient in gradients.values()
+            for total in gradient.totals()
         ]
     if n == 0:
         return RecursionGradient(None, of_y, None, sweep.of_output_norm, of_parameters)
