@@ -134,17 +134,24 @@ class Problem:
         return replace(self, memory=memory)
 
 
+def _weights(out: tuple[Tensor, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    drawn = [torch.randn(found.shape, generator=generator, dtype=torch.float64) for found in out]
+    return [weight.to(found.device, found.dtype) for weight, found in zip(drawn, out, strict=True)]
+
+
+def project(out: tuple[Tensor, ...]) -> Tensor:
+    """The number whose gradient :func:`results_and_gradients` takes."""
+    return torch.stack([(w * found).sum() for w, found in zip(_weights(out), out, strict=True)]).sum()
+
+
 def results_and_gradients(
     function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], leaves: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Outputs of ``function`` and the gradients of every leaf, for fixed gradients of unit scale."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     out = function(leaves)
-    generator = torch.Generator().manual_seed(7)
-    seeds = [torch.randn(found.shape, generator=generator, dtype=torch.float64) for found in out]
-    torch.autograd.backward(
-        out, [g.to(found.device, found.dtype) for g, found in zip(seeds, out, strict=True)]
-    )
+    torch.autograd.backward(out, _weights(out))
     results = {f"output {i}": found.detach() for i, found in enumerate(out)}
     for name, leaf in leaves.items():
         assert leaf.grad is not None, f"{name} received no gradient"
