@@ -37,9 +37,14 @@ def _show(line: dict[str, Any]) -> None:
 def study(device: torch.device, settings: Settings, seeds: int, jobs: int, commit: str | None) -> None:
     """Every family, seed and training, ``jobs`` at a time; lines are appended as they come."""
     runs = itertools.product(range(seeds), FAMILIES, TRAININGS)
-    # Forking after torch has started threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs,
+        # Forking after torch has started threads may hang.
+        mp_context=multiprocessing.get_context("spawn"),
+        # Runs share the cores, one each.
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
         pending = [
             pool.submit(run, family, seed, training, settings, device, commit)
             for seed, family, training in runs

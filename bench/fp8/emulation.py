@@ -130,7 +130,7 @@ class EmulatedNetwork(nn.Module):
         first = product(quantise_rows(h, eps=eps if self.config.pre_norm else None), half.first)
         inner = between(first, half.first_bias, operand)
         out = product(quantise_rows(inner), half.second)
-        out = h + (out if half.second_bias is None else out + half.second_bias)
+        out = (h + (out if half.second_bias is None else out + half.second_bias)).to(h.dtype)
         return out if self.config.pre_norm else reference.rms_norm(out, eps)
 
     def _attention(self, qkv: Tensor, bias: Tensor | None, operand: torch.dtype) -> Tensor:

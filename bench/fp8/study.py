@@ -184,8 +184,6 @@ def run(
     Networks of one family and seed start from the same parameters and see the same puzzles, whatever the
     ``training``, one of :data:`TRAININGS`.
     """
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # runs share the cores, one each
     torch.manual_seed(seed)
     model = SudokuModel(family, settings, device)
     loss = train(model, seed, fp8=training == "fp8-nograd")
