@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.ops.common import launched
-from trm_kernels import TinyRecursiveNetwork, deep_recursion, latent_recursion, reference
+from trm_kernels import (
+    BackendError,
+    Packing,
+    TinyRecursiveNetwork,
+    deep_recursion,
+    latent_recursion,
+    reference,
+)
 from trm_kernels.ops import layouts
 from trm_kernels.ops._launch import LAUNCHES
 from trm_kernels.ops.attention import dropout_keep
@@ -359,3 +366,64 @@ def test_fullgraph_compile_keeps_the_kernels(masked: bool, device: str) -> None:
         (out[0] + out[1]).sum().backward()
     torch.testing.assert_close(out, recurse(x, y, z, mask), rtol=1e-4, atol=1e-5)
     assert leaf.grad is not None and leaf.grad.norm() > 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "masking"),
+    [
+        ({"family": "seed"}, "reasoning"),
+        ({"family": "scratch", "heads": 2}, "none"),
+        ({"family": "paper"}, "holes"),
+        ({"family": "paper", "mixer": "tokens"}, "none"),
+    ],
+)
+def test_only_the_positions_that_are_read_are_computed_and_right(
+    options: dict[str, Any], masking: str, device: str
+) -> None:
+    net = build(device, layers=2, **options)
+    mask, inputs = mask_of(masking, device), states(device)
+    read = torch.tensor([[LENGTH - 1, 2], [0, 3]], device=device)
+    with torch.no_grad():
+        wanted, expected_z = deep_recursion(net.forward_eager, *inputs, 1, 2, mask=mask, read=read)
+        y, z = deep_recursion(net, *inputs, 1, 2, mask=mask, read=read)
+    assert y.shape == (2, 2, WIDTH)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, expected_z, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_are_read_have_their_gradient(device: str) -> None:
+    net, inputs = build(device), states(device)
+    read = torch.tensor([[LENGTH - 1], [2]], device=device)
+    expected, _ = latent_recursion(net.forward_eager, *inputs, 1, read=read)
+    gradients = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+    y, _ = latent_recursion(net, *inputs, 1, read=read)
+    for name, ours, theirs in zip(
+        dict(net.named_parameters()),
+        torch.autograd.grad(y.square().sum(), list(net.parameters())),
+        gradients,
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_a_packing_of_known_size_stands_for_its_mask(backend: str, device: str) -> None:
+    net, inputs, mask = build(device), states(device), mask_of("holes", device)
+    assert mask is not None
+    net.backend = backend
+    packing = Packing.of(mask, rows=int(mask.sum()))
+    with torch.no_grad():
+        expected = latent_recursion(net, *inputs, 1, mask=mask)
+        found_states = latent_recursion(net, *inputs, 1, mask=packing)
+    for ours, theirs in zip(found_states, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_global_hooks_are_refused(device: str) -> None:
+    net = build(device)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(BackendError, match="global module hooks"):
+            net(states(device)[0])
+    finally:
+        handle.remove()

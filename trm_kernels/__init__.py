@@ -8,6 +8,7 @@ from trm_kernels.graphs import GraphCache, GraphedFunction, GraphedRecursion, gr
 from trm_kernels.halting import AsyncCount, HaltingResult, halting_recursion
 from trm_kernels.network import TinyRecursiveNetwork, TransformerBlock
 from trm_kernels.optimizers import capturable_adamw
+from trm_kernels.packing import Packing
 from trm_kernels.patch import PatchReport, patch
 from trm_kernels.recursion import RecursionMixin, deep_recursion, latent_recursion
 from trm_kernels.training import TrainingStep
@@ -23,6 +24,7 @@ __all__ = [
     "GraphedRecursion",
     "HaltingResult",
     "NetworkConfig",
+    "Packing",
     "ParameterAverage",
     "PatchReport",
     "RecursionMixin",

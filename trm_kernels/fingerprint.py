@@ -37,7 +37,8 @@ def fingerprint(kernel: str) -> str | None:
 @functools.cache
 def _module(name: str) -> tuple[dict[str, ast.FunctionDef], dict[str, str]]:
     """The jitted functions of a module of ``ops``, and where its names from other such modules lie."""
-    functions, imported = {}, {}
+    functions: dict[str, ast.FunctionDef] = {}
+    imported: dict[str, str] = {}
     for node in ast.parse((_OPS / f"{name}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
             functions[node.name] = node

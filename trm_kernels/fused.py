@@ -156,7 +156,7 @@ def run_recursion(
     n: int,
     *,
     T: int,
-    mask: Tensor | None,
+    mask: Tensor | Packing | None,
     output_norm: nn.RMSNorm | reference.RMSNorm | None,
     with_gradients: bool,
     memory: Memory,
@@ -164,7 +164,8 @@ def run_recursion(
     read: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
-    packing = None if mask is None else Packing.of(mask)
+    packing = Packing.of(mask) if isinstance(mask, Tensor) else mask
+    given_z = z
     if packing is not None:
         x, y, z = packing.pack(x), packing.pack(y), packing.pack(z)
     network = _Applied(module, y, n, packing=packing)
@@ -205,6 +206,8 @@ def run_recursion(
             y = y.view(*read.shape, -1)
             if packing is not None:
                 y = y.masked_fill(~packing.mask.gather(1, read)[..., None], 0.0)
+        if n == 0:
+            return y, given_z
         return y, z if packing is None else packing.unpack(z)
 
 

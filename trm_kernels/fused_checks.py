@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_internals
 
 from trm_kernels import ops, reference
 from trm_kernels.config import NetworkConfig
@@ -159,6 +160,8 @@ def refuses(module: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
 
 
 def _refuses_modules(module: FusedModule, x: Tensor) -> str | None:
+    if module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks:
+        return "there are global module hooks, which fused kernels would skip"
     layout = layout_name(module.config)
     one_dtype = not torch.is_autocast_enabled(x.device.type) and module.config.family != "paper"
     for block in module.blocks:

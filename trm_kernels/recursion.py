@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trm_kernels import backends
 from trm_kernels.network import FusedModule
-from trm_kernels.packing import read_positions
+from trm_kernels.packing import Packing, read_positions
 
 Network = Callable[..., Tensor]
 Normalisation = Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ def latent_recursion(
     z: Tensor,
     n: int,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Packing | None = None,
     output_norm: Normalisation | None = None,
     memory: Memory = "balanced",
     precision: Precision | None = None,
@@ -46,7 +46,8 @@ def latent_recursion(
         y: Current answer [B, L, D].
         z: Current latent state [B, L, D].
         n: Number of latent steps; 0 refines the answer alone.
-        mask: 1 at valid positions [B, L]; the others come out as zeros.
+        mask: 1 at valid positions [B, L]; the others come out as zeros. A :class:`~trm_kernels.Packing` of
+            them, with the number of rows that the caller knows, also saves the memory of the others.
         output_norm: Applied after every call of the network (``SequenceTRM`` of anonx3247/llm-trm).
         memory: What is kept for the backward. ``"fast"``: all that it reads. ``"balanced"``: not the
             pre-activations of the MLPs, which one product a block computes again. ``"small"``: the input of
@@ -74,7 +75,7 @@ def deep_recursion(
     n: int,
     T: int,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Packing | None = None,
     output_norm: Normalisation | None = None,
     with_gradients: bool = True,
     memory: Memory = "balanced",
@@ -103,6 +104,9 @@ def deep_recursion(
         raise ValueError(f"memory must be one of {get_args(Memory)}, not {memory!r}")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision must be None or one of {get_args(Precision)}, not {precision!r}")
+    packing = None
+    if isinstance(mask, Packing):
+        packing, mask = mask, mask.mask
     stepwise: str | None = f"{type(net).__name__} is no network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
@@ -113,7 +117,7 @@ def deep_recursion(
                 *states,
                 n,
                 T=T,
-                mask=mask,
+                mask=mask if packing is None else packing,
                 output_norm=output_norm,
                 with_gradients=with_gradients,
                 memory=memory,

@@ -64,7 +64,7 @@ def build(value: Any, make: Callable[[TensorSpec], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(build(item, make) for item in value)
     if isinstance(value, InstanceSpec):
-        instance = object.__new__(value.type)
+        instance: Any = object.__new__(value.type)
         instance.__dict__.update({name: build(item, make) for name, item in value.attributes.items()})
         return instance
     if is_dataclass(value) and not isinstance(value, type):
@@ -79,7 +79,8 @@ def fresh(value: Any) -> Any:
 
 def _has_methods(value: Any) -> bool:
     """Whether ``value`` is an object of this project's own, as launchers that are methods have (no enum)."""
-    return type(value).__module__.startswith("trm_kernels") and type(value).__new__ is object.__new__
+    new: Any = type(value).__new__
+    return type(value).__module__.startswith("trm_kernels") and new is object.__new__
 
 
 def empty(spec: TensorSpec) -> Tensor:

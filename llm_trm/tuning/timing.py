@@ -42,7 +42,7 @@ def measure_on(device: torch.device, timer: Timer | None = None) -> Measure:
 
 def _measure(device: torch.device, timer: Timer, call: RecordedCall, choices: Sequence[Choice]) -> Times:
     cuda = device.type == "cuda"
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0  # type: ignore[attr-defined]
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0
     sets = [call.prepare(lambda spec: random(spec, device)) for _ in range(input_sets(call, cache))]
     times = Times()
     runs: dict[str, Call] = {}
