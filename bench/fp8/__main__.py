@@ -11,6 +11,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,16 @@ def _show(line: dict[str, Any]) -> None:
     )
 
 
-def study(device: torch.device, settings: Settings, seeds: int, jobs: int, commit: str | None) -> None:
+def study(
+    device: torch.device,
+    settings: Settings,
+    families: Sequence[Family],
+    seeds: int,
+    jobs: int,
+    commit: str | None,
+) -> None:
     """Every family, seed and training, ``jobs`` at a time; lines are appended as they come."""
-    runs = itertools.product(range(seeds), FAMILIES, TRAININGS)
+    runs = itertools.product(range(seeds), families, TRAININGS)
     with concurrent.futures.ProcessPoolExecutor(
         jobs,
         # Forking after torch has started threads may hang.
@@ -59,6 +67,9 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m bench.fp8", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu (emulated, the default) or cuda (the kernels)")
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="blocks, both by default"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--batches", type=int, default=Settings.batches, help="training batches of each")
     parser.add_argument("--jobs", type=int, help="trained at a time; 2 on a CPU, 1 on a GPU by default")
@@ -70,7 +81,8 @@ def main() -> None:
     device = torch.device(options.device)
     if not options.report:
         jobs = options.jobs or (2 if device.type == "cpu" else 1)
-        study(device, Settings(batches=options.batches), options.seeds, jobs, options.commit)
+        settings = Settings(batches=options.batches)
+        study(device, settings, options.families, options.seeds, jobs, options.commit)
     if not draw(ROOT, RESULTS):
         print(f"no {BEGIN} ... {END} in docs/fp8.md", file=sys.stderr)
         sys.exit(1)

@@ -83,16 +83,17 @@ def _section(lines: Sequence[Line]) -> list[str]:
         f"## {line['device']}, fp8 {how}",
         f"torch {versions['torch']}, commit {commits}, {line['time'][:10]}. Networks of {settings['layers']} "
         f"layers, width {settings['width']}, n = {settings['n']}, T = {settings['T']}; "
-        f"{settings['supervision']} supervision steps, each an update; {settings['batches']} batches of "
-        f"{settings['batch']}; {settings['tested']} held-out puzzles. Mean ± standard deviation over seeds.",
+        f"{settings['supervision']} supervision steps, each an update; batches of {settings['batch']}; "
+        f"{settings['tested']} held-out puzzles. Mean ± standard deviation over seeds.",
     ]
     for family in sorted({str(one["family"]) for one in lines}, reverse=True):
         of_family = [one for one in lines if one["family"] == family]
-        seeds = len({one["seed"] for one in of_family})
+        what = f"{family} block, {of_family[0]['settings']['batches']} batches"
+        what += f", {len({one['seed'] for one in of_family})} seeds"
         parts += [
-            f"**{family} block, trained in float32, {seeds} seeds: relative error against float64**",
+            f"**{what}: trained in float32; relative errors against float64**",
             inference(of_family),
-            f"**{family} block, {seeds} seeds: training with and without fp8, tested in float32**",
+            f"**{what}: trained with and without fp8, tested in float32**",
             training(of_family),
         ]
     return parts
