@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import sys
+from typing import Any
 
 import hypothesis
 import pytest
@@ -39,6 +40,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let idle workers take tests from busy ones: some take minutes, and queues are handed out early."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_report_header() -> str:

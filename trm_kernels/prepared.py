@@ -20,7 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Key = tuple[Any, ...]
 
-_kept: WeakKeyDictionary[nn.Module, tuple[Key, list[Tensor]]] = WeakKeyDictionary()
+#: For each module, by the dtype of its matrices, so that calls of two precisions may take turns.
+_kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Key, list[Tensor]]]] = WeakKeyDictionary()
 _changes = 0
 _watching = False
 
@@ -52,11 +53,11 @@ def _version(parameter: Tensor) -> object:
 
 def recall(module: nn.Module, key: Key) -> list[Tensor] | None:
     """The matrices kept for ``module``, if nothing has changed since."""
-    found = _kept.get(module)
+    found = _kept.get(module, {}).get(key[0])
     return found[1] if found is not None and found[0] == key else None
 
 
 def keep(module: nn.Module, key: Key, matrices: list[Tensor]) -> None:
     """Keep the matrices of ``module`` until something changes."""
     _watch()
-    _kept[module] = key, matrices
+    _kept.setdefault(module, {})[key[0]] = key, matrices

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from trm_kernels.ops.sublayer import Call, Slot, first_half, last_half, second_h
 #: ``"balanced"`` not the pre-activations of the MLPs, which one GEMM a block computes again; ``"small"`` the
 #: input of the call alone.
 Memory = Literal["fast", "balanced", "small"]
-MEMORY: tuple[Memory, ...] = get_args(Memory)
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 

@@ -164,6 +164,24 @@ def pre_activations(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
     return product.out
 
 
+def _second_product(
+    call: Call, sublayer: Sublayer, inner: Tensor, stream: Stream
+) -> tuple[Tensor, dict[str, Any]]:
+    """The left operand of the second GEMM, and what it adds, as arguments."""
+    inner, scales = _quantised(call, inner, sublayer.second_scales)
+    return inner, {
+        "scales": scales,
+        "out_dtype": call.residual,
+        "bias": sublayer.second_bias,
+        "residual": stream.value,
+        # Behind a norm that was deferred the residual is normalised here; a folded one leaves it as it is.
+        "residual_sumsq": None if call.layout.pre_norm else stream.sumsq,
+        "eps": call.eps,
+        "count": call.samples.count,
+        "transposed": sublayer.layout.tokens,
+    }
+
+
 def second_half(
     call: Call,
     sublayer: Sublayer,
@@ -180,21 +198,11 @@ def second_half(
     assert sublayer.second_matrix is not None
     written = call.written(reader, reader_slot, reader_key)
     place = written.pop("next")
-    count = call.samples.count
-    inner, scales = _quantised(call, inner, sublayer.second_scales)
-    common: dict[str, Any] = {
-        "scales": scales,
-        "out_dtype": call.residual,
-        "bias": sublayer.second_bias,
-        "residual": stream.value,
-        "count": count,
-        "transposed": sublayer.layout.tokens,
-    }
+    inner, common = _second_product(call, sublayer, inner, stream)
     if call.layout.pre_norm:
         product = gemm(inner, sublayer.second_matrix, **common, mask=mask, out=place, **written)
         assert product.out is not None
         return Stream(product.out, product.copy, product.sumsq)
-    common |= {"residual_sumsq": stream.sumsq, "eps": call.eps}
     if call.deferred:
         copied = call.operand if call.operand != call.residual and reader.first_scales is None else None
         product = gemm(inner, sublayer.second_matrix, **common, write_copy=copied, write_sumsq=True)
@@ -207,7 +215,12 @@ def second_half(
     product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
     assert product.out is not None
     _, normed, _ = add_rms_norm(
-        product.out, mask=mask, eps=call.eps, axis=call.axis(sublayer), count=count, out=place
+        product.out,
+        mask=mask,
+        eps=call.eps,
+        axis=call.axis(sublayer),
+        count=call.samples.count,
+        out=place,
     )
     assert normed is not None
     return Stream(normed)
@@ -234,16 +247,7 @@ def last_half(
         reader, reader_slot: First sublayer of the next call, and where its stream is kept.
     """
     assert sublayer.second_matrix is not None
-    count = call.samples.count
-    inner, scales = _quantised(call, inner, sublayer.second_scales)
-    common: dict[str, Any] = {
-        "scales": scales,
-        "out_dtype": call.residual,
-        "bias": sublayer.second_bias,
-        "residual": stream.value,
-        "count": count,
-        "transposed": sublayer.layout.tokens,
-    }
+    inner, common = _second_product(call, sublayer, inner, stream)
     written = call.written(reader, reader_slot, "in") if addend is not None else {}
     norm = call.output_norm if call.layout.pre_norm else Norm(None, call.eps)
     if norm is None:
@@ -252,8 +256,6 @@ def last_half(
         )
         following = None if product.next is None else Stream(product.next, product.copy, product.sumsq)
         return product.out, following
-    if not call.layout.pre_norm:
-        common |= {"residual_sumsq": stream.sumsq, "eps": call.eps}
     product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
     assert product.out is not None
     if mask is not None:
@@ -266,7 +268,7 @@ def last_half(
         norm=norm,
         write_normed=keep,
         write_next=addend is not None,
-        count=count,
+        count=call.samples.count,
         **written,
     )
     return normed, following
