@@ -52,10 +52,12 @@ class DeviceReport:
             drawn[f"benchmarks-{slug}-scaling-{dtype}.png"] = plot_scaling, curves
         return drawn
 
-    def provenance(self) -> str:
-        """Versions, commits and days behind the results."""
+    def provenance(self, *groups: Group) -> str:
+        """Versions, commits and days behind the results of some groups, or of all."""
         found: dict[str, None] = {}
-        for run in self.runs:
+        for result, run in zip(self.results, self.runs, strict=True):
+            if groups and result.group not in groups:
+                continue
             versions = run["versions"]
             found[
                 f"torch {versions['torch']}, triton {versions['triton'] or '-'}, "
@@ -113,7 +115,7 @@ def summary(reports: list[DeviceReport]) -> str:
     """One line a case, without peers and scaling."""
     parts = []
     for report in reports:
-        parts += [f"{report.device} ({report.provenance()}):", _medians(report.of("main"))]
+        parts += [f"{report.device} ({report.provenance('main')}):", _medians(report.of("main"))]
     return "\n\n".join(parts + _missing(reports))
 
 
