@@ -171,6 +171,8 @@ def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, target: Targe
     if datacenter_blackwell and tile == _FORWARD[2][16]:
         # Its accumulators lie outside the registers, and pass through them: 4 warps spill up to 256 bytes.
         return replace(tile, warps=8, stages=1)
+    if datacenter_blackwell and tile == _BACKWARD[2][64]:
+        return replace(tile, warps=8)  # and here 8 bytes in the loop, with RoPE
     return tile
 
 
