@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.chain import Memory, Saved, block_spec, enter, network_call
+from trm_kernels.ops.chain import Memory, Saved, enter, network_call, saved_spec
 from trm_kernels.ops.layouts import Block, Sublayer
 from trm_kernels.ops.norm import rms_norm_backward
 from trm_kernels.ops.stream import Stream
@@ -98,22 +98,15 @@ class _Sweep:
             for block in blocks
         ]
         self.of_output_norm: Tensor | None = None
-        last = blocks[-1].mlp
         # Written by one call for the call before it, which may belong to the next chunk.
         self.copies = call.operand != call.residual
         self.entries = None
-        if last.folded and self.chunk > 1:
+        if self.chunk > 1:
             self.entries = some.new_empty((self.steps, *self.like.shape), dtype=call.operand)
 
     def recomputed(self, step: int) -> Saved:
         """What the forward of one call keeps, run again from its input."""
-        spec = {
-            f"{layer}.{name}": ((1, *shape), dtype)
-            for layer, block in enumerate(self.blocks)
-            for name, (shape, dtype) in block_spec(
-                self.call, block, self.like, "fast", last=layer == len(self.blocks) - 1
-            ).items()
-        }
+        spec = saved_spec(self.call, self.blocks, self.like, 1, "fast")
         again = Saved.empty(spec, self.like, step)
         slots = [again.slot(layer, step) for layer in range(len(self.blocks))]
         stream, _ = enter(self.call, self.blocks, None, self.saved.tensors["in"][step], None, slots[0])
@@ -261,7 +254,7 @@ def recursion_backward(
                 of_y = back.value.clone() if n > 0 else back.value
                 if n > 0 and grad_z is not None:
                     back = Stream(back.value + grad_z)
-            elif pair or n > 0:
+            else:
                 of_pair = back.value.to(wide, copy=True) if of_pair is None else of_pair.add_(back.value)
             grad = back
         if needed and sweep.chunk > 1:
