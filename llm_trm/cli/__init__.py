@@ -19,7 +19,11 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
     cls=Group,
     commands_at={
         "bench": "llm_trm.cli.bench:bench",
+        "data": "llm_trm.cli.data:data",
+        "datagen": "llm_trm.cli.datagen:datagen",
         "env": "llm_trm.cli.env:env",
+        "eval": "llm_trm.cli.evaluate:evaluate",
+        "train": "llm_trm.cli.train:train",
         "tune": "llm_trm.cli.tune:tune",
     },
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -14,6 +14,7 @@ import click
 from llm_trm.benchmark.suites import CPU_TRAIN_WIDTH, SUITES, group_of, left_out, shrunk, suite
 from llm_trm.benchmark.workloads import Case, Mode
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.output import output_file
 
 if TYPE_CHECKING:
     import torch
@@ -49,17 +50,11 @@ def _backend_names(value: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def _writable(_context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse an output path before any work is done; nothing is created yet."""
-    if value is None:
+    if output_file(context, parameter, value) is None:
         return None
-    folder = value.parent
-    if value.is_dir():
-        raise click.BadParameter(f"{value} is a folder; name a file in it")
-    if not folder.is_dir():
-        raise click.BadParameter(f"the folder {folder} does not exist; create it first")
-    if not os.access(value if value.exists() else folder, os.W_OK):
-        raise click.BadParameter(f"{value} cannot be written; choose another path")
+    assert value is not None
     if parameter.name == "plot":
         if value.suffix not in {".png", ".svg", ".pdf"}:
             raise click.BadParameter(f"{value.name} must end in .png, .svg or .pdf")

@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.exceptions import NoArgsIsHelpError
 
+from llm_trm.errors import InputError
+
 
 class UserError(click.ClickException):
     """Something that the user can put right: one line on stderr, exit code 2."""
@@ -29,6 +31,8 @@ def _one_line_errors() -> Iterator[None]:
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         raise UserError(" ".join(error.format_message().split()) + hint) from error
+    except InputError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 class Group(click.Group):

@@ -1,0 +1,87 @@
+"""``llm-trm data``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from llm_trm.cli.output import output_file
+
+
+@click.group()
+def data() -> None:
+    """Write problems to learn from."""
+
+
+@data.command(short_help="Write problems of the arithmetic world as JSONL.")
+@click.option(
+    "--num-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="How many problems."
+)
+@click.option(
+    "--operations",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Most operations of a problem: its difficulty.",
+)
+@click.option(
+    "--min-operations",
+    type=click.IntRange(min=1),
+    help="Fewest operations. [default: as many as --operations]",
+)
+@click.option(
+    "--modulus",
+    type=click.IntRange(min=2),
+    default=10,
+    show_default=True,
+    help="Totals are taken modulo this number.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    default="train",
+    show_default=True,
+    help="No question is in both.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same problems.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_file,
+    help="JSONL file to write. [default: standard output]",
+)
+def arithmetic(
+    num_samples: int,
+    operations: int,
+    min_operations: int | None,
+    modulus: int,
+    split: str,
+    seed: int,
+    output: Path | None,
+) -> None:
+    """Write chains of additions, subtractions and multiplications, with worked traces.
+
+    A problem is worked from left to right on a running total, modulo --modulus: 7+5*3-8 is 8. Each line is
+    a JSON object with question, thinking (the worked trace), answer and operations.
+
+    \b
+    Examples:
+      llm-trm data arithmetic --num-samples 3
+      llm-trm data arithmetic --operations 3 --split test --num-samples 500 -o held_out.jsonl
+    """
+    from llm_trm.data.arithmetic import World
+    from llm_trm.files import write_text
+
+    world = World(operations if min_operations is None else min_operations, operations, modulus)
+    lines = (
+        json.dumps(problem.record()) + "\n"
+        for problem in world.problems(num_samples, split, seed)  # type: ignore[arg-type]
+    )
+    if output is None:
+        sys.stdout.writelines(lines)
+    else:
+        write_text(output, "".join(lines))

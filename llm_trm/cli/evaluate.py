@@ -1,0 +1,12 @@
+"""``llm-trm eval``."""
+
+from __future__ import annotations
+
+import click
+
+from llm_trm.cli.group import Group
+
+
+@click.group("eval", cls=Group, commands_at={"phase2": "llm_trm.cli.eval_phase2:phase2"})
+def evaluate() -> None:
+    """Measure a trained model on what it has not seen."""

@@ -1,0 +1,27 @@
+"""``llm-trm train``."""
+
+from __future__ import annotations
+
+import click
+
+from llm_trm.cli.group import Group
+
+
+@click.group(
+    cls=Group,
+    commands_at={
+        "lm": "llm_trm.cli.train_lm:lm",
+        "phase1": "llm_trm.cli.train_phase1:phase1",
+        "phase2": "llm_trm.cli.train_phase2:phase2",
+    },
+)
+def train() -> None:
+    """Train a language model, a compressor, or a recursion that replaces thinking.
+
+    \b
+    In order:
+      llm-trm train lm       a tiny language model that thinks (one ships with the package)
+      llm-trm train phase1   a compressor of its hidden states
+      llm-trm datagen        its states before and after thinking
+      llm-trm train phase2   a recursion from the ones to the others
+    """

@@ -1,0 +1,1 @@
+"""Problems, language-model states, and the files that hold them."""

@@ -1,0 +1,111 @@
+"""The arithmetic world: problems that a tiny language model solves by thinking, and not without.
+
+A problem is a chain of operations on a running total, from left to right, modulo ``modulus``:
+``7+5*3-8`` is ``((7 + 5) * 3 - 8) mod 10 = 8``. Its worked trace writes every intermediate total.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llm_trm.errors import InputError
+
+Split = Literal["train", "test"]
+
+#: One problem of so many is held out, by a hash of its question, whatever seed drew it.
+_HELD_OUT = 8
+_OPERATORS = "+-*"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its worked solution.
+
+    Attributes:
+        question: What is asked, ``7+5*3-8``.
+        thinking: The worked trace, ``7+5=2;2*3=6;6-8=8``.
+        answer: The last total, ``8``.
+        operations: How many operations the chain has: its difficulty.
+    """
+
+    question: str
+    thinking: str
+    answer: str
+    operations: int
+
+    def record(self) -> dict[str, str | int]:
+        """The problem as a JSONL record."""
+        return {
+            "question": self.question,
+            "thinking": self.thinking,
+            "answer": self.answer,
+            "operations": self.operations,
+        }
+
+
+@dataclass(frozen=True)
+class World:
+    """Which problems there are.
+
+    Args:
+        min_operations, max_operations: Operations of a problem, drawn uniformly from this range.
+        modulus: Totals and operands lie in 0 .. modulus - 1; operands are at least 1.
+
+    Raises:
+        InputError: An empty range, or a modulus below 2.
+    """
+
+    min_operations: int = 1
+    max_operations: int = 5
+    modulus: int = 10
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_operations <= self.max_operations:
+            raise InputError(
+                f"operations must be a range from 1 up, not {self.min_operations} to {self.max_operations}"
+            )
+        if self.modulus < 2:
+            raise InputError(f"the modulus must be at least 2, not {self.modulus}")
+
+    def draw(self, generator: random.Random) -> Problem:
+        """One problem, of either split."""
+        operations = generator.randint(self.min_operations, self.max_operations)
+        total = generator.randrange(1, self.modulus)
+        question, steps = [str(total)], []
+        for _ in range(operations):
+            operator, operand = generator.choice(_OPERATORS), generator.randrange(1, self.modulus)
+            before = total
+            total = _apply(operator, total, operand) % self.modulus
+            question.append(f"{operator}{operand}")
+            steps.append(f"{before}{operator}{operand}={total}")
+        return Problem("".join(question), ";".join(steps), str(total), operations)
+
+    def problem(self, split: Split, seed: int, index: int) -> Problem:
+        """Problem ``index`` of the endless sequence that ``split`` and ``seed`` name."""
+        if split not in get_args(Split):
+            raise InputError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
+        # A string seed is hashed with SHA-512, the same in every process and version.
+        generator = random.Random(f"{split}/{seed}/{index}")
+        while True:
+            problem = self.draw(generator)
+            if held_out(problem.question) == (split == "test"):
+                return problem
+
+    def problems(self, count: int, split: Split = "train", seed: int = 0) -> Iterator[Problem]:
+        """The first ``count`` problems of a split; the two splits share no question."""
+        return (self.problem(split, seed, index) for index in range(count))
+
+
+def held_out(question: str) -> bool:
+    """Whether a question belongs to the test split."""
+    return hashlib.sha256(question.encode()).digest()[0] % _HELD_OUT == 0
+
+
+def _apply(operator: str, left: int, right: int) -> int:
+    if operator == "+":
+        return left + right
+    return left - right if operator == "-" else left * right

@@ -1,0 +1,10 @@
+"""Errors that the user can put right."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the file or option at fault and the remedy.
+
+    The command line prints it as it is and ends with exit code 2.
+    """

@@ -1,0 +1,81 @@
+"""Exact-match accuracy of a language model that answers problems, with or without thinking first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_trm.models.tiny import END_THINK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llm_trm.data.arithmetic import Problem
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many answers were right.
+
+    Attributes:
+        correct, total: Problems answered rightly, and problems asked.
+        generated: Tokens that the model wrote for a problem, on average, the end token included.
+    """
+
+    correct: int
+    total: int
+    generated: float
+
+    @property
+    def share(self) -> float:
+        """Accuracy in [0, 1]."""
+        return self.correct / max(self.total, 1)
+
+
+def answer_of(text: str) -> str:
+    """What a model says after it has thought: the text behind the last ``</think>``, or all of it."""
+    return text.rpartition(END_THINK)[2].strip()
+
+
+@torch.no_grad()
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    thinking: bool,
+    max_new_tokens: int = 256,
+    batch_size: int = 256,
+) -> Accuracy:
+    """Greedy exact-match accuracy on ``problems``.
+
+    Args:
+        tokenizer: With left padding and a chat template that takes ``enable_thinking``.
+        thinking: Whether the model is to think first.
+        max_new_tokens: Where an answer that does not end is cut, and counted as wrong.
+    """
+    correct = generated = 0
+    for start in range(0, len(problems), batch_size):
+        batch = problems[start : start + batch_size]
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem.question}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+            )
+            for problem in batch
+        ]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = inputs.to(model.device)
+        length = inputs["input_ids"].shape[1]
+        # Typed as Any: transformers' own annotation of generate loses its type.
+        generate: Any = model.generate
+        out = generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
+        generated += int((out != tokenizer.pad_token_id).sum())
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        correct += sum(answer_of(text) == problem.answer for text, problem in zip(texts, batch, strict=True))
+    return Accuracy(correct, len(problems), generated / max(len(problems), 1))

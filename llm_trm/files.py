@@ -1,0 +1,105 @@
+"""Files that are written whole or not at all, and read with errors that name them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_trm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its place when the block ends without an error.
+
+    The content reaches the disk before the name does, so that a crash leaves the old file or the new one.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files that only their owner can read; this one is as public as the umask allows.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file; InputError, ending in ``remedy``, if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({_one_line(error)}): {remedy}") from error
+
+
+def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; InputError, ending in ``remedy``, if it is missing or broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: {remedy}") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({_one_line(error)}): {remedy}") from error
+
+
+def writable_folder(path: Path) -> Path:
+    """``path``, created where it is missing; InputError if nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

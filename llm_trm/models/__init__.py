@@ -1,0 +1,1 @@
+"""Language models and the recursions that read their states."""

@@ -1,0 +1,106 @@
+"""Loads a causal language model that thinks, by name, path, or as the one that ships with this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_trm.errors import InputError
+from llm_trm.extras import require
+from llm_trm.models.tiny import END_THINK, THINK
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: ``--model arithmetic``: the language model of the arithmetic world, inside the package.
+ARITHMETIC = "arithmetic"
+_ARITHMETIC_FOLDER = Path(__file__).parent / "arithmetic"
+
+
+@dataclass(frozen=True)
+class ThinkingModel:
+    """A frozen causal language model, its tokenizer, and the tokens that its thinking lies between.
+
+    Attributes:
+        name: What it was loaded by.
+        model: In eval mode, no parameter needs a gradient.
+        tokenizer: Pads on the left.
+        think, end_think: Ids of ``<think>`` and ``</think>``.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    think: int
+    end_think: int
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of its hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def prompt(self, question: str, *, thinking: bool = True) -> str:
+        """``question`` as the user's turn of a chat, up to where the model begins to write."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        assert isinstance(text, str)
+        return text
+
+
+def load_thinking_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> ThinkingModel:
+    """Load a language model for reading its states.
+
+    Args:
+        name: ``"arithmetic"``, a folder in Hugging Face format, or a name on the hub, for instance
+            ``"HuggingFaceTB/SmolLM3-3B"``.
+        device: Where it runs.
+        dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        InputError: No such model, or one without a chat template or ``<think>`` and ``</think>`` tokens.
+    """
+    require("train", "transformers")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(_ARITHMETIC_FOLDER) if name == ARITHMETIC else name
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    tokenizer = _pretrained(AutoTokenizer, name, source)
+    think, end_think = (_tag(tokenizer, tag, name) for tag in (THINK, END_THINK))
+    if not tokenizer.chat_template:
+        raise InputError(f"model {name}: its tokenizer has no chat template; use an instruction-tuned model")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = _pretrained(AutoModelForCausalLM, name, source, dtype=dtype).to(device).eval()
+    return ThinkingModel(name, model.requires_grad_(False), tokenizer, think, end_think)
+
+
+def _pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model {name} cannot be loaded ({reason[:200]}): name a folder in Hugging Face format, a model "
+            f"on the hub, or {ARITHMETIC!r}"
+        ) from error
+
+
+def _tag(tokenizer: PreTrainedTokenizerBase, tag: str, name: str) -> int:
+    found = tokenizer.encode(tag, add_special_tokens=False)
+    if len(found) != 1:
+        raise InputError(
+            f"model {name}: {tag} is {len(found)} tokens of its vocabulary, not one; use a model that thinks "
+            f"between {THINK} and {END_THINK}, for instance HuggingFaceTB/SmolLM3-3B"
+        )
+    return int(found[0])

@@ -1,0 +1,135 @@
+"""Trains a language model from nothing on the arithmetic world, to think before it answers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from llm_trm.data.arithmetic import World
+from llm_trm.errors import InputError
+from llm_trm.models.tiny import END, END_THINK, THINK, tiny_language_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Label of tokens that the model is not to learn to write (the value that cross entropy ignores).
+_NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Settings of :func:`train_language_model`.
+
+    Attributes:
+        output: Folder of the finished model and of the checkpoints on the way.
+        preset: Size of the model (:data:`llm_trm.models.tiny.PRESETS`).
+        world: Problems to learn from.
+        thinking_share: Share of the samples with a worked trace; the others have an empty one, in the prompt.
+        steps: Optimizer steps.
+        batch_size: Samples a step, of one process.
+        learning_rate: Peak of the schedule: warm-up over 5% of the steps, then cosine to 0.
+        seed: Of weights and samples.
+        save_every: Steps between checkpoints.
+        resume: Go on from the last checkpoint in ``output``.
+        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    """
+
+    output: Path
+    preset: str = "tiny"
+    world: World = field(default_factory=World)
+    thinking_share: float = 0.6
+    steps: int = 1200
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    seed: int = 0
+    save_every: int = 200
+    resume: bool = False
+    device: str = "cpu"
+
+
+class Lessons(Dataset[dict[str, list[int]]]):
+    """Token sequences of solved problems; sample i is a function of the seed and i alone."""
+
+    def __init__(self, config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._tokenizer = config, tokenizer
+
+    def __len__(self) -> int:
+        return self._config.steps * self._config.batch_size
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        config = self._config
+        problem = config.world.problem("train", config.seed, index)
+        thinks = random.Random(f"thinks/{config.seed}/{index}").random() < config.thinking_share
+        prompt = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.question}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinks,
+        )
+        trace = f"{THINK}{problem.thinking}{END_THINK}" if thinks else ""
+        # Prompts carry no label. An empty trace is prompt: a model that learned to write it would not think.
+        asked = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        said = self._tokenizer(f"{trace}{problem.answer}{END}", add_special_tokens=False)["input_ids"]
+        return {"input_ids": asked + said, "labels": [_NO_LABEL] * len(asked) + said}
+
+
+def train_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Train, and save model and tokenizer in Hugging Face format in ``config.output``, weights in bfloat16.
+
+    Returns:
+        The model as it was saved (bfloat16 values, in float32) in eval mode, and its tokenizer.
+
+    Raises:
+        InputError: Nothing to resume, or a checkpoint that is not one.
+    """
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = None
+    if config.resume:
+        checkpoint = get_last_checkpoint(str(config.output)) if config.output.is_dir() else None
+        if checkpoint is None:
+            raise InputError(f"{config.output} holds no checkpoint to resume: leave --resume out")
+    tokenizer = tiny_tokenizer()
+    model = tiny_language_model(tokenizer, config.preset, config.seed)
+    arguments = TrainingArguments(
+        output_dir=str(config.output),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, config.steps // 20),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        bf16=config.device == "cuda",
+        logging_steps=25,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to="none",
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+    )
+    padding_right = tiny_tokenizer()
+    padding_right.padding_side = "right"
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Lessons(config, tokenizer),
+        data_collator=DataCollatorForSeq2Seq(padding_right, padding=True, label_pad_token_id=_NO_LABEL),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained = trained.to(torch.bfloat16)
+    if trainer.is_world_process_zero():
+        trained.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+    return trained.float().eval(), tokenizer
