@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 THINK, END_THINK = "<think>", "</think>"
 
-#: Messages one behind the other. As in SmolLM3's own template, an empty trace in the prompt turns thinking off.
+#: Messages one behind the other. As in SmolLM3's template, an empty trace in the prompt turns thinking off.
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|' + message.role + '|>' + message.content -}}

@@ -1,0 +1,211 @@
+"""``SequenceTRM``: a recursion over a compressed context that ends in one reasoning state."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llm_trm.errors import InputError
+from llm_trm.files import read_json, read_tensors, write_json, write_tensors
+from trm_kernels import RecursionMixin, TinyRecursiveNetwork, halting_recursion
+from trm_kernels.config import FLOAT32_EPS
+
+#: Whose confidence stops a sample: its own, the mean of its batch (as in the original), or nobody's.
+Halting = Literal["sample", "batch", "none"]
+
+_WEIGHTS, _CONFIG = "trm.safetensors", "trm.json"
+
+
+@dataclass(frozen=True)
+class SequenceTRMConfig:
+    """Sizes of a :class:`SequenceTRM`.
+
+    Attributes:
+        d_compressed: Width D' of the compressed states.
+        n_layers, n_heads: Blocks of the network, and attention heads of a block.
+        n_latent_steps: Latent steps n of a recursion.
+        n_deep_recursions: Recursions T of a supervision step.
+        dropout: Probability of dropping an attention weight in training.
+    """
+
+    d_compressed: int = 256
+    n_layers: int = 2
+    n_heads: int = 8
+    n_latent_steps: int = 6
+    n_deep_recursions: int = 3
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What :meth:`SequenceTRM.reason` returns.
+
+    Attributes:
+        state: The reasoning state at each sample's exit [B, D'].
+        halt_logits: Halting logit at the exit [B].
+        steps: Supervision steps that each sample took, int32 [B].
+    """
+
+    state: Tensor
+    halt_logits: Tensor
+    steps: Tensor
+
+
+class SequenceTRM(RecursionMixin, nn.Module):
+    """Reads a context [B, L, D'], appends a reasoning token, and refines it by recursion.
+
+    Every call of the network is followed by ``output_norm``. Parameters are named and shaped as in
+    anonx3247/llm-trm (``src/train/phase2_trm.py``), so its state dicts load.
+
+    Args:
+        d_compressed, n_layers, n_heads, n_latent_steps, n_deep_recursions, dropout: See
+            :class:`SequenceTRMConfig`.
+        backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
+    """
+
+    def __init__(
+        self,
+        d_compressed: int = 256,
+        n_layers: int = 2,
+        n_heads: int = 8,
+        n_latent_steps: int = 6,
+        n_deep_recursions: int = 3,
+        dropout: float = 0.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = SequenceTRMConfig(
+            d_compressed, n_layers, n_heads, n_latent_steps, n_deep_recursions, dropout
+        )
+        self.n_latent_steps, self.n_deep_recursions = n_latent_steps, n_deep_recursions
+        self.net = TinyRecursiveNetwork(d_compressed, n_layers, n_heads, dropout, backend=backend)
+        self.reasoning_token = nn.Parameter(torch.randn(1, 1, d_compressed) * 0.02)
+        self.halt_head = nn.Linear(d_compressed, 1)
+        self.output_norm = nn.RMSNorm(d_compressed, eps=FLOAT32_EPS)
+
+    @classmethod
+    def from_config(cls, config: SequenceTRMConfig, *, backend: str | None = None) -> SequenceTRM:
+        """Build a model from its description."""
+        return cls(**asdict(config), backend=backend)
+
+    def embed(self, context: Tensor) -> Tensor:
+        """The context [B, L, D'] with the reasoning token behind it [B, L + 1, D']."""
+        token = self.reasoning_token.to(context.dtype).expand(context.shape[0], -1, -1)
+        return torch.cat((context, token), dim=1)
+
+    def extend_mask(self, mask: Tensor) -> Tensor:
+        """A mask of the context [B, L], with the reasoning token valid behind its padding [B, L + 1]."""
+        return torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
+
+    def halt_logits(self, y: Tensor) -> Tensor:
+        """Halting logits [B] of y [B, L + 1, D']; a sample wants to halt where its logit is positive."""
+        return self.halt_head(y[:, -1]).squeeze(-1)
+
+    def setup_for_steps(
+        self, x: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the first supervision step starts from.
+
+        Args:
+            x: Context [B, L, D'].
+            mask: 1 at valid positions [B, L].
+
+        Returns:
+            The extended context [B, L + 1, D'], y and z (zeros of that shape), the extended mask or None.
+        """
+        x = self.embed(x)
+        return x, torch.zeros_like(x), torch.zeros_like(x), None if mask is None else self.extend_mask(mask)
+
+    def single_step(
+        self, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One supervision step: a deep recursion, and what the halting head says of it.
+
+        Args:
+            x, y, z: Extended context and states [B, L + 1, D'].
+            mask: Extended mask [B, L + 1].
+
+        Returns:
+            The new y and z, not detached, and the halting probability [B, 1].
+        """
+        y, z = self.deep_recursion(x, y, z, mask)
+        return y, z, torch.sigmoid(self.halt_logits(y))[:, None]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, n_steps: int = 1) -> Tensor:
+        """Run ``n_steps`` supervision steps, states detached between them.
+
+        Args:
+            x: Context [B, L, D'].
+            mask: 1 at valid positions [B, L].
+
+        Returns:
+            The answer [B, L + 1, D']; its last position is the reasoning state.
+        """
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, not {n_steps}")
+        x, y, z, mask = self.setup_for_steps(x, mask)
+        for _ in range(n_steps):
+            y, z = self.deep_recursion(x, y.detach(), z.detach(), mask)
+        return y
+
+    @torch.no_grad()
+    def reason(
+        self, x: Tensor, mask: Tensor | None = None, *, max_steps: int = 8, halting: Halting = "sample"
+    ) -> Reasoning:
+        """Recur until the halting head is content, at most ``max_steps`` supervision steps; no gradient.
+
+        Args:
+            x: Context [B, L, D'].
+            mask: 1 at valid positions [B, L].
+            halting: ``"sample"``: each sample stops for itself, and costs nothing more. ``"batch"``: all stop
+                when the mean probability of the batch passes one half. ``"none"``: all take ``max_steps``.
+        """
+        x, y, z, mask = self.setup_for_steps(x, mask)
+        state = {"x": x, "y": y, "z": z, "logits": x.new_zeros(x.shape[0])}
+        if mask is not None:
+            state["mask"] = mask
+
+        def step(
+            x: Tensor, y: Tensor, z: Tensor, logits: Tensor, mask: Tensor | None = None
+        ) -> tuple[dict[str, Tensor], Tensor]:
+            y, z = self.deep_recursion(x, y, z, mask, with_gradients=False)
+            logits = self.halt_logits(y)
+            if halting == "batch":
+                halt = (torch.sigmoid(logits).mean() > 0.5).expand(len(logits))
+            else:
+                halt = (logits > 0) & (halting == "sample")
+            return {"y": y, "z": z, "logits": logits}, halt
+
+        result = halting_recursion(step, state, max_steps, compact=halting == "sample")
+        return Reasoning(result.state["y"][:, -1], result.state["logits"], result.exit_steps)
+
+
+def save_sequence_trm(model: SequenceTRM, folder: Path, **facts: Any) -> None:
+    """Write weights and sizes into ``folder``; ``facts`` (JSON values) are kept beside the sizes."""
+    write_tensors(folder / _WEIGHTS, model.state_dict())
+    write_json(folder / _CONFIG, {"kind": "SequenceTRM", **asdict(model.config), "facts": facts})
+
+
+def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[SequenceTRM, dict[str, Any]]:
+    """The model that :func:`save_sequence_trm` wrote, in eval mode, and the facts beside it.
+
+    Raises:
+        InputError: A missing or broken file, or one of another kind.
+    """
+    remedy = "name a folder that `llm-trm train phase2` wrote"
+    described = read_json(folder / _CONFIG, remedy)
+    try:
+        kind, facts = described.pop("kind"), described.pop("facts")
+        if kind != "SequenceTRM":
+            raise InputError(f"{folder / _CONFIG} describes a {kind}, not a SequenceTRM: {remedy}")
+        model = SequenceTRM.from_config(SequenceTRMConfig(**described), backend=backend)
+        model.load_state_dict(read_tensors(folder / _WEIGHTS, remedy))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder} holds no SequenceTRM ({reason}): {remedy}") from error
+    return model.eval(), facts
