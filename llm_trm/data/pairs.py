@@ -1,0 +1,349 @@
+"""Pair files: the states of a language model before it thinks, and the one after.
+
+A folder holds ``pairs.json``, the index, and numbered shards. ``shard-00000.safetensors`` has the states of
+its samples in packed rows, and ``shard-00000.jsonl`` one record a sample, in the same order:
+
+===============  =============  =============================================================================
+``hidden_pre``   ``[rows, D]``  final-norm states of every position before ``<think>``, sample behind sample
+``hidden_post``  ``[N, D]``     final-norm state at the position of ``</think>``
+``offsets``      ``[N + 1]``    int64; sample i has the rows ``offsets[i] .. offsets[i + 1] - 1``
+===============  =============  =============================================================================
+
+The records load with ``datasets.load_dataset("json", data_files="FOLDER/shard-*.jsonl")``; :data:`RECORD`
+names their fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_trm.errors import InputError
+from llm_trm.files import read_json, read_tensors, write_json, write_tensors, write_text
+
+FORMAT, VERSION = "llm-trm pairs", 1
+INDEX = "pairs.json"
+#: Types that states are stored in, by the name that the index has for them.
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+#: Fields of a record. Lengths are in tokens; ``thinking_tokens`` counts those between the tags.
+RECORD = (
+    "index",  # of the problem, in 0 .. num_samples - 1
+    "problem",  # the text asked
+    "answer",  # the reference answer, or null
+    "thinking",  # the text between <think> and </think>
+    "context_length",  # rows of hidden_pre
+    "thinking_tokens",
+    "next_token",  # id of the token that the language model ranks first at </think>
+    "response",  # the text behind </think>, empty if none was generated
+    "correct",  # whether it gives the reference answer; null where that is not known
+)
+
+# One key, because safetensors writes the metadata of a file in no fixed order.
+_METADATA_KEY = "llm_trm"
+_REMEDY = "run the same llm-trm datagen command again, which makes what is missing"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One sample.
+
+    Attributes:
+        hidden_pre: ``[L, D]``, L >= 1.
+        hidden_post: ``[D]``.
+        record: The fields of :data:`RECORD`.
+    """
+
+    hidden_pre: Tensor
+    hidden_post: Tensor
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the index knows of a shard.
+
+    Attributes:
+        file, metadata: Names of the safetensors and the JSONL file in the folder.
+        samples, rows: N and the sum of the context lengths.
+        bytes: Size of ``file``.
+    """
+
+    file: str
+    metadata: str
+    samples: int
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PairShard:
+    """One shard in memory.
+
+    Attributes:
+        hidden_pre: ``[rows, D]``, in the type that it is stored in.
+        hidden_post: ``[N, D]``.
+        offsets: ``[N + 1]``, int64.
+        records: N records with the fields of :data:`RECORD`.
+        path: The safetensors file.
+    """
+
+    hidden_pre: Tensor
+    hidden_post: Tensor
+    offsets: Tensor
+    records: list[dict[str, Any]]
+    path: Path
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """A folder of pairs whose index has been checked; the states stay on disk until they are asked for.
+
+    Attributes:
+        folder: Where they are.
+        hidden_size: D.
+        dtype: Of the stored states, a key of :data:`DTYPES`.
+        model: What the language model was loaded by.
+        settings: Everything that the samples depend on.
+        seed: Of the sampling noise.
+        failures: Problems that gave no sample, counted by reason.
+        entries: The shards.
+    """
+
+    folder: Path
+    hidden_size: int
+    dtype: str
+    model: str
+    settings: dict[str, Any]
+    seed: int
+    failures: dict[str, int]
+    entries: tuple[ShardEntry, ...]
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards."""
+        return sum(entry.samples for entry in self.entries)
+
+    @property
+    def rows(self) -> int:
+        """Rows of ``hidden_pre`` of all shards."""
+        return sum(entry.rows for entry in self.entries)
+
+    def shards(self) -> Iterator[PairShard]:
+        """The shards in order, each read when it is reached and none kept.
+
+        Raises:
+            InputError: A shard that cannot be read, contradicts the index, or holds NaN or infinity.
+        """
+        return (_read_shard(self.folder, entry, self.hidden_size) for entry in self.entries)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of all samples, without their states."""
+        for entry in self.entries:
+            yield from _read_records(self.folder / entry.metadata, entry.samples)
+
+
+def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
+    """Open a folder that ``llm-trm datagen`` has finished.
+
+    Args:
+        path: The folder.
+        hidden_size: The width D that the states must have; any if None.
+
+    Raises:
+        InputError: No index, one of another format, a shard that is missing or not as the index states, or
+            states of another width.
+    """
+    index_path = path / INDEX
+    index = read_json(
+        index_path, "name the folder of a finished llm-trm datagen, or run it again to finish it"
+    )
+    try:
+        if index["format"] != FORMAT or index["version"] != VERSION:
+            raise InputError(
+                f"{index_path} is not of format {FORMAT!r} {VERSION}: make it with llm-trm datagen"
+            )
+        files = PairFiles(
+            folder=path,
+            hidden_size=index["hidden_size"],
+            dtype=index["dtype"],
+            model=index["model"],
+            settings=index["settings"],
+            seed=index["seed"],
+            failures=index["failures"],
+            entries=tuple(ShardEntry(**entry) for entry in index["shards"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{index_path} is no index of pairs ({error!r}): {_REMEDY}") from error
+    if hidden_size is not None and files.hidden_size != hidden_size:
+        raise InputError(
+            f"{index_path}: its states are {files.hidden_size} wide (model {files.model}) and not "
+            f"{hidden_size}: use pairs and a model that belong together"
+        )
+    for entry in files.entries:
+        _check(path, entry, files)
+    return files
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    pairs: Sequence[Pair],
+    failures: Mapping[str, Sequence[int]],
+    hidden_size: int,
+    dtype: str,
+) -> None:
+    """Write shard ``number``: its states, then its records, each whole or not at all.
+
+    Args:
+        pairs: In the order of their index; none is possible.
+        failures: Indices of the problems that gave no pair, by reason.
+        hidden_size: D.
+        dtype: A key of :data:`DTYPES`.
+    """
+    file, metadata = shard_paths(folder, number)
+    lengths = torch.tensor([0, *(len(pair.hidden_pre) for pair in pairs)], dtype=torch.int64)
+    nothing = torch.empty(0, hidden_size, dtype=DTYPES[dtype])
+    tensors = {
+        "hidden_pre": torch.cat([nothing, *(pair.hidden_pre.to(DTYPES[dtype]) for pair in pairs)]),
+        "hidden_post": torch.cat([nothing, *(pair.hidden_post[None].to(DTYPES[dtype]) for pair in pairs)]),
+        "offsets": lengths.cumsum(0),
+    }
+    write_tensors(file, tensors, {_METADATA_KEY: json.dumps({"version": VERSION, "failures": failures})})
+    lines = (json.dumps({field: pair.record[field] for field in RECORD}) + "\n" for pair in pairs)
+    write_text(metadata, "".join(lines))
+
+
+def read_entry(folder: Path, number: int) -> tuple[ShardEntry, dict[str, list[int]]] | None:
+    """What shard ``number`` holds, and the problems that failed in it by reason; None if it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    file, metadata = shard_paths(folder, number)
+    if not metadata.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {})[_METADATA_KEY])
+            rows = opened.get_slice("hidden_pre").get_shape()[0]
+            samples = opened.get_slice("hidden_post").get_shape()[0]
+        _read_records(metadata, samples)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    entry = ShardEntry(file.name, metadata.name, samples, rows, file.stat().st_size)
+    return entry, about["failures"]
+
+
+def write_index(
+    folder: Path,
+    shards: int,
+    *,
+    model: str,
+    hidden_size: int,
+    dtype: str,
+    seed: int,
+    settings: dict[str, Any],
+) -> PairFiles:
+    """Write the index over ``shards`` shards that are all whole, and open the folder.
+
+    Raises:
+        InputError: A shard is not whole.
+    """
+    entries, failures = [], dict[str, int]()
+    for number in range(shards):
+        found = read_entry(folder, number)
+        if found is None:
+            raise InputError(f"{shard_paths(folder, number)[0]} is missing or not whole: {_REMEDY}")
+        entries.append(found[0])
+        for reason, indices in found[1].items():
+            failures[reason] = failures.get(reason, 0) + len(indices)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "hidden_size": hidden_size,
+        "dtype": dtype,
+        "seed": seed,
+        "settings": settings,
+        "samples": sum(entry.samples for entry in entries),
+        "rows": sum(entry.rows for entry in entries),
+        "failures": dict(sorted(failures.items())),
+        "shards": [asdict(entry) for entry in entries],
+    }
+    write_json(folder / INDEX, index)
+    return open_pairs(folder)
+
+
+def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
+    """The safetensors and the JSONL file of shard ``number``."""
+    stem = f"shard-{number:05d}"
+    return folder / f"{stem}.safetensors", folder / f"{stem}.jsonl"
+
+
+def _check(folder: Path, entry: ShardEntry, files: PairFiles) -> None:
+    """Compare a shard with the index without reading its states."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / entry.file
+    for name in (entry.file, entry.metadata):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing: {_REMEDY}")
+    if (size := path.stat().st_size) != entry.bytes:
+        raise InputError(f"{path} has {size} bytes and not {entry.bytes}: {_REMEDY}")
+    expected = _expected(entry, files.hidden_size)
+    try:
+        with safe_open(path, "pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in expected}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+    _compare(path, shapes, expected)
+
+
+def _expected(entry: ShardEntry, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "hidden_pre": (entry.rows, hidden_size),
+        "hidden_post": (entry.samples, hidden_size),
+        "offsets": (entry.samples + 1,),
+    }
+
+
+def _compare(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"{path}: {name} is {shapes.get(name)} and not {shape} as {INDEX} says: {_REMEDY}"
+            )
+
+
+def _read_shard(folder: Path, entry: ShardEntry, hidden_size: int) -> PairShard:
+    path = folder / entry.file
+    tensors = read_tensors(path, _REMEDY)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _compare(path, shapes, _expected(entry, hidden_size))
+    for name in ("hidden_pre", "hidden_post"):
+        if not torch.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: {name} holds NaN or infinity: delete the file, and {_REMEDY}")
+    offsets = tensors["offsets"]
+    if offsets[0] != 0 or offsets[-1] != entry.rows or bool((offsets.diff() < 1).any()):
+        raise InputError(
+            f"{path}: offsets do not rise from 0 to {entry.rows}: delete the file, and {_REMEDY}"
+        )
+    records = _read_records(folder / entry.metadata, entry.samples)
+    return PairShard(tensors["hidden_pre"], tensors["hidden_post"], offsets, records, path)
+
+
+def _read_records(path: Path, samples: int) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+    if len(records) != samples:
+        raise InputError(f"{path} has {len(records)} records and not {samples}: {_REMEDY}")
+    return records
