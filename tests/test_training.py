@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -422,6 +422,32 @@ def test_a_module_that_communicates_is_refused() -> None:
     model.register_module("parallel", nn.DataParallel(nn.Linear(1, 1)))
     with pytest.warns(GraphFallbackWarning, match="a DataParallel communicates"):
         train(step_of(model, adamw(model), cache=cache), 2)
+
+
+def test_reduced_gradients_are_what_is_clipped_and_applied() -> None:
+    model = Sorter()
+    twin = copy.deepcopy(model)
+    norms = []
+
+    def halve(gradients: Sequence[Tensor]) -> None:
+        for gradient in gradients:
+            gradient.mul_(0.5)
+
+    for trained, reduce, lr in ((model, halve, 0.2), (twin, None, 0.1)):
+        optimizer = torch.optim.SGD(trained.parameters(), lr)
+        step = step_of(trained, optimizer, clip_norm=1e9, reduce=reduce, capture=False)
+        step(*next(batches()))
+        norms.append(step.drain()[0].values["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1] / 2)
+    for halved, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(halved, plain)
+
+
+def test_a_step_that_reduces_gradients_is_not_captured() -> None:
+    model, cache = Sorter(), recorded()
+    with pytest.warns(GraphFallbackWarning, match="reduces gradients"):
+        train(step_of(model, adamw(model), cache=cache, reduce=lambda gradients: None), 2)
+    assert list(cache.status().fallbacks.values()) == [2]
 
 
 def test_a_step_that_asks_for_no_graph_is_silent() -> None:

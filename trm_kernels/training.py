@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from trm_kernels.recursion import Network, deep_recursion
 #: ``loss(y, z, *batch)`` gives the loss and metrics, and, if it decides on halting, flags [B] too.
 Loss = Callable[..., "tuple[Tensor, Mapping[str, Tensor]] | tuple[Tensor, Mapping[str, Tensor], Tensor]"]
 Initial = Callable[[Tensor], "tuple[Tensor, Tensor]"]
+#: Changes gradients in place, for instance to their mean over several processes.
+Reduce = Callable[[Sequence[Tensor]], None]
 
 #: Batch shapes whose static buffers and carry are kept, and kinds of call whose plain runs are counted.
 _MAX_SHAPES = 16
@@ -71,6 +73,8 @@ class TrainingStep:
             ``initial(x)``; zeros by default. With T = 1 they get gradients, of zeros (and not None) on a step
             that no sample starts on.
         clip_norm: Largest gradient norm; None for no clipping.
+        reduce: Called with all gradients before each update, before they are clipped. A step with it is not
+            captured.
         average: Updated after each step.
         autocast_dtype: ``torch.bfloat16`` to run under autocast.
         supervision_steps: Recursions, each with a loss of its own, in one update; gradients are averaged.
@@ -107,6 +111,7 @@ class TrainingStep:
         mask: Callable[..., Tensor] | None = None,
         initial: Initial | None = None,
         clip_norm: float | None = None,
+        reduce: Reduce | None = None,
         average: ParameterAverage | None = None,
         autocast_dtype: torch.dtype | None = None,
         supervision_steps: int = 1,
@@ -135,6 +140,7 @@ class TrainingStep:
         self.cache = GraphCache() if cache is None else cache
         self.metrics = MetricBuffer(read_every)
         self.clip_norm = clip_norm
+        self._reduce = reduce
         self._net, self._loss, self._embed, self._mask, self._initial = net, loss, embed, mask, initial
         self._n, self._T, self._output_norm, self._options = n, T, output_norm, options
         self._autocast_dtype = autocast_dtype
@@ -222,6 +228,7 @@ class TrainingStep:
             or optimizers.refusal(self.optimizer)
             or self._watch.hooks()
             or self._watch.communicates()
+            or ("a replay would not call the function that reduces gradients" if self._reduce else None)
         )
 
     def _key(self, program: _Program, device: torch.device) -> Hashable:
@@ -323,9 +330,11 @@ class TrainingStep:
 
     @torch.no_grad()
     def _update(self) -> dict[str, Tensor]:
-        """Clip, step and average; gives what it measured."""
+        """Reduce, clip, step and average; gives what it measured."""
         measured: dict[str, Tensor] = {}
         parameters = [p for p in optimizers.parameters_of(self.optimizer) if p.grad is not None]
+        if self._reduce is not None:
+            self._reduce([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None or self._skip_nonfinite:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             measured["grad_norm"] = norm
