@@ -102,7 +102,7 @@ def _json_lines(path: Path, resumed_at: int | None) -> GeneralTracker:
     """A tracker that appends a JSON object a call to ``path``."""
     from accelerate.tracking import GeneralTracker, on_main_process
 
-    class JSONLines(GeneralTracker):
+    class JSONLines(GeneralTracker):  # type: ignore[misc]
         name = "jsonl"
         requires_logging_directory = False
 
