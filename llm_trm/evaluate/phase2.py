@@ -1,0 +1,394 @@
+"""How well a recursion predicts the state after thinking, beside baselines and what compression leaves."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_trm.errors import InputError
+from llm_trm.evaluate.baselines import Baseline, Ridge, fit_baselines, summarise
+from llm_trm.models.loading import load_thinking_model
+
+if TYPE_CHECKING:
+    from llm_trm.data.pairs import PairFiles
+    from llm_trm.models.compression import DimensionCompressor
+    from llm_trm.models.sequence_trm import Halting, SequenceTRM
+
+#: Names of the rows that are no baselines. The second is the ceiling that the compressor leaves.
+TRM, TRUE_STATE = "TRM", "true state"
+#: A field that problems of the arithmetic world have though their records do not spell it out.
+OPERATIONS = "operations"
+
+#: ``head(states)``: logits [B, V] of normalised states [B, D].
+Head = Callable[[Tensor], Tensor]
+
+_CHAIN = re.compile(r"\d+([+*-]\d+)+")
+#: A field with more distinct numbers is grouped by quartiles.
+_MOST_GROUPS = 10
+#: Rows that are compressed at a time.
+_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over pairs. Figures that nothing gives are None.
+
+    Attributes:
+        pairs: How many.
+        cosine: Cosine similarity to the true state, both compressed.
+        mse: Mean squared error over the numbers of a compressed state.
+        relative_error: ``|predicted - true| / |true|`` of the compressed states, the mean over the pairs.
+        full_cosine: Cosine similarity of the decompressed prediction to the language model's own state.
+        rank1: Share of pairs whose next token has the highest logit under the decompressed prediction.
+        rank1_interval: Its 95% Wilson interval.
+        top5: Share of pairs whose next token is among the five highest.
+        reciprocal_rank: Mean of 1 / rank of the next token.
+        steps: Supervision steps taken.
+    """
+
+    pairs: int
+    cosine: float
+    mse: float
+    relative_error: float
+    full_cosine: float
+    rank1: float | None = None
+    rank1_interval: tuple[float, float] | None = None
+    top5: float | None = None
+    reciprocal_rank: float | None = None
+    steps: float | None = None
+
+
+@dataclass(frozen=True)
+class Phase2Evaluation:
+    """What :func:`evaluate_phase2` found.
+
+    Attributes:
+        rows: Scores of :data:`TRM`, the baselines and :data:`TRUE_STATE`, over all pairs.
+        by: The field that pairs were grouped by, or None.
+        groups: The same rows for each group.
+        ridge_strength: Regularisation that the ridge regression chose, or None without it.
+    """
+
+    rows: dict[str, Scores]
+    by: str | None = None
+    groups: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    ridge_strength: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; figures that are not finite become None."""
+        return {
+            "rows": {name: _plain(scores) for name, scores in self.rows.items()},
+            "by": self.by,
+            "groups": {
+                group: {name: _plain(scores) for name, scores in rows.items()}
+                for group, rows in self.groups.items()
+            },
+            "ridge_strength": self.ridge_strength,
+        }
+
+
+def evaluate_phase2(
+    trm: SequenceTRM,
+    compressor: DimensionCompressor,
+    pairs: PairFiles,
+    *,
+    head: Head | None = None,
+    train_pairs: PairFiles | None = None,
+    max_steps: int = 8,
+    halting: Halting = "sample",
+    batch_size: int = 64,
+    by: str | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Phase2Evaluation:
+    """Compare the predictions of ``trm`` on ``pairs`` with the true states, and those of baselines too.
+
+    Args:
+        trm: In eval mode; its device is where the work is done.
+        compressor: On the same device.
+        pairs: Held-out pairs; read shard by shard.
+        head: The language model's head, on the same device; without it nothing is said of tokens.
+        train_pairs: Pairs that the baselines are fitted on; without them there are none.
+        max_steps, halting: As for :meth:`SequenceTRM.reason`.
+        batch_size: Contexts at a time. With ``halting="batch"`` it decides who halts together.
+        by: Field of the records to group pairs by, or ``"operations"``, which is counted in the problems
+            of the arithmetic world. More than ten different numbers are grouped by quartiles.
+        progress: Called with the number of pairs that were just done, those of the training data included.
+
+    Raises:
+        InputError: No pairs, a broken shard, a field or token that does not exist, too few training pairs.
+    """
+    device = trm.reasoning_token.device
+    baselines: dict[str, Baseline] = {}
+    if train_pairs is not None:
+        baselines = fit_baselines(_summaries(train_pairs, compressor, device, progress))
+    measured: dict[str, list[dict[str, Tensor]]] = {}
+    values: list[Any] = []
+    for batch in _batches(pairs, compressor, device, batch_size):
+        reasoning = trm.reason(batch.context, batch.mask, max_steps=max_steps, halting=halting)
+        predictions = {TRM: reasoning.state}
+        predictions |= {name: predict(batch.last, batch.mean) for name, predict in baselines.items()}
+        predictions[TRUE_STATE] = batch.target
+        ids = None
+        if head is not None:
+            ids = torch.tensor([record["next_token"] for record in batch.records], device=device)
+        for name, predicted in predictions.items():
+            figures = measure(predicted.to(device), batch.target, batch.hidden_post, compressor, head, ids)
+            if name == TRM:
+                figures["steps"] = reasoning.steps
+            measured.setdefault(name, []).append({key: value.cpu() for key, value in figures.items()})
+        values += [None if by is None else value_of(record, by) for record in batch.records]
+        progress(len(batch.records))
+    if not measured:
+        raise InputError(f"{pairs.folder} holds no pairs: make some with llm-trm datagen")
+    figures_of = {
+        name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        for name, parts in measured.items()
+    }
+    ridge = next((baseline for baseline in baselines.values() if isinstance(baseline, Ridge)), None)
+    return Phase2Evaluation(
+        {name: score(figures) for name, figures in figures_of.items()},
+        by,
+        _grouped(figures_of, values, by, pairs) if by is not None else {},
+        None if ridge is None else ridge.strength,
+    )
+
+
+@torch.no_grad()
+def measure(
+    predicted: Tensor,
+    target: Tensor,
+    hidden_post: Tensor,
+    compressor: DimensionCompressor,
+    head: Head | None = None,
+    next_tokens: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The figures of each pair, [B] by name; ``rank`` only with a head and tokens.
+
+    Args:
+        predicted, target: Compressed states [B, D'].
+        hidden_post: The language model's states after thinking [B, D].
+        head: Gives logits.
+        next_tokens: Ids of the tokens that follow [B].
+
+    Raises:
+        InputError: A token that the head does not have.
+    """
+    restored = compressor.decompress(predicted)
+    difference = predicted - target
+    figures = {
+        "cosine": F.cosine_similarity(predicted, target, dim=-1),
+        "mse": difference.square().mean(dim=-1),
+        "relative_error": difference.norm(dim=-1) / target.norm(dim=-1),
+        "full_cosine": F.cosine_similarity(restored, hidden_post, dim=-1),
+    }
+    if head is not None and next_tokens is not None:
+        logits = head(restored)
+        if int(next_tokens.max()) >= logits.shape[1]:
+            raise InputError(
+                f"the pairs name token {int(next_tokens.max())}, but the model has {logits.shape[1]} tokens: "
+                "name the model that the pairs were made with, by --model"
+            )
+        figures["rank"] = rank(logits, next_tokens)
+    return figures
+
+
+def rank(logits: Tensor, ids: Tensor) -> Tensor:
+    """Rank of each token, int64 [B]: 1 plus the number of tokens with a strictly higher logit.
+
+    A logit that is NaN counts as higher, so that broken predictions rank last.
+
+    Args:
+        logits: [B, V].
+        ids: [B].
+    """
+    own = logits.gather(1, ids[:, None])
+    return 1 + (~(logits <= own)).sum(dim=1) - own.isnan().squeeze(1).long()
+
+
+def wilson(successes: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a share, by default of 95% coverage; (0, 1) of nothing.
+
+    Source: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    if total == 0:
+        return 0.0, 1.0
+    share = successes / total
+    centre = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def score(figures: Mapping[str, Tensor]) -> Scores:
+    """Means of the figures of :func:`measure`, and of ``steps`` where they are there."""
+
+    def mean(values: Tensor) -> float:
+        return float(values.double().mean())
+
+    scores = Scores(
+        pairs=len(figures["cosine"]),
+        cosine=mean(figures["cosine"]),
+        mse=mean(figures["mse"]),
+        relative_error=mean(figures["relative_error"]),
+        full_cosine=mean(figures["full_cosine"]),
+        steps=mean(figures["steps"]) if "steps" in figures else None,
+    )
+    if "rank" not in figures:
+        return scores
+    ranks = figures["rank"]
+    first = int((ranks == 1).sum())
+    return replace(
+        scores,
+        rank1=first / len(ranks),
+        rank1_interval=wilson(first, len(ranks)),
+        top5=mean(ranks <= 5),
+        reciprocal_rank=mean(ranks.double().reciprocal()),
+    )
+
+
+def value_of(record: Mapping[str, Any], by: str) -> Any:
+    """What a record says of the field ``by``; None if it does not. See :func:`evaluate_phase2`."""
+    if by == OPERATIONS and record.get(by) is None:
+        problem = str(record.get("problem", ""))
+        return len(re.findall(r"[+*-]", problem)) if _CHAIN.fullmatch(problem) else None
+    return record.get(by)
+
+
+def group_labels(values: Sequence[Any]) -> list[str]:
+    """A label for each value; many different numbers share the labels of their quartiles."""
+    numbers = sorted(value for value in values if isinstance(value, (int, float)))
+    if len(set(numbers)) <= _MOST_GROUPS:
+        return ["unknown" if value is None else str(value) for value in values]
+    # A quartile ends at its last value, so that equal values are never parted.
+    ends = sorted({numbers[math.ceil(len(numbers) * quarter / 4) - 1] for quarter in range(1, 5)})
+    begins = [numbers[0], *(next(n for n in numbers if n > end) for end in ends[:-1])]
+
+    def label(value: Any) -> str:
+        if not isinstance(value, (int, float)):
+            return "unknown"
+        place = next(i for i, end in enumerate(ends) if value <= end)
+        begin, end = begins[place], ends[place]
+        return f"{begin:g}" if begin == end else f"{begin:g} to {end:g}"
+
+    return [label(value) for value in values]
+
+
+def load_head(name: str, device: torch.device, hidden_size: int) -> torch.nn.Module:
+    """The head of the language model ``name``, in float32; the rest of the model is let go.
+
+    States of pair files are normalised, so that the head alone makes logits of them.
+
+    Raises:
+        InputError: No such model, or one of another width than ``hidden_size``.
+    """
+    model = load_thinking_model(name, device)
+    if model.hidden_size != hidden_size:
+        raise InputError(
+            f"model {name} has states of width {model.hidden_size}, but those of the pairs have "
+            f"{hidden_size}: name the model that they were made with, by --model"
+        )
+    head = model.model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Module):
+        raise InputError(f"model {name} has no head that makes logits: use a causal language model")
+    return head.float()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pairs: padded compressed contexts [B, L, D'] with their mask [B, L], summaries and targets [B, D'].
+
+    Everything but the summaries, which baselines take to the CPU, lies on the device.
+    """
+
+    context: Tensor
+    mask: Tensor
+    last: Tensor
+    mean: Tensor
+    target: Tensor
+    hidden_post: Tensor
+    records: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def _compress(states: Tensor, compressor: DimensionCompressor, device: torch.device) -> Tensor:
+    """Stored states [R, D], compressed on ``device``: float32 [R, D'] on the CPU."""
+    return torch.cat([compressor(part.to(device).float()).cpu() for part in states.split(_ROWS)])
+
+
+def _summaries(
+    pairs: PairFiles,
+    compressor: DimensionCompressor,
+    device: torch.device,
+    progress: Callable[[int], object],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for shard in pairs.shards():
+        if not shard.records:
+            continue
+        last, mean = summarise(_compress(shard.hidden_pre, compressor, device), shard.offsets)
+        yield last, mean, _compress(shard.hidden_post, compressor, device)
+        progress(len(shard.records))
+
+
+def _batches(
+    pairs: PairFiles, compressor: DimensionCompressor, device: torch.device, batch_size: int
+) -> Iterator[_Batch]:
+    for shard in pairs.shards():
+        if not shard.records:
+            continue
+        rows = _compress(shard.hidden_pre, compressor, device)
+        targets = _compress(shard.hidden_post, compressor, device)
+        last, mean = summarise(rows, shard.offsets)
+        contexts = rows.split(shard.offsets.diff().tolist())
+        # Contexts of like length share a batch: less padding.
+        for chosen in shard.offsets.diff().argsort(stable=True).split(batch_size):
+            indices = chosen.tolist()
+            lengths = shard.offsets.diff()[chosen]
+            context = torch.nn.utils.rnn.pad_sequence([contexts[i] for i in indices], batch_first=True)
+            mask = torch.arange(context.shape[1]) < lengths[:, None]
+            yield _Batch(
+                context.to(device),
+                mask.to(device),
+                last[chosen],
+                mean[chosen],
+                targets[chosen].to(device),
+                shard.hidden_post[chosen].to(device).float(),
+                [shard.records[i] for i in indices],
+            )
+
+
+def _grouped(
+    figures_of: Mapping[str, Mapping[str, Tensor]], values: Sequence[Any], by: str, pairs: PairFiles
+) -> dict[str, dict[str, Scores]]:
+    if all(value is None for value in values):
+        raise InputError(f"--by {by}: no record of {pairs.folder} has such a field")
+    labels = group_labels(values)
+    ordered = sorted(zip(values, labels, strict=True), key=lambda pair: _order(pair[0]))
+    groups = {}
+    for label in dict.fromkeys(label for _, label in ordered):
+        members = torch.tensor([own == label for own in labels])
+        groups[label] = {
+            name: score({key: tensor[members] for key, tensor in figures.items()})
+            for name, figures in figures_of.items()
+        }
+    return groups
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then texts, then what is unknown."""
+    if isinstance(value, (int, float)):
+        return 0, float(value), ""
+    return (2, 0.0, "") if value is None else (1, 0.0, str(value))
+
+
+def _plain(scores: Scores) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(scores).items()
+    }
