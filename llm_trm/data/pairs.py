@@ -16,6 +16,7 @@ names their fields.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ FORMAT, VERSION = "llm-trm pairs", 1
 INDEX = "pairs.json"
 #: Types that states are stored in, by the name that the index has for them.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
 #: Fields of a record. Lengths are in tokens; ``thinking_tokens`` counts those between the tags.
 RECORD = (
@@ -220,8 +222,25 @@ def write_shard(
     write_text(metadata, "".join(lines))
 
 
-def read_entry(folder: Path, number: int) -> tuple[ShardEntry, dict[str, list[int]]] | None:
-    """What shard ``number`` holds, and the problems that failed in it by reason; None if it is not whole."""
+@dataclass(frozen=True)
+class ShardSummary:
+    """What can be told of a shard without reading its states.
+
+    Attributes:
+        entry: For the index.
+        hidden_size: D.
+        dtype: Of the states, a key of :data:`DTYPES`.
+        failures: Indices of the problems that gave no pair, by reason.
+    """
+
+    entry: ShardEntry
+    hidden_size: int
+    dtype: str
+    failures: dict[str, list[int]]
+
+
+def summarize_shard(folder: Path, number: int) -> ShardSummary | None:
+    """What shard ``number`` holds; None if it is missing or not whole."""
     from safetensors import SafetensorError, safe_open
 
     file, metadata = shard_paths(folder, number)
@@ -230,50 +249,51 @@ def read_entry(folder: Path, number: int) -> tuple[ShardEntry, dict[str, list[in
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {})[_METADATA_KEY])
-            rows = opened.get_slice("hidden_pre").get_shape()[0]
-            samples = opened.get_slice("hidden_post").get_shape()[0]
+            pre, post = opened.get_slice("hidden_pre"), opened.get_slice("hidden_post")
+            (rows, hidden_size), samples = pre.get_shape(), post.get_shape()[0]
+            stored = pre.get_dtype()
         _read_records(metadata, samples)
-    except (OSError, SafetensorError, KeyError, ValueError):
+        dtype = next(name for name, short in _SAFETENSORS_NAMES.items() if short == stored)
+    except (OSError, SafetensorError, LookupError, ValueError, StopIteration):
         return None
     entry = ShardEntry(file.name, metadata.name, samples, rows, file.stat().st_size)
-    return entry, about["failures"]
+    return ShardSummary(entry, hidden_size, dtype, about["failures"])
 
 
 def write_index(
-    folder: Path,
-    shards: int,
-    *,
-    model: str,
-    hidden_size: int,
-    dtype: str,
-    seed: int,
-    settings: dict[str, Any],
+    folder: Path, shards: int, *, model: str, seed: int, settings: Mapping[str, Any]
 ) -> PairFiles:
-    """Write the index over ``shards`` shards that are all whole, and open the folder.
+    """Write the index over ``shards`` shards, at least one, and open the folder.
 
     Raises:
-        InputError: A shard is not whole.
+        InputError: A shard is not whole, or of another width or type than the first.
     """
-    entries, failures = [], dict[str, int]()
+    found = []
     for number in range(shards):
-        found = read_entry(folder, number)
-        if found is None:
-            raise InputError(f"{shard_paths(folder, number)[0]} is missing or not whole: {_REMEDY}")
-        entries.append(found[0])
-        for reason, indices in found[1].items():
-            failures[reason] = failures.get(reason, 0) + len(indices)
+        summary = summarize_shard(folder, number)
+        path = shard_paths(folder, number)[0]
+        if summary is None:
+            raise InputError(f"{path} is missing or not whole: {_REMEDY}")
+        found.append(summary)
+        if (summary.hidden_size, summary.dtype) != (found[0].hidden_size, found[0].dtype):
+            raise InputError(
+                f"{path} has states of another width or type than the others: delete it, and {_REMEDY}"
+            )
+    failures = Counter[str]()
+    for summary in found:
+        failures.update({reason: len(indices) for reason, indices in summary.failures.items()})
     index = {
         "format": FORMAT,
         "version": VERSION,
         "model": model,
-        "hidden_size": hidden_size,
-        "dtype": dtype,
+        "hidden_size": found[0].hidden_size,
+        "dtype": found[0].dtype,
         "seed": seed,
-        "settings": settings,
-        "samples": sum(entry.samples for entry in entries),
-        "rows": sum(entry.rows for entry in entries),
+        "settings": dict(settings),
+        "samples": sum(summary.entry.samples for summary in found),
+        "rows": sum(summary.entry.rows for summary in found),
         "failures": dict(sorted(failures.items())),
-        "shards": [asdict(entry) for entry in entries],
+        "shards": [asdict(summary.entry) for summary in found],
     }
     write_json(folder / INDEX, index)
     return open_pairs(folder)

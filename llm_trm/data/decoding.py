@@ -1,0 +1,280 @@
+"""Batched generation that keeps the states which a recursion learns from, in one pass over every token."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm_trm.data.batch import Batch, Row
+from llm_trm.data.sampling import Sampling
+from llm_trm.errors import InputError
+from llm_trm.models.loading import ThinkingModel
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+EMPTY_CONTEXT = "empty_context"
+NO_END_THINK = "no_end_think"
+NO_THINK = "no_think"
+NOT_FINITE = "not_finite"
+PROMPT_TOO_LONG = "prompt_too_long"
+STOPPED_THINKING = "stopped_thinking"
+
+#: Why a problem gave no sample.
+REASONS = {
+    EMPTY_CONTEXT: "nothing stands before <think>",
+    NO_END_THINK: "no </think> within --max-new-tokens or the model's context",
+    NO_THINK: "no <think>",
+    NOT_FINITE: "states with NaN or infinity",
+    PROMPT_TOO_LONG: "prompt longer than --max-prompt-tokens or the model's context",
+    STOPPED_THINKING: "the model ended its turn before </think>",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a sample may get, in tokens.
+
+    Attributes:
+        prompt: Of the prompt; longer ones fail, none is cut.
+        thinking: Generated up to ``</think>``, both tags included.
+        answer: Generated behind ``</think>``.
+    """
+
+    prompt: int = 2048
+    thinking: int = 1024
+    answer: int = 32
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A problem that was thought about.
+
+    Attributes:
+        hidden_pre: ``[L, D]``, on the CPU, final-norm states of every position before ``<think>``.
+        hidden_post: ``[D]``, final-norm state at ``</think>``.
+        thinking: Tokens between the tags.
+        next_token: The likeliest token behind ``</think>``.
+        response: Tokens behind ``</think>``, each the likeliest; without the end token.
+        complete: Whether the response has come to its end.
+    """
+
+    hidden_pre: Tensor
+    hidden_post: Tensor
+    thinking: list[int]
+    next_token: int
+    response: list[int]
+    complete: bool
+
+
+#: A thought, or a key of :data:`REASONS`.
+Outcome = Thought | str
+
+
+class ThoughtDecoder:
+    """Lets a model think about problems, many at a time.
+
+    Rows leave the batch as soon as they are done, and others enter when it is half empty. The cache is padded
+    on the left, and every row has its own position ids. Only the last position goes through the output head.
+
+    Logits are taken as the output head gives them: a model that scales or caps them behind it is sampled at
+    another temperature than the one asked for.
+
+    Args:
+        model: Decoder with a key-value cache and ``last_hidden_state`` behind its final norm.
+        sampling: Up to ``</think>``; the answer is greedy.
+        limits: Lengths.
+        batch_size: Rows at a time. Halved for good when the device runs out of memory.
+        dtype: Of the states that are kept.
+    """
+
+    def __init__(
+        self, model: ThinkingModel, sampling: Sampling, limits: Limits, batch_size: int, dtype: torch.dtype
+    ) -> None:
+        self.batch_size = batch_size
+        self._model, self._sampling, self._limits, self._dtype = model, sampling, limits, dtype
+        self._backbone = model.model.base_model
+        self._head = model.model.get_output_embeddings()
+        self._positions = int(model.model.config.get_text_config().max_position_embeddings)
+        self._ends = _end_tokens(model)
+
+    def run(
+        self, prompts: Mapping[int, Sequence[int]], report: Callable[[Outcome], None] = lambda _: None
+    ) -> dict[int, Outcome]:
+        """Think about every prompt.
+
+        Args:
+            prompts: Token ids by the problem's index, on which the sampling noise depends.
+            report: Called with each outcome when it is there.
+
+        Returns:
+            Outcomes in the order of ``prompts``.
+
+        Raises:
+            InputError: A single problem does not fit into the device's memory.
+        """
+        outcomes: dict[int, Outcome] = {}
+
+        def settle(index: int, outcome: Outcome) -> None:
+            outcomes[index] = outcome
+            report(outcome)
+
+        for index, prompt in prompts.items():
+            if (reason := self._unsuitable(prompt)) is not None:
+                settle(index, reason)
+        batch: Batch | None = None
+        waiting = self._queue(prompts, outcomes)
+        while batch is not None or waiting:
+            out_of_memory = False
+            try:
+                batch, done = self._advance(batch, waiting)
+            except torch.OutOfMemoryError:
+                out_of_memory = True
+            # Not above, where the exception still holds the tensors of the call that failed.
+            if out_of_memory:
+                self._halve(len(prompts) - len(outcomes))
+                # What was under way begins anew; its noise, and so its tokens, are the same.
+                batch, done, waiting = None, [], self._queue(prompts, outcomes)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            for row, outcome in done:
+                settle(row.index, outcome)
+        return {index: outcomes[index] for index in prompts}
+
+    def _unsuitable(self, prompt: Sequence[int]) -> str | None:
+        if len(prompt) > self._limits.prompt or len(prompt) >= self._positions:
+            return PROMPT_TOO_LONG
+        return None if self._context_length(prompt) else EMPTY_CONTEXT
+
+    def _context_length(self, prompt: Sequence[int]) -> int:
+        """Tokens before ``<think>`` where a prompt ends in an open one, otherwise all."""
+        think = self._model.think
+        if think in prompt:
+            last = len(prompt) - 1 - list(reversed(prompt)).index(think)
+            if not str(self._model.tokenizer.decode(list(prompt[last + 1 :]))).strip():
+                return last
+        return len(prompt)
+
+    def _queue(self, prompts: Mapping[int, Sequence[int]], outcomes: Mapping[int, Outcome]) -> deque[Row]:
+        # Alike lengths together waste the least padding; the longest first, so that memory runs out early.
+        order = sorted(prompts.keys() - outcomes.keys(), key=lambda index: (-len(prompts[index]), index))
+        return deque(Row(index, prompts[index], self._context_length(prompts[index])) for index in order)
+
+    def _halve(self, unsettled: int) -> None:
+        rows = min(self.batch_size, unsettled)
+        if rows == 1:
+            raise InputError(
+                "the device is out of memory with one problem at a time: lower --max-new-tokens or "
+                "--max-prompt-tokens, or use a smaller --model"
+            )
+        self.batch_size = rows // 2
+
+    @torch.no_grad()
+    def _advance(
+        self, batch: Batch | None, waiting: deque[Row]
+    ) -> tuple[Batch | None, list[tuple[Row, Outcome]]]:
+        """One forward pass: over new prompts if there is room for them, else over one token of every row."""
+        rows = 0 if batch is None else len(batch.rows)
+        if batch is not None and (not waiting or 2 * rows > self.batch_size):
+            states = self._forward(batch.cache, batch.tokens[:, None], batch.mask, batch.lengths[:, None] - 1)
+            return self._extend(batch, states[:, -1])
+        entering = [waiting.popleft() for _ in range(min(self.batch_size - rows, len(waiting)))]
+        fresh, done = self._extend(*self._read_prompts(entering))
+        if batch is None or fresh is None:
+            return batch or fresh, done
+        batch.join(fresh)
+        return batch, done
+
+    def _read_prompts(self, rows: list[Row]) -> tuple[Batch, Tensor]:
+        from transformers import DynamicCache
+
+        device = self._head.weight.device
+        longest = max(len(row.prompt) for row in rows)
+        pad = int(self._model.tokenizer.pad_token_id)
+        tokens = torch.tensor([[pad] * (longest - len(row.prompt)) + list(row.prompt) for row in rows])
+        lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
+        mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        tokens, cache = tokens.to(device), DynamicCache()
+        states = self._forward(cache, tokens, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+        for row, of_row in zip(rows, states, strict=True):
+            first = longest - len(row.prompt)
+            row.context = [of_row[first : first + row.context_length].to("cpu", self._dtype)]
+        return Batch(rows, cache, mask, lengths, tokens[:, -1]), states[:, -1]
+
+    def _forward(self, cache: DynamicCache, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Final-norm states ``[B, K, D]`` of ``tokens`` ``[B, K]``, which ``cache`` then holds."""
+        output = self._backbone(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def _extend(self, batch: Batch, states: Tensor) -> tuple[Batch | None, list[tuple[Row, Outcome]]]:
+        """Choose what follows ``states`` ``[B, D]`` in every row, and take out the rows that are done."""
+        device = states.device
+        index, written, greedy = torch.tensor(
+            [[row.index, len(row.written), row.thought] for row in batch.rows], device=device
+        ).unbind(-1)
+        tokens = self._sampling.draw(self._head(states), index, written, greedy.bool())
+        done, staying = [], []
+        for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
+            outcome = self._write(row, token, states[place])
+            if outcome is None:
+                staying.append(place)
+            else:
+                done.append((row, outcome))
+        if not staying:
+            return None, done
+        batch.feed(tokens)
+        if done:
+            batch.keep(staying)
+        return batch, done
+
+    def _write(self, row: Row, token: int, state: Tensor) -> Outcome | None:
+        """Write ``token`` behind the position that has ``state``; the outcome if that ends the row."""
+        if row.thought:
+            return self._answer(row, token, state)
+        if row.written and row.thinking_from is None:
+            row.context.append(state[None].to("cpu", self._dtype))
+        row.written.append(token)
+        if token == self._model.end_think:
+            row.thought = row.thinking_from is not None
+            return None if row.thought else NO_THINK
+        if token in self._ends:
+            return NO_THINK if row.thinking_from is None else STOPPED_THINKING
+        if token == self._model.think and row.thinking_from is None:
+            row.thinking_from = len(row.written)
+        # Position len(prompt) + len(written) - 1 is the next to be fed.
+        if len(row.written) >= min(self._limits.thinking, self._positions - len(row.prompt)):
+            return NO_THINK if row.thinking_from is None else NO_END_THINK
+        return None
+
+    def _answer(self, row: Row, token: int, state: Tensor) -> Outcome | None:
+        if row.post is None:
+            row.post, row.next_token = state.to("cpu", self._dtype), token
+        complete = token in self._ends
+        if not complete and self._limits.answer:
+            row.response.append(token)
+            room = self._positions - len(row.prompt) - len(row.written)
+            if len(row.response) < min(self._limits.answer, room):
+                return None
+        pre, post = torch.cat(row.context), row.post
+        if not (torch.isfinite(pre).all() and torch.isfinite(post).all()):
+            return NOT_FINITE
+        thinking = row.written[row.thinking_from : -1]
+        return Thought(pre, post, thinking, row.next_token, row.response, complete)
+
+
+def _end_tokens(model: ThinkingModel) -> set[int]:
+    configured = model.model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return {end for end in (*ends, model.tokenizer.eos_token_id) if end is not None}

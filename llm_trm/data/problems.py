@@ -1,0 +1,195 @@
+"""Where the questions come from that a language model is to think about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count as count_up
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llm_trm.data.arithmetic import Split, World
+from llm_trm.errors import InputError
+from llm_trm.extras import require
+
+ARITHMETIC = "arithmetic"
+#: Columns of a local file, the first that is there.
+QUESTION_COLUMNS = ("question", "problem", "Problem", "Question", "prompt", "text")
+ANSWER_COLUMNS = ("answer", "Answer", "solution")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One problem.
+
+    Attributes:
+        text: What the model is asked.
+        answer: The reference answer or worked solution; None where none can be compared with.
+    """
+
+    text: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set on the Hugging Face hub, in a format that needs no code of its own.
+
+    Attributes:
+        path, name: Arguments of ``datasets.load_dataset``.
+        question, answer: Columns; programs have no answer that could be compared.
+        splits: Our name of a split to the data set's.
+        prompt: Wording, around the question column.
+    """
+
+    path: str
+    name: str | None
+    question: str
+    answer: str | None
+    splits: Mapping[str, str]
+    prompt: str = "{}"
+
+
+_BOTH = {"train": "train", "test": "test"}
+HUB = {
+    "gsm8k": HubDataset("openai/gsm8k", "main", "question", "answer", _BOTH),
+    "math": HubDataset("DigitalLearningGmbH/MATH-lighteval", "default", "problem", "solution", _BOTH),
+    "aime": HubDataset("qq8933/AIME_1983_2024", None, "Question", "Answer", {"train": "train"}),
+    "humaneval": HubDataset(
+        "openai/openai_humaneval",
+        None,
+        "prompt",
+        None,
+        {"test": "test"},
+        "Complete this Python function:\n\n{}",
+    ),
+    "mbpp": HubDataset(
+        "google-research-datasets/mbpp",
+        "full",
+        "text",
+        None,
+        _BOTH,
+        "Write a Python function that does the following:\n\n{}",
+    ),
+    # The rows of codeparrot/apps, which itself loads through a script that datasets 4 no longer runs.
+    "apps": HubDataset("metr-evals/apps", None, "question", None, _BOTH),
+}
+
+
+def load_questions(
+    dataset: str, count: int, *, split: Split = "train", seed: int = 0, world: World | None = None
+) -> list[Question]:
+    """The first ``count`` questions of a data set or of a mixture; question i is the same in every run.
+
+    A mixture gives equal shares, in turn: one of the first, one of the second, and so on, so that what does
+    not divide evenly falls to those named first. A source with fewer questions than its share gives them all.
+
+    Args:
+        dataset: ``arithmetic``, a key of :data:`HUB`, a ``.jsonl`` or ``.json`` file, or several of them with
+            commas between.
+        split: Of the arithmetic world and of hub data sets; one that has a single split gives that.
+        seed, world: Of the arithmetic world.
+
+    Raises:
+        InputError: An unknown data set, one that cannot be loaded, or a record without a question.
+    """
+    names = [name.strip() for name in dataset.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--dataset {dataset!r} names nothing: use {_choices()}")
+    sources = [_source(name, split, seed, world or World()) for name in names]
+    shares = [count // len(names) + (place < count % len(names)) for place in range(len(names))]
+    drawn = [list(islice(source, share)) for source, share in zip(sources, shares, strict=True)]
+    turns = max(map(len, drawn))
+    return [questions[turn] for turn in range(turns) for questions in drawn if turn < len(questions)]
+
+
+def _choices() -> str:
+    return f"{ARITHMETIC}, {', '.join(HUB)}, or a file that ends in .jsonl or .json"
+
+
+def _source(name: str, split: Split, seed: int, world: World) -> Iterator[Question]:
+    if name == ARITHMETIC:
+        problems = (world.problem(split, seed, index) for index in count_up())
+        return (Question(problem.question, problem.answer) for problem in problems)
+    if name in HUB:
+        return _hub(name, HUB[name], split)
+    if name.endswith((".jsonl", ".json")):
+        return _file(Path(name))
+    raise InputError(f"--dataset {name!r} is unknown: use {_choices()}")
+
+
+def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
+    require("train", "datasets")
+    import datasets
+
+    theirs = source.splits.get(split) or next(iter(source.splits.values()))
+    try:
+        for row in datasets.load_dataset(source.path, source.name, split=theirs, streaming=True):
+            answer = None if source.answer is None else str(row[source.answer])
+            yield Question(source.prompt.format(row[source.question]), answer)
+    # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"--dataset {name}: {source.path} cannot be loaded from the hub ({reason[:200]}): check the "
+            "network, or name a local .jsonl file with the columns question and answer"
+        ) from error
+
+
+def _file(path: Path) -> Iterator[Question]:
+    read = _json_lines if path.suffix == ".jsonl" else _json_array
+    for place, record in read(path):
+        yield _question(f"{path}, {place}", record)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"line {number}", _parsed(f"{path}, line {number}", line)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        records = _parsed(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(records, list):
+        raise InputError(
+            f"{path} is not a JSON array of objects: write it as one, or use JSON lines (.jsonl)"
+        )
+    for number, record in enumerate(records, 1):
+        yield f"record {number}", record
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return InputError(f"--dataset {path} cannot be read ({reason}): name a JSON file in UTF-8")
+
+
+def _parsed(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON ({error}): mend the file") from error
+
+
+def _question(place: str, record: Any) -> Question:
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: not a JSON object: write one object with a question to each record")
+    column = next((name for name in QUESTION_COLUMNS if name in record), None)
+    if column is None:
+        raise InputError(
+            f"{place}: no question; it has the columns {', '.join(map(repr, record)) or 'none'}: name one of "
+            f"them {', '.join(QUESTION_COLUMNS)}"
+        )
+    text = record[column]
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{place}: {column!r} is {text!r:.40} and no text: mend the file")
+    answer = next((record[name] for name in ANSWER_COLUMNS if record.get(name) is not None), None)
+    return Question(text, None if answer is None else str(answer))

@@ -1,0 +1,61 @@
+"""What lets an interrupted generation go on: the settings that it was begun with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llm_trm.data.pairs import INDEX
+from llm_trm.errors import InputError
+from llm_trm.files import read_json, write_json
+
+SETTINGS = "settings.json"
+_FORMAT = "llm-trm datagen settings"
+_OWN = rf"(?:{re.escape(INDEX)}|{re.escape(SETTINGS)}|shard-\d{{5,}}\.(?:safetensors|jsonl))"
+#: What :func:`llm_trm.files.replacing` leaves behind when its process is killed.
+_LEFTOVER = rf"\.{_OWN}\.[A-Za-z0-9_]{{8}}"
+
+
+def check_settings(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+    """Raise InputError unless a run with ``settings`` may write to ``folder``. Changes nothing.
+
+    Args:
+        settings: Everything that the samples depend on.
+        fresh: The run starts over, so that other settings do not matter.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        if not fresh and (shard := next(folder.glob("shard-*"), None)):
+            raise InputError(
+                f"{shard} is there without a {SETTINGS} that says how it was made: use --fresh to start "
+                "over, or another --output"
+            )
+        return
+    found = read_json(path, "use another --output")
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise InputError(f"{path} is not of llm-trm datagen: use another --output")
+    before = found.get("settings", {})
+    changed = [
+        f"{name} ({before.get(name)} before, {settings.get(name)} now)"
+        for name in dict.fromkeys([*before, *settings])
+        if before.get(name) != settings.get(name)
+    ]
+    if changed and not fresh:
+        raise InputError(
+            f"{folder} was begun with other settings: {', '.join(changed)}: use --fresh to start over, or "
+            "another --output"
+        )
+
+
+def begin(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+    """Write the settings; first remove what a killed run left behind and, if ``fresh``, what datagen wrote.
+
+    The old settings go last, so that a process that is killed here leaves a folder that can be resumed.
+    """
+    # The index first: without it the folder is unfinished, whatever else is gone.
+    for path in sorted(folder.iterdir()):
+        own = re.fullmatch(_OWN, path.name) and path.name != SETTINGS
+        if re.fullmatch(_LEFTOVER, path.name) or (fresh and own):
+            path.unlink()
+    write_json(folder / SETTINGS, {"format": _FORMAT, "settings": settings})

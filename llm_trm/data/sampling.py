@@ -1,0 +1,103 @@
+"""Sampling whose noise depends on the seed, the problem and the position, and on nothing else.
+
+A token is drawn by the Gumbel-max trick: ``argmax(logits / T + g)``, with g independent standard Gumbel
+noise, is a draw from ``softmax(logits / T)``. The noise comes from SplitMix64 (Steele, Lea, Flood, OOPSLA
+2014) used as a counter-based generator, so that a sample has the same noise alone, in any batch, and after an
+interruption. What remains is the rounding of the logits, which differs between batch shapes and devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_trm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_p: Draw from the likeliest tokens that together have this probability; 1 draws from all.
+        seed: Of the noise.
+
+    Raises:
+        InputError: A value outside of its range.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p must be over 0 and at most 1, not {self.top_p}")
+
+    def draw(self, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
+        """One token a row.
+
+        Args:
+            logits: ``[B, V]``.
+            problem, position: ``[B]``, int64; index of the problem, and how many tokens it has written.
+            greedy: ``[B]``, bool; rows that take their likeliest token at any temperature.
+
+        Returns:
+            Token ids ``[B]``, int64.
+        """
+        likeliest = logits.argmax(-1)
+        if self.temperature == 0:
+            return likeliest
+        scores = logits.float() / self.temperature
+        if self.top_p < 1:
+            scores = _nucleus(scores, self.top_p)
+        scores += gumbel_noise(self.seed, problem, position, logits.shape[-1])
+        return torch.where(greedy, likeliest, scores.argmax(-1))
+
+
+def gumbel_noise(seed: int, problem: Tensor, position: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise ``[B, size]``, float32, where ``problem`` and ``position`` are.
+
+    Element v of row b is a function of ``seed``, ``problem[b]``, ``position[b]`` and v.
+    """
+    key = _mix(_mix(_mix(torch.full_like(problem, _signed(seed))) + problem) + position)
+    counter = torch.arange(1, size + 1, device=problem.device) * _WEYL
+    # The upper half: 32 random bits each.
+    bits = _shifted(_mix(key[:, None] + counter), 32)
+    # In (0, 1), finely spaced towards 0, where the largest noise comes from; at 1 it would be -infinity.
+    uniform = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    ranked, order = scores.sort(-1, descending=True)
+    probability = ranked.softmax(-1)
+    ranked[probability.cumsum(-1) - probability >= top_p] = float("-inf")
+    return torch.empty_like(scores).scatter_(-1, order, ranked)
+
+
+def _signed(value: int) -> int:
+    """``value`` modulo 2^64, as int64 has it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_WEYL = _signed(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's output function, on int64, whose products wrap as uint64's do."""
+    z = z + _WEYL
+    z = (z ^ _shifted(z, 30)).mul_(_FIRST)
+    z = (z ^ _shifted(z, 27)).mul_(_SECOND)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; int64's own copies the sign."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
