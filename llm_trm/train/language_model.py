@@ -129,6 +129,7 @@ def train_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, 
     trainer.accelerator.wait_for_everyone()
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained = trained.to(torch.bfloat16)
+    trained.config.use_cache = True  # Trainer turns it off
     if trainer.is_world_process_zero():
         trained.save_pretrained(config.output)
         tokenizer.save_pretrained(config.output)
