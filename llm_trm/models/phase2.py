@@ -1,0 +1,54 @@
+"""Loads what ``llm-trm train phase2`` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_trm.errors import InputError
+from llm_trm.files import read_json
+from llm_trm.models.compression import DimensionCompressor, load_compressor
+from llm_trm.models.sequence_trm import SequenceTRM, load_sequence_trm
+
+#: Of a run: which checkpoints it has.
+INDEX_FILE = "index.json"
+#: Of a run: the folder of its checkpoints; of a checkpoint: that of its compressor.
+CHECKPOINTS_FOLDER, COMPRESSOR_FOLDER = "checkpoints", "compressor"
+
+_REMEDY = "name a folder that `llm-trm train phase2` wrote"
+
+
+def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[str, Any]]:
+    """The recursion, the compressor that it lives behind, and what is known of it.
+
+    Args:
+        folder: The output of a run, of which the best checkpoint is taken, or a single checkpoint.
+
+    Returns:
+        The model with its averaged weights in eval mode; the compressor; and facts, among them
+        ``max_steps`` and ``halting`` for :meth:`SequenceTRM.reason`, ``language_model``, whose
+        states it was trained on, ``epoch`` and ``validation``.
+
+    Raises:
+        InputError: A missing or broken file.
+    """
+    if (folder / INDEX_FILE).exists():
+        folder = best_checkpoint(folder)
+    model, facts = load_sequence_trm(folder)
+    compressor = load_compressor(folder / COMPRESSOR_FOLDER)
+    if not isinstance(compressor, DimensionCompressor):
+        raise InputError(f"{folder / COMPRESSOR_FOLDER} is no compressor of single states: {_REMEDY}")
+    return model, compressor.eval(), facts
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the run in ``folder`` with the lowest validation loss, or its only one.
+
+    Raises:
+        InputError: There is none.
+    """
+    index = read_json(folder / INDEX_FILE, _REMEDY)
+    try:
+        return folder / CHECKPOINTS_FOLDER / (index["best"] or index["last"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / INDEX_FILE} is no index of checkpoints: {_REMEDY}") from error

@@ -1,0 +1,456 @@
+"""Phase 2: a recursion learns to lead from a context to the state after thinking (arXiv 2510.04871)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_trm.data.pairs import PairFiles, open_pairs
+from llm_trm.errors import InputError
+from llm_trm.files import writable_folder, write_json
+from llm_trm.models.compression import (
+    DimensionCompressor,
+    compressor_facts,
+    load_compressor,
+    require_width,
+    save_compressor,
+)
+from llm_trm.models.phase2 import COMPRESSOR_FOLDER
+from llm_trm.models.sequence_trm import SequenceTRM, save_sequence_trm
+from llm_trm.train.checkpoints import Checkpoints
+from llm_trm.train.contexts import Contexts, EpochOrder, graph_lengths, read_contexts, split
+from llm_trm.train.losses import SupervisionLoss, means_of
+from llm_trm.train.phase2_config import Phase2Config
+from llm_trm.train.phase2_report import Phase2Plan, Phase2Report, Phase2Result
+from llm_trm.train.phase2_state import (
+    Progress,
+    read_progress,
+    restore_training,
+    training_tensors,
+    write_state,
+)
+from llm_trm.train.random_states import random_states, restore_random_states
+from llm_trm.train.schedule import warmup_cosine
+from llm_trm.train.tracking import finish_tracking, new_accelerator, start_tracking
+from llm_trm.train.validation import MEASURED, validation_sums
+from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
+
+_CONFIG = "config.json"
+#: Share of the epoch's mean cosine similarity that the threshold of the halting loss follows.
+_THRESHOLD_SHARE = 0.95
+#: Share of the free memory of a GPU that the contexts may take; larger ones stay on the host.
+_MEMORY_SHARE = 0.25
+
+
+class TRMSequenceTrainer:
+    """Trains a :class:`SequenceTRM` on compressed contexts and the states that thinking led to.
+
+    A batch gets N_sup supervision steps; each is one deep recursion with its own loss, backward pass and
+    update, and hands its detached states to the next. Every epoch ends with a validation of the averaged
+    weights on held-out samples and a checkpoint. On CUDA supervision steps are replayed as graphs; with
+    several processes (``accelerate launch``) gradients are averaged before they are clipped, so that P
+    processes with batches of B do what one does with batches of P x B.
+
+    Args:
+        config: Settings; data, compressor and an existing run in the output folder are checked here, before
+            anything is written.
+        report: Hears how it goes.
+
+    Raises:
+        InputError: Anything that the user can put right.
+    """
+
+    def __init__(self, config: Phase2Config, report: Phase2Report | None = None) -> None:
+        self.config = config
+        self.report = report or Phase2Report()
+        self.checkpoints = Checkpoints(config.output, config.keep)
+        self._check_output()
+        compressor = load_compressor(config.compressor)
+        if not isinstance(compressor, DimensionCompressor):
+            raise InputError(
+                f"{config.compressor} holds a compressor that gathers states: phase 2 needs one that narrows "
+                "each, from llm-trm train phase1 --kind dimension"
+            )
+        pairs = self._pairs(config.data, compressor)
+        held_out_pairs = self._pairs(config.val_data, compressor) if config.val_data else None
+        resumed = read_progress(self.checkpoints.last) if config.resume else None
+        self.accelerator = new_accelerator(
+            config.track,
+            config.output,
+            device=config.device,
+            resumed_at=resumed.updates if resumed else None,
+        )
+        self.device = self.accelerator.device
+        self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.compressor = compressor.to(self.device).eval().requires_grad_(False)
+        self.contexts = read_contexts(pairs, self.compressor, self.device)
+        if held_out_pairs is None:
+            self.held_out = self.contexts
+            training, self.validated = split(len(self.contexts), config.val_fraction, config.seed)
+        else:
+            self.held_out = read_contexts(held_out_pairs, self.compressor, self.device)
+            training, self.validated = list(range(len(self.contexts))), list(range(len(self.held_out)))
+        self._check_sizes(len(training))
+        self.language_model = pairs.model
+        self.compressor_facts = {
+            name: value
+            for name, value in compressor_facts(config.compressor).items()
+            if name not in ("kind", "sizes", "weights_sha256")
+        }
+        self.order = EpochOrder(
+            training, self.contexts.lengths, config.batch_size * self.processes, config.seed
+        )
+        # Through JSON, as the settings of a checkpoint are.
+        self.settings: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    **config.critical,
+                    "n_heads": self._heads(),
+                    "precision": self._precision(),
+                    "processes": self.processes,
+                    "data": self.contexts.digest(),
+                    "val_data": self.held_out.digest(),
+                }
+            )
+        )
+        self._build()
+        self.epoch = self.batch = self.updates = 0
+        self.rate = 0.0
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.skipped = 0.0
+        self.history: list[dict[str, Any]] = []
+        if resumed is not None:
+            self._restore(resumed)
+        self._bucket = graph_lengths(max(self.contexts.lengths)) if self.device.type == "cuda" else None
+        self.contexts, self.held_out = self._to_gpu(self.contexts), self._to_gpu(self.held_out)
+
+    def train(self) -> Phase2Result:
+        """Train to the end, or until patience is over."""
+        config = self.config
+        writable_folder(config.output)
+        if self.accelerator.is_main_process:
+            if config.overwrite:
+                self.checkpoints.clear()
+            elif config.resume:
+                self.checkpoints.sweep()
+            write_json(config.output / _CONFIG, config.to_json())
+            self.report.begin(self._plan())
+        start_tracking(self.accelerator, "llm-trm-phase2", config.to_json())
+        while self.epoch < config.epochs and not self._out_of_patience():
+            self._train_epoch()
+        finish_tracking(self.accelerator)
+        result = Phase2Result(
+            self.checkpoints.best, self.history, round(self.skipped), self.epoch < config.epochs
+        )
+        if self.accelerator.is_main_process:
+            self.report.end(result)
+        return result
+
+    def _train_epoch(self) -> None:
+        config = self.config
+        batches = self.order.batches(self.epoch)
+        self.model.train()
+        while self.batch < len(batches):
+            self._train_batch(batches[self.batch][self.rank :: self.processes])
+            self.batch += 1
+            self._log()
+            if config.save_every and self.batch % config.save_every == 0 and self.batch < len(batches):
+                self._read_metrics()
+                self._save(None)
+        self._read_metrics()
+        train = means_of(self.sums, self.steps)
+        validation = self._validate()
+        record = {
+            "epoch": self.epoch + 1,
+            "updates": self.updates,
+            "learning_rate": self.rate,
+            "threshold": float(self.loss.threshold),
+            "train": train,
+            "validation": validation,
+        }
+        self.history.append(record)
+        if config.adaptive_threshold:
+            self.loss.threshold.fill_(_THRESHOLD_SHARE * train["cosine"])
+        self.skipped += self.sums["skipped"]
+        self.epoch, self.batch, self.sums, self.steps = self.epoch + 1, 0, {}, 0
+        self._save(validation)
+        self._track({f"validation/{name}": value for name, value in validation.items()})
+        if self.accelerator.is_main_process:
+            self.report.epoch(record)
+
+    def _train_batch(self, samples: Sequence[int]) -> None:
+        batch = self.contexts.batch(samples, self._bucket)
+        self.step.restart()
+        self.loss.restart()
+        first = (self.epoch * len(self.order) + self.batch) * self._calls
+        total = self.config.epochs * len(self.order) * self._calls
+        warmup = math.ceil(total * self.config.warmup_ratio)
+        for call in range(self._calls):
+            self.rate = self.config.learning_rate * warmup_cosine(first + call, total, warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"].fill_(self.rate)
+            self.step(*batch)
+            self.updates += 1
+            if self.loss.leaves != "none" and self._all_left():
+                break
+
+    def _all_left(self) -> bool:
+        """Whether no sample of any process is left; waits for the device, as only leaving samples need it."""
+        staying = (~self.loss.left).sum()
+        return int(self.accelerator.reduce(staying)) == 0
+
+    def _average_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Their mean over processes, in one all-reduce."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= self.processes
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, parts, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def _log(self) -> None:
+        """Hand on the metrics that have arrived; never waits."""
+        metrics = None
+        for window in self.step.poll():
+            self._add(window.values, window.steps)
+            metrics = means_of(window.values, 1)
+            named = {f"train/{name}": value for name, value in metrics.items()}
+            self._track({**named, "train/learning_rate": self.rate})
+        if self.accelerator.is_main_process:
+            self.report.batch(self.epoch + 1, self.batch, metrics)
+
+    def _add(self, values: Mapping[str, float], steps: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * steps
+        self.steps += steps
+
+    def _read_metrics(self) -> None:
+        """Bring this epoch's sums up to date, and to the mean over processes."""
+        for window in self.step.drain():
+            self._add(window.values, window.steps)
+        self.sums = dict(zip(self.sums, self._over_processes([*self.sums.values()], "mean"), strict=True))
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        self.accelerator.log(dict(values), step=self.updates)
+
+    def _validate(self) -> dict[str, float]:
+        self.model.eval()
+        with self.average.applied(), self._autocast():
+            sums = validation_sums(
+                self.model,
+                self.held_out,
+                self.validated[self.rank :: self.processes],
+                self.config.batch_size,
+                self.config.supervision_steps,
+            )
+        *totals, count = self._over_processes(sums, "sum")
+        return {name: total / count for name, total in zip(MEASURED, totals, strict=True)}
+
+    def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
+        """The ``"sum"`` or ``"mean"`` of each value over all processes."""
+        if self.processes == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.accelerator.reduce(tensor, how).tolist()
+
+    def _save(self, validation: Mapping[str, float] | None) -> None:
+        """Write a checkpoint of this moment; all processes must call it."""
+        from accelerate.utils import gather_object
+
+        own = {f"random.{self.rank}.{name}": state for name, state in random_states(self.device).items()}
+        randoms = dict(entry for process in gather_object([own]) for entry in process.items())
+        if self.accelerator.is_main_process:
+            progress = Progress(
+                epoch=self.epoch,
+                batch=self.batch,
+                updates=self.updates,
+                skipped=self.skipped,
+                threshold=float(self.loss.threshold),
+                sums=self.sums,
+                steps=self.steps,
+                history=self.history,
+                settings=self.settings,
+            )
+            facts = {
+                "language_model": self.language_model,
+                "max_steps": self.config.supervision_steps,
+                "halting": "none" if self.config.halt_loss == "none" else "sample",
+                "epoch": self.epoch,
+                "updates": self.updates,
+                "validation": validation,
+                "settings": self.settings,
+            }
+            number = self.epoch * len(self.order) + self.batch
+            loss = None if validation is None else validation["mse"]
+            with self.checkpoints.new(f"batch-{number:08d}", loss) as folder:
+                with self.average.applied():
+                    save_sequence_trm(self.model, folder, **facts)
+                save_compressor(self.compressor, folder / COMPRESSOR_FOLDER, **self.compressor_facts)
+                tensors = training_tensors(self.model, self.average, self.optimizer)
+                write_state(folder, progress, {**tensors, **randoms})
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, progress: Progress) -> None:
+        changed = [
+            f"{name} was {progress.settings.get(name)} and is {value}"
+            for name, value in self.settings.items()
+            if progress.settings.get(name) != value
+        ]
+        if changed:
+            raise InputError(
+                f"{self.config.output} cannot be resumed with other settings ({'; '.join(changed)}): give "
+                "those of the run, or start over with --overwrite"
+            )
+        tensors = restore_training(self.checkpoints.last, self.model, self.average, self.optimizer)
+        prefix = f"random.{self.rank}."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        restore_random_states(own, self.device)
+        self.loss.threshold.fill_(progress.threshold)
+        self.epoch, self.batch, self.updates = progress.epoch, progress.batch, progress.updates
+        self.sums, self.steps = progress.sums, progress.steps
+        self.skipped, self.history = progress.skipped, progress.history
+
+    def _check_output(self) -> None:
+        output = self.config.output
+        exists = self.checkpoints.exist()
+        if exists and not (self.config.resume or self.config.overwrite):
+            raise InputError(
+                f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
+                "another folder"
+            )
+        if self.config.resume and not exists:
+            raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
+
+    def _check_sizes(self, training: int) -> None:
+        config = self.config
+        needed = config.batch_size * self.processes
+        if training < needed:
+            raise InputError(
+                f"{config.data} has {training} samples to train on beside the held-out ones, and a batch "
+                f"takes {needed}: choose a --batch-size of at most {training // self.processes}, or make "
+                "more pairs"
+            )
+
+    def _heads(self) -> int:
+        """Heads of the network; those asked for, if they divide D'."""
+        width, heads = self.contexts.width, self.config.n_heads
+        if heads is None:
+            return next(
+                count for count in (8, 4, 2, 1) if width % count == 0 and width // count >= min(width, 8)
+            )
+        if width % heads:
+            raise InputError(
+                f"--heads {heads} does not divide the compressor's width {width}: choose a divisor, or leave "
+                "it out"
+            )
+        return heads
+
+    def _build(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.model = SequenceTRM(
+            self.contexts.width,
+            config.n_layers,
+            self._heads(),
+            config.n_latent_steps,
+            config.n_deep_recursions,
+            config.dropout,
+        ).to(self.device)
+        if config.halt_loss == "none":
+            self.model.halt_head.requires_grad_(False)
+        # From here on chance is dropout's, and each process has its own.
+        torch.manual_seed(config.seed + 1 + self.rank)
+        self.optimizer = capturable_adamw(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+        )
+        self.average = ParameterAverage(self.model.parameters(), config.ema_decay)
+        self.loss = SupervisionLoss(
+            self.model.halt_logits,
+            config.batch_size,
+            halt=config.halt_loss,
+            weight=config.halt_weight,
+            threshold=config.halt_threshold,
+            leaves=config.halt_in_training,
+        ).to(self.device)
+        self._calls = config.supervision_steps // config.steps_per_update
+        self._autocast_dtype = torch.bfloat16 if self._precision() == "bf16" else None
+        self.step = TrainingStep(
+            self.model.net,
+            self.loss,
+            self.optimizer,
+            n=config.n_latent_steps,
+            T=config.n_deep_recursions,
+            output_norm=self.model.output_norm,
+            embed=lambda context, mask, target: self.model.embed(context),
+            mask=self._mask,
+            clip_norm=config.clip_norm,
+            reduce=self._average_gradients if self.processes > 1 else None,
+            average=self.average,
+            autocast_dtype=self._autocast_dtype,
+            supervision_steps=config.steps_per_update,
+            skip_nonfinite=True,
+            read_every=config.log_every * self._calls,
+            modules=[self.model],
+            capture=self.device.type == "cuda",
+        )
+
+    def _mask(self, context: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        mask = self.model.extend_mask(mask)
+        # Nothing is computed for samples that left: all their positions count as padding.
+        return mask if self.loss.leaves == "none" else mask * ~self.loss.left[:, None]
+
+    def _precision(self) -> str:
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "bf16" if self.device.type == "cuda" else "fp32"
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._autocast_dtype)
+
+    def _out_of_patience(self) -> bool:
+        if self.config.patience is None or not self.history:
+            return False
+        losses = [record["validation"]["mse"] for record in self.history]
+        return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) >= self.config.patience
+
+    def _pairs(self, path: Path, compressor: DimensionCompressor) -> PairFiles:
+        pairs = open_pairs(path)
+        require_width(compressor, pairs.hidden_size, self.config.compressor, f"the pairs in {path}")
+        return pairs
+
+    def _to_gpu(self, contexts: Contexts) -> Contexts:
+        """``contexts`` on the GPU, if they take a quarter of its free memory at most."""
+        if self.device.type != "cuda":
+            return contexts
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fits = contexts.rows.nbytes + contexts.targets.nbytes <= _MEMORY_SHARE * free
+        return contexts.to(self.device) if fits else contexts
+
+    def _plan(self) -> Phase2Plan:
+        config = self.config
+        return Phase2Plan(
+            training=len(self.order.samples),
+            held_out=len(self.validated),
+            width=self.contexts.width,
+            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            batches=len(self.order),
+            updates=config.epochs * len(self.order) * self._calls,
+            epochs=config.epochs,
+            batch_size=self.order.batch_size,
+            start=(self.epoch, self.batch),
+            device=f"{self.device}, {self._precision()}"
+            + (f", {self.processes} processes" if self.processes > 1 else ""),
+        )

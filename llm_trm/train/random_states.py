@@ -1,0 +1,30 @@
+"""States of the random number generators as tensors, for checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of Python's generator, torch's on the CPU, and that of ``device`` if it is a GPU."""
+    _, words, gauss = random.getstate()
+    states = {"python": torch.tensor(words), "torch": torch.get_rng_state()}
+    if gauss is not None:
+        states["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the generators to what :func:`random_states` gave."""
+    gauss = states.get("python_gauss")
+    words = tuple(states["python"].tolist())
+    random.setstate((3, words, None if gauss is None else float(gauss)))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
