@@ -48,6 +48,11 @@ class Row:
         """Tokens read and written."""
         return len(self.prompt) + len(self.written) + len(self.response)
 
+    def is_finite(self) -> bool:
+        """Whether the states that were kept hold no NaN and no infinity."""
+        kept = [*self.context, *([] if self.post is None else [self.post])]
+        return all(bool(torch.isfinite(states).all()) for states in kept)
+
 
 @dataclass
 class Batch:

@@ -58,6 +58,7 @@ class Thought:
     Attributes:
         hidden_pre: ``[L, D]``, on the CPU, final-norm states of every position before ``<think>``.
         hidden_post: ``[D]``, final-norm state at ``</think>``.
+        preamble: Tokens written before ``<think>``; with the prompt, those that ``hidden_pre`` is of.
         thinking: Tokens between the tags.
         next_token: The likeliest token behind ``</think>``.
         response: Tokens behind ``</think>``, each the likeliest; without the end token.
@@ -66,6 +67,7 @@ class Thought:
 
     hidden_pre: Tensor
     hidden_post: Tensor
+    preamble: list[int]
     thinking: list[int]
     next_token: int
     response: list[int]
@@ -203,7 +205,7 @@ class ThoughtDecoder:
         states = self._forward(cache, tokens, mask, (mask.cumsum(-1) - 1).clamp(min=0))
         for row, of_row in zip(rows, states, strict=True):
             first = longest - len(row.prompt)
-            row.context = [of_row[first : first + row.context_length].to("cpu", self._dtype)]
+            row.context = [self._kept(of_row[first : first + row.context_length])]
         return Batch(rows, cache, mask, lengths, tokens[:, -1]), states[:, -1]
 
     def _forward(self, cache: DynamicCache, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ class ThoughtDecoder:
             if outcome is None:
                 staying.append(place)
             else:
-                done.append((row, outcome))
+                done.append((row, outcome if row.is_finite() else NOT_FINITE))
         if not staying:
             return None, done
         batch.feed(tokens)
@@ -244,7 +246,7 @@ class ThoughtDecoder:
         if row.thought:
             return self._answer(row, token, state)
         if row.written and row.thinking_from is None:
-            row.context.append(state[None].to("cpu", self._dtype))
+            row.context.append(self._kept(state[None]))
         row.written.append(token)
         if token == self._model.end_think:
             row.thought = row.thinking_from is not None
@@ -260,18 +262,21 @@ class ThoughtDecoder:
 
     def _answer(self, row: Row, token: int, state: Tensor) -> Outcome | None:
         if row.post is None:
-            row.post, row.next_token = state.to("cpu", self._dtype), token
+            row.post, row.next_token = self._kept(state), token
         complete = token in self._ends
         if not complete and self._limits.answer:
             row.response.append(token)
             room = self._positions - len(row.prompt) - len(row.written)
             if len(row.response) < min(self._limits.answer, room):
                 return None
-        pre, post = torch.cat(row.context), row.post
-        if not (torch.isfinite(pre).all() and torch.isfinite(post).all()):
-            return NOT_FINITE
-        thinking = row.written[row.thinking_from : -1]
-        return Thought(pre, post, thinking, row.next_token, row.response, complete)
+        assert row.thinking_from is not None
+        preamble, thinking = row.written[: max(row.thinking_from - 1, 0)], row.written[row.thinking_from : -1]
+        pre = torch.cat(row.context)
+        return Thought(pre, row.post, preamble, thinking, row.next_token, row.response, complete)
+
+    def _kept(self, states: Tensor) -> Tensor:
+        # A copy even on the CPU, where a view would keep the states of the whole batch.
+        return states.to("cpu", self._dtype, copy=True)
 
 
 def _end_tokens(model: ThinkingModel) -> set[int]:
