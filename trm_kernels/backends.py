@@ -20,6 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from trm_kernels.network import FusedModule
+    from trm_kernels.packing import Packing
 
 Refusal = str | None
 
@@ -39,6 +40,7 @@ class Backend:
         refuses: Why it cannot serve this call (network, input [B, L, D], mask [B, L]), or None.
         run: Runs the network on an input and mask that it does not refuse.
         recursion: Where it can run a whole recursion at once.
+        packed: Where it can leave out padding, which one of the former does by itself.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Backend:
     refuses: Callable[[FusedModule, Tensor, Tensor | None], Refusal]
     run: Callable[[FusedModule, Tensor, Tensor | None], Tensor]
     recursion: FusedRecursion | None = None
+    packed: PackedRecursion | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,19 @@ class FusedRecursion:
 
 
 @dataclass(frozen=True)
+class PackedRecursion:
+    """A recursion that calls the network step by step, but on the valid positions alone.
+
+    Attributes:
+        refuses: Why a recursion must run on the padded batch, or None: network, states [B, L, D], mask.
+        run: As for :class:`FusedRecursion`.
+    """
+
+    refuses: Callable[[FusedModule, Sequence[Tensor], Tensor | Packing], Refusal]
+    run: Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Selection:
     """The backend that serves a call, and the reason for each one that was passed over."""
 
@@ -78,6 +94,18 @@ def _always(*_: object) -> Refusal:
 
 def _run_eager(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return net.forward_eager(x, mask)
+
+
+def _eager_refuses_packed(net: FusedModule, states: Sequence[Tensor], mask: Tensor | Packing) -> Refusal:
+    from trm_kernels import packed
+
+    return packed.refuses(net, states, mask)
+
+
+def _run_eager_packed(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from trm_kernels import packed
+
+    return packed.run_recursion(*args, **options)
 
 
 def _compile_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
@@ -147,7 +175,14 @@ def _native_run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("eager", "the reference, plain PyTorch", _always, _always, _run_eager),
+        Backend(
+            "eager",
+            "the reference, plain PyTorch",
+            _always,
+            _always,
+            _run_eager,
+            packed=PackedRecursion(_eager_refuses_packed, _run_eager_packed),
+        ),
         Backend("compile", "the reference under torch.compile", _always, _compile_refuses, _run_compile),
         Backend(
             "triton",

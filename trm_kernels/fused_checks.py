@@ -156,10 +156,11 @@ def refuses(module: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
             return "the input was made in inference mode, and cannot be saved for a backward"
     if mask is not None and mask.device != x.device:
         return f"the mask is on {mask.device}, the input on {x.device}"
-    return _refuses_modules(module, x)
+    return refuses_modules(module, x)
 
 
-def _refuses_modules(module: FusedModule, x: Tensor) -> str | None:
+def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
+    """Why the modules inside ``module`` must be called one by one, or None."""
     if module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks:
         return "there are global module hooks, which fused kernels would skip"
     layout = layout_name(module.config)
@@ -167,13 +168,13 @@ def _refuses_modules(module: FusedModule, x: Tensor) -> str | None:
     for block in module.blocks:
         if type(block) not in _KNOWN:
             return f"a block is a {type(block).__name__}, not one of the family's"
-        if block is not module and _is_hooked(block):
+        if block is not module and is_hooked(block):
             return "a block has hooks or a forward of its own, which fused kernels would skip"
         for path in (*_REPLACED[layout], *(path for path, _ in _READ[layout])):
             child = _submodule(block, path)
             if type(child) not in _KNOWN:
                 return f"submodule {path} is a {type(child).__name__}, not one of the family's"
-            if _is_hooked(child):
+            if is_hooked(child):
                 return f"submodule {path} has hooks or a forward of its own, which fused kernels would skip"
             if isinstance(child, nn.GELU) and child.approximate != "none":
                 return f"submodule {path} is GELU({child.approximate!r}), the kernels compute it with erf"
@@ -192,7 +193,7 @@ def _refuses_modules(module: FusedModule, x: Tensor) -> str | None:
     return None
 
 
-def _is_hooked(child: nn.Module) -> bool:
+def is_hooked(child: nn.Module) -> bool:
     """Whether calling ``child`` does more than its class says."""
     forward = child._forward_hooks or child._forward_pre_hooks
     backward = child._backward_hooks or child._backward_pre_hooks
@@ -203,7 +204,7 @@ def refuses_recursion(
     module: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
 ) -> str | None:
     """Why a recursion over a network that the kernels serve must call it step by step, or None."""
-    if _is_hooked(module):
+    if is_hooked(module):
         return "the network has hooks or a forward of its own, which a fused recursion would skip"
     if any(state.device != states[0].device for state in states):
         return "x, y and z are on different devices"
@@ -216,7 +217,7 @@ def _refuses_norm(config: NetworkConfig, norm: object, state: Tensor) -> str | N
     if type(norm) not in (reference.RMSNorm, nn.RMSNorm):
         return f"output_norm is a {type(norm).__name__}, not an RMSNorm"
     assert isinstance(norm, (reference.RMSNorm, nn.RMSNorm))
-    if _is_hooked(norm):
+    if is_hooked(norm):
         return "output_norm has hooks or a forward of its own, which a fused recursion would skip"
     if not config.pre_norm:
         return "a post-norm network has no use for output_norm"

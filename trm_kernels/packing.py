@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Packing:
+class Rows:
     """Where the valid positions of a padded batch [B, L] lie among R packed rows.
-
-    Everything stays on the device and nothing waits for it: the number of valid rows is a device tensor that
-    the kernels read. So R may be larger than that number; the rows behind it hold nothing.
 
     Attributes:
         batch, length: B and L.
-        starts: First row of each sample, and the end of the last, int32 [B + 1] (``cu_seqlens``).
-        count: Number of valid rows, int32 [1].
         index: Padded position (b L + l) of each packed row, int64 [R]; 0 in rows that hold nothing.
         place: Packed row of each padded position, int64 [B L]; any row where the position is not valid.
         mask: Validity of each padded position, bool [B, L].
@@ -27,32 +23,9 @@ class Packing:
 
     batch: int
     length: int
-    starts: Tensor
-    count: Tensor
     index: Tensor
     place: Tensor
     mask: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor, rows: int | None = None) -> Packing:
-        """Pack the positions where ``mask`` [B, L] is not 0, any pattern, in order.
-
-        Args:
-            rows: R, at least the number of valid positions (B L if not given). A caller who knows the lengths
-                saves memory with it; too small a number loses rows.
-        """
-        mask = mask != 0
-        batch, length = mask.shape
-        rows = batch * length if rows is None else rows
-        flat = mask.reshape(-1)
-        place = (flat.cumsum(0) - 1).clamp_(0, rows - 1)
-        # One more row than there are takes the positions that are not valid.
-        index = place.new_zeros(rows + 1)
-        positions = torch.arange(batch * length, device=mask.device)
-        index.scatter_(0, torch.where(flat, place, rows), positions)
-        lengths = mask.sum(dim=1, dtype=torch.int32)
-        starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(batch, length, starts, starts[-1:].clone(), index[:rows], place, mask)
 
     @property
     def rows(self) -> int:
@@ -79,11 +52,64 @@ class Packing:
         return rows.masked_fill_(~self.mask[..., None], 0.0)
 
 
+@dataclass(frozen=True)
+class Packing(Rows):
+    """Packed rows in the order of the samples, for kernels.
+
+    Everything stays on the device and nothing waits for it: the number of valid rows is a device tensor that
+    the kernels read. So R may be larger than that number; the rows behind it hold nothing.
+
+    Attributes:
+        starts: First row of each sample, and the end of the last, int32 [B + 1] (``cu_seqlens``).
+        count: Number of valid rows, int32 [1].
+        lengths: Number of valid positions of each sample, where the caller knows them on the host: with them
+            the ``eager`` backend packs rows on devices that it may not wait for.
+    """
+
+    starts: Tensor
+    count: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor, rows: int | None = None, lengths: Sequence[int] | None = None) -> Packing:
+        """Pack the positions where ``mask`` [B, L] is not 0, any pattern, in order.
+
+        Args:
+            rows: R, at least the number of valid positions (if not given, the sum of ``lengths``, else B L).
+                A caller who knows the lengths saves memory with it; too small a number loses rows.
+            lengths: Number of valid positions of each sample; must be that of the mask, which is not read.
+        """
+        mask = mask != 0
+        batch, length = mask.shape
+        if lengths is not None and (len(lengths) != batch or not all(0 <= n <= length for n in lengths)):
+            raise ValueError(f"expected {batch} lengths of at most {length}, got {list(lengths)}")
+        if rows is None:
+            rows = batch * length if lengths is None else max(1, sum(lengths))
+        flat = mask.reshape(-1)
+        place = (flat.cumsum(0) - 1).clamp_(0, rows - 1)
+        # One more row than there are takes the positions that are not valid.
+        index = place.new_zeros(rows + 1)
+        positions = torch.arange(batch * length, device=mask.device)
+        index.scatter_(0, torch.where(flat, place, rows), positions)
+        counts = mask.sum(dim=1, dtype=torch.int32)
+        starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(
+            batch,
+            length,
+            index[:rows],
+            place,
+            mask,
+            starts=starts,
+            count=starts[-1:].clone(),
+            lengths=None if lengths is None else tuple(lengths),
+        )
+
+
 class _Gather(torch.autograd.Function):
     """Packing and unpacking, each the other's backward: gathers both ways, where autograd would scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing, padded: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packing: Rows, padded: bool) -> Tensor:
         ctx.packing, ctx.padded = packing, padded
         return packing._gather(x, padded)
 

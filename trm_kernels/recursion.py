@@ -110,9 +110,9 @@ def deep_recursion(
     stepwise: str | None = f"{type(net).__name__} is no network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
-        fused, stepwise = _fused(net, states, mask, output_norm, precision)
-        if fused is not None:
-            return fused.run(
+        run, stepwise = _own_recursion(net, states, mask, packing, output_norm, precision)
+        if run is not None:
+            return run(
                 net,
                 *states,
                 n,
@@ -158,21 +158,28 @@ def _states(*states: Tensor) -> tuple[Tensor, ...]:
     return tuple(state.to(dtype) for state in torch.broadcast_tensors(*states))
 
 
-def _fused(
+def _own_recursion(
     net: FusedModule,
     states: tuple[Tensor, ...],
     mask: Tensor | None,
+    packing: Packing | None,
     output_norm: Normalisation | None,
     precision: Precision | None,
-) -> tuple[backends.FusedRecursion | None, str | None]:
+) -> tuple[Callable[..., tuple[Tensor, Tensor]] | None, str | None]:
     """The recursion of the backend that serves ``net``, or None and why it is called step by step."""
     net.check(states[1], mask)
-    name = backends.select(net, states[1], mask).name
-    fused = backends.BACKENDS[name].recursion
-    if fused is None:
-        return None, f"backend {name!r} has no recursion of its own"
-    reason = fused.refuses(net, states, output_norm, precision)
-    return (fused, None) if reason is None else (None, reason)
+    backend = backends.BACKENDS[backends.select(net, states[1], mask).name]
+    if backend.recursion is None:
+        reason: str | None = f"backend {backend.name!r} has no recursion of its own"
+    else:
+        reason = backend.recursion.refuses(net, states, output_norm, precision)
+        if reason is None:
+            return backend.recursion.run, None
+    if backend.packed is not None and mask is not None and precision is None:
+        reason = backend.packed.refuses(net, states, mask if packing is None else packing)
+        if reason is None:
+            return backend.packed.run, None
+    return None, reason
 
 
 class RecursionMixin:
