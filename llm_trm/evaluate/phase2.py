@@ -15,6 +15,8 @@ from torch import Tensor
 from llm_trm.errors import InputError
 from llm_trm.evaluate.baselines import Baseline, Ridge, fit_baselines, summarise
 from llm_trm.models.loading import load_thinking_model
+from llm_trm.train.contexts import Contexts
+from llm_trm.train.losses import errors
 
 if TYPE_CHECKING:
     from llm_trm.data.pairs import PairFiles
@@ -181,13 +183,8 @@ def measure(
         InputError: A token that the head does not have.
     """
     restored = compressor.decompress(predicted)
-    difference = predicted - target
-    figures = {
-        "cosine": F.cosine_similarity(predicted, target, dim=-1),
-        "mse": difference.square().mean(dim=-1),
-        "relative_error": difference.norm(dim=-1) / target.norm(dim=-1),
-        "full_cosine": F.cosine_similarity(restored, hidden_post, dim=-1),
-    }
+    figures = errors(predicted, target)
+    figures["full_cosine"] = F.cosine_similarity(restored, hidden_post, dim=-1)
     if head is not None and next_tokens is not None:
         logits = head(restored)
         if int(next_tokens.max()) >= logits.shape[1]:
@@ -302,16 +299,16 @@ def load_head(name: str, device: torch.device, hidden_size: int) -> torch.nn.Mod
 
 @dataclass(frozen=True)
 class _Batch:
-    """Pairs: padded compressed contexts [B, L, D'] with their mask [B, L], summaries and targets [B, D'].
+    """Pairs: padded compressed contexts [B, L, D'] and mask [B, L], targets, last and mean states [B, D'].
 
-    Everything but the summaries, which baselines take to the CPU, lies on the device.
+    All lie on the device but the last and mean states, which baselines read on the CPU.
     """
 
     context: Tensor
     mask: Tensor
+    target: Tensor
     last: Tensor
     mean: Tensor
-    target: Tensor
     hidden_post: Tensor
     records: list[dict[str, Any]]
 
@@ -343,23 +340,19 @@ def _batches(
         if not shard.records:
             continue
         rows = _compress(shard.hidden_pre, compressor, device)
-        targets = _compress(shard.hidden_post, compressor, device)
+        contexts = Contexts(rows, shard.offsets, _compress(shard.hidden_post, compressor, device))
         last, mean = summarise(rows, shard.offsets)
-        contexts = rows.split(shard.offsets.diff().tolist())
         # Contexts of like length share a batch: less padding.
         for chosen in shard.offsets.diff().argsort(stable=True).split(batch_size):
-            indices = chosen.tolist()
-            lengths = shard.offsets.diff()[chosen]
-            context = torch.nn.utils.rnn.pad_sequence([contexts[i] for i in indices], batch_first=True)
-            mask = torch.arange(context.shape[1]) < lengths[:, None]
+            batch = contexts.batch(chosen.tolist())
             yield _Batch(
-                context.to(device),
-                mask.to(device),
+                batch.context.to(device),
+                batch.mask.to(device),
+                batch.target.to(device),
                 last[chosen],
                 mean[chosen],
-                targets[chosen].to(device),
                 shard.hidden_post[chosen].to(device).float(),
-                [shard.records[i] for i in indices],
+                [shard.records[number] for number in chosen.tolist()],
             )
 
 

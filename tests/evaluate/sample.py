@@ -48,15 +48,7 @@ def write_pairs(
 
     folder.mkdir(parents=True)
     pairs = [pair(index) for index in range(samples)]
-    shards = [pairs[begin : begin + shard] for begin in range(0, samples, shard)]
+    shards = [pairs[begin : begin + shard] for begin in range(0, max(samples, 1), shard)]
     for number, members in enumerate(shards):
         write_shard(folder, number, members, {}, width, "float32")
-    return write_index(
-        folder,
-        len(shards),
-        model=model,
-        hidden_size=width,
-        dtype="float32",
-        seed=seed,
-        settings=SETTINGS | {"seed": seed},
-    )
+    return write_index(folder, len(shards), model=model, seed=seed, settings=SETTINGS | {"seed": seed})

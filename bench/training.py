@@ -1,0 +1,440 @@
+"""Times phase 2 training against the original trainer, restated: ``python -m bench.training``.
+
+Both train on the same ragged contexts (lengths uniform in [L/3, L]) in one process, taking turns: the trainer
+that ``llm-trm train phase2`` runs, and ``bench/plain_trainer.py``. First they must compute the same from the
+same weights, or no time is reported. One line of JSON a case is appended to bench/results/training.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench.plain_trainer import PlainSequenceTRM, PlainTrainer
+from llm_trm.benchmark.environment import device_name, run_record
+from llm_trm.benchmark.protocol import Timing, interleave, synchronize, timer_for
+from llm_trm.benchmark.results import append
+from llm_trm.benchmark.table import number
+from llm_trm.data.pairs import Pair, write_index, write_shard
+from llm_trm.errors import InputError
+from llm_trm.models.compression import DimensionCompressor, save_compressor
+from llm_trm.train.phase2 import TRMSequenceTrainer
+from llm_trm.train.phase2_config import Phase2Config
+
+RESULTS = Path(__file__).resolve().parent / "results" / "training.jsonl"
+PLAIN, OURS = "plain", "llm-trm"
+
+_LEARNING_RATE = 1e-4
+#: Makes the cosine of the schedules constant to float32 over any run here.
+_EPOCHS = 10**7
+#: Supervision steps that both trainers must agree over.
+_CHECKED_STEPS = 3
+#: Decay of the averages there: at 0.999 they would move by little more than their own rounding.
+_CHECKED_DECAY = 0.5
+#: Largest relative difference of metrics and updates between the trainers in float32.
+_METRIC_TOLERANCE, _UPDATE_TOLERANCE = 1e-4, 1e-2
+#: The same of metrics under bf16 autocast, whose unit roundoff is 4e-3.
+_BF16_METRIC_TOLERANCE = 5e-2
+
+
+class DisagreementError(RuntimeError):
+    """The two trainers do not compute the same."""
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """What is trained on.
+
+    Attributes:
+        width: D', of the compressed states.
+        length: L, the longest context; the shortest is a third of it.
+        batch: B.
+        batches: Batches of a timed pass.
+        supervision_steps: Updates a batch.
+        dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
+        dropout: Of attention weights, while time is taken.
+    """
+
+    width: int
+    length: int
+    batch: int
+    batches: int = 4
+    supervision_steps: int = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Identifies the case in a results file."""
+        short = {"float32": "fp32", "bfloat16": "bf16"}[self.dtype]
+        dropout = f" dropout{self.dropout:g}" if self.dropout else ""
+        return f"phase2 trainer d{self.width} L{self.length} B{self.batch} {short}{dropout}"
+
+    @property
+    def samples(self) -> int:
+        """Samples of a timed pass."""
+        return self.batch * self.batches
+
+
+#: The last CPU case is of the arithmetic world's size. Supervision steps are all alike, so that the cases
+#: that take seconds a step get along with fewer.
+CASES: dict[str, tuple[TrainingCase, ...]] = {
+    "cpu": (
+        TrainingCase(256, 256, 8, supervision_steps=1),
+        TrainingCase(256, 96, 32, supervision_steps=1),
+        TrainingCase(32, 24, 256),
+    ),
+    "cuda": (
+        TrainingCase(256, 256, 8, batches=16, dtype="bfloat16"),
+        TrainingCase(256, 256, 32, batches=16, dtype="bfloat16"),
+    ),
+}
+
+
+def quick(case: TrainingCase) -> TrainingCase:
+    """The case, small enough to try the command in seconds."""
+    return replace(
+        case,
+        width=min(case.width, 32),
+        length=min(case.length, 24),
+        batch=min(case.batch, 4),
+        batches=2,
+        supervision_steps=1,
+    )
+
+
+class OurTrainer:
+    """The trainer of ``llm-trm train phase2`` on random contexts in a folder of its own.
+
+    Args:
+        folder: Empty; pairs and compressor are written there.
+        device: ``"cpu"`` or the accelerator of this machine.
+        ema_decay: Of the average of the weights.
+        seed: Of data and weights.
+    """
+
+    def __init__(
+        self,
+        case: TrainingCase,
+        folder: Path,
+        device: torch.device,
+        *,
+        ema_decay: float = 0.999,
+        seed: int = 0,
+    ) -> None:
+        pairs, compressor = folder / "pairs", folder / "compressor"
+        write_data(case, pairs, compressor, seed)
+        config = Phase2Config(
+            data=pairs,
+            compressor=compressor,
+            output=folder / "run",
+            val_fraction=1e-9,  # one sample, which is the least
+            dropout=case.dropout,
+            supervision_steps=case.supervision_steps,
+            batch_size=case.batch,
+            epochs=_EPOCHS,
+            learning_rate=_LEARNING_RATE,
+            warmup_ratio=0.0,
+            ema_decay=ema_decay,
+            precision="bf16" if case.dtype == "bfloat16" else "fp32",
+            seed=seed,
+            device="cpu" if device.type == "cpu" else "auto",
+        )
+        self.trainer = TRMSequenceTrainer(config)
+        self.trainer.model.train()
+        self.order = self.trainer.order.batches(0)
+
+    def run(self, batches: Sequence[Sequence[int]]) -> None:
+        """Train on these batches of sample numbers, as an epoch does."""
+        for samples in batches:
+            self.trainer._train_batch(samples)
+            self.trainer._log()
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call; waits for the device."""
+        windows = self.trainer.step.drain()
+        steps = sum(window.steps for window in windows)
+        return {
+            name: sum(window.values[name] * window.steps for window in windows) / steps
+            for name in windows[0].values
+        }
+
+    def samples(self, numbers: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Contexts [L_i, D'] and targets [D'] of these samples, on the CPU."""
+        contexts = self.trainer.contexts
+        offsets, rows, targets = contexts.offsets.tolist(), contexts.rows.cpu(), contexts.targets.cpu()
+        return [rows[offsets[i] : offsets[i + 1]] for i in numbers], [targets[i] for i in numbers]
+
+
+def write_data(case: TrainingCase, pairs: Path, compressor: Path, seed: int) -> None:
+    """Write random pairs for ``case``, and one to hold out, and a compressor of them."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_size = case.width + 1  # a compressor must narrow
+    count = case.samples + 1
+    lengths = torch.randint(-(-case.length // 3), case.length + 1, (count,), generator=generator).tolist()
+    lengths[0] = case.length
+
+    def pair(index: int, length: int) -> Pair:
+        record = {
+            "index": index,
+            "problem": str(index),
+            "answer": None,
+            "thinking": "",
+            "context_length": length,
+            "thinking_tokens": 1,
+            "next_token": 0,
+            "response": "",
+            "correct": None,
+        }
+        states = torch.randn(length + 1, hidden_size, generator=generator)
+        return Pair(states[:-1], states[-1], record)
+
+    pairs.mkdir(parents=True)
+    members = [pair(index, length) for index, length in enumerate(lengths)]
+    write_shard(pairs, 0, members, {}, hidden_size, "float32")
+    write_index(pairs, 1, model="random", seed=seed, settings={"seed": seed})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        save_compressor(DimensionCompressor(hidden_size, case.width), compressor)
+
+
+def plain_of(ours: OurTrainer, case: TrainingCase) -> PlainTrainer:
+    """The original trainer with the weights that ``ours`` has now."""
+    model = PlainSequenceTRM(ours.trainer.model.config)
+    model.load_state_dict(ours.trainer.model.state_dict())
+    return PlainTrainer(
+        model.to(ours.trainer.device),
+        supervision_steps=case.supervision_steps,
+        learning_rate=_LEARNING_RATE,
+        ema_decay=ours.trainer.config.ema_decay,
+        autocast_dtype=torch.bfloat16 if case.dtype == "bfloat16" else None,
+    )
+
+
+def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, float]:
+    """Train both on one batch for three supervision steps, without dropout, and compare.
+
+    Metrics must agree in the case's precision; in float32 the updates of weights and of their averages too.
+
+    Returns:
+        The largest relative differences, ``metrics`` and, in float32, ``updates`` and ``averages``.
+
+    Raises:
+        DisagreementError: They do not agree.
+    """
+    case = replace(case, batches=1, supervision_steps=_CHECKED_STEPS, dropout=0.0)
+    ours = OurTrainer(case, folder, device, ema_decay=_CHECKED_DECAY)
+    plain = plain_of(ours, case)
+    before = {name: value.detach().clone() for name, value in plain.model.named_parameters()}
+    numbers = ours.order[0]
+    ours.run([numbers])
+    steps = plain.train_batch(*ours.samples(numbers))
+    found = ours.metrics()
+    differences = {
+        name: abs(found[name] - mean) / max(abs(mean), 1e-3)
+        for name, mean in ((name, sum(step[name] for step in steps) / len(steps)) for name in _COMPARED)
+    }
+    exact = case.dtype == "float32"
+    agreement = {"metrics": max(differences.values())}
+    tolerances = {"metrics": _METRIC_TOLERANCE if exact else _BF16_METRIC_TOLERANCE}
+    if exact:
+        own = dict(ours.trainer.model.named_parameters())
+        agreement["updates"] = _difference(before, dict(plain.model.named_parameters()), own)
+        averages = dict(zip(own, ours.trainer.average.averages, strict=True))
+        agreement["averages"] = _difference(before, plain.average.shadow, averages)
+        tolerances |= {"updates": _UPDATE_TOLERANCE, "averages": _UPDATE_TOLERANCE}
+    # Written so that NaN fails.
+    broken = [name for name, value in agreement.items() if not value <= tolerances[name]]
+    if broken:
+        raise DisagreementError(
+            f"{case.name}: after {_CHECKED_STEPS} supervision steps the trainers differ in "
+            + ", ".join(f"{name} by {agreement[name]:.2g} (at most {tolerances[name]:g})" for name in broken)
+        )
+    return agreement
+
+
+#: Metrics that both trainers measure.
+_COMPARED = ("loss", "mse", "cosine", "halt_loss")
+
+
+def _difference(
+    before: Mapping[str, Tensor], expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> float:
+    """Norm of ``found - expected`` over that of ``expected - before``, of all tensors together."""
+
+    def norm(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+        parts = [_determined(name, (left[name] - right[name]).detach().double()) for name in before]
+        return float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())
+
+    return norm(found, expected) / norm(expected, before)
+
+
+def _determined(name: str, value: Tensor) -> Tensor:
+    """``value`` less the biases of keys: softmax cancels them, and AdamW makes whole steps of their noise."""
+    if not name.endswith("in_proj_bias"):
+        return value
+    query, _, rest = value.chunk(3)
+    return torch.cat((query, rest))
+
+
+def run_case(case: TrainingCase, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Check and time one case.
+
+    Args:
+        seconds: Of the timed passes; at least three each are made.
+
+    Returns:
+        A line for a results file, run details aside: ``agreement`` of the check, and for each of the
+        ``trainers`` median, p20 and p80 of a pass in milliseconds, samples (trained on for all their
+        supervision steps) a second and updates a second; ``ratio`` of the medians.
+
+    Raises:
+        DisagreementError: The trainers do not compute the same, so no time was taken.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        agreement = check(case, device, Path(folder) / "check")
+        ours = OurTrainer(case, Path(folder) / "timed", device)
+        plain = plain_of(ours, case)
+        shuffled = torch.randperm(case.samples, generator=torch.Generator().manual_seed(0)).tolist()
+        numbers = [ours.trainer.order.samples[place] for place in shuffled]
+        data = [
+            ours.samples(numbers[start : start + case.batch]) for start in range(0, len(numbers), case.batch)
+        ]
+
+        def plain_pass(_: int) -> None:
+            for contexts, targets in data:
+                plain.train_batch(contexts, targets)
+
+        calls = {PLAIN: plain_pass, OURS: lambda _: ours.run(ours.order)}
+        expected = {name: _warm(call, device) for name, call in calls.items()}
+        timings, failures = interleave(calls, timer_for(device), expected, seconds)
+        for error in failures.values():
+            raise error
+        status = ours.trainer.step.cache.status()
+    return {
+        "name": case.name,
+        "case": asdict(case),
+        "device": device_name(device),
+        "agreement": agreement,
+        "trainers": {name: _figures(timing, case) for name, timing in timings.items()},
+        "ratio": timings[PLAIN].median / timings[OURS].median,
+        "replays": status.replays,
+        "fallbacks": dict(status.fallbacks),
+    }
+
+
+def _warm(call: Any, device: torch.device) -> float:
+    """Seconds of the second of two passes; on CUDA the first warms up and captures."""
+    call(0)
+    synchronize(device)
+    begin = time.perf_counter()
+    call(0)
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _figures(timing: Timing, case: TrainingCase) -> dict[str, Any]:
+    return {
+        "median_ms": 1e3 * timing.median,
+        "p20_ms": 1e3 * timing.p20,
+        "p80_ms": 1e3 * timing.p80,
+        "rounds": len(timing.samples),
+        "samples_per_s": case.samples / timing.median,
+        "updates_per_s": case.batches * case.supervision_steps / timing.median,
+    }
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """A line of a results file, in words."""
+    case = TrainingCase(**line["case"])
+    parts = [f"{line['name']} ({case.batches} batches a pass, {case.supervision_steps} updates each):"]
+    for name, figures in line["trainers"].items():
+        parts.append(
+            f"  {name:<8} {number(figures['samples_per_s'])} samples/s, a pass "
+            f"{number(figures['median_ms'])} ms [{number(figures['p20_ms'])}, {number(figures['p80_ms'])}], "
+            f"{figures['rounds']} rounds"
+        )
+    agreement = ", ".join(f"{name} {value:.1g}" for name, value in line["agreement"].items())
+    parts.append(f"  {line['ratio']:.2f}x; relative differences of the two: {agreement}")
+    if line["fallbacks"]:
+        parts.append("  not captured: " + "; ".join(f"{k} ({n})" for k, n in line["fallbacks"].items()))
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run; exit code 1 if the trainers disagree, 2 for bad input."""
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training",
+        description=f"{description}\n\n{rest}",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny cases, to try the command; appended only with --out"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"results file to append to (default: {RESULTS.relative_to(RESULTS.parents[2])})",
+    )
+    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
+    parser.add_argument("--case", type=int, help="only case number N of the device, counted from 1")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of timed passes a case (default: %(default)g)"
+    )
+    parser.add_argument("--dropout", type=float, default=0.0, help="while time is taken (default: 0)")
+    options = parser.parse_args(arguments)
+    kind = options.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = CASES[kind]
+    out: Path | None = options.out or (None if options.quick else RESULTS)
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    if options.case is not None and not 1 <= options.case <= len(cases):
+        parser.error(f"--case {options.case}: {kind} has cases 1 to {len(cases)}")
+    if options.seconds <= 0:
+        parser.error("--seconds must be positive")
+    if not 0.0 <= options.dropout < 1.0:
+        parser.error("--dropout must lie in [0, 1)")
+    if out is not None and not out.parent.is_dir():
+        parser.error(f"--out: the folder {out.parent} does not exist; create it first")
+    device = torch.device(kind)
+    record = run_record(device, options.commit)
+    print(f"{record['machine']['device']}, torch {record['versions']['torch']}", flush=True)
+    chosen = cases if options.case is None else (cases[options.case - 1],)
+    if options.quick:
+        chosen = tuple(dict.fromkeys(map(quick, chosen)))
+    for case in chosen:
+        case = replace(case, dropout=options.dropout)
+        try:
+            line = record | run_case(case, device, 1.0 if options.quick else options.seconds)
+        except (DisagreementError, InputError) as error:
+            print(f"bench.training: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, InputError) else 1)
+        print(describe(line), flush=True)
+        if out is not None:
+            append(out, line)
+
+
+_EXAMPLES = """\
+examples:
+  python -m bench.training                  the three CPU cases, or the two of a GPU
+  python -m bench.training --case 3         one of them
+  python -m bench.training --quick          to see that it works
+  python -m bench.training --dropout 0.1    as the original trained
+"""
+
+if __name__ == "__main__":
+    main()
