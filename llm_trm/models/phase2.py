@@ -26,8 +26,8 @@ def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[st
 
     Returns:
         The model with its averaged weights in eval mode; the compressor; and facts, among them
-        ``max_steps`` and ``halting`` for :meth:`SequenceTRM.reason`, ``language_model``, whose
-        states it was trained on, ``epoch`` and ``validation``.
+        ``max_steps`` and ``halting`` for :meth:`SequenceTRM.reason`, ``language_model``, whose states it was
+        trained on, ``data`` and ``pairs``, the folder and the settings of these, and ``validation``.
 
     Raises:
         InputError: A missing or broken file.

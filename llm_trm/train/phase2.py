@@ -98,7 +98,13 @@ class TRMSequenceTrainer:
             self.held_out = read_contexts(held_out_pairs, self.compressor, self.device)
             training, self.validated = list(range(len(self.contexts))), list(range(len(self.held_out)))
         self._check_sizes(len(training))
-        self.language_model = pairs.model
+        self.facts = {
+            "language_model": pairs.model,
+            "data": str(config.data.resolve()),
+            "pairs": pairs.settings,
+            "max_steps": config.supervision_steps,
+            "halting": "none" if config.halt_loss == "none" else "sample",
+        }
         self.compressor_facts = {
             name: value
             for name, value in compressor_facts(config.compressor).items()
@@ -280,9 +286,7 @@ class TRMSequenceTrainer:
                 settings=self.settings,
             )
             facts = {
-                "language_model": self.language_model,
-                "max_steps": self.config.supervision_steps,
-                "halting": "none" if self.config.halt_loss == "none" else "sample",
+                **self.facts,
                 "epoch": self.epoch,
                 "updates": self.updates,
                 "validation": validation,

@@ -61,7 +61,7 @@ def new_accelerator(
     missing = _missing(track)
     if missing:
         raise InputError(f"--track {track} needs {missing}: pip install {missing}, or use --track jsonl")
-    log_with: list[Any] = []
+    log_with: list[Any] | None = None
     if track == "jsonl":
         log_with = [_json_lines(folder / JSONL_FILE, resumed_at)]
     elif track is not None:

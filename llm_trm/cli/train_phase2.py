@@ -1,0 +1,244 @@
+"""``llm-trm train phase2``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llm_trm.cli.device import device_option, resolve_device
+
+if TYPE_CHECKING:
+    from llm_trm.train.phase2_report import Phase2Result
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_COUNT = click.IntRange(min=1)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@click.command(short_help="Train a recursion from the states before thinking to the one after.")
+@click.option(
+    "--data",
+    type=_FOLDER,
+    default=Path("data/pairs"),
+    show_default=True,
+    help="Pairs that llm-trm datagen wrote.",
+)
+@click.option(
+    "--compressor",
+    type=_FOLDER,
+    default=Path("runs/phase1"),
+    show_default=True,
+    help="Compressor that llm-trm train phase1 wrote.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=_FOLDER,
+    default=Path("runs/phase2"),
+    show_default=True,
+    help="Folder of the run: checkpoints, settings, curves.",
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 0.5, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="Share of the pairs that is held out.",
+)
+@click.option("--val-data", type=_FOLDER, help="Hold out these pairs instead.")
+@click.option(
+    "--layers", "n_layers", type=_COUNT, default=2, show_default=True, help="Blocks of the network."
+)
+@click.option(
+    "--heads",
+    "n_heads",
+    type=_COUNT,
+    help="Attention heads. [default: 8, or as many fewer as leave each 8 dimensions]",
+)
+@click.option(
+    "-n",
+    "--latent-steps",
+    "n_latent_steps",
+    type=_COUNT,
+    default=6,
+    show_default=True,
+    help="Latent steps of a recursion.",
+)
+@click.option(
+    "-T",
+    "--deep-recursions",
+    "n_deep_recursions",
+    type=_COUNT,
+    default=3,
+    show_default=True,
+    help="Recursions of a supervision step; the last one has gradients.",
+)
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Of attention weights (the original: 0.1).",
+)
+@click.option(
+    "--supervision-steps",
+    type=_COUNT,
+    default=8,
+    show_default=True,
+    help="Supervision steps a batch, and at most at inference.",
+)
+@click.option(
+    "--steps-per-update",
+    type=_COUNT,
+    default=1,
+    show_default=True,
+    help="Supervision steps whose gradients one update averages; as many as --supervision-steps for a single "
+    "update a batch.",
+)
+@click.option(
+    "--halt-loss",
+    type=click.Choice(["mse", "bce", "none"]),
+    default="mse",
+    show_default=True,
+    help="The halting head learns the cosine similarity (mse), or whether it is above a threshold (bce).",
+)
+@click.option(
+    "--halt-weight",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Weight of the halting loss.",
+)
+@click.option(
+    "--halt-threshold",
+    type=click.FloatRange(-1, 1),
+    default=0.7,
+    show_default=True,
+    help="Threshold of bce in the first epoch.",
+)
+@click.option(
+    "--adaptive-threshold/--no-adaptive-threshold",
+    default=True,
+    show_default=True,
+    help="Afterwards 0.95 x the mean cosine similarity of the epoch before.",
+)
+@click.option(
+    "--halt-in-training",
+    type=click.Choice(["sample", "batch", "none"]),
+    default="none",
+    show_default=True,
+    help="Let confident samples leave a batch early: each for itself, or all by their mean.",
+)
+@click.option(
+    "--batch-size", type=_COUNT, default=32, show_default=True, help="Samples a batch, of one process."
+)
+@click.option("--epochs", type=_COUNT, default=100, show_default=True, help="Passes over the data.")
+@click.option(
+    "--learning-rate",
+    type=_POSITIVE,
+    default=1e-4,
+    show_default=True,
+    help="Peak of warm-up and cosine.",
+)
+@click.option(
+    "--warmup-ratio",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the updates with a rising rate.",
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of AdamW."
+)
+@click.option("--clip-norm", type=_POSITIVE, default=1.0, show_default=True, help="Largest gradient norm.")
+@click.option(
+    "--ema-decay",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.999,
+    show_default=True,
+    help="Of the average of the weights, which is validated and used.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="bf16 is autocast; auto takes it on CUDA, and fp32 elsewhere.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, held-out part and order.")
+@click.option("--patience", type=_COUNT, help="Stop after so many epochs without a lower validation loss.")
+@click.option("--keep", type=_COUNT, default=3, show_default=True, help="Best checkpoints to keep.")
+@click.option("--save-every", type=_COUNT, help="Batches between checkpoints, besides one each epoch.")
+@click.option(
+    "--log-every", type=_COUNT, default=10, show_default=True, help="Batches between two logged metrics."
+)
+@click.option(
+    "--track",
+    type=click.Choice(["wandb", "tensorboard", "jsonl"]),
+    help="Log metrics there; jsonl is metrics.jsonl in --output.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
+@device_option
+def phase2(device: str, **options: Any) -> None:
+    """Train a SequenceTRM to lead, by recursion, from a context to the state after thinking.
+
+    The states before <think> are compressed by the frozen compressor, a reasoning token is appended, and the
+    recursion refines it, supervision step by supervision step, towards the compressed state at </think>.
+    Each step has its own loss and update. A halting head learns how good the state is, so that at inference
+    every sample stops when it is content. Each epoch ends with a validation of the averaged weights on
+    held-out pairs and a checkpoint; a run that was killed goes on with --resume as if nothing had happened,
+    on a CPU bit for bit.
+
+    \b
+    On the arithmetic world, on a CPU:
+      llm-trm train phase1 -o runs/phase1
+      llm-trm datagen --num-samples 4000 -o data/pairs
+      llm-trm train phase2 --epochs 30 --learning-rate 1e-3 --track jsonl
+      llm-trm eval phase2 --data data/held_out
+
+    \b
+    SmolLM3-3B on a GPU, as the original did:
+      llm-trm train phase1 --model HuggingFaceTB/SmolLM3-3B -o runs/smollm3-phase1
+      llm-trm datagen --model HuggingFaceTB/SmolLM3-3B --dataset gsm8k -o data/smollm3-gsm8k
+      llm-trm train phase2 --data data/smollm3-gsm8k --compressor runs/smollm3-phase1 \\
+          -o runs/smollm3-phase2 --patience 10 --track wandb
+
+    \b
+    Variants:
+      llm-trm train phase2 --steps-per-update 8    one update a batch
+      llm-trm train phase2 --halt-loss bce         halt above a threshold that follows the training
+      llm-trm train phase2 --resume                go on after a crash
+      accelerate launch --num_processes 8 --no_python llm-trm train phase2 ...    on 8 GPUs
+    """
+    from llm_trm.extras import require
+
+    require("train", "accelerate")
+    from llm_trm.cli.phase2_progress import ConsoleReport
+    from llm_trm.train.phase2 import TRMSequenceTrainer
+    from llm_trm.train.phase2_config import Phase2Config
+
+    config = Phase2Config(device=resolve_device(device).type, **options)
+    trainer = TRMSequenceTrainer(config, ConsoleReport())
+    result = trainer.train()
+    if trainer.accelerator.is_main_process:
+        _summarise(config.output, result)
+
+
+def _summarise(output: Path, result: Phase2Result) -> None:
+    best = min(result.history, key=lambda record: record["validation"]["mse"])
+    held_out = best["validation"]
+    if result.stopped_early:
+        click.echo(f"Stopped early: no lower validation loss after epoch {best['epoch']}.")
+    if result.skipped:
+        click.echo(f"{result.skipped} updates were skipped, as their gradients were not finite.")
+    click.echo(
+        f"Best: epoch {best['epoch']}, held-out mse {held_out['mse']:.6f}, cosine {held_out['cosine']:.4f}, "
+        f"relative error {held_out['relative_error']:.4f}; halting sample by sample: cosine "
+        f"{held_out['halted_cosine']:.4f} after {held_out['halt_steps']:.2f} steps."
+    )
+    click.echo(
+        f"It is in {result.best}. Next: llm-trm eval phase2 --checkpoint {output} --data HELD_OUT_PAIRS"
+    )
