@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llm_trm.train.phase2_report import Phase2Plan, Phase2Report
-
-if TYPE_CHECKING:
-    from llm_trm.train.phase2_report import Phase2Result
 
 
 class ConsoleReport(Phase2Report):
@@ -21,20 +18,26 @@ class ConsoleReport(Phase2Report):
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         stderr = Console(stderr=True)
-        columns = (
+        self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-        )
-        self._bar = Progress(
-            *columns, TextColumn("{task.fields[numbers]}"), console=stderr, disable=not stderr.is_terminal
+            TextColumn("{task.fields[numbers]}"),
+            console=stderr,
+            disable=not stderr.is_terminal,
         )
         self._task: TaskID | None = None
         self._numbers = ""
         self._plan: Phase2Plan
         self._begun = self._epoch_begun = 0.0
         self._batches = self._epoch_batches = 0
+
+    def __enter__(self) -> ConsoleReport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
     def begin(self, plan: Phase2Plan) -> None:
         self._plan = plan
@@ -82,6 +85,3 @@ class ConsoleReport(Phase2Report):
         printer = self._console if self._bar.disable else self._bar.console
         printer.print(line + (f"  {skipped} updates skipped" if skipped else ""))
         self._epoch_begun, self._epoch_batches = time.monotonic(), 0
-
-    def end(self, result: Phase2Result) -> None:
-        self._bar.stop()

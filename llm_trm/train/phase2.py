@@ -153,12 +153,8 @@ class TRMSequenceTrainer:
         while self.epoch < config.epochs and not self._out_of_patience():
             self._train_epoch()
         finish_tracking(self.accelerator)
-        result = Phase2Result(
-            self.checkpoints.best, self.history, round(self.skipped), self.epoch < config.epochs
-        )
-        if self.accelerator.is_main_process:
-            self.report.end(result)
-        return result
+        stopped_early = self.epoch < config.epochs
+        return Phase2Result(self.checkpoints.best, self.history, round(self.skipped), stopped_early)
 
     def _train_epoch(self) -> None:
         config = self.config

@@ -65,6 +65,3 @@ class Phase2Report:
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """An epoch has been validated; ``record`` as in :class:`Phase2Result`."""
-
-    def end(self, result: Phase2Result) -> None:
-        """Training is over."""
