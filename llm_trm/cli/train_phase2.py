@@ -221,8 +221,9 @@ def phase2(device: str, **options: Any) -> None:
     from llm_trm.train.phase2_config import Phase2Config
 
     config = Phase2Config(device=resolve_device(device).type, **options)
-    trainer = TRMSequenceTrainer(config, ConsoleReport())
-    result = trainer.train()
+    with ConsoleReport() as report:
+        trainer = TRMSequenceTrainer(config, report)
+        result = trainer.train()
     if trainer.accelerator.is_main_process:
         _summarise(config.output, result)
 
@@ -239,6 +240,6 @@ def _summarise(output: Path, result: Phase2Result) -> None:
         f"relative error {held_out['relative_error']:.4f}; halting sample by sample: cosine "
         f"{held_out['halted_cosine']:.4f} after {held_out['halt_steps']:.2f} steps."
     )
-    click.echo(
-        f"It is in {result.best}. Next: llm-trm eval phase2 --checkpoint {output} --data HELD_OUT_PAIRS"
-    )
+    curves = f", its curves in {result.curves}" if result.curves else ""
+    click.echo(f"It is in {result.best}{curves}.")
+    click.echo(f"Next: llm-trm eval phase2 --checkpoint {output} --data HELD_OUT_PAIRS")

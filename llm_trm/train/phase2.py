@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from llm_trm.train.checkpoints import Checkpoints
 from llm_trm.train.contexts import Contexts, EpochOrder, graph_lengths, read_contexts, split
 from llm_trm.train.losses import SupervisionLoss, means_of
 from llm_trm.train.phase2_config import Phase2Config
+from llm_trm.train.phase2_curves import plot_curves
 from llm_trm.train.phase2_report import Phase2Plan, Phase2Report, Phase2Result
 from llm_trm.train.phase2_state import (
     Progress,
@@ -42,7 +44,7 @@ from llm_trm.train.tracking import finish_tracking, new_accelerator, start_track
 from llm_trm.train.validation import MEASURED, validation_sums
 from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
 
-_CONFIG = "config.json"
+_CONFIG, _CURVES = "config.json", "curves.png"
 #: Share of the epoch's mean cosine similarity that the threshold of the halting loss follows.
 _THRESHOLD_SHARE = 0.95
 #: Share of the free memory of a GPU that the contexts may take; larger ones stay on the host.
@@ -153,8 +155,13 @@ class TRMSequenceTrainer:
         while self.epoch < config.epochs and not self._out_of_patience():
             self._train_epoch()
         finish_tracking(self.accelerator)
-        stopped_early = self.epoch < config.epochs
-        return Phase2Result(self.checkpoints.best, self.history, round(self.skipped), stopped_early)
+        return Phase2Result(
+            best=self.checkpoints.best,
+            history=self.history,
+            skipped=round(self.skipped),
+            stopped_early=self.epoch < config.epochs,
+            curves=self._draw(),
+        )
 
     def _train_epoch(self) -> None:
         config = self.config
@@ -255,6 +262,14 @@ class TRMSequenceTrainer:
             )
         *totals, count = self._over_processes(sums, "sum")
         return {name: total / count for name, total in zip(MEASURED, totals, strict=True)}
+
+    def _draw(self) -> Path | None:
+        if importlib.util.find_spec("matplotlib") is None:
+            return None
+        path = self.config.output / _CURVES
+        if self.accelerator.is_main_process:
+            plot_curves(self.history, path)
+        return path
 
     def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
         """The ``"sum"`` or ``"mean"`` of each value over all processes."""

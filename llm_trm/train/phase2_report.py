@@ -46,12 +46,14 @@ class Phase2Result:
             means ``train`` and ``validation``.
         skipped: Updates that were skipped because their gradient was not finite.
         stopped_early: Whether patience ended it.
+        curves: Picture of the history; None without matplotlib.
     """
 
     best: Path | None
     history: list[dict[str, Any]]
     skipped: int
     stopped_early: bool
+    curves: Path | None
 
 
 class Phase2Report:
