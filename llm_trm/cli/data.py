@@ -40,6 +40,11 @@ def data() -> None:
     help="Totals are taken modulo this number.",
 )
 @click.option(
+    "--max-operand",
+    type=click.IntRange(min=1),
+    help="Largest number behind the first; smaller is easier. [default: modulus - 1]",
+)
+@click.option(
     "--split",
     type=click.Choice(["train", "test"]),
     default="train",
@@ -59,6 +64,7 @@ def arithmetic(
     operations: int,
     min_operations: int | None,
     modulus: int,
+    max_operand: int | None,
     split: str,
     seed: int,
     output: Path | None,
@@ -76,7 +82,7 @@ def arithmetic(
     from llm_trm.data.arithmetic import World
     from llm_trm.files import write_text
 
-    world = World(operations if min_operations is None else min_operations, operations, modulus)
+    world = World(operations if min_operations is None else min_operations, operations, modulus, max_operand)
     lines = (
         json.dumps(problem.record()) + "\n"
         for problem in world.problems(num_samples, split, seed)  # type: ignore[arg-type]

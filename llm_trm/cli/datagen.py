@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llm_trm.data.pairs import PairFiles
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_OF_ARITHMETIC = ("operations", "min_operations", "modulus")
+_OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
 #: Between two lines about the progress, where there is no terminal for a bar.
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -69,6 +69,11 @@ _SECONDS_BETWEEN_LINES = 30.0
     default=10,
     show_default=True,
     help="Totals of arithmetic problems are taken modulo this number.",
+)
+@click.option(
+    "--max-operand",
+    type=click.IntRange(min=1),
+    help="Largest number behind the first of an arithmetic problem. [default: modulus - 1]",
 )
 @click.option(
     "--batch-size",
@@ -147,6 +152,7 @@ def datagen(
     operations: int,
     min_operations: int | None,
     modulus: int,
+    max_operand: int | None,
     batch_size: int,
     max_new_tokens: int,
     max_prompt_tokens: int,
@@ -192,7 +198,9 @@ def datagen(
         model=model,
         dataset=dataset,
         split=split,  # type: ignore[arg-type]
-        world=World(operations if min_operations is None else min_operations, operations, modulus),
+        world=World(
+            operations if min_operations is None else min_operations, operations, modulus, max_operand
+        ),
         num_samples=num_samples,
         sampling=Sampling(temperature, top_p, seed),
         limits=Limits(max_prompt_tokens, max_new_tokens, answer_tokens),

@@ -53,7 +53,9 @@ class World:
 
     Args:
         min_operations, max_operations: Operations of a problem, drawn uniformly from this range.
-        modulus: Totals and operands lie in 0 .. modulus - 1; operands are at least 1.
+        modulus: Totals lie in 0 .. modulus - 1; a chain begins with 1 .. modulus - 1.
+        max_operand: Operands behind the first number are drawn from 1 .. max_operand; by default up to
+            modulus - 1.
 
     Raises:
         InputError: An empty range, or a modulus below 2.
@@ -62,6 +64,7 @@ class World:
     min_operations: int = 1
     max_operations: int = 5
     modulus: int = 10
+    max_operand: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_operations <= self.max_operations:
@@ -70,14 +73,19 @@ class World:
             )
         if self.modulus < 2:
             raise InputError(f"the modulus must be at least 2, not {self.modulus}")
+        if self.max_operand is not None and not 1 <= self.max_operand < self.modulus:
+            raise InputError(
+                f"the largest operand must lie in 1 to {self.modulus - 1}, not {self.max_operand}"
+            )
 
     def draw(self, generator: random.Random) -> Problem:
         """One problem, of either split."""
         operations = generator.randint(self.min_operations, self.max_operations)
         total = generator.randrange(1, self.modulus)
+        largest = self.modulus - 1 if self.max_operand is None else self.max_operand
         question, steps = [str(total)], []
         for _ in range(operations):
-            operator, operand = generator.choice(_OPERATORS), generator.randrange(1, self.modulus)
+            operator, operand = generator.choice(_OPERATORS), generator.randint(1, largest)
             before = total
             total = _apply(operator, total, operand) % self.modulus
             question.append(f"{operator}{operand}")

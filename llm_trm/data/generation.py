@@ -188,6 +188,7 @@ def _settings(config: DataGenConfig, questions: list[Question], dtype: str) -> d
         "min_operations": config.world.min_operations,
         "operations": config.world.max_operations,
         "modulus": config.world.modulus,
+        "max_operand": config.world.max_operand,
         "num_samples": config.num_samples,
         "seed": config.sampling.seed,
         "temperature": config.sampling.temperature,
