@@ -113,7 +113,7 @@ def phase2(
 
     from llm_trm.data.pairs import open_pairs
     from llm_trm.evaluate.held_out import require_held_out
-    from llm_trm.evaluate.phase2 import evaluate_phase2, load_head
+    from llm_trm.evaluate.phase2 import evaluate_phase2, load_head, require_evaluable
     from llm_trm.models.phase2 import load_phase2
 
     where = resolve_device(device)
@@ -131,6 +131,7 @@ def phase2(
                 f"{facts.get('data') or 'it does not say where they are'} is not there: name pairs with "
                 "--train-data, or pass --no-baselines"
             )
+    require_evaluable(pairs, by, fitted_on)
     head = load_head(model or pairs.model, where, compressor.d_model)
     steps = max_steps or facts["max_steps"]
     stderr = Console(stderr=True)

@@ -148,14 +148,20 @@ def fit_baselines(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, B
         fit.add(last[~chosen], mean[~chosen], targets[~chosen])
         held_out.add(last[chosen], mean[chosen], targets[chosen])
         seen += len(targets)
-    if fit is None or held_out is None or seen < _VALIDATION:
-        raise InputError(
-            f"the training data holds {seen} pairs, and the baselines need at least {_VALIDATION}: name more "
-            "with --train-data, or leave them out with --no-baselines"
-        )
+    require_enough(seen)
+    assert fit is not None and held_out is not None
     ridge = (fit + held_out).solve(choose_strength(fit, held_out))
     mean_target = (fit + held_out).mean_target
     return {LAST_STATE: last_state, TRAINING_MEAN: TrainingMean(mean_target), RIDGE: ridge}
+
+
+def require_enough(count: int) -> None:
+    """Raise InputError if ``count`` training pairs are too few for :func:`fit_baselines`."""
+    if count < _VALIDATION:
+        raise InputError(
+            f"the training data holds {count} pairs, and the baselines need at least {_VALIDATION}: name more "
+            "with --train-data, or leave them out with --no-baselines"
+        )
 
 
 def choose_strength(fit: Moments, held_out: Moments, strengths: Sequence[float] = STRENGTHS) -> float:

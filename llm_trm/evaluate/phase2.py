@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_trm.errors import InputError
-from llm_trm.evaluate.baselines import Baseline, Ridge, fit_baselines, summarise
+from llm_trm.evaluate.baselines import Baseline, Ridge, fit_baselines, require_enough, summarise
 from llm_trm.models.loading import load_thinking_model
 from llm_trm.train.contexts import Contexts
 from llm_trm.train.losses import errors
@@ -126,6 +126,7 @@ def evaluate_phase2(
     Raises:
         InputError: No pairs, a broken shard, a field or token that does not exist, too few training pairs.
     """
+    require_evaluable(pairs, by, train_pairs)
     device = trm.reasoning_token.device
     baselines: dict[str, Baseline] = {}
     if train_pairs is not None:
@@ -147,8 +148,6 @@ def evaluate_phase2(
             measured.setdefault(name, []).append({key: value.cpu() for key, value in figures.items()})
         values += [None if by is None else value_of(record, by) for record in batch.records]
         progress(len(batch.records))
-    if not measured:
-        raise InputError(f"{pairs.folder} holds no pairs: make some with llm-trm datagen")
     figures_of = {
         name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         for name, parts in measured.items()
@@ -157,9 +156,23 @@ def evaluate_phase2(
     return Phase2Evaluation(
         {name: score(figures) for name, figures in figures_of.items()},
         by,
-        _grouped(figures_of, values, by, pairs) if by is not None else {},
+        _grouped(figures_of, values) if by is not None else {},
         None if ridge is None else ridge.strength,
     )
+
+
+def require_evaluable(pairs: PairFiles, by: str | None = None, train_pairs: PairFiles | None = None) -> None:
+    """Raise InputError for what :func:`evaluate_phase2` would refuse; reads no states.
+
+    Args:
+        pairs, by, train_pairs: As there.
+    """
+    if pairs.samples == 0:
+        raise InputError(f"{pairs.folder} holds no pairs: make some with llm-trm datagen")
+    if by is not None and all(value_of(record, by) is None for record in pairs.records()):
+        raise InputError(f"--by {by}: no record of {pairs.folder} has such a field")
+    if train_pairs is not None:
+        require_enough(train_pairs.samples)
 
 
 @torch.no_grad()
@@ -357,10 +370,8 @@ def _batches(
 
 
 def _grouped(
-    figures_of: Mapping[str, Mapping[str, Tensor]], values: Sequence[Any], by: str, pairs: PairFiles
+    figures_of: Mapping[str, Mapping[str, Tensor]], values: Sequence[Any]
 ) -> dict[str, dict[str, Scores]]:
-    if all(value is None for value in values):
-        raise InputError(f"--by {by}: no record of {pairs.folder} has such a field")
     labels = group_labels(values)
     ordered = sorted(zip(values, labels, strict=True), key=lambda pair: _order(pair[0]))
     groups = {}
