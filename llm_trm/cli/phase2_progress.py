@@ -75,7 +75,7 @@ class ConsoleReport(Phase2Report):
     def epoch(self, record: Mapping[str, Any]) -> None:
         train, held_out = record["train"], record["validation"]
         speed = self._epoch_batches * self._plan.batch_size / (time.monotonic() - self._epoch_begun)
-        skipped = round(train["skipped"] * self._plan.updates / self._plan.epochs)
+        skipped = record["skipped"]
         line = (
             f"epoch {record['epoch']:>3}  loss {train['loss']:.5f}  cos {train['cosine']:.4f}  "
             f"halt {train['halt_probability']:.2f}  held out: mse {held_out['mse']:.5f}  "

@@ -229,7 +229,9 @@ def phase2(device: str, **options: Any) -> None:
 
 
 def _summarise(output: Path, result: Phase2Result) -> None:
-    best = min(result.history, key=lambda record: record["validation"]["mse"])
+    from llm_trm.train.phase2_report import best_record
+
+    best = result.history[best_record(result.history)]
     held_out = best["validation"]
     if result.stopped_early:
         click.echo(f"Stopped early: no lower validation loss after epoch {best['epoch']}.")

@@ -66,17 +66,16 @@ class Contexts:
 
     def batch(self, samples: Sequence[int], bucket: Callable[[int], int] | None = None) -> Batch:
         """The samples of these numbers, padded to their longest, or to what ``bucket`` makes of that."""
-        chosen = torch.tensor(samples)
-        starts = self.offsets[chosen]
-        lengths = self.offsets[chosen + 1] - starts
-        longest = int(lengths.max())
-        positions = torch.arange(longest if bucket is None else bucket(longest))
-        valid = positions < lengths[:, None]
-        index = torch.where(valid, starts[:, None] + positions, 0)
         device = self.rows.device
-        mask = valid.to(device, torch.float32, non_blocking=True)
-        context = self.rows[index.to(device, non_blocking=True)] * mask[..., None]
-        return Batch(context, mask, self.targets[chosen.to(device, non_blocking=True)])
+        chosen = torch.tensor(samples)
+        ends = torch.stack((self.offsets[chosen], self.offsets[chosen + 1]))
+        longest = int(ends.diff(dim=0).max())
+        # Only these few numbers travel; what is large is made where it is needed.
+        start, end = ends.to(device, non_blocking=True)
+        rows = start[:, None] + torch.arange(longest if bucket is None else bucket(longest), device=device)
+        valid = rows < end[:, None]
+        context = self.rows[torch.where(valid, rows, 0)] * valid[..., None]
+        return Batch(context, valid.float(), self.targets[chosen.to(device, non_blocking=True)])
 
     def to(self, device: torch.device) -> Contexts:
         """The same with rows and targets on ``device``."""

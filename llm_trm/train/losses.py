@@ -102,7 +102,7 @@ class SupervisionLoss(nn.Module):
         self.left.fill_(False)
 
 
-def means_of(sums: Mapping[str, float], steps: int) -> dict[str, float]:
+def means_of(sums: Mapping[str, float], steps: float) -> dict[str, float]:
     """What ``sums`` over ``steps`` supervision steps are on average, over active samples where they count."""
     active = sums.get("active", 0.0)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +29,7 @@ from llm_trm.train.contexts import Contexts, EpochOrder, graph_lengths, read_con
 from llm_trm.train.losses import SupervisionLoss, means_of
 from llm_trm.train.phase2_config import Phase2Config
 from llm_trm.train.phase2_curves import plot_curves
-from llm_trm.train.phase2_report import Phase2Plan, Phase2Report, Phase2Result
+from llm_trm.train.phase2_report import Phase2Plan, Phase2Report, Phase2Result, best_record
 from llm_trm.train.phase2_state import (
     Progress,
     read_progress,
@@ -43,6 +42,7 @@ from llm_trm.train.schedule import warmup_cosine
 from llm_trm.train.tracking import finish_tracking, new_accelerator, start_tracking
 from llm_trm.train.validation import MEASURED, validation_sums
 from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
+from trm_kernels.metrics import MetricWindow
 
 _CONFIG, _CURVES = "config.json", "curves.png"
 #: Share of the epoch's mean cosine similarity that the threshold of the halting loss follows.
@@ -74,15 +74,11 @@ class TRMSequenceTrainer:
         self.report = report or Phase2Report()
         self.checkpoints = Checkpoints(config.output, config.keep)
         self._check_output()
-        compressor = load_compressor(config.compressor)
-        if not isinstance(compressor, DimensionCompressor):
-            raise InputError(
-                f"{config.compressor} holds a compressor that gathers states: phase 2 needs one that narrows "
-                "each, from llm-trm train phase1 --kind dimension"
-            )
-        pairs = self._pairs(config.data, compressor)
-        held_out_pairs = self._pairs(config.val_data, compressor) if config.val_data else None
         resumed = read_progress(self.checkpoints.last) if config.resume else None
+        compressor, facts = self._load_compressor()
+        pairs = self._open(config.data, compressor)
+        held_out_pairs = self._open(config.val_data, compressor) if config.val_data else None
+        writable_folder(config.output)
         self.accelerator = new_accelerator(
             config.track,
             config.output,
@@ -91,59 +87,33 @@ class TRMSequenceTrainer:
         )
         self.device = self.accelerator.device
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.compressor = compressor.to(self.device).eval().requires_grad_(False)
-        self.contexts = read_contexts(pairs, self.compressor, self.device)
-        if held_out_pairs is None:
-            self.held_out = self.contexts
-            training, self.validated = split(len(self.contexts), config.val_fraction, config.seed)
-        else:
-            self.held_out = read_contexts(held_out_pairs, self.compressor, self.device)
-            training, self.validated = list(range(len(self.contexts))), list(range(len(self.held_out)))
-        self._check_sizes(len(training))
-        self.facts = {
+        self.compressor = compressor.to(self.device)
+        self._compressor_facts = facts
+        self._facts = {
             "language_model": pairs.model,
             "data": str(config.data.resolve()),
             "pairs": pairs.settings,
             "max_steps": config.supervision_steps,
             "halting": "none" if config.halt_loss == "none" else "sample",
         }
-        self.compressor_facts = {
-            name: value
-            for name, value in compressor_facts(config.compressor).items()
-            if name not in ("kind", "sizes", "weights_sha256")
-        }
-        self.order = EpochOrder(
-            training, self.contexts.lengths, config.batch_size * self.processes, config.seed
-        )
-        # Through JSON, as the settings of a checkpoint are.
-        self.settings: dict[str, Any] = json.loads(
-            json.dumps(
-                {
-                    **config.critical,
-                    "n_heads": self._heads(),
-                    "precision": self._precision(),
-                    "processes": self.processes,
-                    "data": self.contexts.digest(),
-                    "val_data": self.held_out.digest(),
-                }
-            )
-        )
+        self._read_data(pairs, held_out_pairs)
+        self.settings = self._settings()
         self._build()
         self.epoch = self.batch = self.updates = 0
         self.rate = 0.0
         self.sums: dict[str, float] = {}
-        self.steps = 0
-        self.skipped = 0.0
+        self.steps = self.skipped = 0.0
         self.history: list[dict[str, Any]] = []
         if resumed is not None:
             self._restore(resumed)
-        self._bucket = graph_lengths(max(self.contexts.lengths)) if self.device.type == "cuda" else None
-        self.contexts, self.held_out = self._to_gpu(self.contexts), self._to_gpu(self.held_out)
 
     def train(self) -> Phase2Result:
-        """Train to the end, or until patience is over."""
+        """Train to the end, or until patience is over.
+
+        Raises:
+            InputError: No update of an epoch was finite.
+        """
         config = self.config
-        writable_folder(config.output)
         if self.accelerator.is_main_process:
             if config.overwrite:
                 self.checkpoints.clear()
@@ -164,34 +134,43 @@ class TRMSequenceTrainer:
         )
 
     def _train_epoch(self) -> None:
-        config = self.config
+        save_every = self.config.save_every
         batches = self.order.batches(self.epoch)
         self.model.train()
         while self.batch < len(batches):
             self._train_batch(batches[self.batch][self.rank :: self.processes])
             self.batch += 1
-            self._log()
-            if config.save_every and self.batch % config.save_every == 0 and self.batch < len(batches):
-                self._read_metrics()
+            metrics = self._take(self.step.poll())
+            if self.accelerator.is_main_process:
+                self.report.batch(self.epoch + 1, self.batch, metrics)
+            if save_every and self.batch % save_every == 0 and self.batch < len(batches):
+                self._settle_metrics()
                 self._save(None)
-        self._read_metrics()
-        train = means_of(self.sums, self.steps)
-        validation = self._validate()
+        self._settle_metrics()
+        if not self.steps:
+            raise InputError(
+                f"no gradient of epoch {self.epoch + 1} was finite: choose a lower --learning-rate than "
+                f"{self.config.learning_rate:g}, or --precision fp32"
+            )
+        self._end_epoch(means_of(self.sums, self.steps), self._validate())
+
+    def _end_epoch(self, train: dict[str, float], validation: dict[str, float]) -> None:
         record = {
             "epoch": self.epoch + 1,
             "updates": self.updates,
+            "skipped": round(self.skipped) - sum(record["skipped"] for record in self.history),
             "learning_rate": self.rate,
             "threshold": float(self.loss.threshold),
             "train": train,
             "validation": validation,
         }
         self.history.append(record)
-        if config.adaptive_threshold:
+        if self.config.adaptive_threshold:
             self.loss.threshold.fill_(_THRESHOLD_SHARE * train["cosine"])
-        self.skipped += self.sums["skipped"]
-        self.epoch, self.batch, self.sums, self.steps = self.epoch + 1, 0, {}, 0
-        self._save(validation)
+        self.epoch, self.batch, self.sums, self.steps = self.epoch + 1, 0, {}, 0.0
+        # Before the checkpoint: a run that goes on from it does not come here again.
         self._track({f"validation/{name}": value for name, value in validation.items()})
+        self._save(validation)
         if self.accelerator.is_main_process:
             self.report.epoch(record)
 
@@ -225,27 +204,28 @@ class TRMSequenceTrainer:
         for gradient, mean in zip(gradients, parts, strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def _log(self) -> None:
-        """Hand on the metrics that have arrived; never waits."""
+    def _take(self, windows: Sequence[MetricWindow]) -> dict[str, float] | None:
+        """Add up and log metrics that have arrived; gives the newest."""
         metrics = None
-        for window in self.step.poll():
-            self._add(window.values, window.steps)
+        for window in windows:
+            self.skipped += window.values["skipped"] * window.steps
+            if not all(map(math.isfinite, window.values.values())):
+                continue  # its other updates count for nothing, rather than the whole epoch
+            for name, value in window.values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value * window.steps
+            self.steps += window.steps
             metrics = means_of(window.values, 1)
             named = {f"train/{name}": value for name, value in metrics.items()}
             self._track({**named, "train/learning_rate": self.rate})
-        if self.accelerator.is_main_process:
-            self.report.batch(self.epoch + 1, self.batch, metrics)
+        return metrics
 
-    def _add(self, values: Mapping[str, float], steps: int) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * steps
-        self.steps += steps
-
-    def _read_metrics(self) -> None:
-        """Bring this epoch's sums up to date, and to the mean over processes."""
-        for window in self.step.drain():
-            self._add(window.values, window.steps)
-        self.sums = dict(zip(self.sums, self._over_processes([*self.sums.values()], "mean"), strict=True))
+    def _settle_metrics(self) -> None:
+        """Bring the epoch's sums up to date, and to their mean over processes; waits for the device."""
+        self._take(self.step.drain())
+        names = self.step.metrics.names
+        own = [self.sums.get(name, 0.0) for name in names]
+        *sums, self.steps = self._over_processes([*own, self.steps], "mean")
+        self.sums = dict(zip(names, sums, strict=True))
 
     def _track(self, values: Mapping[str, float]) -> None:
         self.accelerator.log(dict(values), step=self.updates)
@@ -297,7 +277,7 @@ class TRMSequenceTrainer:
                 settings=self.settings,
             )
             facts = {
-                **self.facts,
+                **self._facts,
                 "epoch": self.epoch,
                 "updates": self.updates,
                 "validation": validation,
@@ -308,7 +288,7 @@ class TRMSequenceTrainer:
             with self.checkpoints.new(f"batch-{number:08d}", loss) as folder:
                 with self.average.applied():
                     save_sequence_trm(self.model, folder, **facts)
-                save_compressor(self.compressor, folder / COMPRESSOR_FOLDER, **self.compressor_facts)
+                save_compressor(self.compressor, folder / COMPRESSOR_FOLDER, **self._compressor_facts)
                 tensors = training_tensors(self.model, self.average, self.optimizer)
                 write_state(folder, progress, {**tensors, **randoms})
         self.accelerator.wait_for_everyone()
@@ -343,16 +323,6 @@ class TRMSequenceTrainer:
             )
         if self.config.resume and not exists:
             raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
-
-    def _check_sizes(self, training: int) -> None:
-        config = self.config
-        needed = config.batch_size * self.processes
-        if training < needed:
-            raise InputError(
-                f"{config.data} has {training} samples to train on beside the held-out ones, and a batch "
-                f"takes {needed}: choose a --batch-size of at most {training // self.processes}, or make "
-                "more pairs"
-            )
 
     def _heads(self) -> int:
         """Heads of the network; those asked for, if they divide D'."""
@@ -438,13 +408,57 @@ class TRMSequenceTrainer:
     def _out_of_patience(self) -> bool:
         if self.config.patience is None or not self.history:
             return False
-        losses = [record["validation"]["mse"] for record in self.history]
-        return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) >= self.config.patience
+        return len(self.history) - 1 - best_record(self.history) >= self.config.patience
 
-    def _pairs(self, path: Path, compressor: DimensionCompressor) -> PairFiles:
+    def _load_compressor(self) -> tuple[DimensionCompressor, dict[str, Any]]:
+        """The compressor, frozen, and what its file says beside kind and sizes."""
+        folder = self.config.compressor
+        compressor = load_compressor(folder)
+        if not isinstance(compressor, DimensionCompressor):
+            raise InputError(
+                f"{folder} holds a compressor that gathers states: phase 2 needs one that narrows each, from "
+                "llm-trm train phase1 --compressor dimension"
+            )
+        facts = compressor_facts(folder)
+        identity = ("kind", "sizes", "weights_sha256")
+        return compressor.eval().requires_grad_(False), {
+            name: value for name, value in facts.items() if name not in identity
+        }
+
+    def _open(self, path: Path, compressor: DimensionCompressor) -> PairFiles:
         pairs = open_pairs(path)
         require_width(compressor, pairs.hidden_size, self.config.compressor, f"the pairs in {path}")
         return pairs
+
+    def _read_data(self, pairs: PairFiles, held_out_pairs: PairFiles | None) -> None:
+        config = self.config
+        contexts = read_contexts(pairs, self.compressor, self.device)
+        if held_out_pairs is None:
+            held_out = contexts
+            training, self.validated = split(len(contexts), config.val_fraction, config.seed)
+        else:
+            held_out = read_contexts(held_out_pairs, self.compressor, self.device)
+            training, self.validated = [*range(len(contexts))], [*range(len(held_out))]
+            if not self.validated:
+                raise InputError(
+                    f"{config.val_data} has no samples: name others, or leave --val-data out"
+                )
+        batch_size = config.batch_size * self.processes
+        if len(training) < batch_size:
+            raise InputError(
+                f"{config.data} has {len(training)} samples to train on beside the held-out ones, and a "
+                f"batch takes {batch_size}: choose a --batch-size of at most "
+                f"{len(training) // self.processes}, or make more pairs"
+            )
+        self.order = EpochOrder(training, contexts.lengths, batch_size, config.seed)
+        self._bucket = graph_lengths(max(contexts.lengths)) if self.device.type == "cuda" else None
+        self._digests = {"data": contexts.digest(), "val_data": held_out.digest()}
+        self.contexts, self.held_out = self._to_gpu(contexts), self._to_gpu(held_out)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must share."""
+        found = {"n_heads": self._heads(), "precision": self._precision(), "processes": self.processes}
+        return {**self.config.critical, **found, **self._digests}
 
     def _to_gpu(self, contexts: Contexts) -> Contexts:
         """``contexts`` on the GPU, if they take a quarter of its free memory at most."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ class Phase2Result:
 
     Attributes:
         best: Checkpoint of the lowest validation loss.
-        history: A record an epoch: ``epoch`` (from 1), ``updates``, ``learning_rate``, ``threshold``, and the
-            means ``train`` and ``validation``.
+        history: A record an epoch: ``epoch`` (from 1), ``updates`` so far, ``skipped`` ones among those of
+            the epoch, ``learning_rate`` at its end, ``threshold`` in it, and the means ``train`` and
+            ``validation``.
         skipped: Updates that were skipped because their gradient was not finite.
         stopped_early: Whether patience ended it.
         curves: Picture of the history; None without matplotlib.
@@ -54,6 +56,12 @@ class Phase2Result:
     skipped: int
     stopped_early: bool
     curves: Path | None
+
+
+def best_record(history: Sequence[Mapping[str, Any]]) -> int:
+    """Place of the record with the lowest validation loss; NaN counts as infinitely high."""
+    losses = [record["validation"]["mse"] for record in history]
+    return min(range(len(losses)), key=lambda place: math.inf if math.isnan(losses[place]) else losses[place])
 
 
 class Phase2Report:

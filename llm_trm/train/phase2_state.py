@@ -26,7 +26,7 @@ class Progress:
     Attributes:
         epoch, batch: The epoch and the batch in it to go on with, counted from 0.
         updates: Updates so far.
-        skipped: Updates of finished epochs that were skipped because a gradient was not finite.
+        skipped: Updates so far that were skipped because a gradient was not finite.
         threshold: Of the halting loss.
         sums: Sums of the training metrics of the epoch so far, over ``steps`` updates.
         steps: Updates that ``sums`` covers.
@@ -40,7 +40,7 @@ class Progress:
     skipped: float
     threshold: float
     sums: dict[str, float]
-    steps: int
+    steps: float
     history: list[dict[str, Any]]
     settings: dict[str, Any]
 
