@@ -157,7 +157,7 @@ class OurTrainer:
         """Train on these batches of sample numbers, as an epoch does."""
         for samples in batches:
             self.trainer._train_batch(samples)
-            self.trainer._log()
+            self.trainer._take(self.trainer.step.poll())
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call; waits for the device."""
@@ -271,11 +271,11 @@ def _difference(
 ) -> float:
     """Norm of ``found - expected`` over that of ``expected - before``, of all tensors together."""
 
-    def norm(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    def norm(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
         parts = [_determined(name, (left[name] - right[name]).detach().double()) for name in before]
-        return float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())
+        return torch.stack([part.square().sum() for part in parts]).sum().sqrt()
 
-    return norm(found, expected) / norm(expected, before)
+    return float(norm(found, expected) / norm(expected, before))
 
 
 def _determined(name: str, value: Tensor) -> Tensor:

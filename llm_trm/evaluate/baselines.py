@@ -159,8 +159,8 @@ def require_enough(count: int) -> None:
     """Raise InputError if ``count`` training pairs are too few for :func:`fit_baselines`."""
     if count < _VALIDATION:
         raise InputError(
-            f"the training data holds {count} pairs, and the baselines need at least {_VALIDATION}: name more "
-            "with --train-data, or leave them out with --no-baselines"
+            f"the training data holds {count} pairs, and the baselines need at least {_VALIDATION}: name "
+            "more with --train-data, or leave them out with --no-baselines"
         )
 
 
