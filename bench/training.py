@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.plain_trainer import PlainSequenceTRM, PlainTrainer
 from llm_trm.benchmark.environment import device_name, run_record
-from llm_trm.benchmark.protocol import Timing, interleave, synchronize, timer_for
+from llm_trm.benchmark.protocol import Call, Timing, interleave, synchronize, timer_for
 from llm_trm.benchmark.results import append
 from llm_trm.benchmark.table import number
 from llm_trm.data.pairs import Pair, write_index, write_shard
@@ -36,7 +36,8 @@ PLAIN, OURS = "plain", "llm-trm"
 _LEARNING_RATE = 1e-4
 #: Makes the cosine of the schedules constant to float32 over any run here.
 _EPOCHS = 10**7
-#: Supervision steps that both trainers must agree over.
+#: Supervision steps that both trainers must agree over, on one batch, twice: on CUDA the second time is a
+#: replay of the step, which was captured after the first.
 _CHECKED_STEPS = 3
 #: Decay of the averages there: at 0.999 they would move by little more than their own rounding.
 _CHECKED_DECAY = 0.5
@@ -221,7 +222,7 @@ def plain_of(ours: OurTrainer, case: TrainingCase) -> PlainTrainer:
 
 
 def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, float]:
-    """Train both on one batch for three supervision steps, without dropout, and compare.
+    """Train both on one batch for three supervision steps, twice, without dropout, and compare.
 
     Metrics must agree in the case's precision; in float32 the updates of weights and of their averages too.
 
@@ -236,8 +237,8 @@ def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, f
     plain = plain_of(ours, case)
     before = {name: value.detach().clone() for name, value in plain.model.named_parameters()}
     numbers = ours.order[0]
-    ours.run([numbers])
-    steps = plain.train_batch(*ours.samples(numbers))
+    ours.run([numbers, numbers])
+    steps = [step for _ in range(2) for step in plain.train_batch(*ours.samples(numbers))]
     found = ours.metrics()
     differences = {
         name: abs(found[name] - mean) / max(abs(mean), 1e-3)
@@ -256,7 +257,7 @@ def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, f
     broken = [name for name, value in agreement.items() if not value <= tolerances[name]]
     if broken:
         raise DisagreementError(
-            f"{case.name}: after {_CHECKED_STEPS} supervision steps the trainers differ in "
+            f"{case.name}: after {len(steps)} supervision steps the trainers differ in "
             + ", ".join(f"{name} by {agreement[name]:.2g} (at most {tolerances[name]:g})" for name in broken)
         )
     return agreement
@@ -286,14 +287,20 @@ def _determined(name: str, value: Tensor) -> Tensor:
     return torch.cat((query, rest))
 
 
-def run_case(case: TrainingCase, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Check and time one case.
+def run_case(
+    case: TrainingCase,
+    device: torch.device,
+    seconds: float,
+    progress: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Check, in float32 and in the case's precision, and time one case.
 
     Args:
         seconds: Of the timed passes; at least three each are made.
+        progress: Told what is begun.
 
     Returns:
-        A line for a results file, run details aside: ``agreement`` of the check, and for each of the
+        A line for a results file, run details aside: ``agreement`` of the checks, and for each of the
         ``trainers`` median, p20 and p80 of a pass in milliseconds, samples (trained on for all their
         supervision steps) a second and updates a second; ``ratio`` of the medians.
 
@@ -301,7 +308,12 @@ def run_case(case: TrainingCase, device: torch.device, seconds: float) -> dict[s
         DisagreementError: The trainers do not compute the same, so no time was taken.
     """
     with tempfile.TemporaryDirectory() as folder:
-        agreement = check(case, device, Path(folder) / "check")
+        agreement = {}
+        for dtype in dict.fromkeys(("float32", case.dtype)):
+            progress(f"check in {dtype}")
+            found = check(replace(case, dtype=dtype), device, Path(folder) / dtype)
+            agreement |= {f"{dtype} {name}": difference for name, difference in found.items()}
+        progress("warm-up")
         ours = OurTrainer(case, Path(folder) / "timed", device)
         plain = plain_of(ours, case)
         shuffled = torch.randperm(case.samples, generator=torch.Generator().manual_seed(0)).tolist()
@@ -316,6 +328,7 @@ def run_case(case: TrainingCase, device: torch.device, seconds: float) -> dict[s
 
         calls = {PLAIN: plain_pass, OURS: lambda _: ours.run(ours.order)}
         expected = {name: _warm(call, device) for name, call in calls.items()}
+        progress("timing")
         timings, failures = interleave(calls, timer_for(device), expected, seconds)
         for error in failures.values():
             raise error
@@ -332,7 +345,7 @@ def run_case(case: TrainingCase, device: torch.device, seconds: float) -> dict[s
     }
 
 
-def _warm(call: Any, device: torch.device) -> float:
+def _warm(call: Call, device: torch.device) -> float:
     """Seconds of the second of two passes; on CUDA the first warms up and captures."""
     call(0)
     synchronize(device)

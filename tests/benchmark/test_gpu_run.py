@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 import bench.gpu
+from bench import training
 from bench.gpu import Part
+from bench.training import TrainingCase
 from llm_trm.benchmark.environment import run_record
 from llm_trm.benchmark.results import append, key_of, read
 from llm_trm.benchmark.suites import Group
@@ -112,6 +115,37 @@ def test_gpu_run_leaves_out_what_broke_the_device(
     assert gpu_run.excluded(replace(case, batch=9)) == {}
     assert commands[0][1:3] == ["-m", "bench.gpu"]
     assert commands[0][-1] == str(gpu_run.deadline)
+
+
+def test_training_is_measured_once_unless_it_broke_the_device(
+    gpu_run: bench.gpu.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, broken, wrong = (replace(training.CASES["cuda"][0], batch=batch) for batch in (1, 2, 3))
+    ran: list[TrainingCase] = []
+
+    def run_case(
+        case: TrainingCase, device: torch.device, seconds: float, progress: Callable[[str], object]
+    ) -> dict[str, Any]:
+        ran.append(case)
+        progress("timing")
+        assert gpu_run.doing == (case, "timing")
+        if case == wrong:
+            raise training.DisagreementError("the trainers differ")
+        return {"name": case.name, "device": "Abacus"}
+
+    monkeypatch.setattr(training, "run_case", run_case)
+    monkeypatch.setattr(training, "describe", lambda line: line["name"])
+    monkeypatch.setattr(bench.gpu.os, "execv", lambda *_: None)
+    gpu_run.restart(broken, "timing", "took too long")
+    for _ in range(2):
+        for case in (fast, broken, wrong):
+            gpu_run.training(case)
+    assert ran == [fast, wrong, wrong]
+    assert gpu_run.doing is None
+    assert [line["name"] for line in read(gpu_run.results)] == [fast.name]
+    gpu_run.deadline = 0.0
+    gpu_run.training(replace(fast, batch=4))
+    assert ran == [fast, wrong, wrong]
 
 
 def test_gpu_run_measures_the_most_telling_first() -> None:

@@ -54,7 +54,7 @@ def test_trainers_that_differ_are_not_timed(fault: str, monkeypatch: pytest.Monk
 
     plain_of = bench.training.plain_of
     monkeypatch.setattr(bench.training, "plain_of", broken)
-    with pytest.raises(DisagreementError, match="after 3 supervision steps"):
+    with pytest.raises(DisagreementError, match="after 6 supervision steps"):
         run_case(TINY, CPU, 0.1)
 
 
