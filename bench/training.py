@@ -308,7 +308,7 @@ def run_case(
         DisagreementError: The trainers do not compute the same, so no time was taken.
     """
     with tempfile.TemporaryDirectory() as folder:
-        agreement = {}
+        agreement: dict[str, float] = {}
         for dtype in dict.fromkeys(("float32", case.dtype)):
             progress(f"check in {dtype}")
             found = check(replace(case, dtype=dtype), device, Path(folder) / dtype)
