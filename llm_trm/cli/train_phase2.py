@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from llm_trm.cli.device import device_option, resolve_device
 if TYPE_CHECKING:
     from llm_trm.train.phase2_report import Phase2Result
 
+_CURVES = "curves.png"
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _COUNT = click.IntRange(min=1)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -229,6 +231,7 @@ def phase2(device: str, **options: Any) -> None:
 
 
 def _summarise(output: Path, result: Phase2Result) -> None:
+    from llm_trm.train.phase2_curves import plot_curves
     from llm_trm.train.phase2_report import best_record
 
     best = result.history[best_record(result.history)]
@@ -242,6 +245,8 @@ def _summarise(output: Path, result: Phase2Result) -> None:
         f"relative error {held_out['relative_error']:.4f}; halting sample by sample: cosine "
         f"{held_out['halted_cosine']:.4f} after {held_out['halt_steps']:.2f} steps."
     )
-    curves = f", its curves in {result.curves}" if result.curves else ""
-    click.echo(f"It is in {result.best}{curves}.")
+    click.echo(f"It is in {result.best}.")
+    if importlib.util.find_spec("matplotlib"):
+        plot_curves(result.history, output / _CURVES)
+        click.echo(f"The curves are in {output / _CURVES}.")
     click.echo(f"Next: llm-trm eval phase2 --checkpoint {output} --data HELD_OUT_PAIRS")

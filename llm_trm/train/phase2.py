@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +27,6 @@ from llm_trm.train.checkpoints import Checkpoints
 from llm_trm.train.contexts import Contexts, EpochOrder, graph_lengths, read_contexts, split
 from llm_trm.train.losses import SupervisionLoss, means_of
 from llm_trm.train.phase2_config import Phase2Config
-from llm_trm.train.phase2_curves import plot_curves
 from llm_trm.train.phase2_report import Phase2Plan, Phase2Report, Phase2Result, best_record
 from llm_trm.train.phase2_state import (
     Progress,
@@ -44,7 +42,7 @@ from llm_trm.train.validation import MEASURED, validation_sums
 from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
 from trm_kernels.metrics import MetricWindow
 
-_CONFIG, _CURVES = "config.json", "curves.png"
+_CONFIG = "config.json"
 #: Share of the epoch's mean cosine similarity that the threshold of the halting loss follows.
 _THRESHOLD_SHARE = 0.95
 #: Share of the free memory of a GPU that the contexts may take; larger ones stay on the host.
@@ -130,7 +128,6 @@ class TRMSequenceTrainer:
             history=self.history,
             skipped=round(self.skipped),
             stopped_early=self.epoch < config.epochs,
-            curves=self._draw(),
         )
 
     def _train_epoch(self) -> None:
@@ -242,14 +239,6 @@ class TRMSequenceTrainer:
             )
         *totals, count = self._over_processes(sums, "sum")
         return {name: total / count for name, total in zip(MEASURED, totals, strict=True)}
-
-    def _draw(self) -> Path | None:
-        if importlib.util.find_spec("matplotlib") is None:
-            return None
-        path = self.config.output / _CURVES
-        if self.accelerator.is_main_process:
-            plot_curves(self.history, path)
-        return path
 
     def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
         """The ``"sum"`` or ``"mean"`` of each value over all processes."""
@@ -440,9 +429,7 @@ class TRMSequenceTrainer:
             held_out = read_contexts(held_out_pairs, self.compressor, self.device)
             training, self.validated = [*range(len(contexts))], [*range(len(held_out))]
             if not self.validated:
-                raise InputError(
-                    f"{config.val_data} has no samples: name others, or leave --val-data out"
-                )
+                raise InputError(f"{config.val_data} has no samples: name others, or leave --val-data out")
         batch_size = config.batch_size * self.processes
         if len(training) < batch_size:
             raise InputError(

@@ -48,14 +48,12 @@ class Phase2Result:
             ``validation``.
         skipped: Updates that were skipped because their gradient was not finite.
         stopped_early: Whether patience ended it.
-        curves: Picture of the history; None without matplotlib.
     """
 
     best: Path | None
     history: list[dict[str, Any]]
     skipped: int
     stopped_early: bool
-    curves: Path | None
 
 
 def best_record(history: Sequence[Mapping[str, Any]]) -> int:

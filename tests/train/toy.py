@@ -36,18 +36,20 @@ def write_compressor(folder: Path, width: int = WIDTH, compressed: int = COMPRES
     return folder
 
 
+def write_toy(folder: Path) -> Path:
+    """Pairs and compressor where :func:`toy_config` looks for them."""
+    write_pairs(folder / "pairs")
+    write_compressor(folder / "compressor")
+    return folder
+
+
 def toy_config(folder: Path, **options: Any) -> Phase2Config:
-    """Settings of a run in ``folder / "run"``; pairs and compressor are written if they are not there."""
-    data, compressor = folder / "pairs", folder / "compressor"
-    if not data.exists():
-        write_pairs(data)
-    if not compressor.exists():
-        write_compressor(compressor)
+    """Settings of a run in ``folder / "run"`` on the pairs in ``folder / "pairs"``."""
     settings = {
         "n_layers": 1,
-        "n_latent_steps": 2,
+        "n_latent_steps": 1,
         "n_deep_recursions": 2,
-        "supervision_steps": 4,
+        "supervision_steps": 2,
         "batch_size": 8,
         "epochs": 2,
         "learning_rate": 1e-2,
@@ -56,4 +58,5 @@ def toy_config(folder: Path, **options: Any) -> Phase2Config:
         "log_every": 1,
         "device": "cpu",
     }
-    return Phase2Config(data, compressor, folder / "run", **settings | options)
+    paths = {"data": "pairs", "compressor": "compressor", "output": "run"}
+    return Phase2Config(**{name: folder / path for name, path in paths.items()} | settings | options)
