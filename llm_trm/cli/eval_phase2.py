@@ -204,7 +204,7 @@ def _table(found: Phase2Evaluation, pairs: PairFiles) -> Table:
         table.add_row(
             name,
             f"{scores.cosine:.4f}",
-            f"{scores.mse:.3g}",
+            f"{scores.mse:.5f}",
             f"{scores.relative_error:.3f}",
             f"{scores.full_cosine:.4f}",
             _rank1(scores),
