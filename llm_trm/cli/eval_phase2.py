@@ -100,10 +100,10 @@ def phase2(
 
     \b
     Examples:
-      llm-trm datagen --split test --num-samples 1000 -o data/held_out
-      llm-trm eval phase2 --checkpoint runs/phase2 --data data/held_out
-      llm-trm eval phase2 --data data/held_out --by operations -o phase2.json
-      llm-trm eval phase2 --data data/held_out --by thinking_tokens --halting none
+      llm-trm datagen --split test --num-samples 1000 -o runs/held_out
+      llm-trm eval phase2 --checkpoint runs/phase2 --data runs/held_out
+      llm-trm eval phase2 --data runs/held_out --by operations -o phase2.json
+      llm-trm eval phase2 --data runs/held_out --by thinking_tokens --halting none
     """
     from llm_trm.extras import require
 
