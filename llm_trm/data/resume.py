@@ -13,8 +13,8 @@ from llm_trm.files import read_json, write_json
 SETTINGS = "settings.json"
 _FORMAT = "llm-trm datagen settings"
 _OWN = rf"(?:{re.escape(INDEX)}|{re.escape(SETTINGS)}|shard-\d{{5,}}\.(?:safetensors|jsonl))"
-#: What :func:`llm_trm.files.replacing` leaves behind when its process is killed.
-_LEFTOVER = rf"\.{_OWN}\.[A-Za-z0-9_]{{8}}"
+#: What a killed process leaves behind: from :func:`llm_trm.files.replacing`, and from safetensors' save_file.
+_LEFTOVER = rf"\.{_OWN}\.[A-Za-z0-9_]{{8}}|\.tmp[A-Za-z0-9]{{6}}"
 
 
 def check_settings(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:

@@ -17,7 +17,7 @@ PRESET = {
     "intermediate_size": 64,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
 }
 
 

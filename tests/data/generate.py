@@ -1,0 +1,37 @@
+"""A small run of the generator, in a process that can be killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_trm.data.decoding import Limits
+from llm_trm.data.generation import DataGenConfig, GenerationProgress, ThinkingDataGenerator
+from llm_trm.data.pairs import PairFiles
+from llm_trm.data.sampling import Sampling
+
+
+def generate(output: Path, model: Path, **changes: Any) -> PairFiles:
+    """24 problems in shards of 3."""
+    settings: dict[str, Any] = {
+        "num_samples": 24,
+        "shard_size": 3,
+        "batch_size": 4,
+        "sampling": Sampling(0.7, seed=1),
+        "limits": Limits(100, 30, 4),
+    }
+    torch.set_num_threads(1)
+    on_progress = changes.pop("on_progress", lambda _: None)
+    config = DataGenConfig(output=output, model=str(model), **(settings | changes))
+    return ThinkingDataGenerator(config, on_progress=on_progress).run()
+
+
+def generate_counting(output: Path, model: Path, settled: Any) -> None:
+    """Run, and keep in ``settled``, a shared integer, how many problems this process has settled."""
+
+    def count(progress: GenerationProgress) -> None:
+        settled.value = progress.done - progress.resumed
+
+    generate(output, model, on_progress=count)

@@ -1,0 +1,103 @@
+"""``llm-trm datagen``: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from llm_trm.cli import main
+from llm_trm.data import generation
+from llm_trm.data.pairs import open_pairs
+from llm_trm.models.tiny import tiny_language_model, tiny_tokenizer
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["datagen", "--device", "cpu", *map(str, arguments)], prog_name="llm-trm")
+
+
+def test_summary(model_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pairs"
+    sizes = ("--num-samples", "20", "--max-new-tokens", "30", "--shard-size", "10", "--seed", "1")
+    result = run("--model", model_folder, *sizes, "--operations", "3", "--dtype", "bf16", "-o", output)
+    assert result.exit_code == 0, result.output
+    pairs = open_pairs(output)
+    assert pairs.dtype == "bfloat16"
+    assert pairs.settings["min_operations"] == pairs.settings["operations"] == 3
+    assert f"{pairs.samples} pairs of 20 problems: {output}" in result.stdout
+    assert pairs.failures
+    for count in pairs.failures.values():
+        assert f"  {count} without: " in result.stdout
+    thinking = sum(record["thinking_tokens"] for record in pairs.records()) / pairs.samples
+    assert (
+        f"context {pairs.rows / pairs.samples:.1f} tokens on average, thinking {thinking:.1f}"
+        in result.stdout
+    )
+    assert f"llm-trm train phase2 --pairs {output}" in result.stdout
+    graded = [record["correct"] for record in pairs.records() if record["correct"] is not None]
+    assert (f"of {len(graded)} answers" in result.stdout) == bool(graded)
+    again = run("--model", model_folder, *sizes, "--operations", "3", "--dtype", "bf16", "-o", output)
+    assert again.stdout == result.stdout
+
+
+def test_run_without_a_pair_says_what_to_do(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "two.jsonl"
+    file.write_text('{"question": "1+1"}\n{"question": "1+2"}\n')
+    options = ("--dataset", file, "--num-samples", "5", "--max-prompt-tokens", "1", "-o", tmp_path / "pairs")
+    result = run("--model", model_folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "0 pairs of 2 problems (5 were asked for; there are no more)" in result.stdout
+    assert "2 without: prompt longer than --max-prompt-tokens" in result.stdout
+    assert "phase2" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--temperature", "-1"), ("--temperature",)),
+        (("--top-p", "0"), ("--top-p",)),
+        (("--num-samples", "0"), ("--num-samples",)),
+        (("--dtype", "fp16"), ("--dtype", "bf16")),
+        (("--dataset", "gsm9k"), ("--dataset", "gsm8k")),
+        (("--dataset", "missing.jsonl"), ("missing.jsonl", "No such file")),
+        (("--dataset", "gsm8k", "--modulus", "7"), ("--modulus", "--dataset arithmetic")),
+        (("--min-operations", "9"), ("operations", "9 to 5")),
+        (("--output", "/dev/null/pairs"), ("/dev/null/pairs", "cannot be written")),
+        (("--model", "/no/such/model"), ("/no/such/model", "cannot be loaded")),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generation, "write_shard", lambda *_: pytest.fail("something was generated"))
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_model_without_thinking_tags_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_language_model(tokenizer).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    description = tmp_path / "lm" / "tokenizer.json"
+    description.write_text(description.read_text().replace("<think>", "<muse>"))
+    result = run("--model", tmp_path / "lm", "-o", tmp_path / "pairs")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("llm-trm: error: model ")
+    assert "<think>" in result.stderr
+    assert not list((tmp_path / "pairs").iterdir())
+
+
+def test_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation.ThinkingDataGenerator, "run", interrupt)
+    result = run("-o", tmp_path / "pairs")
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
