@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -342,6 +343,7 @@ class TRMSequenceTrainer:
             self.model.halt_head.requires_grad_(False)
         # From here on chance is dropout's, and each process has its own.
         torch.manual_seed(config.seed + 1 + self.rank)
+        random.seed(config.seed + 1 + self.rank)
         self.optimizer = capturable_adamw(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             config.learning_rate,
