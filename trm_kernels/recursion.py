@@ -38,7 +38,10 @@ def latent_recursion(
     """n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
 
     On the ``triton`` backend, and where ``net`` is a network of this package, the recursion is one chain of
-    kernels with one autograd node; a mask then packs the valid positions, so that padding costs nothing.
+    kernels with one autograd node; a mask then packs the valid positions, so that padding costs nothing. The
+    ``eager`` backend packs too where the lengths can be known without waiting for a device: from a mask on
+    the CPU, or a Packing with ``lengths``. Elsewhere, and under torch.compile, which would compile again for
+    other lengths, eager recursions run on the padded batch, as do those of the ``compile`` backend.
 
     Args:
         net: The tiny network; called as ``net(h)``, or ``net(h, mask=mask)`` where there is a mask.
@@ -47,7 +50,8 @@ def latent_recursion(
         z: Current latent state [B, L, D].
         n: Number of latent steps; 0 refines the answer alone.
         mask: 1 at valid positions [B, L]; the others come out as zeros. A :class:`~trm_kernels.Packing` of
-            them, with the number of rows that the caller knows, also saves the memory of the others.
+            them, with the lengths or the number of rows that the caller knows, also saves the memory of the
+            others.
         output_norm: Applied after every call of the network (``SequenceTRM`` of anonx3247/llm-trm).
         memory: What is kept for the backward. ``"fast"``: all that it reads. ``"balanced"``: not the
             pre-activations of the MLPs, which one product a block computes again. ``"small"``: the input of

@@ -20,6 +20,7 @@ from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.graphs.function import uncached_autocast
 from trm_kernels.graphs.keys import ModuleWatch, ambient
 from trm_kernels.metrics import MetricBuffer, MetricWindow
+from trm_kernels.packing import Packing
 from trm_kernels.recursion import Network, deep_recursion
 
 #: ``loss(y, z, *batch)`` gives the loss and metrics, and, if it decides on halting, flags [B] too.
@@ -68,7 +69,8 @@ class TrainingStep:
         n, T, output_norm: As for :func:`~trm_kernels.deep_recursion`.
         embed: Gives x [B, L, D] of a batch, called as ``embed(*batch)``, with gradient; by default the first
             tensor of the batch is x.
-        mask: Gives the mask [B, L] of a batch, called as ``mask(*batch)``; by default there is none.
+        mask: Gives the mask [B, L] of a batch, or a :class:`~trm_kernels.Packing` of it, called as
+            ``mask(*batch)``; by default there is none.
         initial: Gives the states (y, z), broadcastable to x, that a sample starts from, called as
             ``initial(x)``; zeros by default. With T = 1 they get gradients, of zeros (and not None) on a step
             that no sample starts on.
@@ -108,7 +110,7 @@ class TrainingStep:
         T: int,
         output_norm: Callable[[Tensor], Tensor] | None = None,
         embed: Callable[..., Tensor] | None = None,
-        mask: Callable[..., Tensor] | None = None,
+        mask: Callable[..., Tensor | Packing] | None = None,
         initial: Initial | None = None,
         clip_norm: float | None = None,
         reduce: Reduce | None = None,
