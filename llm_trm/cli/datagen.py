@@ -124,7 +124,7 @@ _SECONDS_BETWEEN_LINES = 30.0
     "-o",
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs/pairs"),
+    default=Path("data/pairs"),
     show_default=True,
     help="Folder of the pairs. One that holds a part of them is finished.",
 )
@@ -175,7 +175,7 @@ def datagen(
     \b
     Examples:
       llm-trm datagen
-      llm-trm datagen --operations 3 --split test --num-samples 200 -o runs/held_out
+      llm-trm datagen --operations 3 --split test --num-samples 200 -o data/held_out
       llm-trm datagen --model HuggingFaceTB/SmolLM3-3B --dataset gsm8k,math --max-new-tokens 4096
       accelerate launch --num_processes 8 --no_python llm-trm datagen --num-samples 100000
     """
@@ -288,4 +288,4 @@ def _print(pairs: PairFiles, asked: int) -> None:
     )
     if graded:
         click.echo(f"accuracy with thinking {correct / graded:.1%} of {graded} answers that could be graded")
-    click.echo(f"Next: llm-trm train phase2 --pairs {pairs.folder}")
+    click.echo(f"Next: llm-trm train phase2 --data {pairs.folder}")

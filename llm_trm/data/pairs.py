@@ -9,8 +9,9 @@ its samples in packed rows, and ``shard-00000.jsonl`` one record a sample, in th
 ``offsets``      ``[N + 1]``    int64; sample i has the rows ``offsets[i] .. offsets[i + 1] - 1``
 ===============  =============  =============================================================================
 
-The records load with ``datasets.load_dataset("json", data_files="FOLDER/shard-*.jsonl")``; :data:`RECORD`
-names their fields.
+The records load with ``datasets.load_dataset("json", data_files="FOLDER/shard-*.jsonl",
+features=record_features())``; :data:`RECORD` names their fields. Without the features, ``datasets`` takes a
+field that is null in a whole shard for another type than in the next.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llm_trm.errors import InputError
+from llm_trm.extras import require
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 FORMAT, VERSION = "llm-trm pairs", 1
 INDEX = "pairs.json"
@@ -34,18 +39,18 @@ INDEX = "pairs.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
-#: Fields of a record. Lengths are in tokens; ``thinking_tokens`` counts those between the tags.
-RECORD = (
-    "index",  # of the problem, in 0 .. num_samples - 1
-    "problem",  # the text asked
-    "answer",  # the reference answer, or null
-    "thinking",  # the text between <think> and </think>
-    "context_length",  # rows of hidden_pre
-    "thinking_tokens",
-    "next_token",  # id of the token that the language model ranks first at </think>
-    "response",  # the text behind </think>, empty if none was generated
-    "correct",  # whether it gives the reference answer; null where that is not known
-)
+#: Fields of a record and their types. Lengths are in tokens, and the tags are in none of them.
+RECORD = {
+    "index": "int64",  # of the problem, in 0 .. num_samples - 1
+    "problem": "string",  # the text asked
+    "answer": "string",  # the reference answer, or null
+    "thinking": "string",  # the text between <think> and </think>
+    "context_length": "int64",  # rows of hidden_pre
+    "thinking_tokens": "int64",
+    "next_token": "int64",  # id of the token that the language model ranks first at </think>
+    "response": "string",  # the text behind </think>, empty if none was generated
+    "correct": "bool",  # whether it gives the reference answer; null where that is not known
+}
 
 # One key, because safetensors writes the metadata of a file in no fixed order.
 _METADATA_KEY = "llm_trm"
@@ -297,6 +302,14 @@ def write_index(
     }
     write_json(folder / INDEX, index)
     return open_pairs(folder)
+
+
+def record_features() -> Features:
+    """The types of :data:`RECORD`, for ``datasets.load_dataset``."""
+    require("train", "datasets")
+    from datasets import Features, Value
+
+    return Features({name: Value(kind) for name, kind in RECORD.items()})
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:

@@ -34,7 +34,7 @@ def test_summary(model_folder: Path, tmp_path: Path) -> None:
         f"context {pairs.rows / pairs.samples:.1f} tokens on average, thinking {thinking:.1f}"
         in result.stdout
     )
-    assert f"llm-trm train phase2 --pairs {output}" in result.stdout
+    assert f"llm-trm train phase2 --data {output}" in result.stdout
     graded = [record["correct"] for record in pairs.records() if record["correct"] is not None]
     assert (f"of {len(graded)} answers" in result.stdout) == bool(graded)
     again = run("--model", model_folder, *sizes, "--operations", "3", "--dtype", "bf16", "-o", output)

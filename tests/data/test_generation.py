@@ -72,7 +72,7 @@ def test_finished_run(undisturbed: Path, model_folder: Path) -> None:
     indices = []
     for number, shard in enumerate(pairs.shards()):
         for record, length in zip(shard.records, shard.offsets.diff().tolist(), strict=True):
-            assert tuple(record) == RECORD
+            assert list(record) == list(RECORD)
             assert number * 3 <= record["index"] < (number + 1) * 3
             assert record["problem"] == questions[record["index"]]
             assert record["context_length"] == length

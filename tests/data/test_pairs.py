@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_trm.data.pairs import RECORD, Pair, open_pairs, write_index, write_shard
+from llm_trm.data.pairs import RECORD, Pair, open_pairs, record_features, write_index, write_shard
 from llm_trm.errors import InputError
 
 WIDTH = 6
@@ -82,10 +82,23 @@ def test_records_load_with_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     _write(tmp_path)
     files = str(tmp_path / "shard-*.jsonl")
-    loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+
+    def load(**options: Any) -> Any:
+        return datasets.load_dataset(
+            "json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"), **options
+        )
+
+    loaded = load()
     assert loaded.column_names == list(RECORD)
     assert loaded["index"] == [0, 2, 5]
     assert loaded["context_length"] == [4, 1, 3]
+
+    known = _pair(7, 2)
+    known.record.update(answer="8", correct=True)
+    write_shard(tmp_path, 2, [known], {}, WIDTH, "float32")
+    loaded = load(features=record_features())
+    assert loaded["correct"] == [None, None, True], "null in the whole first shard"
+    assert loaded["answer"] == [None, None, "8"]
 
 
 def test_one_shard_is_read_at_a_time(tmp_path: Path) -> None:
