@@ -117,7 +117,7 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="Peak of warm-up and cosine. [default: 0.2/sqrt(D), or 0.01/sqrt(D) for latent]",
+    help="Peak of warm-up and cosine. [default: 0.2/sqrt(D), or 0.03/sqrt(D) for latent]",
 )
 @click.option(
     "--init",

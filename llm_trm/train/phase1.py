@@ -140,7 +140,7 @@ class CompressorPretrainer:
     def _fit_settings(self, width: int) -> Fit:
         config, latent = self.config, self._latent
         # A compressor's entries are of the order of 1 / sqrt(D), Adam's steps of that of the learning rate.
-        peak = (0.01 if latent else 0.2) / math.sqrt(width)
+        peak = (0.03 if latent else 0.2) / math.sqrt(width)
         return Fit(
             sequences=latent,
             batch_size=config.batch_size or (32 if latent else 1024),

@@ -43,7 +43,7 @@ class Phase1Config:
         epochs: Most passes over the states.
         patience: Epochs without a better validation error after which training ends.
         batch_size: Of an optimizer step, over all processes; 1024 states, or 32 sequences (latent).
-        learning_rate: Peak of warm-up and cosine; 0.2 / sqrt(D) (dimension) or 0.01 / sqrt(D) (latent).
+        learning_rate: Peak of warm-up and cosine; 0.2 / sqrt(D) (dimension) or 0.03 / sqrt(D) (latent).
         init: Start of a dimension compressor: ``"orthogonal"``, or ``"pca"``, the optimum itself.
         seed: Of weights and order.
         device: ``"cpu"`` keeps off the accelerators; any other value takes what accelerate finds.
