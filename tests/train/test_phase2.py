@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -19,7 +18,7 @@ from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.train import TRMSequenceTrainer
 from llm_trm.train.phase2_report import Phase2Report, Phase2Result
-from tests.train.toy import toy_config, write_compressor, write_pairs, write_toy
+from tests.train.toy import content_of, toy_config, write_compressor, write_pairs, write_toy
 
 
 @pytest.fixture(scope="session")
@@ -199,21 +198,6 @@ def undisturbed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed")
     train(toy, output, **DEMANDING)
     return output
-
-
-def content_of(output: Path) -> dict[str, Any]:
-    """All that a run leaves, but for the time at which it did."""
-    files = sorted(path for path in (output / "checkpoints").rglob("*") if path.is_file())
-    found: dict[str, Any] = {}
-    for path in files:
-        name = str(path.relative_to(output))
-        if path.suffix == ".safetensors":
-            found[name] = {key: tensor.tolist() for key, tensor in read_tensors(path, "").items()}
-        else:
-            found[name] = json.loads(path.read_text())
-    found["index"] = json.loads((output / "index.json").read_text())
-    found["metrics"] = (output / "metrics.jsonl").read_text()
-    return found
 
 
 @pytest.mark.parametrize("stops", [(3,), (4,), (5, 1), (7,), (3, 1, 3)], ids=str)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm_trm.data.pairs import RECORD, Pair, write_index, write_shard
+from llm_trm.files import read_tensors
 from llm_trm.models.compression import DimensionCompressor, save_compressor
 from llm_trm.train.phase2 import Phase2Config
 
@@ -60,3 +62,19 @@ def toy_config(folder: Path, **options: Any) -> Phase2Config:
     }
     paths = {"data": "pairs", "compressor": "compressor", "output": "run"}
     return Phase2Config(**{name: folder / path for name, path in paths.items()} | settings | options)
+
+
+def content_of(output: Path) -> dict[str, Any]:
+    """All that a run leaves: checkpoints, index and, where there are, logged metrics."""
+    files = sorted(path for path in (output / "checkpoints").rglob("*") if path.is_file())
+    found: dict[str, Any] = {}
+    for path in files:
+        name = str(path.relative_to(output))
+        if path.suffix == ".safetensors":
+            found[name] = {key: tensor.tolist() for key, tensor in read_tensors(path, "").items()}
+        else:
+            found[name] = json.loads(path.read_text())
+    found["index"] = json.loads((output / "index.json").read_text())
+    metrics = output / "metrics.jsonl"
+    found["metrics"] = metrics.read_text() if metrics.exists() else None
+    return found

@@ -1,0 +1,48 @@
+"""Training in processes of its own; imported by a server that forks them, so that a start costs little."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Here, so that they are imported before the fork: the first optimizer of a process imports torch._dynamo.
+import accelerate.tracking  # noqa: F401
+import torch
+import torch._dynamo
+
+from llm_trm.train.phase2 import TRMSequenceTrainer
+from llm_trm.train.phase2_report import Phase2Report
+from tests.train.toy import toy_config
+
+
+class StopAfter(Phase2Report):
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def batch(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os._exit(7)
+
+
+def run(folder: Path, output: Path, options: dict[str, Any], stop_after: int | None = None) -> None:
+    """Train, from the last checkpoint in ``output`` if there is one."""
+    torch.set_num_threads(1)
+    config = toy_config(folder, output=output, resume=(output / "index.json").exists(), **options)
+    TRMSequenceTrainer(config, StopAfter(stop_after) if stop_after else None).train()
+
+
+def run_rank(rank: int, processes: int, port: int, *arguments: Any) -> None:
+    """:func:`run` as ``accelerate launch --cpu`` would start it."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+    run(*arguments)
