@@ -172,7 +172,8 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     try:
         for number, record in enumerate(load_dataset(name, subset or None, split="train", streaming=True), 1):
             yield f"{source} record {number}", record
-    except (OSError, ValueError, RuntimeError) as error:
+    # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{source} cannot be loaded ({reason}): name a .txt or .jsonl file, or a dataset on the hub as "
