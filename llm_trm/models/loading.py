@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,13 +89,28 @@ def load_thinking_model(
 
 def _pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(source, **options)
+        with _no_bars():
+            return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"model {name} cannot be loaded ({reason[:200]}): name a folder in Hugging Face format, a model "
             f"on the hub, or {ARITHMETIC!r}"
         ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars, which are over in a blink and break the lines of what is printed next."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tag(tokenizer: PreTrainedTokenizerBase, tag: str, name: str) -> int:
