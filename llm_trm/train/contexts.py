@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 #: Rows that are compressed in one product.
 _CHUNK = 8192
-#: Batches whose samples are sorted by length together: more make batches more alike, and shuffle less.
-_POOL = 32
 #: Lengths at most that training batches are padded to where each length costs a CUDA graph.
 _GRAPHS = 8
 
@@ -129,19 +127,22 @@ class EpochOrder:
     """Batches of each epoch, a function of the seed and the epoch alone.
 
     Samples are shuffled, those beyond the last whole batch left out (others in each epoch), and the rest
-    sorted by length in pools of 32 batches, so that a batch has contexts of similar length.
+    sorted by length in pools of some batches, so that a batch has contexts of similar length. Where packed rows
+    make padding free, pools of one batch keep the batches random.
 
     Attributes:
         samples: Numbers of the samples.
         lengths: Length of every context, indexed by such a number.
         batch_size: Samples of a batch, of all processes together.
         seed: Of the shuffling.
+        pool: Batches of a pool.
     """
 
     samples: Sequence[int]
     lengths: Sequence[int]
     batch_size: int
     seed: int
+    pool: int = 32
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -154,7 +155,7 @@ class EpochOrder:
         chance.shuffle(order)
         del order[len(self) * self.batch_size :]
         batches = []
-        pool = _POOL * self.batch_size
+        pool = self.pool * self.batch_size
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=self.lengths.__getitem__)
             batches += [alike[at : at + self.batch_size] for at in range(0, len(alike), self.batch_size)]
