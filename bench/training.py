@@ -157,8 +157,8 @@ class OurTrainer:
     def run(self, batches: Sequence[Sequence[int]]) -> None:
         """Train on these batches of sample numbers, as an epoch does."""
         for samples in batches:
-            self.trainer._train_batch(samples)
-            self.trainer._take(self.trainer.step.poll())
+            self.trainer.train_batch(samples)
+            self.trainer.take_metrics(self.trainer.step.poll())
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call; waits for the device."""

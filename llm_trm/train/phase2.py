@@ -136,9 +136,9 @@ class TRMSequenceTrainer:
         batches = self.order.batches(self.epoch)
         self.model.train()
         while self.batch < len(batches):
-            self._train_batch(batches[self.batch][self.rank :: self.processes])
+            self.train_batch(batches[self.batch][self.rank :: self.processes])
             self.batch += 1
-            metrics = self._take(self.step.poll())
+            metrics = self.take_metrics(self.step.poll())
             if self.accelerator.is_main_process:
                 self.report.batch(self.epoch + 1, self.batch, metrics)
             if save_every and self.batch % save_every == 0 and self.batch < len(batches):
@@ -172,7 +172,8 @@ class TRMSequenceTrainer:
         if self.accelerator.is_main_process:
             self.report.epoch(record)
 
-    def _train_batch(self, samples: Sequence[int]) -> None:
+    def train_batch(self, samples: Sequence[int]) -> None:
+        """All supervision steps and updates of one batch, given by the numbers of this process's samples."""
         batch = self.contexts.batch(samples, self._bucket)
         self.step.restart()
         self.loss.restart()
@@ -202,7 +203,7 @@ class TRMSequenceTrainer:
         for gradient, mean in zip(gradients, parts, strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def _take(self, windows: Sequence[MetricWindow]) -> dict[str, float] | None:
+    def take_metrics(self, windows: Sequence[MetricWindow]) -> dict[str, float] | None:
         """Add up and log metrics that have arrived; gives the newest."""
         metrics = None
         for window in windows:
@@ -219,7 +220,7 @@ class TRMSequenceTrainer:
 
     def _settle_metrics(self) -> None:
         """Bring the epoch's sums up to date, and to their mean over processes; waits for the device."""
-        self._take(self.step.drain())
+        self.take_metrics(self.step.drain())
         names = self.step.metrics.names
         own = [self.sums.get(name, 0.0) for name in names]
         *sums, self.steps = self._over_processes([*own, self.steps], "mean")

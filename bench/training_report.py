@@ -1,0 +1,69 @@
+"""Draws what docs/training.md measures, from ``bench/results/training.jsonl`` and ``arithmetic.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_trm.benchmark.results import read
+from llm_trm.benchmark.table import number
+from llm_trm.evaluate.phase2 import TRM, TRUE_STATE
+
+#: What ``examples/arithmetic.sh`` measured: the file that its ``llm-trm eval phase2 --by operations`` writes.
+ARITHMETIC = "arithmetic.json"
+#: What ``python -m bench.training`` measured.
+TRAINERS = "training.jsonl"
+
+
+def text(results: Path) -> str:
+    """The arithmetic world and the speed of the trainer, as Markdown."""
+    world, trainers = results / ARITHMETIC, results / TRAINERS
+    parts = ["### The arithmetic world"]
+    parts.append(_arithmetic(json.loads(world.read_text())) if world.exists() else "Not measured yet.")
+    parts.append("### Speed")
+    parts.append(_trainers(list(read(trainers))) if trainers.exists() else "Not measured yet.")
+    return "\n\n".join(parts)
+
+
+def _arithmetic(found: Mapping[str, Any]) -> str:
+    """A line a number of operations: the recursion, the best of the baselines by rank, and the ceiling."""
+    rows = [("all", found["rows"]), *found["groups"].items()]
+    baselines = [name for name in found["rows"] if name not in (TRM, TRUE_STATE)]
+    lines = [
+        ["operations", "pairs", "cosine", "MSE", "rank 1 (95% interval)", "steps"]
+        + [f"{name}: cosine, rank 1" for name in (*baselines, TRUE_STATE)],
+    ]
+    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
+    for group, scores in rows:
+        ours = scores[TRM]
+        low, high = ours["rank1_interval"]
+        cells = [group, str(ours["pairs"]), f"{ours['cosine']:.4f}", number(ours["mse"])]
+        cells += [f"{ours['rank1']:.1%} ({low:.1%} to {high:.1%})", f"{ours['steps']:.1f}"]
+        for name in (*baselines, TRUE_STATE):
+            cells.append(f"{scores[name]['cosine']:.4f}, {scores[name]['rank1']:.1%}")
+        lines.append(cells)
+    return _table(lines)
+
+
+def _trainers(measured: Sequence[Mapping[str, Any]]) -> str:
+    """The latest line of every case on every device."""
+    latest = {
+        (line["device"], line["name"]): line for line in sorted(measured, key=lambda line: line["time"])
+    }
+    lines = [["case", "device", "original, samples/s", "llm-trm, samples/s", "ratio"]]
+    lines.append(["---", "---", "---:", "---:", "---:"])
+    for (device, name), line in latest.items():
+        speeds = [number(line["trainers"][trainer]["samples_per_s"]) for trainer in ("plain", "llm-trm")]
+        lines.append([name.removeprefix("phase2 trainer "), device, *speeds, f"{line['ratio']:.2f}"])
+    missing = (
+        []
+        if any(line["case"]["dtype"] == "bfloat16" for line in measured)
+        else ["On a GPU: not measured yet."]
+    )
+    return "\n\n".join([_table(lines), *missing])
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
