@@ -2,8 +2,8 @@
 
 Rewrites what stands between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` in docs/benchmarks.md (every
 table), docs/training.md (``bench/training_report.py``) and README.md (one line a case), and the plots of
-each device under docs/: bars, and curves of cost against batch size, length and width. No figure is written by
-hand.
+each device under docs/: bars, and curves of cost against batch size, length and width. No figure is written
+by hand.
 """
 
 from __future__ import annotations

@@ -49,19 +49,15 @@ def _arithmetic(found: Mapping[str, Any]) -> str:
 
 def _trainers(measured: Sequence[Mapping[str, Any]]) -> str:
     """The latest line of every case on every device."""
-    latest = {
-        (line["device"], line["name"]): line for line in sorted(measured, key=lambda line: line["time"])
-    }
+    in_order = sorted(measured, key=lambda line: line["time"])
+    latest = {(line["device"], line["name"]): line for line in in_order}
     lines = [["case", "device", "original, samples/s", "llm-trm, samples/s", "ratio"]]
     lines.append(["---", "---", "---:", "---:", "---:"])
     for (device, name), line in latest.items():
         speeds = [number(line["trainers"][trainer]["samples_per_s"]) for trainer in ("plain", "llm-trm")]
         lines.append([name.removeprefix("phase2 trainer "), device, *speeds, f"{line['ratio']:.2f}"])
-    missing = (
-        []
-        if any(line["case"]["dtype"] == "bfloat16" for line in measured)
-        else ["On a GPU: not measured yet."]
-    )
+    on_gpu = any(line["machine"]["device_type"] == "cuda" for line in measured)
+    missing = [] if on_gpu else ["On a GPU: not measured yet."]
     return "\n\n".join([_table(lines), *missing])
 
 

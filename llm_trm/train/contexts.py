@@ -127,8 +127,8 @@ class EpochOrder:
     """Batches of each epoch, a function of the seed and the epoch alone.
 
     Samples are shuffled, those beyond the last whole batch left out (others in each epoch), and the rest
-    sorted by length in pools of some batches, so that a batch has contexts of similar length. Where packed rows
-    make padding free, pools of one batch keep the batches random.
+    sorted by length in pools of some batches, so that a batch has contexts of similar length. Where packed
+    rows make padding free, pools of one batch keep the batches random.
 
     Attributes:
         samples: Numbers of the samples.
