@@ -22,8 +22,9 @@ if [[ ! -e $out/lm/model.safetensors ]]; then
     llm-trm train lm --steps 800 -o "$out/lm" "${resume[@]}"
 fi
 
-heading "A compressor of its hidden states"
-llm-trm train phase1 --model "$out/lm" -o "$out/phase1"
+heading "A compressor of its hidden states, from the texts of problems and their worked traces"
+llm-trm data arithmetic --num-samples 20000 --min-operations 1 -o "$out/problems.jsonl"
+llm-trm train phase1 --model "$out/lm" --text "$out/problems.jsonl" --traces "$out/problems.jsonl" -o "$out/phase1"
 
 heading "Its states before and after thinking"
 "${pairs[@]}" --operations 4 --num-samples 60000 -o "$out/pairs"

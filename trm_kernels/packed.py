@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from trm_kernels import reference
 from trm_kernels.fused_checks import block_parameters, is_hooked, refuses_modules
 from trm_kernels.network import FusedModule
 from trm_kernels.packed_attention import PackedAttention
 from trm_kernels.packing import Packing, Rows, read_positions
+from trm_kernels.recursion import step_by_step
 
 
 @dataclass(frozen=True)
@@ -117,25 +117,14 @@ def run_recursion(
         out = network(h)
         return out if output_norm is None else output_norm(out)
 
-    def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        recompute = memory == "small" and torch.is_grad_enabled()
-
-        def step(h: Tensor) -> Tensor:
-            return checkpoint(call, h, use_reentrant=False) if recompute else call(h)
-
-        question = x + y  # constant over the n steps
-        for _ in range(n):
-            z = step(question + z)
-        return step(y + z), z
-
     with torch.no_grad():
         if T > 1:
             network.read()
         for _ in range(T - 1):
-            y, z = recursion(y, z)
+            y, z = step_by_step(call, x, y, z, n, memory)
     with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
         network.read()
-        y, z = recursion(y, z)
+        y, z = step_by_step(call, x, y, z, n, memory)
         y = rows.unpack(y)
         return (
             y if read is None else read_positions(y, read),

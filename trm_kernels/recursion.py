@@ -135,23 +135,27 @@ def deep_recursion(
         out = net(h) if mask is None else net(h, mask=mask)
         return out if output_norm is None else output_norm(out)
 
-    def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        recompute = memory == "small" and torch.is_grad_enabled()
-
-        def step(h: Tensor) -> Tensor:
-            return checkpoint(call, h, use_reentrant=False) if recompute else call(h)
-
-        question = x + y  # constant over the n steps
-        for _ in range(n):
-            z = step(question + z)
-        return step(y + z), z
-
     with torch.no_grad():
         for _ in range(T - 1):
-            y, z = recursion(y, z)
+            y, z = step_by_step(call, x, y, z, n, memory)
     with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
-        y, z = recursion(y, z)
+        y, z = step_by_step(call, x, y, z, n, memory)
         return (y if read is None else read_positions(y, read)), z
+
+
+def step_by_step(
+    call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, z: Tensor, n: int, memory: str
+) -> tuple[Tensor, Tensor]:
+    """A latent recursion in n + 1 calls of a network, on states of any one shape."""
+    recompute = memory == "small" and torch.is_grad_enabled()
+
+    def step(h: Tensor) -> Tensor:
+        return checkpoint(call, h, use_reentrant=False) if recompute else call(h)
+
+    question = x + y  # constant over the n steps
+    for _ in range(n):
+        z = step(question + z)
+    return step(y + z), z
 
 
 def _states(*states: Tensor) -> tuple[Tensor, ...]:
