@@ -1,4 +1,4 @@
-"""Draws what docs/training.md measures, from ``bench/results/training.jsonl`` and ``arithmetic.json``."""
+"""Draws what docs/training.md measures, from files under ``bench/results``."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from llm_trm.benchmark.results import read
 from llm_trm.benchmark.table import number
 from llm_trm.evaluate.phase2 import TRM, TRUE_STATE
 
-#: What ``examples/arithmetic.sh`` measured: the file that its ``llm-trm eval phase2 --by operations`` writes.
-ARITHMETIC = "arithmetic.json"
+#: What ``examples/arithmetic.sh`` measured: its phase2.json, which ``llm-trm eval phase2 --by operations``
+#: wrote, and its lm.json, the accuracy of the language model with and without thinking.
+ARITHMETIC, LANGUAGE_MODEL = "arithmetic.json", "arithmetic_lm.json"
 #: What ``python -m bench.training`` measured.
 TRAINERS = "training.jsonl"
 
 
 def text(results: Path) -> str:
     """The arithmetic world and the speed of the trainer, as Markdown."""
-    world, trainers = results / ARITHMETIC, results / TRAINERS
+    world, answers, trainers = results / ARITHMETIC, results / LANGUAGE_MODEL, results / TRAINERS
     parts = ["### The arithmetic world"]
-    parts.append(_arithmetic(json.loads(world.read_text())) if world.exists() else "Not measured yet.")
+    if world.exists() and answers.exists():
+        parts.append(_arithmetic(json.loads(world.read_text()), json.loads(answers.read_text())))
+    else:
+        parts.append("Not measured yet.")
     parts.append("### Speed")
     parts.append(_trainers(list(read(trainers))) if trainers.exists() else "Not measured yet.")
     return "\n\n".join(parts)
 
 
-def _arithmetic(found: Mapping[str, Any]) -> str:
-    """A line a number of operations: the recursion, the best of the baselines by rank, and the ceiling."""
+def _arithmetic(found: Mapping[str, Any], answers: Mapping[str, Mapping[str, float]]) -> str:
+    """A line a number of operations: recursion, baselines, ceiling, and the language model's own answers."""
     rows = [("all", found["rows"]), *found["groups"].items()]
     baselines = [name for name in found["rows"] if name not in (TRM, TRUE_STATE)]
     lines = [
         ["operations", "pairs", "cosine", "MSE", "rank 1 (95% interval)", "steps"]
-        + [f"{name}: cosine, rank 1" for name in (*baselines, TRUE_STATE)],
+        + [f"{name}: cosine, rank 1" for name in (*baselines, TRUE_STATE)]
+        + ["language model: thinking, without"],
     ]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
     for group, scores in rows:
@@ -43,6 +48,8 @@ def _arithmetic(found: Mapping[str, Any]) -> str:
         cells += [f"{ours['rank1']:.1%} ({low:.1%} to {high:.1%})", f"{ours['steps']:.1f}"]
         for name in (*baselines, TRUE_STATE):
             cells.append(f"{scores[name]['cosine']:.4f}, {scores[name]['rank1']:.1%}")
+        own = answers.get(group)
+        cells.append(f"{own['thinking']:.1%}, {own['without']:.1%}" if own else "-")
         lines.append(cells)
     return _table(lines)
 

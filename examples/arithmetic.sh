@@ -44,20 +44,26 @@ heading "What it is worth, by the number of operations; 5 are more than it was t
 llm-trm eval phase2 --checkpoint "$out/phase2" --data "$out/held_out" --by operations -o "$out/phase2.json"
 
 heading "What the language model is worth, with and without thinking"
-python - "$out/lm" <<'PYTHON'
+python - "$out/lm" "$out/lm.json" <<'PYTHON'
 import sys
+from pathlib import Path
 
 from llm_trm.data.arithmetic import World
 from llm_trm.evaluate.answers import accuracy
+from llm_trm.files import write_json
 from llm_trm.models.loading import load_thinking_model
 
 thinker = load_thinking_model(sys.argv[1])
+found = {}
 for operations in range(1, 6):
     problems = list(World(operations, operations, max_operand=2).problems(400, "test"))
-    shares = [
-        accuracy(thinker.model, thinker.tokenizer, problems, thinking=thinking, max_new_tokens=64).share
-        for thinking in (True, False)
-    ]
-    print("{} operations: {:.1%} with thinking, {:.1%} without".format(operations, *shares))
+    found[operations] = {
+        how: accuracy(
+            thinker.model, thinker.tokenizer, problems, thinking=how == "thinking", max_new_tokens=64
+        ).share
+        for how in ("thinking", "without")
+    }
+    print("{} operations: {thinking:.1%} with thinking, {without:.1%} without".format(operations, **found[operations]))
+write_json(Path(sys.argv[2]), found)
 PYTHON
 heading "Done"
