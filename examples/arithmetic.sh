@@ -27,8 +27,8 @@ llm-trm data arithmetic --num-samples 20000 --min-operations 1 -o "$out/problems
 llm-trm train phase1 --model "$out/lm" --text "$out/problems.jsonl" --traces "$out/problems.jsonl" -o "$out/phase1"
 
 heading "Its states before and after thinking"
-"${pairs[@]}" --operations 4 --num-samples 60000 -o "$out/pairs"
-"${pairs[@]}" --operations 4 --num-samples 1000 --split test -o "$out/validation"
+"${pairs[@]}" --operations 5 --num-samples 60000 -o "$out/pairs"
+"${pairs[@]}" --operations 5 --num-samples 1000 --split test -o "$out/validation"
 "${pairs[@]}" --operations 5 --num-samples 2500 --split test --seed 1 -o "$out/held_out"
 
 heading "A recursion from the ones to the others"
@@ -36,11 +36,11 @@ if [[ ! -e $out/phase2/curves.png ]]; then
     resume=()
     [[ -e $out/phase2/index.json ]] && resume=(--resume)
     llm-trm train phase2 --data "$out/pairs" --val-data "$out/validation" --compressor "$out/phase1" \
-        -o "$out/phase2" --latent-steps 2 --deep-recursions 1 --supervision-steps 2 --epochs 12 \
+        -o "$out/phase2" --latent-steps 2 --deep-recursions 1 --supervision-steps 2 --epochs 18 \
         --batch-size 128 --learning-rate 4e-3 --warmup-ratio 0.05 --clip-norm 100 --track jsonl "${resume[@]}"
 fi
 
-heading "What it is worth, by the number of operations; 5 are more than it was trained on"
+heading "What it is worth, by the number of operations"
 llm-trm eval phase2 --checkpoint "$out/phase2" --data "$out/held_out" --by operations -o "$out/phase2.json"
 
 heading "What the language model is worth, with and without thinking"
