@@ -238,8 +238,8 @@ def _normalise(x: Tensor, eps: float) -> Tensor:
 class _Normalise(torch.autograd.Function):
     """RMSNorm with its backward written out: torch puts both together from elementwise operations.
 
-    With weights folded, a recursion at d 32 over 3,700 rows takes 123 ms forward and backward instead of 139
-    (one thread, n = 2).
+    With weights folded, a recursion of the seed family takes 5 to 8% less time forward and backward (d 32 to
+    512, two cores).
     """
 
     @staticmethod
