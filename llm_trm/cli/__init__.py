@@ -44,4 +44,10 @@ def main() -> None:
       llm-trm env                   what this machine has, and which backends work
       llm-trm bench --latents 256   how fast the recursion is, and how exact
       llm-trm tune                  measure this GPU, so that every product runs on its fastest tile
+    \b
+    A recursion instead of written-out thinking, offline on a tiny language model that ships with this:
+      llm-trm train phase1          a compressor of hidden states
+      llm-trm datagen               hidden states before and after thinking
+      llm-trm train phase2          the recursion from the ones to the others
+      llm-trm eval phase2 --help    what it is worth on problems that it has not seen
     """

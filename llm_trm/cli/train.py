@@ -8,6 +8,7 @@ from llm_trm.cli.group import Group
 
 
 @click.group(
+    short_help="Train a language model, a compressor, a recursion.",
     cls=Group,
     commands_at={
         "lm": "llm_trm.cli.train_lm:lm",
