@@ -8,3 +8,8 @@ class InputError(ValueError):
 
     The command line prints it as it is and ends with exit code 2.
     """
+
+
+def one_line(error: Exception, longest: int | None = 200) -> str:
+    """What ``error`` says, on one line of at most ``longest`` characters, if that is not None."""
+    return " ".join(str(error).split())[:longest]

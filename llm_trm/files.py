@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,15 +27,20 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner can read; this one is as public as the umask allows.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a temporary file, or a folder, its name ``path`` once it has reached the disk."""
+    # tempfile makes what only its owner can read; this is as public as the umask allows.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod((0o777 if temporary.is_dir() else 0o666) & ~mask)
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
 
 
 def _flush(path: Path) -> None:
@@ -72,7 +77,7 @@ def read_json(path: Path, remedy: str) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({_one_line(error)}): {remedy}") from error
+        raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
 
 
 def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tensor]:
@@ -85,7 +90,7 @@ def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tens
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {remedy}") from None
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({_one_line(error)}): {remedy}") from error
+        raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
 
 
 def writable_folder(path: Path) -> Path:
@@ -99,7 +104,3 @@ def writable_folder(path: Path) -> Path:
             f"{path} cannot be written ({error.strerror or error}): choose another folder"
         ) from error
     return path
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 
 
 class UserError(click.ClickException):
@@ -32,7 +32,7 @@ def _one_line_errors() -> Iterator[None]:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         raise UserError(" ".join(error.format_message().split()) + hint) from error
     except InputError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error, None)) from error
 
 
 class Group(click.Group):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.data.arithmetic import World
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.models.loading import ThinkingModel
 from llm_trm.models.tiny import END_THINK, THINK
@@ -174,10 +174,9 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
             yield f"{source} record {number}", record
     # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{source} cannot be loaded ({reason}): name a .txt or .jsonl file, or a dataset on the hub as "
-            "NAME or NAME:SUBSET"
+            f"{source} cannot be loaded ({one_line(error)}): name a .txt or .jsonl file, or a dataset on the "
+            "hub as NAME or NAME:SUBSET"
         ) from error
 
 

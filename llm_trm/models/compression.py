@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
 
 #: The files of a saved compressor.
@@ -277,9 +277,8 @@ def load_compressor(folder: Path, device: torch.device | str = "cpu") -> Compres
             compressor = _KINDS[facts["kind"]](**facts["sizes"])
         compressor.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{folder / FACTS_FILE} does not describe its weights ({reason}): {_TRAIN_ONE}"
+            f"{folder / FACTS_FILE} does not describe its weights ({one_line(error)}): {_TRAIN_ONE}"
         ) from error
     return compressor
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.models.tiny import END_THINK, THINK
 
@@ -92,10 +92,9 @@ def _pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
         with _no_bars():
             return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"model {name} cannot be loaded ({reason[:200]}): name a folder in Hugging Face format, a model "
-            f"on the hub, or {ARITHMETIC!r}"
+            f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
+            f"model on the hub, or {ARITHMETIC!r}"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork, halting_recursion
 from trm_kernels.config import FLOAT32_EPS
@@ -206,6 +206,5 @@ def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[Sequ
         model = SequenceTRM.from_config(SequenceTRMConfig(**described), backend=backend)
         model.load_state_dict(read_tensors(folder / _WEIGHTS, remedy))
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} holds no SequenceTRM ({reason}): {remedy}") from error
+        raise InputError(f"{folder} holds no SequenceTRM ({one_line(error)}): {remedy}") from error
     return model.eval(), facts

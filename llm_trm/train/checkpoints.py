@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.errors import InputError
-from llm_trm.files import read_json, write_json
+from llm_trm.files import publish, read_json, write_json
 from llm_trm.models.phase2 import CHECKPOINTS_FOLDER, INDEX_FILE
 
 _START_OVER = "start over with --overwrite"
@@ -70,12 +69,7 @@ class Checkpoints:
             if name in _named(index):
                 raise ValueError(f"checkpoint {name} exists already")
             shutil.rmtree(target, ignore_errors=True)  # a crash left it before it was in the index
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o777 & ~mask)
-            _flush(temporary)
-            temporary.rename(target)
-            _flush(self._folder)
+            publish(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = [*index["kept"]]
@@ -107,11 +101,3 @@ class Checkpoints:
 
 def _named(index: dict[str, Any]) -> set[str]:
     return {index["last"], *(entry["name"] for entry in index["kept"])}
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

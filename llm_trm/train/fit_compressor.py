@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from llm_trm.errors import InputError
 from llm_trm.train.pca import Moments, PrincipalComponents, principal_components
 from llm_trm.train.phase1_config import Progress
 from llm_trm.train.reconstruction import Batch, Quality, Reconstruction, quality
+from llm_trm.train.schedule import warmup_cosine
 from llm_trm.train.states import StateFiles, padded
 
 if TYPE_CHECKING:
@@ -181,13 +181,7 @@ def _agreed(found: Quality) -> Quality:
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     warm_up = max(1, round(_WARM_UP * steps))
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warm_up))
 
 
 def _copied(module: torch.nn.Module) -> dict[str, Tensor]:

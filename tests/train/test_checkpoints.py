@@ -56,7 +56,7 @@ def test_a_crash_leaves_the_old_state_or_the_new(
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
         if at == "rename":
-            patched.setattr(Path, "rename", crash)
+            patched.setattr(Path, "replace", crash)
         elif at == "index":
             patched.setattr(module, "write_json", crash)
         elif at == "sweep":
