@@ -197,9 +197,8 @@ def phase2(device: str, **options: Any) -> None:
     \b
     On the arithmetic world, on a CPU:
       llm-trm train phase1 -o runs/phase1
-      llm-trm datagen --num-samples 4000 -o data/pairs
-      llm-trm train phase2 --epochs 30 --learning-rate 1e-3 --track jsonl
-      llm-trm eval phase2 --data data/held_out
+      llm-trm datagen --max-operand 2 --operations 2 --num-samples 4000 -o data/pairs
+      llm-trm train phase2 -n 2 -T 1 --supervision-steps 2 --batch-size 128 --learning-rate 4e-3
 
     \b
     SmolLM3-3B on a GPU, as the original did:
