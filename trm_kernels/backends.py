@@ -165,11 +165,35 @@ def _run_triton_recursion(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def _native_unavailable() -> Refusal:
-    return "this version has no C++ kernels"
+    from trm_kernels import native_module
+
+    return native_module.unavailable()
 
 
-def _native_run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
-    raise BackendError(_native_unavailable())
+def _native_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
+    from trm_kernels import native
+
+    return native.refuses(net, x, mask)
+
+
+def _run_native(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
+    from trm_kernels import native
+
+    return native.run(net, x, mask)
+
+
+def _native_refuses_recursion(
+    net: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
+) -> Refusal:
+    from trm_kernels import native
+
+    return native.refuses_recursion(net, states, output_norm, precision)
+
+
+def _run_native_recursion(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from trm_kernels import native
+
+    return native.run_recursion(*args, **options)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -192,7 +216,14 @@ BACKENDS: dict[str, Backend] = {
             _run_triton,
             FusedRecursion(_triton_refuses_recursion, _run_triton_recursion),
         ),
-        Backend("native", "C++ kernels for CPUs", _native_unavailable, _always, _native_run),
+        Backend(
+            "native",
+            "C++ kernels for CPUs",
+            _native_unavailable,
+            _native_refuses,
+            _run_native,
+            FusedRecursion(_native_refuses_recursion, _run_native_recursion),
+        ),
     )
 }
 

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import prepared, reference
-from trm_kernels.config import FLOAT32_EPS, NetworkConfig
+from trm_kernels import prepared, reference, rotary
+from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.fused_checks import block_parameters, layout_name, operand_dtype
 from trm_kernels.network import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
 if TYPE_CHECKING:
     from trm_kernels.ops.chain import Memory
-
-
-def _rotary_tables(config: NetworkConfig, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous RoPE tables [L, E/2] for states like ``x``; the same tensors again for the same shape."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    arguments = length, config.head_dim, config.rope_theta, wide, x.device
-    if torch.compiler.is_compiling():
-        return _make_tables(*arguments)
-    # What a captured graph computes exists only in its own memory and only after a replay; what a dispatch
-    # mode makes may be no real tensor.
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter):
-        return _make_tables(*arguments)
-    return _cached_tables(*arguments)
-
-
-def _make_tables(
-    length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    like = torch.empty((), dtype=dtype, device=device)
-    cos, sin = reference.rotary_tables(length, head_dim, theta, like)
-    return cos.contiguous(), sin.contiguous()
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_tables(
-    length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    # Tensors made in inference mode could not be saved for a later backward.
-    with torch.inference_mode(False):
-        return _make_tables(length, head_dim, theta, dtype, device)
 
 
 def _matrices(
@@ -97,7 +65,7 @@ class _Applied:
         if packing is not None:
             batch, length, starts, count = packing.batch, packing.length, packing.starts, packing.count
         if config.rotary:
-            cos, sin = _rotary_tables(config, length, like)
+            cos, sin = rotary.tables(config, length, like)
             if packing is not None:
                 positions = packing.positions()
                 cos, sin = cos[positions], sin[positions]

@@ -10,18 +10,17 @@ through ``.data`` in evaluation mode: call :func:`forget` after one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Key = tuple[Any, ...]
 
-#: For each module, by the dtype of its matrices, so that calls of two precisions may take turns.
-_kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Key, list[Tensor]]]] = WeakKeyDictionary()
+#: For each module, by the first entry of the key, so that calls of two precisions may take turns.
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Key, list[Tensor]]]] = WeakKeyDictionary()
 _changes = 0
 _watching = False
 
@@ -41,9 +40,9 @@ def _watch() -> None:
         _watching = True
 
 
-def key_of(parameters: Sequence[Tensor], operand: torch.dtype) -> Key:
-    """What the matrices depend on, as far as it can be seen."""
-    return (operand, _changes, *((parameter.data_ptr(), _version(parameter)) for parameter in parameters))
+def key_of(parameters: Sequence[Tensor], form: Hashable) -> Key:
+    """What the matrices depend on, as far as it can be seen; ``form``: their dtype, or what else they are."""
+    return (form, _changes, *((parameter.data_ptr(), _version(parameter)) for parameter in parameters))
 
 
 def _version(parameter: Tensor) -> object:

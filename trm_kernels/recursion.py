@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -150,7 +151,11 @@ def step_by_step(
     recompute = memory == "small" and torch.is_grad_enabled()
 
     def step(h: Tensor) -> Tensor:
-        return checkpoint(call, h, use_reentrant=False) if recompute else call(h)
+        if not recompute:
+            return call(h)
+        # Another backend would save other tensors than the forward did.
+        again = backends.use_backend(backends.requested())
+        return checkpoint(call, h, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
     question = x + y  # constant over the n steps
     for _ in range(n):

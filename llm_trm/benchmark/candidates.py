@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llm_trm.benchmark import official, peers
 from llm_trm.benchmark.models import (
@@ -177,8 +178,11 @@ def unavailable(name: str, device_type: str) -> str | None:
     return reason
 
 
-def _refusal(case: Case, model: Model, inputs: Inputs) -> str | None:
-    """Why the backend of ``model``, or its fused recursion, cannot serve the case, or None."""
+def refusal(case: Case, model: Model, inputs: Inputs, mask: Tensor | None = None) -> str | None:
+    """Why the backend of ``model``, or its fused recursion, cannot serve the case, or None.
+
+    ``mask`` [B, L]: what the recursion is given beside the inputs, if it is given one.
+    """
     net = model.net
     if not isinstance(net, TinyRecursiveNetwork) or net.backend is None:
         return None
@@ -190,7 +194,7 @@ def _refusal(case: Case, model: Model, inputs: Inputs) -> str | None:
             torch.set_grad_enabled(grad),
             torch.autocast(states[0].device.type, dtype, enabled=dtype is not None),
         ):
-            reason = backends.refusal(net.backend, net, states[0])
+            reason = backends.refusal(net.backend, net, states[0], mask)
             if reason is None and recursion is not None:
                 reason = recursion.refuses(net, states, None, model.options.get("precision"))
         if reason is not None:
@@ -207,7 +211,7 @@ def build(name: str, case: Case, state: State, inputs: Inputs) -> Timed | str:
     if case.family not in candidate.families:
         return f"it has the {' and '.join(candidate.families)} family's block, not the {case.family} family's"
     model = candidate.build(case, state)
-    reason = _refusal(case, model, inputs)
+    reason = refusal(case, model, inputs)
     if reason is not None:
         return reason
     if case.mode == "step" and candidate.trains:

@@ -20,6 +20,8 @@ _COLOURS = {
     "triton": "#44bd32",
     "triton+graph": "#2e7d22",
     "native": "#0097e6",
+    "packed": "#8e6bbf",
+    "freezing": "#c8a165",
     "official": "#b39ddb",
     "official+compile": "#7e57c2",
     "liger": "#ef6c00",
@@ -31,7 +33,7 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
     """Draw the timed rows of every case: median milliseconds as bars, p20 to p80 as whiskers."""
     timed = [result for result in results if any(row.median_ms for row in result.rows)]
     heights = [0.8 + 0.3 * len(result.rows) for result in timed] or [1.0]
-    with _figure(
+    with figure(
         path,
         len(heights),
         1,
@@ -40,7 +42,7 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
         gridspec_kw={"height_ratios": heights},
     ) as axes:
         if not timed:
-            _say_empty(axes[0][0])
+            say_empty(axes[0][0])
         for axis, result in zip(axes[:, 0], timed, strict=False):
             _panel(axis, result)
 
@@ -54,7 +56,7 @@ def plot_scaling(results: Sequence[CaseResult], path: Path) -> None:
     axes_of_suite = max(
         (scaling_axes(cpu) for cpu in (False, True)), key=lambda axes: len(_points(axes, results))
     )
-    with _figure(path, 1, len(axes_of_suite), figsize=(12, 4), sharey=True) as axes:
+    with figure(path, 1, len(axes_of_suite), figsize=(12, 4), sharey=True) as axes:
         for drawn, axis in zip(axes, axes_of_suite, strict=True):
             _curves(drawn, axis, results)
         axes[0].set_ylabel("ms a latent recursion", fontsize=8)
@@ -68,22 +70,24 @@ def _points(axes: Sequence[Axis], results: Sequence[CaseResult]) -> list[CaseRes
 
 
 @contextmanager
-def _figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
+def figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
+    """The axes of ``plt.subplots(*shape, **options)``, saved to ``path`` behind the ``with`` block."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    drawing, axes = plt.subplots(*shape, layout="constrained", **options)
     try:
         yield axes
         # No version in the file: the same results give the same bytes.
-        figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+        drawing.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
     finally:
-        plt.close(figure)
+        plt.close(drawing)
 
 
-def _say_empty(axis: Any) -> None:
+def say_empty(axis: Any) -> None:
+    """Say on an axis that there is nothing to draw."""
     axis.set_axis_off()
     axis.text(0.5, 0.5, "nothing was timed", ha="center")
 
@@ -95,7 +99,7 @@ def _curves(drawn: Any, axis: Axis, results: Sequence[CaseResult]) -> None:
     )
     timed = [(value, result) for value, result in points if any(row.median_ms for row in result.rows)]
     if not timed:
-        _say_empty(drawn)
+        say_empty(drawn)
         return
     names = dict.fromkeys(row.backend for _, result in timed for row in result.rows if row.median_ms)
     for name in names:
@@ -105,7 +109,7 @@ def _curves(drawn: Any, axis: Axis, results: Sequence[CaseResult]) -> None:
             for row in result.rows
             if row.backend == name and row.median_ms
         ]
-        drawn.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=_colour(name), label=name)
+        drawn.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=colour(name), label=name)
     floors = [(value, result.floor_ms) for value, result in timed]
     drawn.plot(*zip(*floors, strict=True), color="black", linestyle=":", linewidth=1, label="limit")
     drawn.set_xscale("log", base=2)
@@ -125,7 +129,8 @@ def _curves(drawn: Any, axis: Axis, results: Sequence[CaseResult]) -> None:
     drawn.set_title(f"{timed[0][1].device}, {timed[0][1].case.dtype}", fontsize=8, loc="left")
 
 
-def _colour(name: str) -> str:
+def colour(name: str) -> str:
+    """The colour of a candidate, the same in every plot."""
     return _COLOURS.get(name, "#888888")
 
 
@@ -136,7 +141,7 @@ def _panel(axis: Any, result: CaseResult) -> None:
         [(row.median_ms or 0.0) - (row.p20_ms or 0.0) for row in rows],
         [(row.p80_ms or 0.0) - (row.median_ms or 0.0) for row in rows],
     ]
-    colours = [_colour(row.backend) for row in rows]
+    colours = [colour(row.backend) for row in rows]
     axis.barh([row.backend for row in rows], medians, xerr=whiskers, color=colours, ecolor="#333333")
     axis.axvline(result.floor_ms, color="black", linestyle=":", linewidth=1)
     axis.bar_label(axis.containers[-1], labels=[f" {number(median)} ms" for median in medians], fontsize=8)

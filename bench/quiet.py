@@ -1,0 +1,118 @@
+"""The quiet check of a CPU: a short burst of arithmetic before and after every sample.
+
+A neighbour that takes a core, or a clock that falls, slows the burst as it slows the sample. What lies
+between two bursts is kept if both ran near the best rate seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+
+from llm_trm.benchmark.protocol import Call, Timer
+
+#: Of the best burst seen: a sample beside a slower one is dropped.
+QUIET = 0.9
+BURST_SECONDS = 2e-3
+
+#: Bursts of the peak are long enough for the clock to settle; the best counts, noise only takes away.
+_PEAK_SECONDS, _PEAK_BURSTS = 0.05, 5
+
+#: Where there is no native module, a burst is this many products of two matrices of this size: 2 to 5 ms, and
+#: their 0.8 MB stay in the second-level cache.
+_PRODUCTS, _SIZE = 16, 256
+
+
+class Sample(float):
+    """Seconds a call, with the rate of the slower of the two bursts around it, in GF/s."""
+
+    burst: float
+
+    def __new__(cls, seconds: float, burst: float) -> Sample:
+        sample = super().__new__(cls, seconds)
+        sample.burst = burst
+        return sample
+
+
+def native_module() -> ModuleType | None:
+    """``trm_kernels._native``, or None where it is not built."""
+    try:
+        return importlib.import_module("trm_kernels._native")
+    except ImportError:
+        return None
+
+
+class Bursts:
+    """Bursts on a number of threads.
+
+    Attributes:
+        kind: ``"fma"``: multiply-adds in registers, by the native module. ``"mm"``: products of small
+            matrices by torch, which must be set to as many threads.
+        best: The best rate seen, in GF/s.
+        peak: The measured FMA peak in GF/s, or None without the native module.
+    """
+
+    def __init__(self, threads: int, native: ModuleType | None) -> None:
+        self.threads = threads
+        self.best = 0.0
+        self.peak: float | None = None
+        self._native = native
+        self.kind = "mm" if native is None else "fma"
+        self._matrices = torch.randn(2, _SIZE, _SIZE)
+        self._product = torch.empty(_SIZE, _SIZE)
+
+    def burst(self) -> float:
+        """Rate of one burst, in GF/s."""
+        rate = self._products() if self._native is None else self._multiply_adds(BURST_SECONDS)
+        self.best = max(self.best, rate)
+        return rate
+
+    def measure_peak(self) -> float | None:
+        """Measure the FMA peak; the best of all calls stands in ``peak``."""
+        if self._native is not None:
+            rates = [self._multiply_adds(_PEAK_SECONDS) for _ in range(_PEAK_BURSTS)]
+            self.peak = max(self.peak or 0.0, *rates)
+        return self.peak
+
+    def timer(self, timer: Timer) -> Timer:
+        """``timer`` between two bursts; its samples are :class:`Sample`."""
+
+        def timed(call: Call, first: int, count: int) -> float:
+            before = self.burst()
+            seconds = timer(call, first, count)
+            return Sample(seconds, min(before, self.burst()))
+
+        return timed
+
+    def quiet(self, samples: Iterable[Sample]) -> list[Sample]:
+        """The samples between bursts of at least 0.9 of the best rate seen so far."""
+        return [sample for sample in samples if sample.burst >= QUIET * self.best]
+
+    def _multiply_adds(self, seconds: float) -> float:
+        assert self._native is not None
+        # The machine's best instruction set, whatever TRM_NATIVE_ISA has the kernels use.
+        return float(self._native.fma_peak(seconds, self.threads, self._native.instruction_sets()[0]))
+
+    def _products(self) -> float:
+        def multiply() -> None:
+            torch.mm(*self._matrices, out=self._product)
+
+        with torch.no_grad():
+            multiply()  # takes the matrices back into the cache, from which a sample has driven them
+            begin = time.perf_counter()
+            for _ in range(_PRODUCTS):
+                multiply()
+            seconds = time.perf_counter() - begin
+        return _PRODUCTS * 2 * _SIZE**3 / seconds * 1e-9
+
+
+def record(native: ModuleType | None) -> dict[str, str | None]:
+    """For a results file: the instruction sets of the peak and of the native kernels, None without them."""
+    return {
+        "peak": None if native is None else native.instruction_sets()[0],
+        "native": None if native is None else native.default_instruction_set(),
+    }

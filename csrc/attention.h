@@ -1,0 +1,247 @@
+// Softmax attention within each sample, on the heads of packed rows.
+#pragma once
+
+#include "dropout.h"
+#include "layout.h"
+
+namespace trm::TRM_ISA {
+
+// C [height, columns] (+)= A B for columns up to a multiple of W: panels, then one vector.
+template <bool Columns>
+TRM_INLINE void narrow_product(int height, int64_t depth, const float* a, ptrdiff_t lda, const float* b, ptrdiff_t ldb,
+                               int64_t columns, float* c, ptrdiff_t ldc, bool accumulate, Ahead ahead) {
+    int64_t n = 0;
+    for (; n + kPanel <= columns; n += kPanel)
+        tiles<kPanelVectors, Columns>.of_rows[height](depth, a, lda, b + n, ldb, c + n, ldc, accumulate, ahead);
+    if (n < columns) tiles<1, Columns>.of_rows[height](depth, a, lda, b + n, ldb, c + n, ldc, accumulate, ahead);
+}
+
+// Keys of one head as products read them: transposed, by panels of keys.
+TRM_INLINE float* key_at(float* keys, int64_t key, int64_t size) {
+    return keys + key / kPanel * size * kPanel + key % kPanel;
+}
+
+// Rows [first, last) of one sample, all of them rows of the caller's chunk.
+struct Stretch {
+    int64_t sample, first, last;
+};
+
+// Calls f for the part of each sample that lies in rows [first, last).
+template <class F>
+TRM_INLINE void for_stretches(const Samples& samples, int64_t first, int64_t last, F&& f) {
+    for (int64_t s = samples.of(first); first < last; ++s) {
+        const int64_t end = lesser(samples.starts[s + 1], last);
+        if (end > first) f(Stretch{s, first, end});
+        first = greater(first, end);
+    }
+}
+
+// Scores [length] to weights e^(scale (score - max)), zeros up to a whole vector; returns scale * max, and the sum
+// of the weights in `total`.
+TRM_INLINE float soften(float* scores, int64_t length, float scale, float& total) {
+    const int64_t padded = round_up(length, W);
+    for (int64_t j = length; j < padded; ++j) scores[j] = -__builtin_inff();
+    Vec top = load(scores);
+    for (int64_t j = W; j < padded; j += W) top = max(top, load(scores + j));
+    const float best = largest(top) * scale;
+    Vec sums = {};
+    for (int64_t j = 0; j < padded; j += W) {
+        const Vec weight = exp(load(scores + j) * scale - best);
+        store(scores + j, weight);
+        sums += weight;
+    }
+    total = sum(sums);
+    return best;
+}
+
+struct AttentionInput {
+    const float* qkv;  // queries are read from here, by rows
+    float* keys;       // by panels, of all heads
+    float* values;
+    int64_t all_keys, rows;
+    const int64_t* first_key;
+    float dropout;
+    uint64_t seed;
+    int64_t call;
+};
+
+// Attended values of rows [first, last) to `to` [last - first, width]; log-sum-exp to lse [H, R] unless null.
+inline void attend(const Sizes& s, const Samples& samples, const AttentionInput& in, int64_t first, int64_t last,
+                   Scratch& scratch, float* to, ptrdiff_t ldto, float* lse) {
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(s.head));
+    const ptrdiff_t ldqkv = row_stride(3 * s.width);
+    for_stretches(samples, first, last, [&](Stretch part) {
+        const int64_t length = samples.length(part.sample);
+        const int64_t start = samples.starts[part.sample];
+        const int64_t panels = panels_of(length);
+        const ptrdiff_t ldscores = row_stride(length);
+        for (int64_t head = 0; head < s.heads; ++head) {
+            const float* keys = in.keys + (head * in.all_keys + in.first_key[part.sample]) * s.head;
+            const float* values = in.values + (head * in.rows + start) * s.padded_head;
+            // Those of the next head are fetched meanwhile.
+            const int64_t count = tiles_of(part.last - part.first), ahead = head + 1 < s.heads;
+            Ahead next_keys{keys + ahead * in.all_keys * s.head, (kPanel + count - 1) / count};
+            Ahead next_values{values + ahead * in.rows * s.padded_head, (s.padded_head + count - 1) / count};
+            for_tiles(part.last - part.first, [&](int64_t offset, int height) {
+                const int64_t row = part.first + offset;
+                const float* q = in.qkv + row * ldqkv + head * s.head;
+                for (int64_t p = 0; p < panels; ++p) {
+                    tiles<kPanelVectors, false>.of_rows[height](s.head, q, ldqkv, keys + p * s.head * kPanel, kPanel,
+                                                                scratch.scores + p * kPanel, ldscores, false, next_keys);
+                    next_keys.from += s.head * next_keys.step;
+                }
+                float inverse[kTileRows];
+                for (int i = 0; i < height; ++i) {
+                    float* weights = scratch.scores + i * ldscores;
+                    float total;
+                    const float top = soften(weights, length, scale, total);
+                    inverse[i] = 1.0f / total;
+                    if (lse) lse[head * in.rows + row + i] = top + __builtin_logf(total);
+                    if (in.dropout > 0.0f) {
+                        const Dropout dropout(in.dropout, in.seed, in.call, head, row + i);
+                        for (int64_t j = 0; j < length; j += W)
+                            store(weights + j, load(weights + j) * dropout.factor(j));
+                    }
+                }
+                narrow_product<false>(height, length, scratch.scores, ldscores, values, s.padded_head, s.padded_head,
+                                      scratch.attended, s.padded_head, false, next_values);
+                next_values.from += length * next_values.step;
+                for (int i = 0; i < height; ++i) {
+                    const float* from = scratch.attended + i * s.padded_head;
+                    float* out = to + (row + i - first) * ldto + head * s.head;
+                    int64_t e = 0;
+                    for (; e + W <= s.head; e += W) store(out + e, load(from + e) * inverse[i]);
+                    for (; e < s.head; ++e) out[e] = from[e] * inverse[i];
+                }
+            });
+        }
+    });
+}
+
+// Hands keys and values of rows [first, last) of qkv over to the other threads.
+inline void share_keys(const Sizes& s, const Samples& samples, const AttentionInput& in, int64_t first, int64_t last) {
+    const ptrdiff_t ldqkv = row_stride(3 * s.width);
+    for_stretches(samples, first, last, [&](Stretch part) {
+        const int64_t start = samples.starts[part.sample];
+        for (int64_t row = part.first; row < part.last; ++row) {
+            const float* k = in.qkv + row * ldqkv + s.width;
+            const float* v = k + s.width;
+            for (int64_t head = 0; head < s.heads; ++head) {
+                float* keys = in.keys + (head * in.all_keys + in.first_key[part.sample]) * s.head;
+                float* key = key_at(keys, row - start, s.head);
+                for (int64_t e = 0; e < s.head; ++e) key[e * kPanel] = k[head * s.head + e];
+                float* value = in.values + (head * in.rows + row) * s.padded_head;
+                read_row<W>(v + head * s.head, s.head, value);
+            }
+        }
+    });
+}
+
+// The scratch of one thread in attention's backward, for samples of up to `longest` rows.
+struct AttentionScratch {
+    float* keys;      // transposed, by panels
+    float* values;    // likewise
+    float *query_rows, *key_rows, *grad_rows;  // [longest, padded head]
+    float *key_grad, *value_grad;              // [longest, padded head]
+    float* query_grad;                         // [kTileRows, padded head]
+    float *weights, *score_grad;               // [kChunkRows, longest]
+};
+
+inline AttentionScratch lay_attention_scratch(Arena& arena, const Sizes& s, int64_t longest) {
+    AttentionScratch t;
+    t.keys = arena.take(round_up(longest, kPanel) * s.head);
+    t.values = arena.take(round_up(longest, kPanel) * s.head);
+    float** const rows[] = {&t.query_rows, &t.key_rows, &t.grad_rows, &t.key_grad, &t.value_grad};
+    for (float** stretch : rows) *stretch = arena.take(longest * s.padded_head);
+    t.query_grad = arena.take(kTileRows * s.padded_head);
+    t.weights = arena.take(kChunkRows * row_stride(longest));
+    t.score_grad = arena.take(kChunkRows * row_stride(longest));
+    return t;
+}
+
+struct AttentionGradient {
+    const float* qkv;    // as kept, by rows
+    const float* lse;    // [H, R]
+    const float* grad;   // of the attended values, by rows of row_stride(width)
+    const float* delta;  // sums of gradient * attended value [H, R]
+    float* qkv_grad;     // by rows as qkv
+    int64_t rows;
+    float dropout;
+    uint64_t seed;
+    int64_t call;
+};
+
+// Gradients of queries, keys and values of one head of one sample.
+inline void attend_backward(const Sizes& s, int64_t start, int64_t length, int64_t head, const AttentionGradient& in,
+                            AttentionScratch& t) {
+    if (length == 0) return;
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(s.head));
+    const ptrdiff_t ldqkv = row_stride(3 * s.width), ldgrad = row_stride(s.width);
+    const ptrdiff_t ldscores = row_stride(length);
+    const int64_t size = s.head, padded = s.padded_head, keys = round_up(length, W);
+    const float* qkv = in.qkv + start * ldqkv + head * size;
+    const float* grad = in.grad + start * ldgrad + head * size;
+    for (int64_t r = 0; r < length; ++r) {
+        const float *q = qkv + r * ldqkv, *k = q + s.width, *v = k + s.width, *d = grad + r * ldgrad;
+        float *key = key_at(t.keys, r, size), *value = key_at(t.values, r, size);
+        for (int64_t e = 0; e < size; ++e) {
+            key[e * kPanel] = k[e];
+            value[e * kPanel] = v[e];
+        }
+        read_row<W>(q, size, t.query_rows + r * padded);
+        read_row<W>(k, size, t.key_rows + r * padded);
+        read_row<W>(d, size, t.grad_rows + r * padded);
+    }
+    for (int64_t first = 0; first < length; first += kChunkRows) {
+        const int64_t rows = lesser(kChunkRows, length - first);
+        for_tiles(rows, [&](int64_t offset, int height) {
+            float *weights = t.weights + offset * ldscores, *scores = t.score_grad + offset * ldscores;
+            const float* q = t.query_rows + (first + offset) * padded;
+            const float* d = t.grad_rows + (first + offset) * padded;
+            for (int64_t p = 0; p < panels_of(length); ++p) {
+                tiles<kPanelVectors, false>.of_rows[height](size, q, padded, t.keys + p * size * kPanel, kPanel,
+                                                            weights + p * kPanel, ldscores, false, Ahead{q, 0});
+                tiles<kPanelVectors, false>.of_rows[height](size, d, padded, t.values + p * size * kPanel, kPanel,
+                                                            scores + p * kPanel, ldscores, false, Ahead{q, 0});
+            }
+            for (int i = 0; i < height; ++i) {
+                const int64_t row = start + first + offset + i;
+                const float lse = in.lse[head * in.rows + row], delta = in.delta[head * in.rows + row];
+                float *w = weights + i * ldscores, *g = scores + i * ldscores;
+                for (int64_t j = length; j < keys; ++j) w[j] = -__builtin_inff(), g[j] = 0.0f;
+                const Dropout dropout(in.dropout, in.seed, in.call, head, row);
+                for (int64_t j = 0; j < keys; j += W) {
+                    const Vec weight = exp(load(w + j) * scale - lse);
+                    if (in.dropout > 0.0f) {
+                        const Vec factor = dropout.factor(j);
+                        store(w + j, weight * factor);
+                        store(g + j, weight * (load(g + j) * factor - delta) * scale);
+                    } else {
+                        store(w + j, weight);
+                        store(g + j, weight * (load(g + j) - delta) * scale);
+                    }
+                }
+            }
+            narrow_product<false>(height, length, scores, ldscores, t.key_rows, padded, padded, t.query_grad, padded,
+                                  false, Ahead{scores, 0});
+            for (int i = 0; i < height; ++i) {
+                float* to = in.qkv_grad + (start + first + offset + i) * ldqkv + head * size;
+                write_row(t.query_grad + i * padded, size, to);
+            }
+        });
+        for_tiles(length, [&](int64_t key, int height) {
+            narrow_product<true>(height, rows, t.weights + key, ldscores, t.grad_rows + first * padded, padded, padded,
+                                 t.value_grad + key * padded, padded, first > 0, Ahead{t.weights, 0});
+            narrow_product<true>(height, rows, t.score_grad + key, ldscores, t.query_rows + first * padded, padded,
+                                 padded, t.key_grad + key * padded, padded, first > 0, Ahead{t.weights, 0});
+        });
+    }
+    for (int64_t r = 0; r < length; ++r) {
+        float* k = in.qkv_grad + (start + r) * ldqkv + s.width + head * size;
+        float* v = k + s.width;
+        write_row(t.key_grad + r * padded, size, k);
+        write_row(t.value_grad + r * padded, size, v);
+    }
+}
+
+}  // namespace trm::TRM_ISA

@@ -1,0 +1,192 @@
+// The backward of one call of a network, by one thread of a team.
+//
+// Three parts a block, a barrier between them: (1) for own rows, from the gradient of the block's output to that of
+// attention's; (2) the heads' attention and weight gradients, items that threads take in turn; (3) for own rows, to
+// the gradient of the block's input, and the weight gradients of queries, keys and values. An item is computed by
+// one thread from start to end: results do not depend on the number of threads, but for the output norm's weight.
+#pragma once
+
+#include "forward.h"
+
+namespace trm::TRM_ISA {
+
+class Backward {
+public:
+    Backward(const Problem& problem, const PackedBlock* blocks, const BlockGradient* gradients,
+             const SharedGradient& shared, const Scratch& scratch, const AttentionScratch& attention,
+             float* gradient_scratch, Team team)
+        : p_(problem), s_(problem.sizes), blocks_(blocks), gradients_(gradients), g_(shared), t_(scratch),
+          attention_(attention), gradient_scratch_(gradient_scratch), team_(team),
+          shares_(team, problem.batch.rows, kChunkRows) {}
+
+    // From the gradient of the call's output, in the shared `h`, to that of its input, there too. Calls come last
+    // one first: that one's weight gradients are the first.
+    void call(int64_t index, const KeptBlock* kept, const KeptCall& kept_call) {
+        if (p_.recursion.output_eps >= 0.0f) output_norm(kept_call);
+        for (int64_t b = p_.net.blocks - 1; b >= 0; --b) block(index, b, kept[b]);
+        if (shares_.varies) team_.wait();
+    }
+
+    float* h(int64_t row) const { return g_.h + row * ld_; }
+
+private:
+    void block(int64_t index, int64_t b, const KeptBlock& kept) {
+        const int64_t call = index * p_.net.blocks + b;
+        const bool add = index < p_.recursion.steps;
+        int64_t* counters = g_.counters + 4 * call;
+        if (shares_.varies) team_.wait();
+        shares_.chunks(counters, [&](int64_t first, int64_t last) { to_attention(b, kept, first, last); });
+        team_.wait();
+        attention_and_weights(b, kept, call, add, counters + 1);
+        team_.wait();
+        shares_.chunks(counters + 2, [&](int64_t first, int64_t last) { to_input(b, kept, first, last); });
+        const WeightGradient all[] = {
+            {3 * s_.width, s_.width, g_.qkv, row_stride(3 * s_.width), kept.first, gradients_[b].qkv}};
+        take_groups(counters + 3, 0, take_item(counters + 3), all, add);
+    }
+
+    void to_attention(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
+        const PackedBlock& m = blocks_[b];
+        const ptrdiff_t ldup = row_stride(s_.up);
+        const int64_t rows = last - first;
+        if (!p_.net.pre_norm)
+            for (int64_t r = first; r < last; ++r)
+                norm_backward(h(r), kept.result, r, kept.scale2[r], s_.width, nullptr, h(r));
+        product(rows, s_.width, h(first), ld_, m.down.backward, panels_of(s_.inner), t_.partial,
+                [&](int64_t i, int64_t panel, const Vec* v) { activation(kept, first + i, panel, v); });
+        product(rows, s_.up, g_.up + first * ldup, ldup, m.up.backward, panels_of(s_.width), t_.partial,
+                [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows1 + i * ld_, panel, v); });
+        for (int64_t r = first; r < last; ++r) {
+            float *from = t_.rows1 + (r - first) * ld_, *to = g_.middle + r * ld_;
+            if (p_.net.pre_norm) {
+                norm_backward(from, kept.second, r, kept.scale2[r], s_.width, h(r), to);
+            } else {
+                for (int64_t c = 0; c < s_.padded; c += W) store(from + c, load(from + c) + load(h(r) + c));
+                norm_backward(from, kept.second, r, kept.scale1[r], s_.width, nullptr, to);
+            }
+        }
+        product(rows, s_.width, g_.middle + first * ld_, ld_, m.out.backward, panels_of(s_.width), t_.partial,
+                [&](int64_t i, int64_t panel, const Vec* v) { put(g_.attended + (first + i) * ld_, panel, v); });
+        for (int64_t r = first; r < last; ++r) {
+            const float* grad = g_.attended + r * ld_;
+            for (int64_t head = 0; head < s_.heads; ++head) {
+                float total = 0.0f;
+                for (int64_t c = head * s_.head; c < (head + 1) * s_.head; ++c) total += grad[c] * *kept.mixed.at(r, c);
+                g_.delta[head * p_.batch.rows + r] = total;
+            }
+        }
+    }
+
+    // From the gradient of the activation's output, in panel `panel`, to that of its input; and the output again.
+    TRM_INLINE void activation(const KeptBlock& kept, int64_t row, int64_t panel, const Vec* v) {
+        float* inner = g_.inner.at(row, panel * kPanel);
+        float* to = g_.up + row * row_stride(s_.up);
+        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) {
+            if (p_.net.gated) {
+                const int64_t pair = panel * kPanelVectors + j;  // the panel of `up` that made these W
+                if (pair * kPanel >= s_.up) {
+                    store(inner + j * W, Vec{});
+                    continue;
+                }
+                const float* from = kept.up.at(row, pair * kPanel);
+                const Vec gate = load(from), value = load(from + W), s = sigmoid(gate), silu = gate * s;
+                store(inner + j * W, silu * value);
+                store(to + pair * kPanel, v[j] * value * (s + silu * (1.0f - s)));
+                store(to + pair * kPanel + W, v[j] * silu);
+            } else {
+                const Vec u = load(kept.up.at(row, panel * kPanel) + j * W), cdf = normal_cdf(u);
+                const Vec density = 0.39894228f * exp(u * u * -0.5f);
+                store(inner + j * W, u * cdf);
+                store(to + panel * kPanel + j * W, v[j] * (cdf + u * density));
+            }
+        }
+    }
+
+    void attention_and_weights(int64_t b, const KeptBlock& kept, int64_t call, bool add, int64_t* counter) {
+        const AttentionGradient input{kept.qkv, kept.lse, g_.attended, g_.delta, g_.qkv, p_.batch.rows,
+                                      p_.recursion.dropout, p_.recursion.seed, call};
+        const int64_t heads = p_.samples.count * s_.heads;
+        int64_t item = take_item(counter);
+        for (; item < heads; item = take_item(counter)) {
+            const int64_t sample = item / s_.heads, head = item % s_.heads;
+            const int64_t start = p_.samples.starts[sample], length = p_.samples.length(sample);
+            attend_backward(s_, start, length, head, input, attention_);
+            if (p_.net.rotary)
+                for (int64_t place = 0; place < length; ++place)
+                    rotate_heads(p_, g_.qkv, start + place, place, head, head + 1, -1.0f);
+        }
+        const WeightGradient all[] = {
+            {s_.up, s_.width, g_.up, row_stride(s_.up), kept.second, gradients_[b].up},
+            {s_.width, s_.inner, g_.h, ld_, g_.inner, gradients_[b].down},
+            {s_.width, s_.width, g_.middle, ld_, kept.mixed, gradients_[b].out}};
+        take_groups(counter, heads, item - heads, all, add);
+    }
+
+    struct WeightGradient {
+        int64_t outputs, inputs;
+        const float* dy;
+        ptrdiff_t ldy;
+        Panels x;
+        PackedGradient to;
+    };
+
+    // Groups of the weight gradients of a list, from group `item` on, which this thread has taken; `before` items of
+    // the counter are none of the list's.
+    template <int N>
+    void take_groups(int64_t* counter, int64_t before, int64_t item, const WeightGradient (&all)[N], bool add) {
+        for (;; item = take_item(counter) - before) {
+            const WeightGradient* w = all;
+            int64_t group = item;
+            for (; w < all + N && group >= groups_of(w->outputs); ++w) group -= groups_of(w->outputs);
+            if (w == all + N) return;
+            weight_gradient(group, p_.batch.rows, w->outputs, w->inputs, w->dy, w->ldy, w->x, w->to.weight, w->to.ld,
+                            w->to.bias, add, gradient_scratch_);
+        }
+    }
+
+    void to_input(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
+        const ptrdiff_t ldqkv = row_stride(3 * s_.width);
+        product(last - first, 3 * s_.width, g_.qkv + first * ldqkv, ldqkv, blocks_[b].qkv.backward, panels_of(s_.width),
+                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows1 + i * ld_, panel, v); });
+        for (int64_t r = first; r < last; ++r) {
+            const float *from = t_.rows1 + (r - first) * ld_, *middle = g_.middle + r * ld_;
+            if (p_.net.pre_norm) {
+                norm_backward(from, kept.first, r, kept.scale1[r], s_.width, middle, h(r));
+            } else {
+                for (int64_t c = 0; c < s_.padded; c += W) store(h(r) + c, load(from + c) + load(middle + c));
+            }
+        }
+    }
+
+    void output_norm(const KeptCall& kept) {
+        const float* weight = p_.recursion.output_norm;
+        double* gradient = g_.output_norm + team_.thread * s_.padded;
+        for (int64_t r = team_.first(p_.batch.rows); r < team_.last(p_.batch.rows); ++r) {
+            float* row = h(r);
+            if (weight)
+                for (int64_t c = 0; c < s_.width; ++c) {
+                    gradient[c] += static_cast<double>(row[c]) * *kept.normalised.at(r, c);
+                    row[c] *= weight[c];
+                }
+            norm_backward(row, kept.normalised, r, kept.output_scale[r], s_.width, nullptr, row);
+        }
+    }
+
+    static TRM_INLINE void put(float* row, int64_t panel, const Vec* v) {
+        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(row + panel * kPanel + j * W, v[j]);
+    }
+
+    const Problem& p_;
+    const Sizes& s_;
+    const PackedBlock* blocks_;
+    const BlockGradient* gradients_;
+    SharedGradient g_;
+    Scratch t_;
+    AttentionScratch attention_;
+    float* gradient_scratch_;
+    Team team_;
+    Shares shares_;
+    ptrdiff_t ld_ = row_stride(s_.width);
+};
+
+}  // namespace trm::TRM_ISA

@@ -1,0 +1,206 @@
+// A network applied to packed rows, by one thread of a team: products, norms and activations of its own rows, one
+// barrier a block, before attention reads the keys and values of all.
+#pragma once
+
+#include "attention.h"
+#include "pack.h"
+
+namespace trm::TRM_ISA {
+
+// What every call of a network reads, the same for all threads.
+struct Problem {
+    Problem(const Network& n, const Batch& b, const Recursion& r) : net(n), batch(b), recursion(r), sizes(n), samples(b) {}
+
+    const Network& net;
+    const Batch& batch;
+    const Recursion& recursion;
+    Sizes sizes;
+    Samples samples;
+};
+
+// Rotates heads [first, last) of queries and keys, in row `row` of qkv, by the row's position; `place`: its place in
+// its sample. `sign` -1 rotates back.
+inline void rotate_heads(const Problem& p, float* qkv, int64_t row, int64_t place, int64_t first, int64_t last,
+                         float sign) {
+    const Sizes& s = p.sizes;
+    const int64_t table = (p.batch.positions ? p.batch.positions[row] : place) * (s.head / 2);
+    for (int part = 0; part < 2; ++part) {
+        float* heads = qkv + row * row_stride(3 * s.width) + part * s.width + first * s.head;
+        rotate_row(heads, last - first, s.head, p.batch.cos + table, p.batch.sin + table, sign);
+    }
+}
+
+class Forward {
+public:
+    Forward(const Problem& problem, const PackedBlock* blocks, const Shared& shared, const Scratch& scratch, Team team)
+        : p_(problem), s_(problem.sizes), blocks_(blocks), shared_(shared), t_(scratch), team_(team),
+          shares_(team, problem.batch.rows, kChunkRows) {}
+
+    // net(h) in place, for the rows of all threads; `kept`: [blocks] and the call's own, or null. Afterwards, as
+    // before, a thread may read and write the rows that are its own.
+    void call(int64_t index, const KeptBlock* kept, const KeptCall* kept_call) {
+        if (shares_.varies) team_.wait();
+        int64_t* counter = shared_.counters + index * (p_.net.blocks + 1);
+        shares_.chunks(counter, [&](int64_t first, int64_t last) { project(0, kept, first, last); });
+        for (int64_t b = 0; b < p_.net.blocks; ++b) {
+            team_.wait();
+            const int64_t turn = turn_;
+            turn_ ^= 1;
+            shares_.chunks(counter + b + 1, [&](int64_t first, int64_t last) {
+                mix(b, index * p_.net.blocks + b, turn, kept, first, last);
+                transform(b, kept, first, last);
+                if (b + 1 < p_.net.blocks) project(b + 1, kept, first, last);
+            });
+        }
+        if (shares_.varies) team_.wait();
+        if (p_.recursion.output_eps >= 0.0f) normalise_output(kept_call);
+    }
+
+    // The rows that are this thread's own between calls.
+    int64_t first() const { return team_.first(p_.batch.rows); }
+    int64_t last() const { return team_.last(p_.batch.rows); }
+    float* h(int64_t row) const { return shared_.h + row * row_stride(s_.width); }
+
+private:
+    // Queries, keys and values of a block, keys and values for all to read after the next barrier.
+    void project(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
+        const ptrdiff_t ld = row_stride(s_.width), ldqkv = row_stride(3 * s_.width);
+        const PackedMatrix& m = blocks_[block].qkv;
+        const float* input = h(first);
+        if (p_.net.pre_norm) {
+            normalise(first, last, kept ? kept[block].scale1 : nullptr);
+            input = t_.rows1;
+        }
+        if (kept)
+            for (int64_t r = first; r < last; ++r) keep_row(input + (r - first) * ld, s_.width, kept[block].first, r);
+        float* qkv = kept ? kept[block].qkv : shared_.qkv;
+        product(last - first, s_.width, input, ld, m.forward, panels_of(3 * s_.width), t_.partial,
+                [&](int64_t i, int64_t panel, const Vec* v) {
+                    float* to = qkv + (first + i) * ldqkv + panel * kPanel;
+                    const float* bias = m.bias + panel * kPanel;
+                    TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(to + j * W, v[j] + load(bias + j * W));
+                });
+        if (p_.net.rotary) rotate(qkv, first, last);
+        share_keys(s_, p_.samples, attention_input(qkv, turn_, 0), first, last);
+    }
+
+    // The attention of a block, added to the stream.
+    void mix(int64_t block, int64_t call, int64_t turn, const KeptBlock* kept, int64_t first, int64_t last) {
+        const ptrdiff_t ld = row_stride(s_.width);
+        const float* qkv = kept ? kept[block].qkv : shared_.qkv;
+        attend(s_, p_.samples, attention_input(qkv, turn, call), first, last, t_, t_.rows1, ld,
+               kept ? kept[block].lse : nullptr);
+        for (int64_t r = first; r < last; ++r) {
+            float* row = t_.rows1 + (r - first) * ld;
+            for (int64_t c = s_.width; c < s_.padded; ++c) row[c] = 0.0f;
+            if (kept) keep_row(row, s_.width, kept[block].mixed, r);
+        }
+        add_product(blocks_[block].out, s_.width, t_.rows1, ld, first, last);
+        if (!p_.net.pre_norm) normalise_stream(kept ? kept[block].scale1 : nullptr, first, last);
+    }
+
+    // The MLP of a block, added to the stream.
+    void transform(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
+        const ptrdiff_t ld = row_stride(s_.width), ldinner = row_stride(round_up(s_.inner, W));
+        const PackedMatrix& m = blocks_[block].up;
+        const float* input = h(first);
+        if (p_.net.pre_norm) {
+            normalise(first, last, kept ? kept[block].scale2 : nullptr);
+            input = t_.rows1;
+        }
+        if (kept)
+            for (int64_t r = first; r < last; ++r) keep_row(input + (r - first) * ld, s_.width, kept[block].second, r);
+        const bool gated = p_.net.gated;
+        product(last - first, s_.width, input, ld, m.forward, panels_of(s_.up), t_.partial,
+                [&](int64_t i, int64_t panel, Vec* v) {
+                    const float* bias = m.bias + panel * kPanel;
+                    TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) v[j] += load(bias + j * W);
+                    if (kept) {
+                        float* to = kept[block].up.at(first + i, panel * kPanel);
+                        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(to + j * W, v[j]);
+                    }
+                    float* to = t_.inner + i * ldinner;
+                    if (gated) {
+                        store(to + panel * W, v[0] * sigmoid(v[0]) * v[1]);
+                    } else {
+                        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(to + panel * kPanel + j * W, gelu(v[j]));
+                    }
+                });
+        add_product(blocks_[block].down, s_.inner, t_.inner, ldinner, first, last);
+        if (p_.net.pre_norm) return;
+        normalise_stream(kept ? kept[block].scale2 : nullptr, first, last);
+        if (kept)
+            for (int64_t r = first; r < last; ++r) keep_row(h(r), s_.width, kept[block].result, r);
+    }
+
+    // h += input @ m + bias.
+    void add_product(const PackedMatrix& m, int64_t depth, const float* input, ptrdiff_t ldinput, int64_t first,
+                     int64_t last) {
+        product(last - first, depth, input, ldinput, m.forward, panels_of(s_.width), t_.partial,
+                [&](int64_t i, int64_t panel, const Vec* v) {
+                    float* to = h(first + i) + panel * kPanel;
+                    const float* bias = m.bias + panel * kPanel;
+                    TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j)
+                        store(to + j * W, load(to + j * W) + (v[j] + load(bias + j * W)));
+                });
+    }
+
+    // The normalised stream, to the rows of the scratch.
+    void normalise(int64_t first, int64_t last, float* scales) {
+        const ptrdiff_t ld = row_stride(s_.width);
+        for (int64_t r = first; r < last; ++r) {
+            const float* from = h(r);
+            float* to = t_.rows1 + (r - first) * ld;
+            const float scale = norm_scale(from, s_.width, p_.net.eps);
+            if (scales) scales[r] = scale;
+            for (int64_t c = 0; c < s_.padded; c += W) store(to + c, load(from + c) * scale);
+        }
+    }
+
+    void normalise_stream(float* scales, int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) {
+            float* row = h(r);
+            const float scale = norm_scale(row, s_.width, p_.net.eps);
+            if (scales) scales[r] = scale;
+            for (int64_t c = 0; c < s_.padded; c += W) store(row + c, load(row + c) * scale);
+        }
+    }
+
+    void normalise_output(const KeptCall* kept) {
+        const float* weight = p_.recursion.output_norm;
+        for (int64_t r = first(); r < last(); ++r) {
+            float* row = h(r);
+            const float scale = norm_scale(row, s_.width, p_.recursion.output_eps);
+            for (int64_t c = 0; c < s_.padded; c += W) store(row + c, load(row + c) * scale);
+            if (kept) {
+                kept->output_scale[r] = scale;
+                keep_row(row, s_.width, kept->normalised, r);
+            }
+            if (weight)
+                for (int64_t c = 0; c < s_.width; ++c) row[c] *= weight[c];
+        }
+    }
+
+    void rotate(float* qkv, int64_t first, int64_t last) const {
+        for_stretches(p_.samples, first, last, [&](Stretch part) {
+            for (int64_t r = part.first; r < part.last; ++r)
+                rotate_heads(p_, qkv, r, r - p_.samples.starts[part.sample], 0, s_.heads, 1.0f);
+        });
+    }
+
+    AttentionInput attention_input(const float* qkv, int64_t turn, int64_t call) const {
+        return {qkv,         shared_.keys[turn],     shared_.values[turn], p_.samples.keys, p_.batch.rows,
+                shared_.first_key, p_.recursion.dropout, p_.recursion.seed,    call};
+    }
+
+    const Problem& p_;
+    const Sizes& s_;
+    const PackedBlock* blocks_;
+    Shared shared_;
+    Scratch t_;
+    Team team_;
+    Shares shares_;
+    int64_t turn_ = 0;
+};
+
+}  // namespace trm::TRM_ISA

@@ -1,0 +1,289 @@
+// The recursion on one instruction set: the functions of kernels.h.
+
+#include "backward.h"
+
+#define TRM_TEXT(x) #x
+#define TRM_NAME(x) TRM_TEXT(x)
+
+namespace trm::TRM_ISA {
+
+extern const Kernels table;
+
+namespace {
+
+// The scratch of one thread.
+struct Private {
+    Scratch forward;
+    AttentionScratch attention;
+    float* gradient;
+};
+
+Private lay_private(Arena& arena, const Problem& p, bool backward) {
+    Private t{};
+    t.forward = lay_scratch(arena, p.sizes, p.samples);
+    if (backward) {
+        t.attention = lay_attention_scratch(arena, p.sizes, p.samples.longest);
+        t.gradient = arena.take(kGradientScratch);
+    }
+    return t;
+}
+
+// Where calls are run again, the backward keeps what it reads of one call.
+KeptCall lay_kept(Arena& arena, const Problem& p, bool input, bool blocks, KeptBlock* to) {
+    const KeptCall call = lay_kept_call(arena, p.sizes, p.recursion, p.batch.rows, input);
+    for (int64_t b = 0; blocks && b < p.net.blocks; ++b) to[b] = lay_kept_block(arena, p.net, p.sizes, p.batch.rows);
+    return call;
+}
+
+// The buffers of a forward or backward, in its workspace.
+struct Workspace {
+    Workspace(float* base, const Problem& p, bool backward, int threads) : arena(base), gradient{}, again{} {
+        shared = lay_shared(arena, p.net, p.sizes, p.samples, p.recursion, p.batch.rows);
+        if (backward) {
+            gradient = lay_shared_gradient(arena, p.net, p.sizes, p.recursion, p.batch.rows, threads);
+            for (int64_t b = 0; b < p.net.blocks; ++b) gradients[b] = lay_block_gradient(arena, p.sizes);
+            if (p.recursion.recompute) again = lay_kept(arena, p, false, true, kept);
+        }
+        first_private_ = arena.used();
+        lay_private(arena, p, backward);
+        private_size_ = arena.used() - first_private_;
+        for (int t = 1; t < threads; ++t) lay_private(arena, p, backward);
+        if (!base) return;
+        for (int64_t i = 0; i < forward_counters(p.net, p.recursion); ++i) shared.counters[i] = 0;
+        for (int64_t i = 0; backward && i < backward_counters(p.net, p.recursion); ++i) gradient.counters[i] = 0;
+        int64_t keys = 0;
+        for (int64_t s = 0; s < p.samples.count; ++s) {
+            shared.first_key[s] = keys;
+            keys += round_up(p.samples.length(s), kPanel);
+        }
+    }
+
+    Private of_thread(float* base, const Problem& p, bool backward, int thread) const {
+        Arena from(base + first_private_ + thread * private_size_);
+        return lay_private(from, p, backward);
+    }
+
+    Arena arena;
+    Shared shared;
+    SharedGradient gradient;
+    BlockGradient gradients[kMostBlocks];
+    KeptCall again;
+    KeptBlock kept[kMostBlocks];
+
+private:
+    int64_t first_private_, private_size_;
+};
+
+int64_t kept_call_size(const Problem& p) {
+    Arena arena(nullptr);
+    KeptBlock blocks[kMostBlocks];
+    lay_kept(arena, p, p.recursion.recompute, !p.recursion.recompute, blocks);
+    return arena.used();
+}
+
+// What was kept of call `index`.
+KeptCall kept_call(const Problem& p, float* kept, int64_t size, int64_t index, KeptBlock* blocks) {
+    Arena arena(kept + index * size);
+    return lay_kept(arena, p, p.recursion.recompute, !p.recursion.recompute, blocks);
+}
+
+void lay_packed(const Network& net, Arena& arena, bool backward, PackedBlock* blocks) {
+    const Sizes sizes(net);
+    for (int64_t b = 0; b < net.blocks; ++b) lay_block(arena, sizes, blocks[b]);
+    // Behind the others, so that a forward finds its own whether these are there or not.
+    for (int64_t b = 0; b < net.blocks && backward; ++b) lay_block_backward(arena, sizes, blocks[b]);
+}
+
+int64_t packed_size(const Network& net, bool backward) {
+    Arena arena(nullptr);
+    PackedBlock blocks[kMostBlocks] = {};
+    lay_packed(net, arena, backward, blocks);
+    return arena.used();
+}
+
+int64_t kept_size(const Network& net, const Batch& batch, const Recursion& recursion) {
+    return kept_call_size(Problem(net, batch, recursion)) * (recursion.steps + 1);
+}
+
+int64_t workspace_size(const Network& net, const Batch& batch, const Recursion& recursion, bool backward, int threads) {
+    return Workspace(nullptr, Problem(net, batch, recursion), backward, threads).arena.used();
+}
+
+void pack(const Network& net, const Block* parameters, bool backward, float* packed, int threads) {
+    const Sizes sizes(net);
+    Arena arena(packed);
+    PackedBlock blocks[kMostBlocks] = {};
+    lay_packed(net, arena, backward, blocks);
+    on_threads(threads, [&](Team team) {
+        for (int64_t b = 0; b < net.blocks; ++b) {
+            const Sources from = sources(net, sizes, parameters[b]);
+            pack_matrix(from.qkv, blocks[b].qkv, team);
+            pack_matrix(from.out, blocks[b].out, team);
+            pack_matrix(from.up, blocks[b].up, team);
+            pack_matrix(from.down, blocks[b].down, team);
+        }
+    });
+}
+
+void forward(const Network& net, const Batch& batch, const Recursion& recursion, const float* packed, float* kept,
+             float* workspace, float* y_out, float* z_out, int threads) {
+    const Problem p(net, batch, recursion);
+    const Workspace w(workspace, p, false, threads);
+    Arena arena(const_cast<float*>(packed));
+    PackedBlock blocks[kMostBlocks] = {};
+    lay_packed(net, arena, false, blocks);
+    const int64_t size = kept ? kept_call_size(p) : 0;
+    on_threads(threads, [&](Team team) {
+        Forward run(p, blocks, w.shared, w.of_thread(workspace, p, false, team.thread).forward, team);
+        const int64_t d = net.width, ld = row_stride(d), steps = recursion.steps;
+        KeptBlock kept_blocks[kMostBlocks];
+        for (int64_t r = run.first(); r < run.last() && steps > 0; ++r) {
+            float* question = w.shared.question + r * ld;
+            read_row(recursion.x + r * d, d, question);
+            add_row(recursion.y + r * d, d, question);
+        }
+        for (int64_t i = 0; i <= steps; ++i) {
+            for (int64_t r = run.first(); r < run.last(); ++r) {
+                float* h = run.h(r);
+                if (i == steps) {
+                    if (steps > 0) write_row(h, d, z_out + r * d);
+                    const float* z = steps > 0 ? z_out : recursion.z;
+                    read_row(recursion.y + r * d, d, h);
+                    if (z) add_row(z + r * d, d, h);
+                } else {
+                    if (i == 0) read_row(recursion.z + r * d, d, h);
+                    const float* question = w.shared.question + r * ld;
+                    for (int64_t c = 0; c < round_up(d, kPanel); c += W) store(h + c, load(h + c) + load(question + c));
+                }
+            }
+            KeptCall call{};
+            if (kept) call = kept_call(p, kept, size, i, kept_blocks);
+            if (call.input)
+                for (int64_t r = run.first(); r < run.last(); ++r)
+                    for (int64_t c = 0; c < ld; c += W) store(call.input + r * ld + c, load(run.h(r) + c));
+            const bool keep = kept && !recursion.recompute;
+            run.call(i, keep ? kept_blocks : nullptr, keep ? &call : nullptr);
+        }
+        for (int64_t r = run.first(); r < run.last(); ++r) write_row(run.h(r), d, y_out + r * d);
+    });
+}
+
+void backward(const Network& net, const Batch& batch, const Recursion& recursion, const Block* parameters,
+              const float* packed, const float* kept, float* workspace, const float* dy_out, const float* dz_out,
+              float* dx, float* dy, float* dz, const Block* gradients, float* output_norm_gradient, int threads) {
+    const Problem p(net, batch, recursion);
+    const Workspace w(workspace, p, true, threads);
+    Arena arena(const_cast<float*>(packed));
+    PackedBlock blocks[kMostBlocks] = {};
+    lay_packed(net, arena, true, blocks);
+    const int64_t size = kept_call_size(p), d = net.width, ld = row_stride(d), steps = recursion.steps;
+    const SharedGradient& g = w.gradient;
+    on_threads(threads, [&](Team team) {
+        const Private mine = w.of_thread(workspace, p, true, team.thread);
+        Forward again(p, blocks, w.shared, mine.forward, team);
+        Backward run(p, blocks, w.gradients, g, mine.forward, mine.attention, mine.gradient, team);
+        const int64_t first = again.first(), last = again.last(), padded = round_up(d, kPanel);
+        for (int64_t c = 0; c < padded; ++c) g.output_norm[team.thread * padded + c] = 0.0;
+        for (int64_t r = first; r < last; ++r) {
+            read_row(dy_out + r * d, d, run.h(r));
+            for (int64_t c = 0; c < padded; c += W) store(g.question + r * ld + c, Vec{});
+        }
+        KeptBlock kept_blocks[kMostBlocks];
+        for (int64_t i = steps; i >= 0; --i) {
+            KeptCall call = kept_call(p, const_cast<float*>(kept), size, i, kept_blocks);
+            if (recursion.recompute) {
+                // Until no one sums weight gradients over what the last call kept.
+                team.wait();
+                for (int64_t r = first; r < last; ++r)
+                    for (int64_t c = 0; c < ld; c += W) store(again.h(r) + c, load(call.input + r * ld + c));
+                again.call(i, w.kept, &w.again);
+                run.call(i, w.kept, w.again);
+            } else {
+                run.call(i, kept_blocks, call);
+            }
+            for (int64_t r = first; r < last; ++r) {
+                if (i == steps) {
+                    write_row(run.h(r), d, dy + r * d);
+                    if (dz_out) add_row(dz_out + r * d, d, run.h(r));
+                } else {
+                    float* question = g.question + r * ld;
+                    for (int64_t c = 0; c < padded; c += W) store(question + c, load(question + c) + load(run.h(r) + c));
+                }
+            }
+        }
+        for (int64_t r = first; r < last; ++r) {
+            if (steps > 0) {
+                if (dx) write_row(g.question + r * ld, d, dx + r * d);
+                add_row(g.question + r * ld, d, dy + r * d);
+            }
+            if (dz) write_row(run.h(r), d, dz + r * d);
+        }
+        team.wait();
+        for (int64_t b = 0; b < net.blocks; ++b) {
+            const Sources from = sources(net, p.sizes, parameters[b]);
+            const BlockGradient& f = w.gradients[b];
+            const Block& to = gradients[b];
+            finish_gradient(from.qkv, f.qkv.weight, f.qkv.ld, f.qkv.bias, to.qkv, to.qkv_bias, to.norm1, team);
+            finish_gradient(from.out, f.out.weight, f.out.ld, f.out.bias, to.out, to.out_bias, nullptr, team);
+            finish_gradient(from.up, f.up.weight, f.up.ld, f.up.bias, to.up, to.up_bias, to.norm2, team);
+            finish_gradient(from.down, f.down.weight, f.down.ld, f.down.bias, to.down, to.down_bias, nullptr, team);
+        }
+        if (output_norm_gradient && team.thread == 0)
+            for (int64_t c = 0; c < d; ++c) {
+                double total = 0.0;
+                for (int t = 0; t < team.count; ++t) total += g.output_norm[t * padded + c];
+                output_norm_gradient[c] = static_cast<float>(total);
+            }
+    });
+}
+
+void dropout_mask(const Recursion& recursion, int64_t call_block, int64_t head, int64_t first_row, int64_t rows,
+                  float* mask) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const Dropout dropout(recursion.dropout, recursion.seed, call_block, head, first_row + r);
+        for (int64_t j = 0; j < rows; j += W) {
+            const Vec factor = dropout.factor(j);
+            for (int64_t i = j; i < lesser(j + W, rows); ++i) mask[r * rows + i] = factor[i - j] > 0.0f ? 1.0f : 0.0f;
+        }
+    }
+}
+
+double fma_peak(double seconds, int threads) {
+    double rates[1024] = {};
+    on_threads(threads, [&](Team team) {
+        constexpr int kChains = 12, kRounds = 2048;
+        Vec sums[kChains];
+        TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = splat(static_cast<float>(i));
+        const Vec factor = splat(0.999f), term = splat(0.001f);
+        team.wait();
+        const double start = omp_get_wtime();
+        double now = start;
+        int64_t rounds = 0;
+        while (now - start < seconds) {
+            for (int k = 0; k < kRounds; ++k) {
+                TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
+                // Without a hold on them, the compiler would drop the sums.
+#if defined(__x86_64__)
+                asm volatile("" : "+x"(sums[0]), "+x"(sums[1]), "+x"(sums[2]), "+x"(sums[3]), "+x"(sums[4]), "+x"(sums[5]));
+                asm volatile("" : "+x"(sums[6]), "+x"(sums[7]), "+x"(sums[8]), "+x"(sums[9]), "+x"(sums[10]), "+x"(sums[11]));
+#else
+                asm volatile("" : "+w"(sums[0]), "+w"(sums[1]), "+w"(sums[2]), "+w"(sums[3]), "+w"(sums[4]), "+w"(sums[5]));
+                asm volatile("" : "+w"(sums[6]), "+w"(sums[7]), "+w"(sums[8]), "+w"(sums[9]), "+w"(sums[10]), "+w"(sums[11]));
+#endif
+            }
+            rounds += kRounds;
+            now = omp_get_wtime();
+        }
+        rates[team.thread] = 2.0 * W * kChains * static_cast<double>(rounds) / (now - start) * 1e-9;
+    });
+    double total = 0.0;
+    for (int t = 0; t < threads && t < 1024; ++t) total += rates[t];
+    return total;
+}
+
+}  // namespace
+
+const Kernels table = {
+    TRM_NAME(TRM_ISA), W, packed_size, kept_size, workspace_size, pack, forward, backward, dropout_mask, fma_peak};
+
+}  // namespace trm::TRM_ISA

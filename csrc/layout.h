@@ -1,0 +1,251 @@
+// Where everything lies: packed weights, what is kept for the backward, the workspace.
+#pragma once
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace trm::TRM_ISA {
+
+// Hands out stretches of a buffer; without one it only counts. Stretches start at whole cache lines, and W floats
+// past the end of each can be read.
+class Arena {
+public:
+    explicit Arena(float* base) : base_(base) {}
+    float* take(int64_t count) {
+        float* stretch = base_ ? base_ + used_ : nullptr;
+        used_ += round_up(count + W, 16);
+        return stretch;
+    }
+    int64_t used() const { return used_; }
+
+private:
+    float* base_;
+    int64_t used_ = 0;
+};
+
+// Widths of a network's activations.
+struct Sizes {
+    explicit Sizes(const Network& net)
+        : width(net.width),
+          padded(round_up(net.width, kPanel)),
+          heads(net.heads),
+          head(net.width / net.heads),
+          padded_head(round_up(head, W)),
+          inner(net.inner),
+          up(net.gated ? panels_of_gated(net.inner) * kPanel : net.inner) {}
+
+    // A panel of `up` holds W gates and the W values that they gate.
+    static int64_t panels_of_gated(int64_t inner) { return (inner + W - 1) / W; }
+
+    int64_t width, padded, heads, head, padded_head, inner;
+    int64_t up;  // columns of the MLP's first product
+};
+
+// A matrix as products read it: forward [in, out] by panels of outputs; backward [out, in] by panels of inputs.
+struct PackedMatrix {
+    float* forward;
+    float* bias;  // whole panels
+    float* backward;  // or null
+};
+
+struct PackedBlock {
+    PackedMatrix qkv, out, up, down;
+};
+
+inline PackedMatrix lay_matrix(Arena& arena, int64_t outputs, int64_t inputs) {
+    PackedMatrix m{};
+    m.forward = arena.take(panels_of(outputs) * inputs * kPanel);
+    m.bias = arena.take(panels_of(outputs) * kPanel);
+    return m;
+}
+
+inline void lay_block(Arena& arena, const Sizes& s, PackedBlock& b) {
+    b.qkv = lay_matrix(arena, 3 * s.width, s.width);
+    b.out = lay_matrix(arena, s.width, s.width);
+    b.up = lay_matrix(arena, s.up, s.width);
+    b.down = lay_matrix(arena, s.width, s.inner);
+}
+
+inline void lay_block_backward(Arena& arena, const Sizes& s, PackedBlock& b) {
+    b.qkv.backward = arena.take(panels_of(s.width) * 3 * s.width * kPanel);
+    b.out.backward = arena.take(panels_of(s.width) * s.width * kPanel);
+    b.up.backward = arena.take(panels_of(s.width) * s.up * kPanel);
+    b.down.backward = arena.take(panels_of(s.inner) * s.width * kPanel);
+}
+
+// What the backward reads of one block in one call of the network.
+struct KeptBlock {
+    Panels first;   // input of the QKV product: the normalised stream, or (post-norm) the stream
+    float* scale1;  // of the first norm [R]
+    float* qkv;     // queries, keys (both rotated) and values, by rows
+    Panels mixed;   // attention's output
+    float* lse;     // log of the sum of the exponentials [H, R]
+    Panels second;  // input of the MLP
+    float* scale2;
+    Panels up;      // what the activation reads
+    Panels result;  // post-norm only: the block's output
+};
+
+struct KeptCall {
+    float* input;       // by rows; where calls are run again
+    Panels normalised;  // what the output norm's weight multiplies
+    float* output_scale;
+};
+
+inline Panels lay_panels(Arena& arena, int64_t rows, int64_t columns) {
+    return Panels{arena.take(Panels::size(rows, columns)), rows};
+}
+
+inline KeptBlock lay_kept_block(Arena& arena, const Network& net, const Sizes& s, int64_t rows) {
+    KeptBlock k;
+    k.first = lay_panels(arena, rows, s.width);
+    k.scale1 = arena.take(rows);
+    k.qkv = arena.take(rows * row_stride(3 * s.width));
+    k.mixed = lay_panels(arena, rows, s.width);
+    k.lse = arena.take(rows * s.heads);
+    k.second = lay_panels(arena, rows, s.width);
+    k.scale2 = arena.take(rows);
+    k.up = lay_panels(arena, rows, s.up);
+    k.result = net.pre_norm ? Panels{nullptr, rows} : lay_panels(arena, rows, s.width);
+    return k;
+}
+
+inline KeptCall lay_kept_call(Arena& arena, const Sizes& s, const Recursion& r, int64_t rows, bool input) {
+    KeptCall k;
+    k.input = input ? arena.take(rows * row_stride(s.width)) : nullptr;
+    const bool norm = r.output_eps >= 0.0f;
+    k.normalised = norm ? lay_panels(arena, rows, s.width) : Panels{nullptr, rows};
+    k.output_scale = norm ? arena.take(rows) : nullptr;
+    return k;
+}
+
+// Samples as the kernels see them.
+struct Samples {
+    explicit Samples(const Batch& batch) : starts(batch.starts), count(batch.samples), longest(0), keys(0) {
+        for (int64_t s = 0; s < count; ++s) {
+            longest = greater(longest, length(s));
+            keys += round_up(length(s), kPanel);
+        }
+    }
+    int64_t length(int64_t s) const { return starts[s + 1] - starts[s]; }
+    // The sample that row `row` belongs to.
+    int64_t of(int64_t row) const {
+        int64_t low = 0, high = count;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (starts[middle] <= row ? low : high) = middle;
+        }
+        return low;
+    }
+
+    const int32_t* starts;
+    int64_t count, longest;
+    int64_t keys;  // rows of keys, filled up to whole panels a sample
+};
+
+// The scratch of one thread.
+struct Scratch {
+    float* partial;  // of products
+    float* rows1;    // a chunk of rows [kChunkRows, width]
+    float* inner;    // [kChunkRows, inner]
+    float* scores;   // [kTileRows, longest]
+    float* attended; // [kTileRows, padded head]
+};
+
+inline Scratch lay_scratch(Arena& arena, const Sizes& s, const Samples& samples) {
+    Scratch t;
+    t.partial = arena.take(kPartialSize);
+    t.rows1 = arena.take(kChunkRows * row_stride(s.width));
+    t.inner = arena.take(kChunkRows * row_stride(round_up(s.inner, W)));
+    t.scores = arena.take(kTileRows * row_stride(samples.longest));
+    t.attended = arena.take(kTileRows * s.padded_head);
+    return t;
+}
+
+constexpr int64_t forward_counters(const Network& net, const Recursion& r) { return (net.blocks + 1) * (r.steps + 1); }
+constexpr int64_t backward_counters(const Network& net, const Recursion& r) { return 4 * net.blocks * (r.steps + 1); }
+
+// What the threads share.
+struct Shared {
+    float* question;   // x + y
+    float* h;          // the residual stream
+    float* qkv;
+    int64_t* first_key;  // of each sample, among Samples::keys
+    float* keys[2];      // transposed, by panels of a sample's head: [H, keys / kPanel, E, kPanel]; used in turns
+    float* values[2];    // [H, R, padded head]
+    int64_t* counters;   // of chunks that threads take: blocks + 1 a call
+};
+
+// Counters are laid as floats.
+inline int64_t* lay_counters(Arena& arena, int64_t count) { return reinterpret_cast<int64_t*>(arena.take(2 * count)); }
+
+inline Shared lay_shared(Arena& arena, const Network& net, const Sizes& s, const Samples& samples, const Recursion& r,
+                         int64_t rows) {
+    Shared b;
+    b.question = arena.take(rows * row_stride(s.width));
+    b.h = arena.take(rows * row_stride(s.width));
+    b.qkv = arena.take(rows * row_stride(3 * s.width));
+    b.first_key = lay_counters(arena, samples.count);
+    b.counters = lay_counters(arena, forward_counters(net, r));
+    for (int turn = 0; turn < 2; ++turn) {
+        b.keys[turn] = arena.take(samples.keys * s.width);
+        b.values[turn] = arena.take(s.heads * rows * s.padded_head);
+    }
+    return b;
+}
+
+// Gradients of packed weights: dW by rows of outputs, whole panels of inputs; biases [outputs].
+struct PackedGradient {
+    float *weight, *bias;
+    ptrdiff_t ld;
+};
+
+struct BlockGradient {
+    PackedGradient qkv, out, up, down;
+};
+
+inline PackedGradient lay_gradient(Arena& arena, int64_t outputs, int64_t inputs) {
+    const ptrdiff_t ld = round_up(inputs, kPanel);
+    return {arena.take(outputs * ld), arena.take(outputs), ld};
+}
+
+inline BlockGradient lay_block_gradient(Arena& arena, const Sizes& s) {
+    BlockGradient g;
+    g.qkv = lay_gradient(arena, 3 * s.width, s.width);
+    g.out = lay_gradient(arena, s.width, s.width);
+    g.up = lay_gradient(arena, s.up, s.width);
+    g.down = lay_gradient(arena, s.width, s.inner);
+    return g;
+}
+
+// What the threads share in the backward; all by rows but `inner`.
+struct SharedGradient {
+    float* question;  // sum of the gradients of x + y
+    float* h;         // of a block's output, then of its input
+    float* middle;    // of the stream between attention and MLP
+    float* attended;  // of attention's output
+    float* delta;     // [H, R]
+    float* qkv;
+    float* up;
+    Panels inner;        // what the MLP's second product read
+    int64_t* counters;   // of items and chunks that threads take: four a block and call
+    double* output_norm;  // of its weight, by threads [threads, padded width]: float sums over all rows and calls err
+};
+
+inline SharedGradient lay_shared_gradient(Arena& arena, const Network& net, const Sizes& s, const Recursion& r,
+                                          int64_t rows, int threads) {
+    SharedGradient g;
+    g.question = arena.take(rows * row_stride(s.width));
+    g.h = arena.take(rows * row_stride(s.width));
+    g.middle = arena.take(rows * row_stride(s.width));
+    g.attended = arena.take(rows * row_stride(s.width));
+    g.delta = arena.take(s.heads * rows);
+    g.qkv = arena.take(rows * row_stride(3 * s.width));
+    g.up = arena.take(rows * row_stride(s.up));
+    g.inner = lay_panels(arena, rows, s.inner);
+    g.counters = lay_counters(arena, backward_counters(net, r));
+    g.output_norm = reinterpret_cast<double*>(arena.take(2 * threads * s.padded));
+    return g;
+}
+
+}  // namespace trm::TRM_ISA

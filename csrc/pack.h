@@ -1,0 +1,119 @@
+// Weights as the products read them.
+#pragma once
+
+#include "layout.h"
+#include "team.h"
+
+namespace trm::TRM_ISA {
+
+// A matrix [outputs, inputs] of a block, its columns scaled by the weight of the norm in front of it.
+struct Source {
+    const float* weight;
+    const float* bias;  // [outputs] or null
+    const float* norm;  // [inputs] or null
+    int64_t outputs, inputs;
+    int64_t gated;      // 0, or F: panels hold W rows of the first F outputs, then those W of the others
+
+    // The output that column `column` of the packed matrix computes, or -1 for none.
+    TRM_INLINE int64_t output(int64_t column) const {
+        if (gated == 0) return column < outputs ? column : -1;
+        const int64_t n = column / kPanel * W + column % W;
+        return n < gated ? n + (column % kPanel >= W ? gated : 0) : -1;
+    }
+    int64_t columns() const { return gated ? Sizes::panels_of_gated(gated) * kPanel : outputs; }
+};
+
+struct Sources {
+    Source qkv, out, up, down;
+};
+
+inline Sources sources(const Network& net, const Sizes& s, const Block& b) {
+    const int64_t d = s.width, f = s.inner;
+    return {{b.qkv, b.qkv_bias, b.norm1, 3 * d, d, 0},
+            {b.out, b.out_bias, nullptr, d, d, 0},
+            {b.up, b.up_bias, b.norm2, net.gated ? 2 * f : f, d, net.gated ? f : 0},
+            {b.down, b.down_bias, nullptr, d, f, 0}};
+}
+
+// Panel `panel` of outputs: [inputs, kPanel].
+inline void pack_forward(const Source& m, int64_t panel, PackedMatrix to) {
+    float* out = to.forward + panel * m.inputs * kPanel;
+    alignas(64) float block[kPanel][W];
+    int64_t rows[kPanel];
+    for (int j = 0; j < kPanel; ++j) {
+        rows[j] = m.output(panel * kPanel + j);
+        to.bias[panel * kPanel + j] = m.bias && rows[j] >= 0 ? m.bias[rows[j]] : 0.0f;
+    }
+    for (int64_t k = 0; k < m.inputs; k += W) {
+        const int count = static_cast<int>(lesser(W, m.inputs - k));
+        const bool whole = count == W;
+        const Vec scale = !m.norm ? splat(1.0f) : whole ? load(m.norm + k) : load_first(m.norm + k, count);
+        for (int j = 0; j < kPanel; ++j) {
+            const float* from = m.weight + rows[j] * m.inputs + k;
+            Vec v = {};
+            if (rows[j] >= 0) v = whole ? load(from) : load_first(from, count);
+            store(block[j], v * scale);
+        }
+        for (int i = 0; i < count; ++i)
+            for (int j = 0; j < kPanel; ++j) out[(k + i) * kPanel + j] = block[j][i];
+    }
+}
+
+// Panel `panel` of inputs: [columns, kPanel].
+inline void pack_backward(const Source& m, int64_t panel, PackedMatrix to) {
+    const int64_t columns = m.columns();
+    float* out = to.backward + panel * columns * kPanel;
+    for (int64_t n = 0; n < columns; ++n) {
+        const int64_t row = m.output(n);
+        for (int j = 0; j < kPanelVectors; ++j) {
+            const int64_t k = panel * kPanel + j * W;
+            const int count = static_cast<int>(greater(0, lesser(W, m.inputs - k)));
+            Vec v = {};
+            if (row >= 0 && count > 0) {
+                const float* from = m.weight + row * m.inputs + k;
+                v = count == W ? load(from) : load_first(from, count);
+                if (m.norm) v *= count == W ? load(m.norm + k) : load_first(m.norm + k, count);
+            }
+            store(out + n * kPanel + j * W, v);
+        }
+    }
+}
+
+// Packs a matrix, its panels shared out among the threads.
+inline void pack_matrix(const Source& m, PackedMatrix to, const Team& team) {
+    for (int64_t p = team.thread; p < panels_of(m.columns()); p += team.count) pack_forward(m, p, to);
+    if (!to.backward) return;
+    for (int64_t p = team.thread; p < panels_of(m.inputs); p += team.count) pack_backward(m, p, to);
+}
+
+// The gradients of a matrix [outputs, inputs] and of its norm's weight, from that of the packed one [columns, ld]
+// and its bias [columns]; the inputs are shared out among the threads.
+inline void finish_gradient(const Source& m, const float* packed, ptrdiff_t ld, const float* packed_bias, float* weight,
+                            float* bias, float* norm, const Team& team) {
+    constexpr int64_t kColumns = 128;
+    const int64_t blocks = (m.inputs + kColumns - 1) / kColumns;
+    for (int64_t block = team.first(blocks); block < team.last(blocks); ++block) {
+        const int64_t begin = block * kColumns, count = lesser(kColumns, m.inputs - begin);
+        // In float, a sum over thousands of outputs would err more than autograd's, which sums over rows.
+        double dots[kColumns] = {};
+        for (int64_t n = 0; n < m.columns(); ++n) {
+            const int64_t row = m.output(n);
+            if (row < 0) continue;
+            const float *g = packed + n * ld + begin, *w = m.weight + row * m.inputs + begin;
+            float* to = weight + row * m.inputs + begin;
+            if (!norm) {
+                for (int64_t k = 0; k < count; ++k) to[k] = g[k];
+                continue;
+            }
+            for (int64_t k = 0; k < count; ++k) {
+                to[k] = g[k] * m.norm[begin + k];
+                dots[k] += static_cast<double>(g[k]) * w[k];
+            }
+        }
+        for (int64_t k = 0; norm && k < count; ++k) norm[begin + k] = static_cast<float>(dots[k]);
+    }
+    if (bias && team.thread == 0)
+        for (int64_t n = 0; n < m.outputs; ++n) bias[n] = packed_bias[n];
+}
+
+}  // namespace trm::TRM_ISA

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Builds the extension module with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the tests of the native
+# backend with it: bash csrc/sanitize.sh [what pytest takes; tests/native by default].
+# PYTHON names an interpreter that has the test extra and pip (python by default); CXX a GCC (g++ by default).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python}
+export CXX=${CXX:-g++}
+work=$(mktemp -d "${TMPDIR:-/tmp}/llm-trm-sanitize.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# Python itself is not built for it, so the runtime must be loaded before it; and libstdc++, whose exceptions the
+# runtime wraps when it starts.
+preload=
+for library in libasan.so libstdc++.so; do
+    path=$("$CXX" -print-file-name="$library")
+    if [[ $path != /* ]]; then
+        echo "$CXX has no $library" >&2
+        exit 1
+    fi
+    preload+=${preload:+:}$(readlink -f "$path")
+done
+
+# Optimised, or the tests take too long; with the lines of the source in reports.
+flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+if ! "$python" -m pip install --quiet --no-deps --no-compile --target "$work/tree" "$root" \
+    --config-settings=cmake.build-type=RelWithDebInfo \
+    --config-settings=cmake.define.CMAKE_CXX_FLAGS="$flags" \
+    --config-settings=cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"; then
+    exit 1
+fi
+if ! grep -q __asan_init "$work"/tree/trm_kernels/_native*.so; then
+    echo "the module was not built with the sanitizers" >&2
+    exit 1
+fi
+cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$work/tree"
+
+# An environment of its own that sees the packages of $python, but not what its .pth files bring: an editable install
+# of the package would come before the one that was just built.
+"$python" -m venv --without-pip "$work/venv"
+packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+{
+    echo "$work/tree"
+    "$python" -c 'import sysconfig; print(*dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))), sep="\n")'
+} >"$packages/tree.pth"
+
+cd "$work/tree"
+if (($# == 0)); then set -- tests/native; fi
+# Python and torch keep memory to the end of the process, which is no leak of ours. A report ends the process: pytest's
+# own capture of its standard error would take the report along.
+LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    "$work/venv/bin/python" -m pytest -p no:cacheprovider --capture=sys "$@"

@@ -1,0 +1,141 @@
+// One register of floats, in the vector extensions of GCC and Clang, and the functions on it.
+//
+// Compiled once for each instruction set: CMake names it (TRM_ISA) and gives the floats in a register (TRM_WIDTH)
+// and the rows of a micro-kernel's tile (TRM_TILE_ROWS). Everything lies in a namespace of that name, and uses no
+// inline function of the standard library: the linker could keep the copy that another machine cannot run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define TRM_INLINE inline __attribute__((always_inline))
+#define TRM_UNROLL _Pragma("GCC unroll 16")
+
+namespace trm::TRM_ISA {
+
+constexpr int W = TRM_WIDTH;
+constexpr int kTileRows = TRM_TILE_ROWS;
+constexpr int kPanelVectors = 2;
+constexpr int kPanel = kPanelVectors * W;  // columns of a panel of a packed matrix
+
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef uint32_t Bits __attribute__((vector_size(W * 4)));
+// For loads and stores: at any address of a float.
+typedef float VecAnywhere __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+TRM_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
+TRM_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecAnywhere*>(p) = v; }
+TRM_INLINE Vec splat(float x) { return x - Vec{}; }
+
+// The first `count` floats, the others 0; and back.
+TRM_INLINE Vec load_first(const float* p, int count) {
+    Vec v = {};
+    for (int i = 0; i < count; ++i) v[i] = p[i];
+    return v;
+}
+TRM_INLINE void store_first(float* p, Vec v, int count) {
+    for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+
+TRM_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+TRM_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+template <int N>
+struct Lanes {
+    typedef float Type __attribute__((vector_size(N * 4)));
+};
+
+// The lanes of v as one, by halves.
+template <int N, class Combine>
+TRM_INLINE float reduce(typename Lanes<N>::Type v, Combine combine) {
+    if constexpr (N == 2) {
+        return combine(v[0], v[1]);
+    } else {
+        typename Lanes<N / 2>::Type halves[2];
+        __builtin_memcpy(halves, &v, sizeof(v));
+        return reduce<N / 2>(combine(halves[0], halves[1]), combine);
+    }
+}
+
+TRM_INLINE float sum(Vec v) {
+    return reduce<W>(v, [](auto a, auto b) { return a + b; });
+}
+TRM_INLINE float largest(Vec v) {
+    return reduce<W>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// 1 / x to 1 ulp, for x and 1 / x in the normal range. AVX-512 divides 16 floats in 16 cycles; an approximation and a
+// Newton step take 4.
+TRM_INLINE Vec reciprocal(Vec x) {
+#ifdef __AVX512F__
+    const Vec r = _mm512_maskz_rcp14_ps(0xffff, x);
+    return r + r * (1.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// e^x to 1.5 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, k added to the exponent. Below -87.3 and
+// above 88.3 as there (1.2e-38 and 2.2e38); NaN for NaN.
+TRM_INLINE Vec exp(Vec x) {
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's last bits are round(x / ln 2)
+    const Vec low = splat(-87.3f), high = splat(88.3f);
+    const Vec above = low > x ? low : x;
+    const Vec clamped = high < above ? high : above;
+    const Vec shifted = clamped * 1.44269504f + magic;
+    const Vec k = shifted - magic;
+#if defined(__FMA__) || defined(__aarch64__)
+    const Vec r = clamped - k * 0.693147182f;
+#else
+    const Vec r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;  // two parts of ln 2: k times the first is exact
+#endif
+    Vec p = splat(1.3813146e-3f);
+    p = p * r + 8.3694198e-3f;
+    p = p * r + 4.1668457e-2f;
+    p = p * r + 0.16666515f;
+    p = p * r + 0.49999993f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+#ifdef __AVX512F__
+    return _mm512_maskz_scalef_ps(0xffff, p, k);
+#else
+    return Vec(Bits(p) + (Bits(shifted) << 23));
+#endif
+}
+
+// erf(x) = x P(x^2) / Q(x^2) for |x| < 4 (fitted for least relative error, 2.5e-8 before rounding), else +-1: GELU of
+// a large negative number is then 0.
+TRM_INLINE Vec erf(Vec x) {
+    const Vec t = x * x;
+    Vec p = splat(1.9866286e-6f);
+    p = p * t + 2.8455606e-4f;
+    p = p * t + 3.8833972e-3f;
+    p = p * t + 5.3101931e-2f;
+    p = p * t + 0.19354788f;
+    p = p * t + 1.1283791f;
+    Vec q = splat(3.7418037e-5f);
+    q = q * t + 1.1855621e-3f;
+    q = q * t + 1.5207388e-2f;
+    q = q * t + 0.11535099f;
+    q = q * t + 0.5048599f;
+    q = q * t + 1.0f;
+    const Vec end = Vec((Bits(x) & 0x80000000u) | Bits(splat(1.0f)));
+    return t >= 16.0f ? end : x * p * reciprocal(q);
+}
+
+// Multiples of `of` that hold `n`.
+constexpr int64_t round_up(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+constexpr int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Floats from one row of an activation to the next: whole panels, and no multiple of a KiB, so that the rows of a
+// tile lie in different sets of the cache.
+constexpr int64_t row_stride(int64_t columns) {
+    const int64_t whole = round_up(columns, kPanel);
+    return whole % 256 == 0 ? whole + 16 : whole;
+}
+
+}  // namespace trm::TRM_ISA

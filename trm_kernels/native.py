@@ -1,0 +1,371 @@
+"""The ``native`` backend: networks and recursions in C++ on the CPU (csrc/).
+
+Shapes: B batch, L sequence, D width, R rows (the valid positions of all samples, one behind the other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from trm_kernels import native_module, prepared, reference, rotary
+from trm_kernels.config import FLOAT32_EPS
+from trm_kernels.fused_checks import block_parameters, is_hooked, layout_name, refuses_modules, refuses_norm
+from trm_kernels.network import FusedModule
+from trm_kernels.packing import Packing, read_positions
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
+    """Why the kernels cannot serve this call, or None if they can."""
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace the kernels"
+    if x.device.type != "cpu":
+        return f"the input is on {x.device}, the kernels run on CPUs"
+    if mask is not None and mask.device != x.device:
+        return f"the mask is on {mask.device}, the input on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"dtype {x.dtype} is neither float32 nor bfloat16"
+    if torch.is_autocast_enabled("cpu"):
+        return "the kernels compute in float32, autocast asks for less"
+    if x.numel() == 0:
+        return "the batch is empty"
+    if net.config.mixer == "tokens":
+        return "there are no kernels for token mixers"
+    if net.config.n_layers > native_module.MOST_BLOCKS:
+        return f"{net.config.n_layers} blocks are over {native_module.MOST_BLOCKS}"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "the tensors under a dispatch mode may hold no data"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "the kernels have no rules for torch.func transforms or forward-mode differentiation"
+    return _refuses_input(x) or refuses_modules(net, x)
+
+
+def _refuses_input(x: Tensor) -> str | None:
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"the input is a {type(x).__name__}, which may hold no data"
+    if x.is_inference() and torch.is_grad_enabled():
+        return "an input was made in inference mode, and cannot be saved for a backward"
+    return None
+
+
+def refuses_recursion(
+    net: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
+) -> str | None:
+    """Why a recursion over a network that the kernels serve must call it step by step, or None."""
+    if precision is not None:
+        return f"precision={precision!r} is for GPUs"
+    if is_hooked(net):
+        return "the network has hooks or a forward of its own, which a fused recursion would skip"
+    if any(state.device != states[0].device for state in states):
+        return "x, y and z are on different devices"
+    for state in states:
+        if (reason := _refuses_input(state)) is not None:
+            return reason
+    return None if output_norm is None else refuses_norm(net.config, output_norm, states[0])
+
+
+def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Run a network or block on ``x`` [B, L, D] and ``mask`` [B, L]."""
+    call = _Call(net, (x,), mask, None, torch.is_grad_enabled())
+    rows, _ = call.recursion(None, call.pack(x), None, 0, recompute=False)
+    return call.unpack(rows)
+
+
+def run_recursion(
+    net: FusedModule,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    n: int,
+    *,
+    T: int,
+    mask: Tensor | Packing | None,
+    output_norm: nn.RMSNorm | reference.RMSNorm | None,
+    with_gradients: bool,
+    memory: str,
+    precision: None,
+    read: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
+    with_gradients = with_gradients and torch.is_grad_enabled()
+    call = _Call(net, (x, y, z), mask, output_norm, with_gradients)
+    given_z = z
+    x, y, z = (call.pack(state) for state in (x, y, z))
+
+    def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        new_y, new_z = call.recursion(x if n > 0 else None, y, z, n, recompute=memory == "small")
+        return new_y, z if new_z is None else new_z
+
+    with torch.no_grad():
+        for _ in range(T - 1):
+            y, z = recursion(y, z)
+    with torch.set_grad_enabled(with_gradients):
+        y, z = recursion(y, z)
+        y = call.unpack(y)
+        return (y if read is None else read_positions(y, read)), given_z if n == 0 else call.unpack(z)
+
+
+class _Call:
+    """One network, applied to states of one shape and dtype.
+
+    Args:
+        states: What the network will be applied to, each [B, L, D].
+        with_gradients: Whether a recursion will record gradients, if there is anything to record.
+    """
+
+    def __init__(
+        self,
+        net: FusedModule,
+        states: Sequence[Tensor],
+        mask: Tensor | Packing | None,
+        output_norm: nn.RMSNorm | reference.RMSNorm | None,
+        with_gradients: bool,
+    ) -> None:
+        config = net.config
+        self.net, self.dtype, self.shape = net, states[0].dtype, states[0].shape
+        self.kernels: Any = native_module.network(config)
+        self.layout = layout_name(config)
+        self.parameters = [parameter for block in net.blocks for parameter in block_parameters(block)]
+        # The kernels divide by 1 - p in float32.
+        self.dropout = min(config.dropout, 1.0 - 2.0**-24) if net.training else 0.0
+        self.weight: Tensor | None = None
+        self.output_eps = -1.0
+        if output_norm is not None:
+            self.weight = output_norm.weight
+            self.output_eps = FLOAT32_EPS if output_norm.eps is None else output_norm.eps
+        given = (*states, *self.parameters, *(() if self.weight is None else (self.weight,)))
+        self.records = with_gradients and any(tensor.requires_grad for tensor in given)
+        self.packing = _packing(mask)
+        self._lay_rows()
+        self.packed = self._pack()
+
+    def _lay_rows(self) -> None:
+        """Fill in rows (R) and the tensors that describe them; they live as long as this object."""
+        batch, length, _ = self.shape
+        positions = None
+        self.nothing_valid = self.packing is not None and int(self.packing.count) == 0
+        if self.packing is None:
+            self.rows = batch * length
+            self._starts = torch.arange(0, self.rows + 1, length, dtype=torch.int32)
+        else:
+            # Where nothing is valid there is one row all the same.
+            self.rows = self.packing.rows
+            self._starts = self.packing.starts.clone()
+            self._starts[-1] = self.rows
+        self._tables: tuple[Tensor | None, Tensor | None] = None, None
+        if self.net.config.rotary:
+            like = torch.empty((), dtype=torch.float32)
+            self._tables = rotary.tables(self.net.config, length, like)
+            if self.packing is not None:
+                positions = self.packing.positions().to(torch.int32)
+        self._positions = positions
+        addresses = _addresses((self._starts, *self._tables, positions))
+        self.batch = native_module.module().Batch(self.rows, batch, *addresses)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Rows [R, D] in float32, of ``x`` [B, L, D]."""
+        rows = x if self.packing is None else self.packing.pack(x)
+        return rows.reshape(self.rows, -1).to(torch.float32)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """``rows`` [R, D] as states [B, L, D] of the input's dtype; zeros at padding."""
+        if self.packing is None:
+            return rows.view(self.shape).to(self.dtype)
+        if self.nothing_valid:
+            rows = rows * 0.0  # and so is its gradient
+        return self.packing.unpack(rows).to(self.dtype)
+
+    def recursion(
+        self, x: Tensor | None, y: Tensor, z: Tensor | None, n: int, *, recompute: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One latent recursion on rows [R, D]; with n = 0, and z or not, one call of the network."""
+        numbers = _Numbers(n, self.output_eps, self.dropout, _seed() if self.dropout > 0.0 else 0, recompute)
+        if self.records and torch.is_grad_enabled():
+            return _Recursion.apply(self, numbers, x, y, z, self.weight, *self.parameters)
+        tensors = [_plain(tensor) for tensor in (x, y, z, self.weight)]
+        new_y, new_z, _ = self.forward(numbers, tensors, keeps=False)
+        return new_y, new_z
+
+    def forward(
+        self, numbers: _Numbers, tensors: Sequence[Tensor | None], *, keeps: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """New y and z [R, D], and what the backward reads; tensors: x, y, z and the output norm's weight."""
+        recursion = numbers.recursion(tensors)
+        threads = native_module.threads(self.rows)
+        workspace = _buffer(self.kernels.workspace_size(self.batch, recursion, False, threads))
+        kept = _buffer(self.kernels.kept_size(self.batch, recursion)) if keeps else None
+        shape = self.rows, self.shape[2]
+        y, z = torch.empty(shape), torch.empty(shape) if numbers.n > 0 else None
+        self.kernels.forward(
+            self.batch, recursion, *_addresses((self.packed, kept, workspace, y, z)), threads
+        )
+        return y, z, kept
+
+    def backward(
+        self,
+        numbers: _Numbers,
+        tensors: Sequence[Tensor | None],
+        kept: Tensor,
+        dy_out: Tensor,
+        dz_out: Tensor | None,
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Gradients of ``tensors``, and of the parameters, from those of the new y and z [R, D]."""
+        recursion = numbers.recursion(tensors)
+        threads = native_module.threads(self.rows)
+        workspace = _buffer(self.kernels.workspace_size(self.batch, recursion, True, threads))
+        inputs = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
+        dx, dy, dz, dweight = inputs
+        parameters = self.block_tensors()
+        gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in parameters]
+        self.kernels.backward(
+            self.batch,
+            recursion,
+            _addresses(parameters),
+            *_addresses((self.packed, kept, workspace, dy_out, dz_out, dx, dy, dz)),
+            _addresses(gradients),
+            0 if dweight is None else dweight.data_ptr(),
+            threads,
+        )
+        return inputs, self._parameter_gradients(gradients)
+
+    def block_tensors(self) -> list[Tensor | None]:
+        """Parameters as the kernels take them: ten a block (``struct Block`` of csrc/kernels.h)."""
+        size = len(self.parameters) // self.net.config.n_layers
+        found: list[Tensor | None] = []
+        for i in range(0, len(self.parameters), size):
+            # The paper's layers round their weights to the input's dtype.
+            dtype = self.dtype if self.layout == "paper" else None
+            p: list[Any] = [_plain(parameter, dtype) for parameter in self.parameters[i : i + size]]
+            if self.layout == "scratch":
+                norm1, q, k, v, out, norm2, gate, up, down = p
+                qkv, both = torch.cat((q, k, v)), torch.cat((gate, up))
+                p = [norm1, qkv, None, out, None, norm2, both, None, down, None]
+            elif self.layout == "paper":
+                qkv, out, up, down = p
+                p = [None, qkv, None, out, None, None, up, None, down, None]
+            found += p
+        return found
+
+    def _parameter_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Those of the parameters, from those of :meth:`block_tensors`."""
+        given = [gradient for gradient in gradients if gradient is not None]
+        if self.layout != "scratch":
+            return given
+        found: list[Tensor] = []
+        for i in range(0, len(given), 6):
+            norm1, qkv, out, norm2, both, down = given[i : i + 6]
+            found += [norm1, *qkv.chunk(3), out, norm2, *both.chunk(2), down]
+        return found
+
+    def _pack(self) -> Tensor:
+        """The packed weights: kept between calls in inference, made for this one in training."""
+        keeps = not (self.records or torch.is_grad_enabled() or self.net.training)
+        key = prepared.key_of(self.parameters, ("native", self.dtype))
+        known = prepared.recall(self.net, key) if keeps else None
+        if known is not None:
+            return known[0]
+        # Tensors made in inference mode could not be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            packed = _buffer(self.kernels.packed_size(self.records))
+            tensors = self.block_tensors()
+            threads = native_module.threads(packed.numel() // self.shape[2])
+            self.kernels.pack(_addresses(tensors), self.records, packed.data_ptr(), threads)
+        if keeps:
+            prepared.keep(self.net, key, [packed])
+        return packed
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What makes one recursion differ from another on the same rows."""
+
+    n: int
+    output_eps: float
+    dropout: float
+    seed: int
+    recompute: bool
+
+    def recursion(self, tensors: Sequence[Tensor | None]) -> Any:
+        return native_module.module().Recursion(
+            self.n, *_addresses(tensors), self.output_eps, self.dropout, self.seed, self.recompute
+        )
+
+
+class _Recursion(torch.autograd.Function):
+    """A latent recursion that keeps what its backward reads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        numbers: _Numbers,
+        x: Tensor | None,
+        y: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        tensors = [_plain(tensor) for tensor in (x, y, z, weight)]
+        new_y, new_z, kept = call.forward(numbers, tensors, keeps=True)
+        ctx.call, ctx.numbers = call, numbers
+        # The parameters too: autograd then refuses a backward after they were changed in place.
+        ctx.save_for_backward(kept, *tensors, *parameters)
+        ctx.set_materialize_grads(False)
+        return new_y, new_z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_out: Tensor | None, dz_out: Tensor | None = None) -> tuple[Any, ...]:
+        kept, *tensors = ctx.saved_tensors[:5]
+        call: _Call = ctx.call
+        y = tensors[1]
+        dy_out = torch.zeros_like(y) if dy_out is None else _plain(dy_out)
+        assert dy_out is not None
+        inputs, parameters = call.backward(ctx.numbers, tensors, kept, dy_out, _plain(dz_out))
+        wanted = ctx.needs_input_grad[2:]
+        gradients = [g if needs else None for g, needs in zip((*inputs, *parameters), wanted, strict=True)]
+        return None, None, *gradients
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """``tensor`` in float32 (rounded to ``dtype`` first), contiguous, without its history."""
+    if tensor is None:
+        return None
+    rounded = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+    return rounded.to(torch.float32).resolve_neg().contiguous()
+
+
+def _buffer(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _seed() -> int:
+    return int(torch.randint(2**62, (1,)).item())
+
+
+def _packing(mask: Tensor | Packing | None) -> Packing | None:
+    """Rows without a gap, or None where every position is valid."""
+    given = None
+    if isinstance(mask, Packing):
+        given, mask = mask, mask.mask
+    if mask is None:
+        return None
+    # Read even where a Packing has lengths: the kernels would read past their buffers if those were wrong.
+    lengths: list[int] = (mask != 0).sum(dim=1).tolist()
+    if sum(lengths) == mask.numel():
+        return None
+    if given is not None and given.rows == max(1, sum(lengths)) and given.lengths in (None, tuple(lengths)):
+        return given
+    return Packing.of(mask, lengths=lengths)
