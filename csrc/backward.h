@@ -17,7 +17,8 @@ public:
              float* gradient_scratch, Team team)
         : p_(problem), s_(problem.sizes), blocks_(blocks), gradients_(gradients), g_(shared), t_(scratch),
           attention_(attention), gradient_scratch_(gradient_scratch), team_(team),
-          shares_(team, problem.batch.rows, kChunkRows) {}
+          shares_(team, problem.batch.rows, kChunkRows),
+          channels_(team, problem.sizes.channels(problem.batch.rows), kChunkRows) {}
 
     // From the gradient of the call's output, in the shared `h`, to that of its input, there too. Calls come last
     // one first: that one's weight gradients are the first.
@@ -33,40 +34,68 @@ private:
     void block(int64_t index, int64_t b, const KeptBlock& kept) {
         const int64_t call = index * p_.net.blocks + b;
         const bool add = index < p_.recursion.steps;
-        int64_t* counters = g_.counters + 4 * call;
+        int64_t* counters = g_.counters + 5 * call;
         if (shares_.varies) team_.wait();
-        shares_.chunks(counters, [&](int64_t first, int64_t last) { to_attention(b, kept, first, last); });
+        shares_.chunks(counters, [&](int64_t first, int64_t last) { to_mixer(b, kept, first, last); });
         team_.wait();
+        if (s_.tokens()) {
+            channels_.chunks(counters + 1, [&](int64_t first, int64_t last) { through_tokens(b, kept, first, last); });
+            team_.wait();
+            token_weights(b, kept, add, counters + 2);
+            team_.wait();
+            shares_.chunks(counters + 3, [&](int64_t first, int64_t last) { from_tokens(b, kept, first, last); });
+            return;
+        }
         attention_and_weights(b, kept, call, add, counters + 1);
         team_.wait();
         shares_.chunks(counters + 2, [&](int64_t first, int64_t last) { to_input(b, kept, first, last); });
         const WeightGradient all[] = {
-            {3 * s_.width, s_.width, g_.qkv, row_stride(3 * s_.width), kept.first, gradients_[b].qkv}};
+            {p_.batch.rows, 3 * s_.width, s_.width, g_.qkv, row_stride(3 * s_.width), kept.first, gradients_[b].qkv}};
         take_groups(counters + 3, 0, take_item(counters + 3), all, add);
     }
 
-    void to_attention(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
-        const PackedBlock& m = blocks_[b];
-        const ptrdiff_t ldup = row_stride(s_.up);
-        const int64_t rows = last - first;
+    // The MLP's backward, then that of the step before it.
+    void to_mixer(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
         if (!p_.net.pre_norm)
             for (int64_t r = first; r < last; ++r)
                 norm_backward(h(r), kept.result, r, kept.scale2[r], s_.width, nullptr, h(r));
-        product(rows, s_.width, h(first), ld_, m.down.backward, panels_of(s_.inner), t_.partial,
-                [&](int64_t i, int64_t panel, const Vec* v) { activation(kept, first + i, panel, v); });
-        product(rows, s_.up, g_.up + first * ldup, ldup, m.up.backward, panels_of(s_.width), t_.partial,
-                [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows1 + i * ld_, panel, v); });
+        const PackedBlock& m = blocks_[b];
+        through_mlp({m.up, m.down, s_.width, s_.inner, s_.up, p_.net.gated, kept.up, g_.inner, g_.up}, h(first), ld_,
+                    first, last);
         for (int64_t r = first; r < last; ++r) {
-            float *from = t_.rows1 + (r - first) * ld_, *to = g_.middle + r * ld_;
+            float *from = t_.rows + (r - first) * ld_, *to = g_.middle + r * ld_;
             if (p_.net.pre_norm) {
                 norm_backward(from, kept.second, r, kept.scale2[r], s_.width, h(r), to);
-            } else {
-                for (int64_t c = 0; c < s_.padded; c += W) store(from + c, load(from + c) + load(h(r) + c));
-                norm_backward(from, kept.second, r, kept.scale1[r], s_.width, nullptr, to);
+                continue;
             }
+            for (int64_t c = 0; c < s_.padded; c += W) store(to + c, load(from + c) + load(h(r) + c));
+            if (!s_.tokens()) norm_backward(to, kept.second, r, kept.scale1[r], s_.width, nullptr, to);
         }
-        product(rows, s_.width, g_.middle + first * ld_, ld_, m.out.backward, panels_of(s_.width), t_.partial,
-                [&](int64_t i, int64_t panel, const Vec* v) { put(g_.attended + (first + i) * ld_, panel, v); });
+        s_.tokens() ? give_tokens(first, last) : to_attention(b, kept, first, last);
+    }
+
+    // An MLP's backward: its matrices, and what was kept of it.
+    struct Mlp {
+        const PackedMatrix &up_matrix, &down_matrix;
+        int64_t width, inner, columns;
+        bool gated;
+        Panels kept;         // what the activation read
+        Panels activated;    // its output, found again
+        float* up_gradient;  // by rows
+    };
+
+    // From the gradient of an MLP's output, rows of `ld` floats, to that of its input, in the scratch's rows.
+    void through_mlp(const Mlp& m, const float* grad, ptrdiff_t ld, int64_t first, int64_t last) {
+        const ptrdiff_t ldup = row_stride(m.columns), ldrows = row_stride(m.width);
+        product(last - first, m.width, grad, ld, m.down_matrix.backward, panels_of(m.inner), t_.partial,
+                [&](int64_t i, int64_t panel, const Vec* v) { activation(m, first + i, panel, v); });
+        product(last - first, m.columns, m.up_gradient + first * ldup, ldup, m.up_matrix.backward, panels_of(m.width),
+                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows + i * ldrows, panel, v); });
+    }
+
+    void to_attention(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
+        product(last - first, s_.width, g_.middle + first * ld_, ld_, blocks_[b].out.backward, panels_of(s_.width),
+                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(g_.attended + (first + i) * ld_, panel, v); });
         for (int64_t r = first; r < last; ++r) {
             const float* grad = g_.attended + r * ld_;
             for (int64_t head = 0; head < s_.heads; ++head) {
@@ -78,25 +107,25 @@ private:
     }
 
     // From the gradient of the activation's output, in panel `panel`, to that of its input; and the output again.
-    TRM_INLINE void activation(const KeptBlock& kept, int64_t row, int64_t panel, const Vec* v) {
-        float* inner = g_.inner.at(row, panel * kPanel);
-        float* to = g_.up + row * row_stride(s_.up);
+    TRM_INLINE void activation(const Mlp& m, int64_t row, int64_t panel, const Vec* v) {
+        float* activated = m.activated.at(row, panel * kPanel);
+        float* to = m.up_gradient + row * row_stride(m.columns);
         TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) {
-            if (p_.net.gated) {
+            if (m.gated) {
                 const int64_t pair = panel * kPanelVectors + j;  // the panel of `up` that made these W
-                if (pair * kPanel >= s_.up) {
-                    store(inner + j * W, Vec{});
+                if (pair * kPanel >= m.columns) {
+                    store(activated + j * W, Vec{});
                     continue;
                 }
-                const float* from = kept.up.at(row, pair * kPanel);
+                const float* from = m.kept.at(row, pair * kPanel);
                 const Vec gate = load(from), value = load(from + W), s = sigmoid(gate), silu = gate * s;
-                store(inner + j * W, silu * value);
+                store(activated + j * W, silu * value);
                 store(to + pair * kPanel, v[j] * value * (s + silu * (1.0f - s)));
                 store(to + pair * kPanel + W, v[j] * silu);
             } else {
-                const Vec u = load(kept.up.at(row, panel * kPanel) + j * W), cdf = normal_cdf(u);
+                const Vec u = load(m.kept.at(row, panel * kPanel) + j * W), cdf = normal_cdf(u);
                 const Vec density = 0.39894228f * exp(u * u * -0.5f);
-                store(inner + j * W, u * cdf);
+                store(activated + j * W, u * cdf);
                 store(to + panel * kPanel + j * W, v[j] * (cdf + u * density));
             }
         }
@@ -105,7 +134,7 @@ private:
     void attention_and_weights(int64_t b, const KeptBlock& kept, int64_t call, bool add, int64_t* counter) {
         const AttentionGradient input{kept.qkv, kept.lse, g_.attended, g_.delta, g_.qkv, p_.batch.rows,
                                       p_.recursion.dropout, p_.recursion.seed, call};
-        const int64_t heads = p_.samples.count * s_.heads;
+        const int64_t rows = p_.batch.rows, heads = p_.samples.count * s_.heads;
         int64_t item = take_item(counter);
         for (; item < heads; item = take_item(counter)) {
             const int64_t sample = item / s_.heads, head = item % s_.heads;
@@ -116,14 +145,14 @@ private:
                     rotate_heads(p_, g_.qkv, start + place, place, head, head + 1, -1.0f);
         }
         const WeightGradient all[] = {
-            {s_.up, s_.width, g_.up, row_stride(s_.up), kept.second, gradients_[b].up},
-            {s_.width, s_.inner, g_.h, ld_, g_.inner, gradients_[b].down},
-            {s_.width, s_.width, g_.middle, ld_, kept.mixed, gradients_[b].out}};
+            {rows, s_.up, s_.width, g_.up, row_stride(s_.up), kept.second, gradients_[b].up},
+            {rows, s_.width, s_.inner, g_.h, ld_, g_.inner, gradients_[b].down},
+            {rows, s_.width, s_.width, g_.middle, ld_, kept.mixed, gradients_[b].out}};
         take_groups(counter, heads, item - heads, all, add);
     }
 
     struct WeightGradient {
-        int64_t outputs, inputs;
+        int64_t rows, outputs, inputs;
         const float* dy;
         ptrdiff_t ldy;
         Panels x;
@@ -139,7 +168,7 @@ private:
             int64_t group = item;
             for (; w < all + N && group >= groups_of(w->outputs); ++w) group -= groups_of(w->outputs);
             if (w == all + N) return;
-            weight_gradient(group, p_.batch.rows, w->outputs, w->inputs, w->dy, w->ldy, w->x, w->to.weight, w->to.ld,
+            weight_gradient(group, w->rows, w->outputs, w->inputs, w->dy, w->ldy, w->x, w->to.weight, w->to.ld,
                             w->to.bias, add, gradient_scratch_);
         }
     }
@@ -147,14 +176,75 @@ private:
     void to_input(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
         const ptrdiff_t ldqkv = row_stride(3 * s_.width);
         product(last - first, 3 * s_.width, g_.qkv + first * ldqkv, ldqkv, blocks_[b].qkv.backward, panels_of(s_.width),
-                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows1 + i * ld_, panel, v); });
+                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows + i * ld_, panel, v); });
         for (int64_t r = first; r < last; ++r) {
-            const float *from = t_.rows1 + (r - first) * ld_, *middle = g_.middle + r * ld_;
+            const float *from = t_.rows + (r - first) * ld_, *middle = g_.middle + r * ld_;
             if (p_.net.pre_norm) {
                 norm_backward(from, kept.first, r, kept.scale1[r], s_.width, middle, h(r));
             } else {
                 for (int64_t c = 0; c < s_.padded; c += W) store(h(r) + c, load(from + c) + load(middle + c));
             }
+        }
+    }
+
+    // The gradient of a token mixer's output: that of these rows, as columns.
+    void give_tokens(int64_t first, int64_t last) {
+        const ptrdiff_t ldtokens = row_stride(s_.length);
+        for (int64_t r = first; r < last; ++r) {
+            const float* row = g_.middle + r * ld_;
+            float* to = g_.tokens + r / s_.length * s_.width * ldtokens + r % s_.length;
+            for (int64_t c = 0; c < s_.width; ++c) to[c * ldtokens] = row[c];
+        }
+    }
+
+    // From the gradient of a token mixer's output to that of its input, for channels [first, last).
+    void through_tokens(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
+        const ptrdiff_t ld = row_stride(s_.length);
+        const int64_t padded = round_up(s_.length, kPanel);
+        for (int64_t r = first; r < last; ++r) {
+            float* row = g_.tokens + r * ld;
+            for (int64_t c = s_.length; c < padded; ++c) row[c] = 0.0f;
+            if (!p_.net.pre_norm) norm_backward(row, kept.token_result, r, kept.token_scale[r], s_.length, nullptr, row);
+        }
+        const PackedBlock& m = blocks_[b];
+        through_mlp({m.qkv, m.out, s_.length, s_.token_inner, s_.token_up, s_.token_gated, kept.token_up, g_.token_inner,
+                     g_.token_up},
+                    g_.tokens + first * ld, ld, first, last);
+        for (int64_t r = first; r < last; ++r) {
+            const float *from = t_.rows + (r - first) * ld, *residual = g_.tokens + r * ld;
+            float* to = g_.token_input + r * ld;
+            for (int64_t c = 0; c < padded; c += W)
+                store(to + c, p_.net.pre_norm ? load(from + c) : load(from + c) + load(residual + c));
+        }
+    }
+
+    void token_weights(int64_t b, const KeptBlock& kept, bool add, int64_t* counter) {
+        const BlockGradient& to = gradients_[b];
+        const ptrdiff_t ld = row_stride(s_.length);
+        const int64_t rows = p_.batch.rows, channels = s_.channels(rows);
+        const WeightGradient all[] = {
+            {rows, s_.up, s_.width, g_.up, row_stride(s_.up), kept.second, to.up},
+            {rows, s_.width, s_.inner, g_.h, ld_, g_.inner, to.down},
+            {channels, s_.token_up, s_.length, g_.token_up, row_stride(s_.token_up), kept.tokens, to.qkv},
+            {channels, s_.length, s_.token_inner, g_.tokens, ld, g_.token_inner, to.out}};
+        take_groups(counter, 0, take_item(counter), all, add);
+    }
+
+    // From the gradient of a token mixer's input, channels by rows, to that of the block's.
+    void from_tokens(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
+        const ptrdiff_t ldtokens = row_stride(s_.length);
+        double* norm = g_.norm1 + (team_.thread * p_.net.blocks + b) * s_.padded;
+        for (int64_t r = first; r < last; ++r) {
+            const float* from = g_.token_input + r / s_.length * s_.width * ldtokens + r % s_.length;
+            float* to = p_.net.pre_norm ? t_.rows : h(r);
+            for (int64_t c = 0; c < s_.width; ++c) to[c] = from[c * ldtokens];
+            if (!p_.net.pre_norm) continue;
+            for (int64_t c = 0; c < s_.width; ++c) {
+                norm[c] += static_cast<double>(to[c]) * *kept.first.at(r, c);
+                to[c] *= blocks_[b].norm1[c];
+            }
+            for (int64_t c = s_.width; c < s_.padded; ++c) to[c] = 0.0f;
+            norm_backward(to, kept.first, r, kept.scale1[r], s_.width, g_.middle + r * ld_, h(r));
         }
     }
 
@@ -185,7 +275,7 @@ private:
     AttentionScratch attention_;
     float* gradient_scratch_;
     Team team_;
-    Shares shares_;
+    Shares shares_, channels_;
     ptrdiff_t ld_ = row_stride(s_.width);
 };
 

@@ -121,6 +121,8 @@ void pack(const Network& net, const Block* parameters, bool backward, float* pac
             pack_matrix(from.out, blocks[b].out, team);
             pack_matrix(from.up, blocks[b].up, team);
             pack_matrix(from.down, blocks[b].down, team);
+            if (sizes.tokens() && parameters[b].norm1 && team.thread == 0)
+                read_row(parameters[b].norm1, sizes.width, blocks[b].norm1);
         }
     });
 }
@@ -168,6 +170,15 @@ void forward(const Network& net, const Batch& batch, const Recursion& recursion,
     });
 }
 
+// The sums of `threads` rows, `ld` doubles apart.
+void sum_threads(const double* rows, int64_t ld, int threads, int64_t columns, float* to) {
+    for (int64_t c = 0; c < columns; ++c) {
+        double total = 0.0;
+        for (int t = 0; t < threads; ++t) total += rows[t * ld + c];
+        to[c] = static_cast<float>(total);
+    }
+}
+
 void backward(const Network& net, const Batch& batch, const Recursion& recursion, const Block* parameters,
               const float* packed, const float* kept, float* workspace, const float* dy_out, const float* dz_out,
               float* dx, float* dy, float* dz, const Block* gradients, float* output_norm_gradient, int threads) {
@@ -184,6 +195,8 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
         Backward run(p, blocks, w.gradients, g, mine.forward, mine.attention, mine.gradient, team);
         const int64_t first = again.first(), last = again.last(), padded = round_up(d, kPanel);
         for (int64_t c = 0; c < padded; ++c) g.output_norm[team.thread * padded + c] = 0.0;
+        for (int64_t c = 0; p.sizes.tokens() && c < net.blocks * padded; ++c)
+            g.norm1[team.thread * net.blocks * padded + c] = 0.0;
         for (int64_t r = first; r < last; ++r) {
             read_row(dy_out + r * d, d, run.h(r));
             for (int64_t c = 0; c < padded; c += W) store(g.question + r * ld + c, Vec{});
@@ -223,17 +236,17 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
             const Sources from = sources(net, p.sizes, parameters[b]);
             const BlockGradient& f = w.gradients[b];
             const Block& to = gradients[b];
-            finish_gradient(from.qkv, f.qkv.weight, f.qkv.ld, f.qkv.bias, to.qkv, to.qkv_bias, to.norm1, team);
+            finish_gradient(from.qkv, f.qkv.weight, f.qkv.ld, f.qkv.bias, to.qkv, to.qkv_bias,
+                            p.sizes.tokens() ? nullptr : to.norm1, team);
             finish_gradient(from.out, f.out.weight, f.out.ld, f.out.bias, to.out, to.out_bias, nullptr, team);
             finish_gradient(from.up, f.up.weight, f.up.ld, f.up.bias, to.up, to.up_bias, to.norm2, team);
             finish_gradient(from.down, f.down.weight, f.down.ld, f.down.bias, to.down, to.down_bias, nullptr, team);
         }
-        if (output_norm_gradient && team.thread == 0)
-            for (int64_t c = 0; c < d; ++c) {
-                double total = 0.0;
-                for (int t = 0; t < team.count; ++t) total += g.output_norm[t * padded + c];
-                output_norm_gradient[c] = static_cast<float>(total);
-            }
+        if (team.thread > 0) return;
+        if (output_norm_gradient) sum_threads(g.output_norm, padded, team.count, d, output_norm_gradient);
+        for (int64_t b = 0; b < net.blocks && p.sizes.tokens(); ++b)
+            if (gradients[b].norm1)
+                sum_threads(g.norm1 + b * padded, net.blocks * padded, team.count, d, gradients[b].norm1);
     });
 }
 

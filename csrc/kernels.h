@@ -19,10 +19,13 @@ struct Network {
     bool gated;      // SwiGLU, or GELU(erf)
     bool rotary;     // RoPE, NeoX layout
     float eps;       // of every norm of a block
+    int64_t length;       // of the samples, where an MLP over positions takes the place of attention; 0: attention
+    int64_t token_inner;  // inner width of that MLP: SwiGLU if post-norm, GELU with biases if pre-norm
 };
 
 // Parameters of a block, or where their gradients go; float32, contiguous, null where the network has none.
-// Matrices are [out, in] as torch's; `up` holds gate and up of a SwiGLU one behind the other [2 F, D].
+// Matrices are [out, in] as torch's; `up` holds gate and up of a SwiGLU one behind the other [2 F, D]. A token mixer's
+// MLP lies in `qkv` and `out`.
 struct Block {
     float* norm1;     // [D]
     float* qkv;       // [3 D, D]

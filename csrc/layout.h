@@ -32,13 +32,24 @@ struct Sizes {
           head(net.width / net.heads),
           padded_head(round_up(head, W)),
           inner(net.inner),
-          up(net.gated ? panels_of_gated(net.inner) * kPanel : net.inner) {}
+          up(net.gated ? panels_of_gated(net.inner) * kPanel : net.inner),
+          length(net.length),
+          token_inner(net.token_inner),
+          token_gated(!net.pre_norm),
+          token_up(token_gated ? panels_of_gated(net.token_inner) * kPanel : net.token_inner) {}
+
+    bool tokens() const { return length > 0; }
+    // Rows of a batch whose channels are rows, and its positions columns.
+    int64_t channels(int64_t rows) const { return tokens() ? rows / length * width : 0; }
 
     // A panel of `up` holds W gates and the W values that they gate.
     static int64_t panels_of_gated(int64_t inner) { return (inner + W - 1) / W; }
 
     int64_t width, padded, heads, head, padded_head, inner;
     int64_t up;  // columns of the MLP's first product
+    int64_t length, token_inner;
+    bool token_gated;
+    int64_t token_up;
 };
 
 // A matrix as products read it: forward [in, out] by panels of outputs; backward [out, in] by panels of inputs.
@@ -50,6 +61,7 @@ struct PackedMatrix {
 
 struct PackedBlock {
     PackedMatrix qkv, out, up, down;
+    float* norm1;  // of a pre-norm token mixer, whose first matrix is not applied along it
 };
 
 inline PackedMatrix lay_matrix(Arena& arena, int64_t outputs, int64_t inputs) {
@@ -60,15 +72,26 @@ inline PackedMatrix lay_matrix(Arena& arena, int64_t outputs, int64_t inputs) {
 }
 
 inline void lay_block(Arena& arena, const Sizes& s, PackedBlock& b) {
-    b.qkv = lay_matrix(arena, 3 * s.width, s.width);
-    b.out = lay_matrix(arena, s.width, s.width);
+    if (s.tokens()) {
+        b.qkv = lay_matrix(arena, s.token_up, s.length);
+        b.out = lay_matrix(arena, s.length, s.token_inner);
+        b.norm1 = arena.take(s.padded);
+    } else {
+        b.qkv = lay_matrix(arena, 3 * s.width, s.width);
+        b.out = lay_matrix(arena, s.width, s.width);
+    }
     b.up = lay_matrix(arena, s.up, s.width);
     b.down = lay_matrix(arena, s.width, s.inner);
 }
 
 inline void lay_block_backward(Arena& arena, const Sizes& s, PackedBlock& b) {
-    b.qkv.backward = arena.take(panels_of(s.width) * 3 * s.width * kPanel);
-    b.out.backward = arena.take(panels_of(s.width) * s.width * kPanel);
+    if (s.tokens()) {
+        b.qkv.backward = arena.take(panels_of(s.length) * s.token_up * kPanel);
+        b.out.backward = arena.take(panels_of(s.token_inner) * s.length * kPanel);
+    } else {
+        b.qkv.backward = arena.take(panels_of(s.width) * 3 * s.width * kPanel);
+        b.out.backward = arena.take(panels_of(s.width) * s.width * kPanel);
+    }
     b.up.backward = arena.take(panels_of(s.width) * s.up * kPanel);
     b.down.backward = arena.take(panels_of(s.inner) * s.width * kPanel);
 }
@@ -84,6 +107,12 @@ struct KeptBlock {
     float* scale2;
     Panels up;      // what the activation reads
     Panels result;  // post-norm only: the block's output
+
+    // Of a token mixer, whose rows are channels.
+    Panels tokens;       // its input
+    Panels token_up;     // what its activation reads
+    Panels token_result; // post-norm: its output, normalised over positions
+    float* token_scale;
 };
 
 struct KeptCall {
@@ -97,16 +126,26 @@ inline Panels lay_panels(Arena& arena, int64_t rows, int64_t columns) {
 }
 
 inline KeptBlock lay_kept_block(Arena& arena, const Network& net, const Sizes& s, int64_t rows) {
-    KeptBlock k;
-    k.first = lay_panels(arena, rows, s.width);
+    KeptBlock k{};
+    if (s.tokens()) {
+        const int64_t channels = s.channels(rows);
+        k.tokens = lay_panels(arena, channels, s.length);
+        k.token_up = lay_panels(arena, channels, s.token_up);
+        if (!net.pre_norm) {
+            k.token_result = lay_panels(arena, channels, s.length);
+            k.token_scale = arena.take(channels);
+        }
+    } else {
+        k.qkv = arena.take(rows * row_stride(3 * s.width));
+        k.mixed = lay_panels(arena, rows, s.width);
+        k.lse = arena.take(rows * s.heads);
+    }
+    if (net.pre_norm || !s.tokens()) k.first = lay_panels(arena, rows, s.width);
     k.scale1 = arena.take(rows);
-    k.qkv = arena.take(rows * row_stride(3 * s.width));
-    k.mixed = lay_panels(arena, rows, s.width);
-    k.lse = arena.take(rows * s.heads);
     k.second = lay_panels(arena, rows, s.width);
     k.scale2 = arena.take(rows);
     k.up = lay_panels(arena, rows, s.up);
-    k.result = net.pre_norm ? Panels{nullptr, rows} : lay_panels(arena, rows, s.width);
+    if (!net.pre_norm) k.result = lay_panels(arena, rows, s.width);
     return k;
 }
 
@@ -146,7 +185,7 @@ struct Samples {
 // The scratch of one thread.
 struct Scratch {
     float* partial;  // of products
-    float* rows1;    // a chunk of rows [kChunkRows, width]
+    float* rows;     // a chunk [kChunkRows, width]
     float* inner;    // [kChunkRows, inner]
     float* scores;   // [kTileRows, longest]
     float* attended; // [kTileRows, padded head]
@@ -155,25 +194,28 @@ struct Scratch {
 inline Scratch lay_scratch(Arena& arena, const Sizes& s, const Samples& samples) {
     Scratch t;
     t.partial = arena.take(kPartialSize);
-    t.rows1 = arena.take(kChunkRows * row_stride(s.width));
-    t.inner = arena.take(kChunkRows * row_stride(round_up(s.inner, W)));
+    t.rows = arena.take(kChunkRows * row_stride(greater(s.width, s.length)));
+    t.inner = arena.take(kChunkRows * row_stride(round_up(greater(s.inner, s.token_inner), W)));
     t.scores = arena.take(kTileRows * row_stride(samples.longest));
     t.attended = arena.take(kTileRows * s.padded_head);
     return t;
 }
 
-constexpr int64_t forward_counters(const Network& net, const Recursion& r) { return (net.blocks + 1) * (r.steps + 1); }
-constexpr int64_t backward_counters(const Network& net, const Recursion& r) { return 4 * net.blocks * (r.steps + 1); }
+constexpr int64_t forward_counters(const Network& net, const Recursion& r) {
+    return (2 * net.blocks + 1) * (r.steps + 1);
+}
+constexpr int64_t backward_counters(const Network& net, const Recursion& r) { return 5 * net.blocks * (r.steps + 1); }
 
 // What the threads share.
 struct Shared {
     float* question;   // x + y
     float* h;          // the residual stream
+    float* tokens;  // a token mixer's input, then its output, channels by rows
     float* qkv;
     int64_t* first_key;  // of each sample, among Samples::keys
     float* keys[2];      // transposed, by panels of a sample's head: [H, keys / kPanel, E, kPanel]; used in turns
     float* values[2];    // [H, R, padded head]
-    int64_t* counters;   // of chunks that threads take: blocks + 1 a call
+    int64_t* counters;   // of chunks that threads take: two a block and call, one a call
 };
 
 // Counters are laid as floats.
@@ -184,12 +226,13 @@ inline Shared lay_shared(Arena& arena, const Network& net, const Sizes& s, const
     Shared b;
     b.question = arena.take(rows * row_stride(s.width));
     b.h = arena.take(rows * row_stride(s.width));
-    b.qkv = arena.take(rows * row_stride(3 * s.width));
+    b.tokens = arena.take(s.channels(rows) * row_stride(s.length));
+    b.qkv = arena.take(s.tokens() ? 0 : rows * row_stride(3 * s.width));
     b.first_key = lay_counters(arena, samples.count);
     b.counters = lay_counters(arena, forward_counters(net, r));
     for (int turn = 0; turn < 2; ++turn) {
-        b.keys[turn] = arena.take(samples.keys * s.width);
-        b.values[turn] = arena.take(s.heads * rows * s.padded_head);
+        b.keys[turn] = arena.take(s.tokens() ? 0 : samples.keys * s.width);
+        b.values[turn] = arena.take(s.tokens() ? 0 : s.heads * rows * s.padded_head);
     }
     return b;
 }
@@ -211,8 +254,8 @@ inline PackedGradient lay_gradient(Arena& arena, int64_t outputs, int64_t inputs
 
 inline BlockGradient lay_block_gradient(Arena& arena, const Sizes& s) {
     BlockGradient g;
-    g.qkv = lay_gradient(arena, 3 * s.width, s.width);
-    g.out = lay_gradient(arena, s.width, s.width);
+    g.qkv = s.tokens() ? lay_gradient(arena, s.token_up, s.length) : lay_gradient(arena, 3 * s.width, s.width);
+    g.out = s.tokens() ? lay_gradient(arena, s.length, s.token_inner) : lay_gradient(arena, s.width, s.width);
     g.up = lay_gradient(arena, s.up, s.width);
     g.down = lay_gradient(arena, s.width, s.inner);
     return g;
@@ -228,19 +271,33 @@ struct SharedGradient {
     float* qkv;
     float* up;
     Panels inner;        // what the MLP's second product read
-    int64_t* counters;   // of items and chunks that threads take: four a block and call
+    float* tokens;       // of a token mixer's output, channels by rows
+    float* token_input;  // of its input
+    float* token_up;
+    Panels token_inner;
+    int64_t* counters;   // of items and chunks that threads take: five a block and call
     double* output_norm;  // of its weight, by threads [threads, padded width]: float sums over all rows and calls err
+    double* norm1;       // of a pre-norm token mixer's norms [threads, blocks, padded width]
 };
 
 inline SharedGradient lay_shared_gradient(Arena& arena, const Network& net, const Sizes& s, const Recursion& r,
                                           int64_t rows, int threads) {
-    SharedGradient g;
+    SharedGradient g{};
     g.question = arena.take(rows * row_stride(s.width));
     g.h = arena.take(rows * row_stride(s.width));
     g.middle = arena.take(rows * row_stride(s.width));
-    g.attended = arena.take(rows * row_stride(s.width));
-    g.delta = arena.take(s.heads * rows);
-    g.qkv = arena.take(rows * row_stride(3 * s.width));
+    if (s.tokens()) {
+        const int64_t channels = s.channels(rows);
+        g.tokens = arena.take(channels * row_stride(s.length));
+        g.token_input = arena.take(channels * row_stride(s.length));
+        g.token_up = arena.take(channels * row_stride(s.token_up));
+        g.token_inner = lay_panels(arena, channels, s.token_inner);
+        g.norm1 = reinterpret_cast<double*>(arena.take(2 * threads * net.blocks * s.padded));
+    } else {
+        g.attended = arena.take(rows * row_stride(s.width));
+        g.delta = arena.take(s.heads * rows);
+        g.qkv = arena.take(rows * row_stride(3 * s.width));
+    }
     g.up = arena.take(rows * row_stride(s.up));
     g.inner = lay_panels(arena, rows, s.inner);
     g.counters = lay_counters(arena, backward_counters(net, r));

@@ -67,12 +67,16 @@ struct Network {
 };
 
 Network make_network(int64_t width, int64_t heads, int64_t inner, int64_t blocks, bool pre_norm, bool gated,
-                     bool rotary, float eps, const std::optional<std::string>& instruction_set) {
+                     bool rotary, float eps, int64_t length, int64_t token_inner,
+                     const std::optional<std::string>& instruction_set) {
     check(width >= 1 && heads >= 1 && inner >= 1 && blocks >= 1, "width, heads, inner and blocks must be at least 1");
     check(blocks <= trm::kMostBlocks, "there are more blocks than the kernels lay out");
     check(width % heads == 0, "heads must divide width");
     check(!rotary || width / heads % 2 == 0, "rotary positions need an even head size");
-    return {{width, heads, inner, blocks, pre_norm, gated, rotary, eps}, &find_kernels(instruction_set)};
+    check(length >= 0 && (length == 0 || token_inner >= 1), "a token mixer needs a length and an inner width");
+    if (length == 0) token_inner = 0;
+    return {{width, heads, inner, blocks, pre_norm, gated, rotary, eps, length, token_inner},
+            &find_kernels(instruction_set)};
 }
 
 trm::Batch make_batch(int64_t rows, int64_t samples, Address starts, Address cos, Address sin, Address positions) {
@@ -176,12 +180,14 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](Network* self, int64_t width, int64_t heads, int64_t inner, int64_t blocks, bool pre_norm, bool gated,
-               bool rotary, float eps, const std::optional<std::string>& instruction_set) {
+               bool rotary, float eps, int64_t length, int64_t token_inner,
+               const std::optional<std::string>& instruction_set) {
                 new (self) Network(
-                    make_network(width, heads, inner, blocks, pre_norm, gated, rotary, eps, instruction_set));
+                    make_network(width, heads, inner, blocks, pre_norm, gated, rotary, eps, length, token_inner,
+                                 instruction_set));
             },
             "width"_a, "heads"_a, "inner"_a, "blocks"_a, "pre_norm"_a, "gated"_a, "rotary"_a, "eps"_a,
-            "instruction_set"_a = nb::none())
+            "length"_a = 0, "token_inner"_a = 0, "instruction_set"_a = nb::none())
         .def_prop_ro("instruction_set", [](const Network& net) { return net.kernels->name; })
         .def_prop_ro("vector", [](const Network& net) { return net.kernels->vector; })
         .def("packed_size", packed_size, "backward"_a)

@@ -71,6 +71,8 @@ class Network:
         gated: SwiGLU, or GELU.
         rotary: Rotary positions, NeoX layout.
         eps: Of every norm of a block.
+        length: Of the samples, where an MLP over positions takes the place of attention; 0: attention.
+        token_inner: Inner width of that MLP: SwiGLU if post-norm, GELU with biases if pre-norm.
         instruction_set: One of :func:`instruction_sets`; None: :func:`default_instruction_set`.
 
     Raises:
@@ -87,6 +89,8 @@ class Network:
         gated: bool,
         rotary: bool,
         eps: float,
+        length: int = 0,
+        token_inner: int = 0,
         instruction_set: str | None = None,
     ) -> None: ...
     @property
@@ -103,7 +107,8 @@ class Network:
 
         Args:
             parameters: For each block norm1 [D], qkv [3 D, D], qkv_bias, out [D, D], out_bias, norm2 [D],
-                up [F or 2 F, D], up_bias, down [D, F], down_bias; 0 where the network has none.
+                up [F or 2 F, D], up_bias, down [D, F], down_bias; 0 where the network has none. A token
+                mixer's MLP takes the places of qkv and out.
             backward: Write what the backward reads too.
 
         Raises:

@@ -37,8 +37,6 @@ def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
         return "the kernels compute in float32, autocast asks for less"
     if x.numel() == 0:
         return "the batch is empty"
-    if net.config.mixer == "tokens":
-        return "there are no kernels for token mixers"
     if net.config.n_layers > native_module.MOST_BLOCKS:
         return f"{net.config.n_layers} blocks are over {native_module.MOST_BLOCKS}"
     if torch._C._len_torch_dispatch_stack() > 0:
@@ -242,27 +240,35 @@ class _Call:
         found: list[Tensor | None] = []
         for i in range(0, len(self.parameters), size):
             # The paper's layers round their weights to the input's dtype.
-            dtype = self.dtype if self.layout == "paper" else None
+            dtype = self.dtype if self.net.config.family == "paper" else None
             p: list[Any] = [_plain(parameter, dtype) for parameter in self.parameters[i : i + size]]
             if self.layout == "scratch":
                 norm1, q, k, v, out, norm2, gate, up, down = p
                 qkv, both = torch.cat((q, k, v)), torch.cat((gate, up))
                 p = [norm1, qkv, None, out, None, norm2, both, None, down, None]
-            elif self.layout == "paper":
-                qkv, out, up, down = p
-                p = [None, qkv, None, out, None, None, up, None, down, None]
+            elif self.layout == "scratch-tokens":
+                norm1, first, first_bias, second, second_bias, norm2, gate, up, down = p
+                both = torch.cat((gate, up))
+                p = [norm1, first, first_bias, second, second_bias, norm2, both, None, down, None]
+            elif self.net.config.family == "paper":
+                first, second, up, down = p
+                p = [None, first, None, second, None, None, up, None, down, None]
             found += p
         return found
 
     def _parameter_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Those of the parameters, from those of :meth:`block_tensors`."""
         given = [gradient for gradient in gradients if gradient is not None]
-        if self.layout != "scratch":
+        if self.net.config.family != "scratch":
             return given
         found: list[Tensor] = []
-        for i in range(0, len(given), 6):
-            norm1, qkv, out, norm2, both, down = given[i : i + 6]
-            found += [norm1, *qkv.chunk(3), out, norm2, *both.chunk(2), down]
+        size = len(given) // self.net.config.n_layers
+        for i in range(0, len(given), size):
+            norm1, *mixer, norm2, both, down = given[i : i + size]
+            if self.layout == "scratch":
+                qkv, out = mixer
+                mixer = [*qkv.chunk(3), out]
+            found += [norm1, *mixer, norm2, *both.chunk(2), down]
         return found
 
     def _pack(self) -> Tensor:

@@ -59,15 +59,18 @@ def module() -> ModuleType:
 @functools.lru_cache(maxsize=64)
 def network(config: NetworkConfig) -> object:
     """The kernels' view of a network."""
+    tokens = config.mixer == "tokens"
     return module().Network(
         config.d_model,
-        config.n_heads,
+        1 if tokens else config.n_heads,
         config.d_ff,
         config.n_layers,
         config.pre_norm,
         config.gated,
         config.rotary,
         config.norm_eps,
+        config.seq_len if tokens else 0,
+        config.token_ff if tokens else 0,
     )
 
 
