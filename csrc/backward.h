@@ -1,9 +1,10 @@
 // The backward of one call of a network, by one thread of a team.
 //
-// Three parts a block, a barrier between them: (1) for own rows, from the gradient of the block's output to that of
-// attention's; (2) the heads' attention and weight gradients, items that threads take in turn; (3) for own rows, to
-// the gradient of the block's input, and the weight gradients of queries, keys and values. An item is computed by
-// one thread from start to end: results do not depend on the number of threads, but for the output norm's weight.
+// Three parts a block, a barrier between them: (1) by rows, from the gradient of the block's output to that of
+// attention's; (2) the heads' attention and weight gradients, items that threads take in turn; (3) by rows, to the
+// gradient of the block's input, and the weight gradients of queries, keys and values. A token mixer has its channels
+// between (1) and (2). An item is computed by one thread from start to end: results do not depend on the number of
+// threads, but for the weights of the output norm and of a token mixer's norm.
 #pragma once
 
 #include "forward.h"
@@ -43,6 +44,7 @@ private:
             team_.wait();
             token_weights(b, kept, add, counters + 2);
             team_.wait();
+            if (p_.net.pre_norm) token_norm(b, kept);
             shares_.chunks(counters + 3, [&](int64_t first, int64_t last) { from_tokens(b, kept, first, last); });
             return;
         }
@@ -230,19 +232,30 @@ private:
         take_groups(counter, 0, take_item(counter), all, add);
     }
 
+    // The gradient of a token mixer's input at row `row`: its channels are row_stride(length) apart.
+    const float* token_input(int64_t row) const {
+        return g_.token_input + row / s_.length * s_.width * row_stride(s_.length) + row % s_.length;
+    }
+
+    // The gradient of the weight of a pre-norm token mixer's norm. A thread sums over rows that are always its own,
+    // whoever takes which chunk.
+    void token_norm(int64_t b, const KeptBlock& kept) {
+        const ptrdiff_t ldtokens = row_stride(s_.length);
+        double* norm = g_.norm1 + (team_.thread * p_.net.blocks + b) * s_.padded;
+        for (int64_t r = team_.first(p_.batch.rows); r < team_.last(p_.batch.rows); ++r)
+            for (int64_t c = 0; c < s_.width; ++c)
+                norm[c] += static_cast<double>(token_input(r)[c * ldtokens]) * *kept.first.at(r, c);
+    }
+
     // From the gradient of a token mixer's input, channels by rows, to that of the block's.
     void from_tokens(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
         const ptrdiff_t ldtokens = row_stride(s_.length);
-        double* norm = g_.norm1 + (team_.thread * p_.net.blocks + b) * s_.padded;
         for (int64_t r = first; r < last; ++r) {
-            const float* from = g_.token_input + r / s_.length * s_.width * ldtokens + r % s_.length;
+            const float* from = token_input(r);
             float* to = p_.net.pre_norm ? t_.rows : h(r);
             for (int64_t c = 0; c < s_.width; ++c) to[c] = from[c * ldtokens];
             if (!p_.net.pre_norm) continue;
-            for (int64_t c = 0; c < s_.width; ++c) {
-                norm[c] += static_cast<double>(to[c]) * *kept.first.at(r, c);
-                to[c] *= blocks_[b].norm1[c];
-            }
+            for (int64_t c = 0; c < s_.width; ++c) to[c] *= blocks_[b].norm1[c];
             for (int64_t c = s_.width; c < s_.padded; ++c) to[c] = 0.0f;
             norm_backward(to, kept.first, r, kept.scale1[r], s_.width, g_.middle + r * ld_, h(r));
         }

@@ -1,5 +1,5 @@
-// A network applied to packed rows, by one thread of a team: products, norms and activations of its own rows, one
-// barrier a block, before attention reads the keys and values of all.
+// A network applied to packed rows, by one thread of a team: products, norms and activations of its share of the rows,
+// one barrier a block, before attention reads the keys and values of all (or two, around an MLP over positions).
 #pragma once
 
 #include "attention.h"

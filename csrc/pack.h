@@ -43,24 +43,25 @@ inline Sources sources(const Network& net, const Sizes& s, const Block& b) {
 // Panel `panel` of outputs: [inputs, kPanel].
 inline void pack_forward(const Source& m, int64_t panel, PackedMatrix to) {
     float* out = to.forward + panel * m.inputs * kPanel;
-    alignas(64) float block[kPanel][W];
-    int64_t rows[kPanel];
-    for (int j = 0; j < kPanel; ++j) {
-        rows[j] = m.output(panel * kPanel + j);
-        to.bias[panel * kPanel + j] = m.bias && rows[j] >= 0 ? m.bias[rows[j]] : 0.0f;
-    }
-    for (int64_t k = 0; k < m.inputs; k += W) {
-        const int count = static_cast<int>(lesser(W, m.inputs - k));
-        const bool whole = count == W;
-        const Vec scale = !m.norm ? splat(1.0f) : whole ? load(m.norm + k) : load_first(m.norm + k, count);
-        for (int j = 0; j < kPanel; ++j) {
-            const float* from = m.weight + rows[j] * m.inputs + k;
-            Vec v = {};
-            if (rows[j] >= 0) v = whole ? load(from) : load_first(from, count);
-            store(block[j], v * scale);
+    for (int half = 0; half < kPanelVectors; ++half) {
+        const float* from[W];
+        for (int i = 0; i < W; ++i) {
+            const int64_t column = panel * kPanel + half * W + i, row = m.output(column);
+            from[i] = row >= 0 ? m.weight + row * m.inputs : nullptr;
+            to.bias[column] = m.bias && row >= 0 ? m.bias[row] : 0.0f;
         }
-        for (int i = 0; i < count; ++i)
-            for (int j = 0; j < kPanel; ++j) out[(k + i) * kPanel + j] = block[j][i];
+        for (int64_t k = 0; k < m.inputs; k += W) {
+            const int count = static_cast<int>(lesser(W, m.inputs - k));
+            const bool whole = count == W;
+            const Vec scale = !m.norm ? splat(1.0f) : whole ? load(m.norm + k) : load_first(m.norm + k, count);
+            Vec square[W];
+            for (int i = 0; i < W; ++i) {
+                square[i] = Vec{};
+                if (from[i]) square[i] = scale * (whole ? load(from[i] + k) : load_first(from[i] + k, count));
+            }
+            transpose(square);
+            for (int i = 0; i < count; ++i) store(out + (k + i) * kPanel + half * W, square[i]);
+        }
     }
 }
 

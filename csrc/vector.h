@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -65,6 +66,24 @@ TRM_INLINE float sum(Vec v) {
 }
 TRM_INLINE float largest(Vec v) {
     return reduce<W>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Of blocks of S lanes, a's even ones and b's even ones in between; or the odd ones.
+template <int S, bool Odd, int... I>
+TRM_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I & S ? W + I - S : I) + (Odd ? S : 0))...);
+}
+
+// Transposes a square of W rows.
+template <int S = W / 2>
+TRM_INLINE void transpose(Vec (&rows)[W]) {
+    TRM_UNROLL for (int i = 0; i < W; ++i) {
+        if (i & S) continue;
+        const Vec a = rows[i], b = rows[i + S];
+        rows[i] = interleave<S, false>(a, b, std::make_integer_sequence<int, W>{});
+        rows[i + S] = interleave<S, true>(a, b, std::make_integer_sequence<int, W>{});
+    }
+    if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
 // 1 / x to 1 ulp, for x and 1 / x in the normal range. AVX-512 divides 16 floats in 16 cycles; an approximation and a

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from trm_kernels import native_module, prepared, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.fused_checks import block_parameters, is_hooked, layout_name, refuses_modules, refuses_norm
+from trm_kernels.native_buffers import Buffer
 from trm_kernels.network import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
@@ -25,8 +26,6 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
     """Why the kernels cannot serve this call, or None if they can."""
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace the kernels"
     if x.device.type != "cpu":
         return f"the input is on {x.device}, the kernels run on CPUs"
     if mask is not None and mask.device != x.device:
@@ -194,12 +193,12 @@ class _Call:
 
     def forward(
         self, numbers: _Numbers, tensors: Sequence[Tensor | None], *, keeps: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Buffer | None]:
         """New y and z [R, D], and what the backward reads; tensors: x, y, z and the output norm's weight."""
         recursion = numbers.recursion(tensors)
         threads = native_module.threads(self.rows)
-        workspace = _buffer(self.kernels.workspace_size(self.batch, recursion, False, threads))
-        kept = _buffer(self.kernels.kept_size(self.batch, recursion)) if keeps else None
+        workspace = Buffer(self.kernels.workspace_size(self.batch, recursion, False, threads))
+        kept = Buffer(self.kernels.kept_size(self.batch, recursion)) if keeps else None
         shape = self.rows, self.shape[2]
         y, z = torch.empty(shape), torch.empty(shape) if numbers.n > 0 else None
         self.kernels.forward(
@@ -211,14 +210,14 @@ class _Call:
         self,
         numbers: _Numbers,
         tensors: Sequence[Tensor | None],
-        kept: Tensor,
+        kept: Buffer,
         dy_out: Tensor,
         dz_out: Tensor | None,
     ) -> tuple[list[Tensor | None], list[Tensor]]:
         """Gradients of ``tensors``, and of the parameters, from those of the new y and z [R, D]."""
         recursion = numbers.recursion(tensors)
         threads = native_module.threads(self.rows)
-        workspace = _buffer(self.kernels.workspace_size(self.batch, recursion, True, threads))
+        workspace = Buffer(self.kernels.workspace_size(self.batch, recursion, True, threads))
         inputs = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
         dx, dy, dz, dweight = inputs
         parameters = self.block_tensors()
@@ -271,7 +270,7 @@ class _Call:
             found += [norm1, *mixer, norm2, *both.chunk(2), down]
         return found
 
-    def _pack(self) -> Tensor:
+    def _pack(self) -> Tensor | Buffer:
         """The packed weights: kept between calls in inference, made for this one in training."""
         keeps = not (self.records or torch.is_grad_enabled() or self.net.training)
         key = prepared.key_of(self.parameters, ("native", self.dtype))
@@ -280,11 +279,12 @@ class _Call:
             return known[0]
         # Tensors made in inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
-            packed = _buffer(self.kernels.packed_size(self.records))
+            size = self.kernels.packed_size(self.records)
+            packed = torch.empty(size, dtype=torch.float32) if keeps else Buffer(size)
             tensors = self.block_tensors()
-            threads = native_module.threads(packed.numel() // self.shape[2])
+            threads = native_module.threads(size // self.shape[2])
             self.kernels.pack(_addresses(tensors), self.records, packed.data_ptr(), threads)
-        if keeps:
+        if isinstance(packed, Tensor):
             prepared.keep(self.net, key, [packed])
         return packed
 
@@ -321,21 +321,21 @@ class _Recursion(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         tensors = [_plain(tensor) for tensor in (x, y, z, weight)]
         new_y, new_z, kept = call.forward(numbers, tensors, keeps=True)
-        ctx.call, ctx.numbers = call, numbers
+        ctx.call, ctx.numbers, ctx.kept = call, numbers, kept
         # The parameters too: autograd then refuses a backward after they were changed in place.
-        ctx.save_for_backward(kept, *tensors, *parameters)
+        ctx.save_for_backward(*tensors, *parameters)
         ctx.set_materialize_grads(False)
         return new_y, new_z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_out: Tensor | None, dz_out: Tensor | None = None) -> tuple[Any, ...]:
-        kept, *tensors = ctx.saved_tensors[:5]
+        tensors = ctx.saved_tensors[:4]
         call: _Call = ctx.call
         y = tensors[1]
         dy_out = torch.zeros_like(y) if dy_out is None else _plain(dy_out)
         assert dy_out is not None
-        inputs, parameters = call.backward(ctx.numbers, tensors, kept, dy_out, _plain(dz_out))
+        inputs, parameters = call.backward(ctx.numbers, tensors, ctx.kept, dy_out, _plain(dz_out))
         wanted = ctx.needs_input_grad[2:]
         gradients = [g if needs else None for g, needs in zip((*inputs, *parameters), wanted, strict=True)]
         return None, None, *gradients
@@ -349,11 +349,7 @@ def _plain(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | 
     return rounded.to(torch.float32).resolve_neg().contiguous()
 
 
-def _buffer(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.float32)
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor | Buffer | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

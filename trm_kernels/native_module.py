@@ -41,7 +41,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None."""
-    return _load()[1]
+    # Asked first of all, and torch.compile would trace the import.
+    return "torch.compile cannot trace the kernels" if torch.compiler.is_compiling() else _load()[1]
 
 
 def module() -> ModuleType:

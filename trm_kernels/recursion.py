@@ -38,11 +38,12 @@ def latent_recursion(
 ) -> tuple[Tensor, Tensor]:
     """n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
 
-    On the ``triton`` backend, and where ``net`` is a network of this package, the recursion is one chain of
-    kernels with one autograd node; a mask then packs the valid positions, so that padding costs nothing. The
-    ``eager`` backend packs too where the lengths can be known without waiting for a device: from a mask on
-    the CPU, or a Packing with ``lengths``. Elsewhere, and under torch.compile, which would compile again for
-    other lengths, eager recursions run on the padded batch, as do those of the ``compile`` backend.
+    On the ``triton`` and ``native`` backends, and where ``net`` is a network of this package, the recursion
+    is one chain of kernels with one autograd node; a mask then packs the valid positions, so that padding
+    costs nothing. The ``eager`` backend packs too where the lengths can be known without waiting for a
+    device: from a mask on the CPU, or a Packing with ``lengths``. Elsewhere, and under torch.compile, which
+    would compile again for other lengths, eager recursions run on the padded batch, as do those of the
+    ``compile`` backend.
 
     Args:
         net: The tiny network; called as ``net(h)``, or ``net(h, mask=mask)`` where there is a mask.
@@ -56,8 +57,9 @@ def latent_recursion(
         output_norm: Applied after every call of the network (``SequenceTRM`` of anonx3247/llm-trm).
         memory: What is kept for the backward. ``"fast"``: all that it reads. ``"balanced"``: not the
             pre-activations of the MLPs, which one product a block computes again. ``"small"``: the input of
-            every network call alone, the rest of the call is run again. Other backends keep what autograd
-            keeps, but for ``"small"``, where they checkpoint every call.
+            every network call alone, the rest of the call is run again. ``native`` keeps all with
+            ``"balanced"`` too. Other backends keep what autograd keeps, but for ``"small"``, where they
+            checkpoint every call.
         precision: ``"fp8-nograd"`` runs the matrix products of recursions that record no gradient in fp8
             (e4m3, a scale for every row of the activations and of the weights): those of inference, and T - 1
             of T in training. Needs the ``triton`` backend on compute capability 9.0 or newer.

@@ -440,7 +440,7 @@ class TRMSequenceTrainer:
                 f"batch takes {batch_size}: choose a --batch-size of at most "
                 f"{len(training) // self.processes}, or make more pairs"
             )
-        # Eager recursions on the CPU run on packed rows, which make batches of any lengths free of padding.
+        # Recursions on the CPU run on packed rows, which make batches of any lengths free of padding.
         pool = {"pool": 1} if self.device.type == "cpu" else {}
         self.order = EpochOrder(training, contexts.lengths, batch_size, config.seed, **pool)
         self._bucket = graph_lengths(max(contexts.lengths)) if self.device.type == "cuda" else None
