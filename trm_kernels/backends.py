@@ -29,6 +29,10 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
+def _never_slower(net: FusedModule, x: Tensor) -> Refusal:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run a :class:`~trm_kernels.network.FusedModule`.
@@ -41,6 +45,7 @@ class Backend:
         run: Runs the network on an input and mask that it does not refuse.
         recursion: Where it can run a whole recursion at once.
         packed: Where it can leave out padding, which one of the former does by itself.
+        slower: Why the next backend would be faster for this call, or None. Only ``auto`` asks.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Backend:
     run: Callable[[FusedModule, Tensor, Tensor | None], Tensor]
     recursion: FusedRecursion | None = None
     packed: PackedRecursion | None = None
+    slower: Callable[[FusedModule, Tensor], Refusal] = _never_slower
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,12 @@ def _native_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal
     return native.refuses(net, x, mask)
 
 
+def _native_slower(net: FusedModule, x: Tensor) -> Refusal:
+    from trm_kernels import native
+
+    return native.slower(net, x)
+
+
 def _run_native(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     from trm_kernels import native
 
@@ -223,6 +235,7 @@ BACKENDS: dict[str, Backend] = {
             _native_refuses,
             _run_native,
             FusedRecursion(_native_refuses_recursion, _run_native_recursion),
+            slower=_native_slower,
         ),
     )
 }
@@ -293,7 +306,7 @@ def select(net: FusedModule, x: Tensor, mask: Tensor | None = None) -> Selection
         return Selection(name)
     passed_over: dict[str, str] = {}
     for name in AUTO_ORDER.get(x.device.type, _AUTO_ELSEWHERE):
-        reason = refusal(name, net, x, mask)
+        reason = refusal(name, net, x, mask) or BACKENDS[name].slower(net, x)
         if reason is None:
             break
         passed_over[name] = reason
