@@ -15,7 +15,8 @@ struct Ahead {
 //   Columns = false: A by rows, element (i, k) at a[i * lda + k]. Three rows share a pointer: fourteen pointers
 //     would not fit the registers, and lda, 2 lda are addressing modes.
 //   Columns = true: A by columns, element (i, k) at a[i + k * lda].
-// The loop over k stays as it is: unrolled by four, GCC 12 spills accumulators (108 against 139 GF/s, AVX-512).
+// The loop over k is not unrolled: by two or four it runs as fast (139 GF/s, GCC 12, one AVX-512 core), and a compiler
+// that spills sums then would halve that (tests/native/test_build.py looks for spills).
 //   ahead: fetched into the second-level cache meanwhile, spread over the loop: weights that come from the third level
 //     otherwise hold the tile up (104 to 114 against 136 GF/s at d 256 to 512, one core, AVX-512).
 template <int M, int V, bool Columns>

@@ -80,7 +80,7 @@ def test_fullgraph_follows_the_context_and_the_input() -> None:
     torch.testing.assert_close(whole(x), expected)
     with use_backend("eager"):
         torch.testing.assert_close(whole(x), expected)
-    with use_backend("native"), pytest.raises(Exception, match="no C\\+\\+ kernels"):
+    with use_backend("native"), pytest.raises(Exception, match="cannot trace the kernels"):
         whole(x)
     torch.testing.assert_close(whole(x), expected)
 

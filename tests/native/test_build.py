@@ -93,7 +93,7 @@ def test_instruction_sets_are_those_of_the_machine(native: ModuleType) -> None:
 
 
 def network(native: ModuleType, instruction_set: str | None = None) -> Any:
-    return native.Network(8, 2, 16, 2, True, False, False, 1e-5, instruction_set)
+    return native.Network(8, 2, 16, 2, True, False, False, 1e-5, instruction_set=instruction_set)
 
 
 def test_the_best_instruction_set_runs_unless_another_is_named(
@@ -190,3 +190,34 @@ def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
     assert [name for kind, name in symbols if kind in "TW" and "trm::avx512::" not in name] == []
     # Nor may it run when the module loads.
     assert [name for _, name in symbols if "GLOBAL__sub_I" in name] == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+@pytest.mark.parametrize(("name", "rows"), [("avx512", 14), ("avx2", 6), ("portable", 6)])
+def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, rows: int, tmp_path: Path) -> None:
+    """A sum that spills to the stack costs a fifth of the speed, which no test of results would show."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    lines = (ROOT / "CMakeLists.txt").read_text()
+    found = re.search(rf"add_kernels\(\s*{name} (\d+) (\d+)([^)]*)\)", lines)
+    assert found is not None and int(found[2]) == rows
+    source = tmp_path / "tile.cpp"
+    source.write_text(
+        f'#include "{ROOT}/csrc/micro_kernel.h"\n'
+        + "".join(
+            f"template void trm::{name}::tile<{rows}, 2, {columns}>(int64_t, const float*, ptrdiff_t, "
+            "const float*, ptrdiff_t, float*, ptrdiff_t, bool, trm::%s::Ahead);\n" % name
+            for columns in ("false", "true")
+        )
+    )
+    flags = ["-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", *found[3].split()]
+    flags += [f"-DTRM_ISA={name}", f"-DTRM_WIDTH={found[1]}", f"-DTRM_TILE_ROWS={rows}"]
+    assembly = subprocess.run(
+        [compiler, *flags, "-S", source, "-o", "-"], check=True, capture_output=True, text=True
+    ).stdout
+    assert len(re.findall("^_ZN3trm.*tile.*:$", assembly, re.MULTILINE)) == 2
+    # Below the stack or frame pointer; rbp may also hold any other address.
+    stack = r"\(%rsp\)|-\d+\(%rbp\)"
+    spills = [line for line in assembly.splitlines() if re.search("[xyz]mm", line) and re.search(stack, line)]
+    assert spills == []
