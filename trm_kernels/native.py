@@ -86,9 +86,9 @@ def slower(net: FusedModule, x: Tensor) -> str | None:
     return None
 
 
-#: Rows times width from which PyTorch's bfloat16 is faster than our float32 where the processor has AMX: eager
-#: takes 0.6 times as long in inference at 2,048 rows of width 256, as long at 97 of 512, and in training as long
-#: at 2,048 of 256 (two cores of a Sapphire Rapids).
+#: Rows times width from which PyTorch's bfloat16 is faster than our float32 where the processor has AMX. In
+#: inference eager takes 0.6 times as long at 2,048 rows of width 256, and as long at 97 of 512; in training as
+#: long at 2,048 of 256 (two cores of a Sapphire Rapids).
 _AMX_INFERS, _AMX_TRAINS = 3 << 14, 1 << 19
 
 
