@@ -36,22 +36,22 @@ TRM_INLINE void for_stretches(const Samples& samples, int64_t first, int64_t las
     }
 }
 
-// Scores [length] to weights e^(scale (score - max)), zeros up to a whole vector; returns scale * max, and the sum
-// of the weights in `total`.
-TRM_INLINE float soften(float* scores, int64_t length, float scale, float& total) {
+// Scores [length] to weights e^(scale (score - top)), the rest of the last vector to next to nothing; returns the sum
+// of the weights. `top` is the largest score: taken off before `scale` is applied, which leaves no rounding error to
+// grow with the scores.
+TRM_INLINE float soften(float* scores, int64_t length, float scale, float& top) {
     const int64_t padded = round_up(length, W);
     for (int64_t j = length; j < padded; ++j) scores[j] = -__builtin_inff();
-    Vec top = load(scores);
-    for (int64_t j = W; j < padded; j += W) top = max(top, load(scores + j));
-    const float best = largest(top) * scale;
+    Vec tops = load(scores);
+    for (int64_t j = W; j < padded; j += W) tops = max(tops, load(scores + j));
+    top = largest(tops);
     Vec sums = {};
     for (int64_t j = 0; j < padded; j += W) {
-        const Vec weight = exp(load(scores + j) * scale - best);
+        const Vec weight = exp((load(scores + j) - top) * scale);
         store(scores + j, weight);
         sums += weight;
     }
-    total = sum(sums);
-    return best;
+    return sum(sums);
 }
 
 struct AttentionInput {
@@ -65,9 +65,10 @@ struct AttentionInput {
     int64_t call;
 };
 
-// Attended values of rows [first, last) to `to` [last - first, width]; log-sum-exp to lse [H, R] unless null.
+// Attended values of rows [first, last) to `to` [last - first, width]; unless null, largest scores and inverse sums of
+// weights to tops and inverses [H, R].
 inline void attend(const Sizes& s, const Samples& samples, const AttentionInput& in, int64_t first, int64_t last,
-                   Scratch& scratch, float* to, ptrdiff_t ldto, float* lse) {
+                   Scratch& scratch, float* to, ptrdiff_t ldto, float* tops, float* inverses) {
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(s.head));
     const ptrdiff_t ldqkv = row_stride(3 * s.width);
     for_stretches(samples, first, last, [&](Stretch part) {
@@ -93,10 +94,12 @@ inline void attend(const Sizes& s, const Samples& samples, const AttentionInput&
                 float inverse[kTileRows];
                 for (int i = 0; i < height; ++i) {
                     float* weights = scratch.scores + i * ldscores;
-                    float total;
-                    const float top = soften(weights, length, scale, total);
-                    inverse[i] = 1.0f / total;
-                    if (lse) lse[head * in.rows + row + i] = top + __builtin_logf(total);
+                    float top;
+                    inverse[i] = 1.0f / soften(weights, length, scale, top);
+                    if (tops) {
+                        tops[head * in.rows + row + i] = top;
+                        inverses[head * in.rows + row + i] = inverse[i];
+                    }
                     if (in.dropout > 0.0f) {
                         const Dropout dropout(in.dropout, in.seed, in.call, head, row + i);
                         for (int64_t j = 0; j < length; j += W)
@@ -161,7 +164,7 @@ inline AttentionScratch lay_attention_scratch(Arena& arena, const Sizes& s, int6
 
 struct AttentionGradient {
     const float* qkv;    // as kept, by rows
-    const float* lse;    // [H, R]
+    const float *tops, *inverses;  // as kept [H, R]
     const float* grad;   // of the attended values, by rows of row_stride(width)
     const float* delta;  // sums of gradient * attended value [H, R]
     float* qkv_grad;     // by rows as qkv
@@ -206,12 +209,13 @@ inline void attend_backward(const Sizes& s, int64_t start, int64_t length, int64
             }
             for (int i = 0; i < height; ++i) {
                 const int64_t row = start + first + offset + i;
-                const float lse = in.lse[head * in.rows + row], delta = in.delta[head * in.rows + row];
+                const int64_t at = head * in.rows + row;
+                const float top = in.tops[at], inverse = in.inverses[at], delta = in.delta[at];
                 float *w = weights + i * ldscores, *g = scores + i * ldscores;
                 for (int64_t j = length; j < keys; ++j) w[j] = -__builtin_inff(), g[j] = 0.0f;
                 const Dropout dropout(in.dropout, in.seed, in.call, head, row);
                 for (int64_t j = 0; j < keys; j += W) {
-                    const Vec weight = exp(load(w + j) * scale - lse);
+                    const Vec weight = exp((load(w + j) - top) * scale) * inverse;
                     if (in.dropout > 0.0f) {
                         const Vec factor = dropout.factor(j);
                         store(w + j, weight * factor);

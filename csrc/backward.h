@@ -125,16 +125,16 @@ private:
                 store(to + pair * kPanel, v[j] * value * (s + silu * (1.0f - s)));
                 store(to + pair * kPanel + W, v[j] * silu);
             } else {
-                const Vec u = load(m.kept.at(row, panel * kPanel) + j * W), cdf = normal_cdf(u);
-                const Vec density = 0.39894228f * exp(u * u * -0.5f);
-                store(activated + j * W, u * cdf);
-                store(to + panel * kPanel + j * W, v[j] * (cdf + u * density));
+                const Vec u = load(m.kept.at(row, panel * kPanel) + j * W);
+                const Normal n = normal(u);
+                store(activated + j * W, u * n.cdf);
+                store(to + panel * kPanel + j * W, v[j] * (n.cdf + u * n.density));
             }
         }
     }
 
     void attention_and_weights(int64_t b, const KeptBlock& kept, int64_t call, bool add, int64_t* counter) {
-        const AttentionGradient input{kept.qkv, kept.lse, g_.attended, g_.delta, g_.qkv, p_.batch.rows,
+        const AttentionGradient input{kept.qkv, kept.top, kept.inverse, g_.attended, g_.delta, g_.qkv, p_.batch.rows,
                                       p_.recursion.dropout, p_.recursion.seed, call};
         const int64_t rows = p_.batch.rows, heads = p_.samples.count * s_.heads;
         int64_t item = take_item(counter);

@@ -104,7 +104,7 @@ private:
         const ptrdiff_t ld = row_stride(s_.width);
         const float* qkv = kept ? kept[block].qkv : shared_.qkv;
         attend(s_, p_.samples, attention_input(qkv, turn, call), first, last, t_, t_.rows, ld,
-               kept ? kept[block].lse : nullptr);
+               kept ? kept[block].top : nullptr, kept ? kept[block].inverse : nullptr);
         for (int64_t r = first; r < last; ++r) {
             float* row = t_.rows + (r - first) * ld;
             for (int64_t c = s_.width; c < s_.padded; ++c) row[c] = 0.0f;
@@ -287,6 +287,8 @@ private:
     Scratch t_;
     Team team_;
     Shares shares_, channels_;
+    // Which of the two buffers of keys and values is written next. Two suffice: whoever writes one has passed the
+    // barrier that all its readers reached after they had read it.
     int64_t turn_ = 0;
 };
 

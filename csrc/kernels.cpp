@@ -22,7 +22,7 @@ Private lay_private(Arena& arena, const Problem& p, bool backward) {
     Private t{};
     t.forward = lay_scratch(arena, p.sizes, p.samples);
     if (backward) {
-        t.attention = lay_attention_scratch(arena, p.sizes, p.samples.longest);
+        if (!p.sizes.tokens()) t.attention = lay_attention_scratch(arena, p.sizes, p.samples.longest);
         t.gradient = arena.take(kGradientScratch);
     }
     return t;
@@ -262,8 +262,9 @@ void dropout_mask(const Recursion& recursion, int64_t call_block, int64_t head, 
 }
 
 double fma_peak(double seconds, int threads) {
-    double rates[1024] = {};
-    on_threads(threads, [&](Team team) {
+    constexpr int kMostThreads = 1024;
+    double rates[kMostThreads] = {};
+    on_threads(static_cast<int>(lesser(threads, kMostThreads)), [&](Team team) {
         constexpr int kChains = 12, kRounds = 2048;
         Vec sums[kChains];
         TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = splat(static_cast<float>(i));
@@ -290,7 +291,7 @@ double fma_peak(double seconds, int threads) {
         rates[team.thread] = 2.0 * W * kChains * static_cast<double>(rounds) / (now - start) * 1e-9;
     });
     double total = 0.0;
-    for (int t = 0; t < threads && t < 1024; ++t) total += rates[t];
+    for (const double rate : rates) total += rate;
     return total;
 }
 

@@ -102,7 +102,8 @@ struct KeptBlock {
     float* scale1;  // of the first norm [R]
     float* qkv;     // queries, keys (both rotated) and values, by rows
     Panels mixed;   // attention's output
-    float* lse;     // log of the sum of the exponentials [H, R]
+    float* top;     // largest scores [H, R]
+    float* inverse; // of the sums of weights [H, R]
     Panels second;  // input of the MLP
     float* scale2;
     Panels up;      // what the activation reads
@@ -138,7 +139,8 @@ inline KeptBlock lay_kept_block(Arena& arena, const Network& net, const Sizes& s
     } else {
         k.qkv = arena.take(rows * row_stride(3 * s.width));
         k.mixed = lay_panels(arena, rows, s.width);
-        k.lse = arena.take(rows * s.heads);
+        k.top = arena.take(rows * s.heads);
+        k.inverse = arena.take(rows * s.heads);
     }
     if (net.pre_norm || !s.tokens()) k.first = lay_panels(arena, rows, s.width);
     k.scale1 = arena.take(rows);

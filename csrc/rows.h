@@ -76,8 +76,7 @@ TRM_INLINE void norm_backward(const float* d, Panels t, int64_t row, float scale
     }
 }
 
-TRM_INLINE Vec normal_cdf(Vec u) { return 0.5f + 0.5f * erf(u * 0.70710678f); }
-TRM_INLINE Vec gelu(Vec u) { return u * normal_cdf(u); }
+TRM_INLINE Vec gelu(Vec u) { return u * normal(u).cdf; }
 TRM_INLINE Vec sigmoid(Vec u) { return reciprocal(1.0f + exp(-u)); }
 
 // Rotates the heads of a row of queries or keys by its position; `sign` -1 rotates back.

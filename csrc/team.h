@@ -40,32 +40,26 @@ TRM_INLINE int64_t take_item(int64_t* counter) { return __atomic_fetch_add(count
 //
 // Where there are many rows, a fifth of them goes in small chunks to whoever is done with its own: the cores of
 // virtual machines and of hybrid CPUs differ in speed, by 20 to 30% from second to second where this was written.
-class Shares {
-public:
-    Shares(Team team, int64_t rows, int64_t most)
-        : rows_(rows), most_(most), varies(team.count > 1 && rows >= 2 * most * team.count),
-          fixed_(varies ? rows * 4 / 5 : rows), first_(team.first(fixed_)), last_(team.last(fixed_)) {}
+struct Shares {
+    Shares(Team team, int64_t all, int64_t most)
+        : rows(all), chunk(most), varies(team.count > 1 && all >= 2 * most * team.count),
+          fixed(varies ? all * 4 / 5 : all), first(team.first(fixed)), last(team.last(fixed)) {}
 
     // Calls f(first, last) for chunks that together, over all threads, are all rows. `counter` is 0 at the start.
     template <class F>
     TRM_INLINE void chunks(int64_t* counter, F&& f) const {
-        const int64_t own = last_ - first_, count = (own + most_ - 1) / most_;
-        for (int64_t c = 0; c < count; ++c) f(first_ + own * c / count, first_ + own * (c + 1) / count);
+        const int64_t own = last - first, count = (own + chunk - 1) / chunk;
+        for (int64_t c = 0; c < count; ++c) f(first + own * c / count, first + own * (c + 1) / count);
         if (!varies) return;
-        const int64_t small = most_ / 4;
-        for (int64_t at = fixed_ + small * take_item(counter); at < rows_; at = fixed_ + small * take_item(counter))
-            f(at, lesser(rows_, at + small));
+        const int64_t small = chunk / 4;
+        for (int64_t at = fixed + small * take_item(counter); at < rows; at = fixed + small * take_item(counter))
+            f(at, lesser(rows, at + small));
     }
 
-private:
-    int64_t rows_, most_;
-
-public:
-    // Whether it takes a barrier to know that a row is done: otherwise the same thread always has it.
-    const bool varies;
-
-private:
-    int64_t fixed_, first_, last_;
+    const int64_t rows, chunk;
+    const bool varies;          // whether it takes a barrier to know that a row is done: else one thread always has it
+    const int64_t fixed;        // rows that are shared out evenly,
+    const int64_t first, last;  // and this thread's part of them
 };
 
 }  // namespace trm::TRM_ISA

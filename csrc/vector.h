@@ -71,7 +71,11 @@ TRM_INLINE float largest(Vec v) {
 // Of blocks of S lanes, a's even ones and b's even ones in between; or the odd ones.
 template <int S, bool Odd, int... I>
 TRM_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
     return __builtin_shufflevector(a, b, ((I & S ? W + I - S : I) + (Odd ? S : 0))...);
+#else  // GCC before 12
+    return __builtin_shuffle(a, b, Bits{((I & S ? W + I - S : I) + (Odd ? S : 0))...});
+#endif
 }
 
 // Transposes a square of W rows.
@@ -86,7 +90,7 @@ TRM_INLINE void transpose(Vec (&rows)[W]) {
     if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
-// 1 / x to 1 ulp, for x and 1 / x in the normal range. AVX-512 divides 16 floats in 16 cycles; an approximation and a
+// 1 / x to 1 ulp, or 0 where it would be subnormal. AVX-512 divides 16 floats in 16 cycles; an approximation and a
 // Newton step take 4.
 TRM_INLINE Vec reciprocal(Vec x) {
 #ifdef __AVX512F__
@@ -125,24 +129,28 @@ TRM_INLINE Vec exp(Vec x) {
 #endif
 }
 
-// erf(x) = x P(x^2) / Q(x^2) for |x| < 4 (fitted for least relative error, 2.5e-8 before rounding), else +-1: GELU of
-// a large negative number is then 0.
-TRM_INLINE Vec erf(Vec x) {
-    const Vec t = x * x;
-    Vec p = splat(1.9866286e-6f);
-    p = p * t + 2.8455606e-4f;
-    p = p * t + 3.8833972e-3f;
-    p = p * t + 5.3101931e-2f;
-    p = p * t + 0.19354788f;
-    p = p * t + 1.1283791f;
-    Vec q = splat(3.7418037e-5f);
-    q = q * t + 1.1855621e-3f;
-    q = q * t + 1.5207388e-2f;
-    q = q * t + 0.11535099f;
-    q = q * t + 0.5048599f;
-    q = q * t + 1.0f;
-    const Vec end = Vec((Bits(x) & 0x80000000u) | Bits(splat(1.0f)));
-    return t >= 16.0f ? end : x * p * reciprocal(q);
+// The normal distribution's cumulative function and density. The tail below 0 is half of erfcx(|u| / sqrt 2) times
+// e^(-u^2 / 2), erfcx a polynomial in w = 1 - t, times t = 1 / (1 + x / 2.5) (fitted for least relative error, 4e-7, and
+// a fifth of that for x < 1): from erf, the tail would err by more than eager's.
+struct Normal {
+    Vec cdf, density;
+};
+TRM_INLINE Normal normal(Vec u) {
+    const Vec size = Vec(Bits(u) & 0x7fffffffu);
+    const Vec t = reciprocal(1.0f + size * 0.28284271f);
+    const Vec w = 1.0f - t;
+    Vec p = splat(0.047294277f);
+    p = p * w - 0.20754797f;
+    p = p * w + 0.27760982f;
+    p = p * w + 0.032592713f;
+    p = p * w - 0.24045995f;
+    p = p * w - 0.47131646f;
+    p = p * w + 1.6084610f;
+    p = p * w - 1.8209577f;
+    p = p * w + 1.0f;
+    const Vec e = exp(u * -0.5f * u);
+    const Vec tail = 0.5f * t * p * e;
+    return {u < 0.0f ? tail : 1.0f - tail, 0.39894228f * e};
 }
 
 // Multiples of `of` that hold `n`.
@@ -151,10 +159,10 @@ constexpr int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Floats from one row of an activation to the next: whole panels, and no multiple of a KiB, so that the rows of a
-// tile lie in different sets of the cache.
+// tile lie in different sets of the cache. Never less for more columns: buffers are laid for the most.
 constexpr int64_t row_stride(int64_t columns) {
     const int64_t whole = round_up(columns, kPanel);
-    return whole % 256 == 0 ? whole + 16 : whole;
+    return whole < 256 ? whole : greater(whole, whole / 256 * 256 + 16);
 }
 
 }  // namespace trm::TRM_ISA

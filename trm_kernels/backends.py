@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trm_kernels import native_module
+
 if TYPE_CHECKING:
     from trm_kernels.network import FusedModule
     from trm_kernels.packing import Packing
@@ -170,12 +172,6 @@ def _run_triton_recursion(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return fused.run_recursion(*args, **options)
 
 
-def _native_unavailable() -> Refusal:
-    from trm_kernels import native_module
-
-    return native_module.unavailable()
-
-
 def _native_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
     from trm_kernels import native
 
@@ -231,7 +227,7 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "native",
             "C++ kernels for CPUs",
-            _native_unavailable,
+            native_module.unavailable,
             _native_refuses,
             _run_native,
             FusedRecursion(_native_refuses_recursion, _run_native_recursion),

@@ -156,7 +156,7 @@ def refuses(module: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
             return "the input was made in inference mode, and cannot be saved for a backward"
     if mask is not None and mask.device != x.device:
         return f"the mask is on {mask.device}, the input on {x.device}"
-    return refuses_modules(module, x)
+    return refuses_modes(module) or refuses_modules(module, x)
 
 
 def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
@@ -190,6 +190,17 @@ def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
                 return (
                     f"a parameter of {path} is {parameter.dtype}, the input {x.dtype}: use one, or autocast"
                 )
+    return None
+
+
+def refuses_modes(module: FusedModule) -> str | None:
+    """Why attention of the blocks is called one by one for its dropout, or None."""
+    if module.config.dropout > 0.0:
+        name = "mixer" if module.config.family == "scratch" else "self_attn"
+        for block in module.blocks:
+            attention = block._modules.get(name)
+            if attention is not None and attention.training != module.training:
+                return "an attention layer is in another mode (train or eval) than the network"
     return None
 
 

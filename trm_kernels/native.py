@@ -5,6 +5,7 @@ Shapes: B batch, L sequence, D width, R rows (the valid positions of all samples
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from trm_kernels import native_module, prepared, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
-from trm_kernels.fused_checks import block_parameters, is_hooked, layout_name, refuses_modules, refuses_norm
-from trm_kernels.native_buffers import Buffer
+from trm_kernels.first_order import first_order
+from trm_kernels.fused_checks import (
+    block_parameters,
+    is_hooked,
+    layout_name,
+    refuses_modes,
+    refuses_modules,
+    refuses_norm,
+)
+from trm_kernels.native_buffers import take
 from trm_kernels.network import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
@@ -36,13 +44,15 @@ def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
         return "the kernels compute in float32, autocast asks for less"
     if x.numel() == 0:
         return "the batch is empty"
+    if x.shape[0] * x.shape[1] >= 2**31:
+        return "the kernels count rows in 32 bits"
     if net.config.n_layers > native_module.MOST_BLOCKS:
         return f"{net.config.n_layers} blocks are over {native_module.MOST_BLOCKS}"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "the tensors under a dispatch mode may hold no data"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "the kernels have no rules for torch.func transforms or forward-mode differentiation"
-    return _refuses_input(x) or refuses_modules(net, x)
+    return _refuses_input(x) or refuses_modes(net) or refuses_modules(net, x)
 
 
 def _refuses_input(x: Tensor) -> str | None:
@@ -87,8 +97,8 @@ def slower(net: FusedModule, x: Tensor) -> str | None:
 
 
 #: Rows times width from which PyTorch's bfloat16 is faster than our float32 where the processor has AMX. In
-#: inference eager takes 0.6 times as long at 2,048 rows of width 256, and as long at 97 of 512; in training as
-#: long at 2,048 of 256 (two cores of a Sapphire Rapids).
+#: inference eager takes 0.6 times as long at 2,048 rows of width 256, and as long at 97 of 512; in training
+#: as long at 2,048 of 256 (two cores of a Sapphire Rapids).
 _AMX_INFERS, _AMX_TRAINS = 3 << 14, 1 << 19
 
 
@@ -213,62 +223,80 @@ class _Call:
     ) -> tuple[Tensor, Tensor | None]:
         """One latent recursion on rows [R, D]; with n = 0, and z or not, one call of the network."""
         numbers = _Numbers(n, self.output_eps, self.dropout, _seed() if self.dropout > 0.0 else 0, recompute)
+        states = x, y, z
         if self.records and torch.is_grad_enabled():
-            return _Recursion.apply(self, numbers, x, y, z, self.weight, *self.parameters)
-        tensors = [_plain(tensor) for tensor in (x, y, z, self.weight)]
-        new_y, new_z, _ = self.forward(numbers, tensors, keeps=False)
+            # What the graph refers to must not hold the packed weights, which a backward sets free.
+            call = copy.copy(self)
+            del call.packed
+            return _Recursion.apply(call, numbers, self.packed, self.weight, *states, *self.parameters)
+        new_y, new_z, _ = self.forward(numbers, self.packed, self.weight, states, keeps=False)
         return new_y, new_z
 
     def forward(
-        self, numbers: _Numbers, tensors: Sequence[Tensor | None], *, keeps: bool
-    ) -> tuple[Tensor, Tensor | None, Buffer | None]:
-        """New y and z [R, D], and what the backward reads; tensors: x, y, z and the output norm's weight."""
+        self,
+        numbers: _Numbers,
+        packed: Tensor,
+        weight: Tensor | None,
+        states: Sequence[Tensor | None],
+        *,
+        keeps: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """New y and z [R, D] from x, y and z, and what the backward reads; ``weight``: the output norm's."""
+        tensors = [_plain(tensor) for tensor in (*states, weight)]
         recursion = numbers.recursion(tensors)
         threads = native_module.threads(self.rows)
-        workspace = Buffer(self.kernels.workspace_size(self.batch, recursion, False, threads))
-        kept = Buffer(self.kernels.kept_size(self.batch, recursion)) if keeps else None
+        workspace = take(self.kernels.workspace_size(self.batch, recursion, False, threads))
+        kept = take(self.kernels.kept_size(self.batch, recursion)) if keeps else None
         shape = self.rows, self.shape[2]
         y, z = torch.empty(shape), torch.empty(shape) if numbers.n > 0 else None
-        self.kernels.forward(
-            self.batch, recursion, *_addresses((self.packed, kept, workspace, y, z)), threads
-        )
+        self.kernels.forward(self.batch, recursion, *_addresses((packed, kept, workspace, y, z)), threads)
         return y, z, kept
 
     def backward(
         self,
         numbers: _Numbers,
-        tensors: Sequence[Tensor | None],
-        kept: Buffer,
-        dy_out: Tensor,
-        dz_out: Tensor | None,
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
-        """Gradients of ``tensors``, and of the parameters, from those of the new y and z [R, D]."""
-        recursion = numbers.recursion(tensors)
+        saved: Sequence[Tensor | None],
+        gradients_out: tuple[Tensor | None, Tensor | None],
+    ) -> list[Tensor | None]:
+        """Gradients of the output norm's weight, of x, y and z, and of the parameters.
+
+        Args:
+            saved: What the forward kept, the packed weights, the output norm's weight, the parameters.
+            gradients_out: Those of the new y and z [R, D].
+        """
+        kept, packed, weight, *given = saved
+        weight = _plain(weight)
+        recursion = numbers.recursion((None, None, None, weight))
         threads = native_module.threads(self.rows)
-        workspace = Buffer(self.kernels.workspace_size(self.batch, recursion, True, threads))
-        inputs = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
-        dx, dy, dz, dweight = inputs
-        parameters = self.block_tensors()
+        workspace = take(self.kernels.workspace_size(self.batch, recursion, True, threads))
+        shape = self.rows, self.shape[2]
+        dy_out, dz_out = (_plain(gradient) for gradient in gradients_out)
+        if dy_out is None:
+            dy_out = torch.zeros(shape)
+        dx = torch.empty(shape) if numbers.n > 0 else None
+        dy, dz = torch.empty(shape), torch.empty(shape)
+        dweight = None if weight is None else torch.empty_like(weight)
+        parameters = self.block_tensors([tensor for tensor in given if tensor is not None])
         gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in parameters]
         self.kernels.backward(
             self.batch,
             recursion,
             _addresses(parameters),
-            *_addresses((self.packed, kept, workspace, dy_out, dz_out, dx, dy, dz)),
+            *_addresses((packed, kept, workspace, dy_out, dz_out, dx, dy, dz)),
             _addresses(gradients),
             0 if dweight is None else dweight.data_ptr(),
             threads,
         )
-        return inputs, self._parameter_gradients(gradients)
+        return [dweight, dx, dy, dz, *self._parameter_gradients(gradients)]
 
-    def block_tensors(self) -> list[Tensor | None]:
+    def block_tensors(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Parameters as the kernels take them: ten a block (``struct Block`` of csrc/kernels.h)."""
-        size = len(self.parameters) // self.net.config.n_layers
+        size = len(parameters) // self.net.config.n_layers
         found: list[Tensor | None] = []
-        for i in range(0, len(self.parameters), size):
+        for i in range(0, len(parameters), size):
             # The paper's layers round their weights to the input's dtype.
             dtype = self.dtype if self.net.config.family == "paper" else None
-            p: list[Any] = [_plain(parameter, dtype) for parameter in self.parameters[i : i + size]]
+            p: list[Any] = [_plain(parameter, dtype) for parameter in parameters[i : i + size]]
             if self.layout == "scratch":
                 norm1, q, k, v, out, norm2, gate, up, down = p
                 qkv, both = torch.cat((q, k, v)), torch.cat((gate, up))
@@ -298,7 +326,7 @@ class _Call:
             found += [norm1, *mixer, norm2, *both.chunk(2), down]
         return found
 
-    def _pack(self) -> Tensor | Buffer:
+    def _pack(self) -> Tensor:
         """The packed weights: kept between calls in inference, made for this one in training."""
         keeps = not (self.records or torch.is_grad_enabled() or self.net.training)
         key = prepared.key_of(self.parameters, ("native", self.dtype))
@@ -308,11 +336,11 @@ class _Call:
         # Tensors made in inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             size = self.kernels.packed_size(self.records)
-            packed = torch.empty(size, dtype=torch.float32) if keeps else Buffer(size)
-            tensors = self.block_tensors()
+            packed = torch.empty(size, dtype=torch.float32) if keeps else take(size)
+            tensors = self.block_tensors(self.parameters)
             threads = native_module.threads(size // self.shape[2])
             self.kernels.pack(_addresses(tensors), self.records, packed.data_ptr(), threads)
-        if isinstance(packed, Tensor):
+        if keeps:
             prepared.keep(self.net, key, [packed])
         return packed
 
@@ -341,32 +369,28 @@ class _Recursion(torch.autograd.Function):
         ctx: Any,
         call: _Call,
         numbers: _Numbers,
+        packed: Tensor,
+        weight: Tensor | None,
         x: Tensor | None,
         y: Tensor,
         z: Tensor | None,
-        weight: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        tensors = [_plain(tensor) for tensor in (x, y, z, weight)]
-        new_y, new_z, kept = call.forward(numbers, tensors, keeps=True)
-        ctx.call, ctx.numbers, ctx.kept = call, numbers, kept
-        # The parameters too: autograd then refuses a backward after they were changed in place.
-        ctx.save_for_backward(*tensors, *parameters)
+        new_y, new_z, kept = call.forward(numbers, packed, weight, (x, y, z), keeps=True)
+        ctx.call, ctx.numbers = call, numbers
+        # All tensors here: a backward, hooks and checkpoints then free them, and autograd refuses a backward
+        # after a parameter was changed in place. The states are not read again.
+        ctx.save_for_backward(kept, packed, weight, *parameters)
         ctx.set_materialize_grads(False)
         return new_y, new_z
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_out: Tensor | None, dz_out: Tensor | None = None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors[:4]
-        call: _Call = ctx.call
-        y = tensors[1]
-        dy_out = torch.zeros_like(y) if dy_out is None else _plain(dy_out)
-        assert dy_out is not None
-        inputs, parameters = call.backward(ctx.numbers, tensors, ctx.kept, dy_out, _plain(dz_out))
-        wanted = ctx.needs_input_grad[2:]
-        gradients = [g if needs else None for g, needs in zip((*inputs, *parameters), wanted, strict=True)]
-        return None, None, *gradients
+        found = ctx.call.backward(ctx.numbers, ctx.saved_tensors, (dy_out, dz_out))
+        wanted = ctx.needs_input_grad[3:]
+        gradients = (g if needs else None for g, needs in zip(found, wanted, strict=True))
+        return None, None, None, *gradients
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -377,7 +401,7 @@ def _plain(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | 
     return rounded.to(torch.float32).resolve_neg().contiguous()
 
 
-def _addresses(tensors: Sequence[Tensor | Buffer | None]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

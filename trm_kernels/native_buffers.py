@@ -20,16 +20,12 @@ MOST_BYTES = 1 << 30
 _free: OrderedDict[int, Tensor] = OrderedDict()
 
 
-class Buffer:
-    """At least ``size`` float32 numbers of any value; others may have them once nothing refers to this."""
-
-    def __init__(self, size: int) -> None:
-        self._tensor = _take(size)
-        finalize(self, _give, self._tensor).atexit = False
-
-    def data_ptr(self) -> int:
-        """Address of the first number."""
-        return self._tensor.data_ptr()
+def take(size: int) -> Tensor:
+    """At least ``size`` float32 numbers of any value, for others once nothing refers to them."""
+    whole = _find(size)
+    handed_out = whole.detach()
+    finalize(handed_out, _give, whole).atexit = False
+    return handed_out
 
 
 def release() -> None:
@@ -37,7 +33,7 @@ def release() -> None:
     _free.clear()
 
 
-def _take(size: int) -> Tensor:
+def _find(size: int) -> Tensor:
     """At least ``size`` numbers, in at most twice the room."""
     fitting = [tensor for tensor in list(_free.values()) if size <= tensor.numel() <= 2 * size]
     for tensor in sorted(fitting, key=Tensor.numel):
@@ -49,9 +45,12 @@ def _take(size: int) -> Tensor:
 
 
 def _give(tensor: Tensor) -> None:
-    if tensor.numel() == 0:
+    if not 0 < tensor.nbytes <= MOST_BYTES:
         return
     _free[tensor.data_ptr()] = tensor
     held = sum(tensor.nbytes for tensor in list(_free.values()))
-    while held > MOST_BYTES and _free:
-        held -= _free.popitem(last=False)[1].nbytes
+    for address, oldest in list(_free.items()):
+        if held <= MOST_BYTES:
+            return
+        _free.pop(address, None)
+        held -= oldest.nbytes

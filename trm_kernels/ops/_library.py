@@ -6,7 +6,6 @@ costs a third of ``custom_op`` + ``register_autograd`` a call (measured, torch 2
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,26 +27,6 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 def wants_gradient(*arguments: Any) -> bool:
     """Whether a call with these arguments records a gradient."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments))
-
-
-def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """Decorate the backward of an ``autograd.Function`` that cannot be differentiated again.
-
-    ``once_differentiable`` raises only where an incoming gradient itself requires one: ``out.sum()`` sends a
-    constant, and a gradient penalty on it would vanish in silence.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *gradients: Tensor) -> Any:
-        with torch.no_grad():
-            found = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():  # enabled here means create_graph=True
-            return found
-        message = b"the fused kernels have no second derivative: use the eager backend for create_graph=True"
-        raise_later: Callable[..., Any] = torch._C._functions.DelayedError(message, len(found))
-        return raise_later(*(None if g is None else g.detach().requires_grad_() for g in found))
-
-    return wrapped
 
 
 def define(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_kernels.ops._library import define, first_order
+from trm_kernels.first_order import first_order
+from trm_kernels.ops._library import define
 from trm_kernels.ops.attention import attention_forward
 from trm_kernels.ops.attention_backward import attention_backward
 from trm_kernels.ops.attention_common import Dropout, Heads, Samples, mask_ends

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_kernels.ops._library import define, first_order
+from trm_kernels.first_order import first_order
+from trm_kernels.ops._library import define
 from trm_kernels.ops.attention_common import Samples
 from trm_kernels.ops.chain import enter
 from trm_kernels.ops.layouts import LAYOUTS, Block, Sublayer, unpack_sublayer, with_matrices

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trm_kernels.first_order import first_order
 from trm_kernels.ops._launch import Target, accumulator, cdiv, launch, power_of_two, target_of
-from trm_kernels.ops._library import define, first_order
+from trm_kernels.ops._library import define
 
 #: Columns that share one partial sum of squares; every GEMM tile is a multiple of it wide.
 SUMSQ_COLUMNS = tl.constexpr(32)

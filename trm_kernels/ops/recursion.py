@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trm_kernels.ops._library import define, first_order
+from trm_kernels.first_order import first_order
+from trm_kernels.ops._library import define
 from trm_kernels.ops.attention_common import Samples, mask_ends
 from trm_kernels.ops.chain import Memory, Saved, recursion_forward, saved_spec
 from trm_kernels.ops.chain_backward import recursion_backward

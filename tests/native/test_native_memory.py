@@ -1,0 +1,118 @@
+"""What a recursion's graph holds, and the buffers that lie ready."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.native.common import (
+    INSTRUCTION_SETS,
+    eager_of,
+    hold_to_the_rule,
+    instruction_set,
+    lengths_mask,
+    network,
+    states,
+)
+from trm_kernels import latent_recursion, native_buffers
+
+
+@pytest.fixture(autouse=True)
+def _no_buffers() -> None:
+    native_buffers.release()
+
+
+def ready() -> int:
+    return len(native_buffers._free)
+
+
+def test_a_backward_gives_its_buffers_back_while_the_loss_is_held() -> None:
+    net = network()
+    loss = latent_recursion(net, *states(2, 5), 2)[0].sum()
+    before = ready()
+    loss.backward(retain_graph=True)
+    assert ready() == before + 1  # the backward's own workspace
+    loss.backward()
+    assert ready() == before + 3  # and what was kept, and the packed weights
+    del loss
+    assert ready() == before + 3
+
+
+def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
+    out = latent_recursion(network(), *states(2, 5), 2)
+    before = ready()
+    del out
+    assert ready() == before + 2
+
+
+def test_a_checkpointed_recursion_keeps_nothing() -> None:
+    net = network()
+    x, y, z = states(2, 5)
+    y.requires_grad_()
+    out = checkpoint(lambda y: latent_recursion(net, x, y, z, 2)[0], y, use_reentrant=False)
+    # Workspace, what was kept and the packed weights: nothing waits for the backward.
+    assert ready() == 3
+    (gradient,) = torch.autograd.grad(out.sum(), y)
+    (expected,) = torch.autograd.grad(latent_recursion(net, x, y, z, 2)[0].sum(), y)
+    assert torch.equal(gradient, expected)
+
+
+def test_two_recursions_at_once_share_no_buffer() -> None:
+    net, given = network(), states(2, 5)
+    first = latent_recursion(net, *given, 2)[0].sum()
+    second = latent_recursion(net, *(state + 1.0 for state in given), 2)[0].sum()
+    parameter = net.layers[0].self_attn.in_proj_weight
+    (alone,) = torch.autograd.grad(first, parameter)
+    torch.autograd.grad(second, parameter)
+    (again,) = torch.autograd.grad(latent_recursion(net, *given, 2)[0].sum(), parameter)
+    assert torch.equal(alone, again)
+
+
+def test_buffers_over_the_limit_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = native_buffers.take(100), native_buffers.take(1000)
+    monkeypatch.setattr(native_buffers, "MOST_BYTES", 2000)
+    del small
+    del large
+    assert [tensor.numel() for tensor in native_buffers._free.values()] == [100]
+
+
+def test_saved_tensor_hooks_see_what_is_kept() -> None:
+    net, seen = network(), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor.numel())
+        return tensor.clone()
+
+    x, y, z = states(2, 5)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = latent_recursion(net, x, y, z, 2)[0].sum()
+    parameters = list(net.parameters())
+    moved = torch.autograd.grad(out, parameters)
+    straight = torch.autograd.grad(latent_recursion(net, x, y, z, 2)[0].sum(), parameters)
+    assert len(seen) >= 2 + len(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(moved, straight, strict=True))
+
+
+def test_states_may_change_after_the_forward() -> None:
+    """As on eager: a carry is written in place before the backward."""
+    net, given = network(), states(2, 5)
+    gradients = []
+    for each in (net, eager_of(net)):
+        x, y, z = (state.clone() for state in given)
+        out = latent_recursion(each, x, y, z, 2)[0].sum()
+        y.zero_()
+        z.zero_()
+        gradients.append(torch.autograd.grad(out, list(each.parameters())))
+    for ours, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("family", "length", "width"), [("seed", 264, 16), ("scratch-tokens", 257, 256)])
+def test_strides_around_a_kibibyte(family: str, length: int, width: int, name: str) -> None:
+    """Rows of 256 floats are laid further apart: buffers for 264 must hold them too."""
+    mask = lengths_mask((264, 256), 264) if family == "seed" else None
+    with instruction_set(name):
+        hold_to_the_rule(family, 2, length, width=width, mask=mask, n=1, seeds=1)

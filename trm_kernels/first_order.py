@@ -1,0 +1,30 @@
+"""A backward that cannot be differentiated again, and says so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Decorate the backward of an ``autograd.Function`` that cannot be differentiated again.
+
+    ``once_differentiable`` raises only where an incoming gradient itself requires one: ``out.sum()`` sends a
+    constant, and a gradient penalty on it would vanish in silence.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # enabled here means create_graph=True
+            return found
+        message = b"the fused kernels have no second derivative: use the eager backend for create_graph=True"
+        raise_later: Callable[..., Any] = torch._C._functions.DelayedError(message, len(found))
+        return raise_later(*(None if g is None else g.detach().requires_grad_() for g in found))
+
+    return wrapped
