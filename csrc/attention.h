@@ -87,8 +87,10 @@ inline void attend(const Sizes& s, const Samples& samples, const AttentionInput&
                 const int64_t row = part.first + offset;
                 const float* q = in.qkv + row * ldqkv + head * s.head;
                 for (int64_t p = 0; p < panels; ++p) {
-                    tiles<kPanelVectors, false>.of_rows[height](s.head, q, ldqkv, keys + p * s.head * kPanel, kPanel,
-                                                                scratch.scores + p * kPanel, ldscores, false, next_keys);
+                    const float* panel = keys + p * s.head * kPanel;
+                    tiles<kPanelVectors, false>.of_rows[height](s.head, q, ldqkv, panel, kPanel,
+                                                                scratch.scores + p * kPanel, ldscores, false,
+                                                                next_keys);
                     next_keys.from += s.head * next_keys.step;
                 }
                 float inverse[kTileRows];

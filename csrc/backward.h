@@ -96,8 +96,9 @@ private:
     }
 
     void to_attention(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
+        float* attended = g_.attended + first * ld_;
         product(last - first, s_.width, g_.middle + first * ld_, ld_, blocks_[b].out.backward, panels_of(s_.width),
-                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(g_.attended + (first + i) * ld_, panel, v); });
+                t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(attended + i * ld_, panel, v); });
         for (int64_t r = first; r < last; ++r) {
             const float* grad = g_.attended + r * ld_;
             for (int64_t head = 0; head < s_.heads; ++head) {
@@ -206,11 +207,12 @@ private:
         for (int64_t r = first; r < last; ++r) {
             float* row = g_.tokens + r * ld;
             for (int64_t c = s_.length; c < padded; ++c) row[c] = 0.0f;
-            if (!p_.net.pre_norm) norm_backward(row, kept.token_result, r, kept.token_scale[r], s_.length, nullptr, row);
+            if (p_.net.pre_norm) continue;
+            norm_backward(row, kept.token_result, r, kept.token_scale[r], s_.length, nullptr, row);
         }
         const PackedBlock& m = blocks_[b];
-        through_mlp({m.qkv, m.out, s_.length, s_.token_inner, s_.token_up, s_.token_gated, kept.token_up, g_.token_inner,
-                     g_.token_up},
+        through_mlp({m.qkv, m.out, s_.length, s_.token_inner, s_.token_up, s_.token_gated, kept.token_up,
+                     g_.token_inner, g_.token_up},
                     g_.tokens + first * ld, ld, first, last);
         for (int64_t r = first; r < last; ++r) {
             const float *from = t_.rows + (r - first) * ld, *residual = g_.tokens + r * ld;

@@ -9,7 +9,8 @@ namespace trm::TRM_ISA {
 
 // What every call of a network reads, the same for all threads.
 struct Problem {
-    Problem(const Network& n, const Batch& b, const Recursion& r) : net(n), batch(b), recursion(r), sizes(n), samples(b) {}
+    Problem(const Network& n, const Batch& b, const Recursion& r)
+        : net(n), batch(b), recursion(r), sizes(n), samples(b) {}
 
     const Network& net;
     const Batch& batch;
@@ -154,7 +155,8 @@ private:
                     if (m.gated) {
                         store(to + panel * W, v[0] * sigmoid(v[0]) * v[1]);
                     } else {
-                        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(to + panel * kPanel + j * W, gelu(v[j]));
+                        to += panel * kPanel;
+                        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(to + j * W, gelu(v[j]));
                     }
                 });
     }
@@ -168,7 +170,8 @@ private:
             for (int64_t r = first; r < last; ++r) {
                 float* row = t_.rows + (r - first) * ld;
                 if (kept) keep_row(row, s_.width, kept[block].first, r);
-                for (int64_t c = 0; c < s_.padded; c += W) store(row + c, load(row + c) * load(blocks_[block].norm1 + c));
+                const float* weight = blocks_[block].norm1;
+                for (int64_t c = 0; c < s_.padded; c += W) store(row + c, load(row + c) * load(weight + c));
             }
             input = t_.rows;
         }
@@ -216,7 +219,8 @@ private:
         for (int64_t r = first; r < last; ++r) {
             const float* from = shared_.tokens + r / s_.length * s_.width * ldtokens + r % s_.length;
             float* to = h(r);
-            for (int64_t c = 0; c < s_.width; ++c) to[c] = p_.net.pre_norm ? to[c] + from[c * ldtokens] : from[c * ldtokens];
+            for (int64_t c = 0; c < s_.width; ++c)
+                to[c] = p_.net.pre_norm ? to[c] + from[c * ldtokens] : from[c * ldtokens];
         }
     }
 

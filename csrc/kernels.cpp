@@ -5,6 +5,14 @@
 #define TRM_TEXT(x) #x
 #define TRM_NAME(x) TRM_TEXT(x)
 
+#if defined(__x86_64__)
+#define TRM_IN_REGISTER(v) "+x"(v)
+#elif defined(__aarch64__)
+#define TRM_IN_REGISTER(v) "+w"(v)
+#else
+#define TRM_IN_REGISTER(v) "+m"(v)
+#endif
+
 namespace trm::TRM_ISA {
 
 extern const Kernels table;
@@ -220,7 +228,8 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
                     if (dz_out) add_row(dz_out + r * d, d, run.h(r));
                 } else {
                     float* question = g.question + r * ld;
-                    for (int64_t c = 0; c < padded; c += W) store(question + c, load(question + c) + load(run.h(r) + c));
+                    const float* h = run.h(r);
+                    for (int64_t c = 0; c < padded; c += W) store(question + c, load(question + c) + load(h + c));
                 }
             }
         }
@@ -277,13 +286,7 @@ double fma_peak(double seconds, int threads) {
             for (int k = 0; k < kRounds; ++k) {
                 TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
                 // Without a hold on them, the compiler would drop the sums.
-#if defined(__x86_64__)
-                asm volatile("" : "+x"(sums[0]), "+x"(sums[1]), "+x"(sums[2]), "+x"(sums[3]), "+x"(sums[4]), "+x"(sums[5]));
-                asm volatile("" : "+x"(sums[6]), "+x"(sums[7]), "+x"(sums[8]), "+x"(sums[9]), "+x"(sums[10]), "+x"(sums[11]));
-#else
-                asm volatile("" : "+w"(sums[0]), "+w"(sums[1]), "+w"(sums[2]), "+w"(sums[3]), "+w"(sums[4]), "+w"(sums[5]));
-                asm volatile("" : "+w"(sums[6]), "+w"(sums[7]), "+w"(sums[8]), "+w"(sums[9]), "+w"(sums[10]), "+w"(sums[11]));
-#endif
+                TRM_UNROLL for (int i = 0; i < kChains; ++i) asm volatile("" : TRM_IN_REGISTER(sums[i]));
             }
             rounds += kRounds;
             now = omp_get_wtime();

@@ -29,11 +29,12 @@ struct Sources {
 
 inline Sources sources(const Network& net, const Sizes& s, const Block& b) {
     const int64_t d = s.width, f = s.inner;
-    const int64_t n = s.length, t = s.token_inner;
-    const Source first = s.tokens() ? Source{b.qkv, b.qkv_bias, nullptr, s.token_gated ? 2 * t : t, n, s.token_gated ? t : 0}
-                                    : Source{b.qkv, b.qkv_bias, b.norm1, 3 * d, d, 0};
-    const Source second = s.tokens() ? Source{b.out, b.out_bias, nullptr, n, t, 0}
-                                     : Source{b.out, b.out_bias, nullptr, d, d, 0};
+    Source first{b.qkv, b.qkv_bias, b.norm1, 3 * d, d, 0}, second{b.out, b.out_bias, nullptr, d, d, 0};
+    if (s.tokens()) {
+        const int64_t n = s.length, t = s.token_inner;
+        first = {b.qkv, b.qkv_bias, nullptr, s.token_gated ? 2 * t : t, n, s.token_gated ? t : 0};
+        second = {b.out, b.out_bias, nullptr, n, t, 0};
+    }
     return {first,
             second,
             {b.up, b.up_bias, b.norm2, net.gated ? 2 * f : f, d, net.gated ? f : 0},

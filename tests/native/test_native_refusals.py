@@ -278,3 +278,14 @@ def test_auto_under_torch_compile_takes_the_reference() -> None:
     net.backend = "auto"
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), net.forward_eager(x))
+
+
+@pytest.mark.parametrize("family", ["seed", "scratch"])
+def test_attention_in_another_mode_keeps_its_own_dropout(family: str) -> None:
+    net, x = network(family, dropout=0.5).train(), torch.randn(X)
+    net.layers.eval()
+    assert "another mode" in (backends.refusal("native", net, x) or "")
+    net.backend = None
+    torch.testing.assert_close(net(x), net(x))
+    net.layers.train()
+    assert backends.refusal("native", net, x) is None
