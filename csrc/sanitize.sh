@@ -34,7 +34,7 @@ if ! grep -q __asan_init "$work"/tree/trm_kernels/_native*.so; then
     echo "the module was not built with the sanitizers" >&2
     exit 1
 fi
-cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$work/tree"
+cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$root/CMakeLists.txt" "$work/tree"
 
 # An environment of its own that sees the packages of $python, but not what its .pth files bring: an editable install
 # of the package would come before the one that was just built.
