@@ -36,8 +36,8 @@ MASKS = {
 @pytest.mark.parametrize("family", MIXERS)
 def test_lengths(family: str, length: int) -> None:
     """From one row to more than a thread takes at a time (168), and weight gradients sum at once (512)."""
-    # Over one position a norm is all but a sign: its gradient is what cancellation leaves, in few numbers. With
-    # the paper's two norms nothing else is left, and two builds differ by more than the rule allows.
+    # Over one position a norm is all but a sign: its gradient is what cancellation leaves, in few numbers.
+    # With the paper's two norms nothing else is left, and two builds differ by more than the rule allows.
     if family == "paper-tokens" and length == 1:
         pytest.skip("rounding errors alone")
     hold_to_the_rule(family, 2, length, seeds=64 if length == 1 and "tokens" in family else SEEDS)
