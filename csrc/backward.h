@@ -195,7 +195,7 @@ private:
         const ptrdiff_t ldtokens = row_stride(s_.length);
         for (int64_t r = first; r < last; ++r) {
             const float* row = g_.middle + r * ld_;
-            float* to = g_.tokens + r / s_.length * s_.width * ldtokens + r % s_.length;
+            float* to = g_.tokens + s_.column(r);
             for (int64_t c = 0; c < s_.width; ++c) to[c * ldtokens] = row[c];
         }
     }
@@ -234,26 +234,23 @@ private:
         take_groups(counter, 0, take_item(counter), all, add);
     }
 
-    // The gradient of a token mixer's input at row `row`: its channels are row_stride(length) apart.
-    const float* token_input(int64_t row) const {
-        return g_.token_input + row / s_.length * s_.width * row_stride(s_.length) + row % s_.length;
-    }
-
     // The gradient of the weight of a pre-norm token mixer's norm. A thread sums over rows that are always its own,
     // whoever takes which chunk.
     void token_norm(int64_t b, const KeptBlock& kept) {
         const ptrdiff_t ldtokens = row_stride(s_.length);
         double* norm = g_.norm1 + (team_.thread * p_.net.blocks + b) * s_.padded;
-        for (int64_t r = team_.first(p_.batch.rows); r < team_.last(p_.batch.rows); ++r)
+        for (int64_t r = team_.first(p_.batch.rows); r < team_.last(p_.batch.rows); ++r) {
+            const float* from = g_.token_input + s_.column(r);
             for (int64_t c = 0; c < s_.width; ++c)
-                norm[c] += static_cast<double>(token_input(r)[c * ldtokens]) * *kept.first.at(r, c);
+                norm[c] += static_cast<double>(from[c * ldtokens]) * *kept.first.at(r, c);
+        }
     }
 
     // From the gradient of a token mixer's input, channels by rows, to that of the block's.
     void from_tokens(int64_t b, const KeptBlock& kept, int64_t first, int64_t last) {
         const ptrdiff_t ldtokens = row_stride(s_.length);
         for (int64_t r = first; r < last; ++r) {
-            const float* from = token_input(r);
+            const float* from = g_.token_input + s_.column(r);
             float* to = p_.net.pre_norm ? t_.rows : h(r);
             for (int64_t c = 0; c < s_.width; ++c) to[c] = from[c * ldtokens];
             if (!p_.net.pre_norm) continue;

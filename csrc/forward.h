@@ -82,13 +82,7 @@ private:
     void project(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
         const ptrdiff_t ld = row_stride(s_.width), ldqkv = row_stride(3 * s_.width);
         const PackedMatrix& m = blocks_[block].qkv;
-        const float* input = h(first);
-        if (p_.net.pre_norm) {
-            normalise(first, last, kept ? kept[block].scale1 : nullptr);
-            input = t_.rows;
-        }
-        if (kept)
-            for (int64_t r = first; r < last; ++r) keep_row(input + (r - first) * ld, s_.width, kept[block].first, r);
+        const float* input = kept ? enter(first, last, kept[block].scale1, &kept[block].first) : enter(first, last);
         float* qkv = kept ? kept[block].qkv : shared_.qkv;
         product(last - first, s_.width, input, ld, m.forward, panels_of(3 * s_.width), t_.partial,
                 [&](int64_t i, int64_t panel, const Vec* v) {
@@ -119,13 +113,7 @@ private:
     void transform(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
         const ptrdiff_t ld = row_stride(s_.width), ldinner = row_stride(round_up(s_.inner, W));
         const PackedMatrix& m = blocks_[block].up;
-        const float* input = h(first);
-        if (p_.net.pre_norm) {
-            normalise(first, last, kept ? kept[block].scale2 : nullptr);
-            input = t_.rows;
-        }
-        if (kept)
-            for (int64_t r = first; r < last; ++r) keep_row(input + (r - first) * ld, s_.width, kept[block].second, r);
+        const float* input = kept ? enter(first, last, kept[block].scale2, &kept[block].second) : enter(first, last);
         expand({m, s_.width, s_.up, ldinner, p_.net.gated}, input, ld, first, last, kept ? &kept[block].up : nullptr);
         add_product(blocks_[block].down, s_.inner, t_.inner, ldinner, first, last);
         if (p_.net.pre_norm) return;
@@ -177,7 +165,7 @@ private:
         }
         for (int64_t r = first; r < last; ++r) {
             const float* row = input + (r - first) * ld;
-            float* to = shared_.tokens + r / s_.length * s_.width * ldtokens + r % s_.length;
+            float* to = shared_.tokens + s_.column(r);
             for (int64_t c = 0; c < s_.width; ++c) to[c * ldtokens] = row[c];
         }
     }
@@ -217,7 +205,7 @@ private:
     void take_tokens(int64_t first, int64_t last) {
         const ptrdiff_t ldtokens = row_stride(s_.length);
         for (int64_t r = first; r < last; ++r) {
-            const float* from = shared_.tokens + r / s_.length * s_.width * ldtokens + r % s_.length;
+            const float* from = shared_.tokens + s_.column(r);
             float* to = h(r);
             for (int64_t c = 0; c < s_.width; ++c)
                 to[c] = p_.net.pre_norm ? to[c] + from[c * ldtokens] : from[c * ldtokens];
@@ -234,6 +222,18 @@ private:
                     TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j)
                         store(to + j * W, load(to + j * W) + (v[j] + load(bias + j * W)));
                 });
+    }
+
+    // What a mixer or an MLP reads of these rows: the stream, normalised to the scratch where the network is pre-norm.
+    const float* enter(int64_t first, int64_t last, float* scales = nullptr, const Panels* kept = nullptr) {
+        const float* input = h(first);
+        if (p_.net.pre_norm) {
+            normalise(first, last, scales);
+            input = t_.rows;
+        }
+        for (int64_t r = first; kept && r < last; ++r)
+            keep_row(input + (r - first) * row_stride(s_.width), s_.width, *kept, r);
+        return input;
     }
 
     // The normalised stream, to the rows of the scratch.

@@ -41,6 +41,8 @@ struct Sizes {
     bool tokens() const { return length > 0; }
     // Rows of a batch whose channels are rows, and its positions columns.
     int64_t channels(int64_t rows) const { return tokens() ? rows / length * width : 0; }
+    // Where row `row` of the batch begins there: its channels lie row_stride(length) apart.
+    int64_t column(int64_t row) const { return row / length * width * row_stride(length) + row % length; }
 
     // A panel of `up` holds W gates and the W values that they gate.
     static int64_t panels_of_gated(int64_t inner) { return (inner + W - 1) / W; }

@@ -219,13 +219,12 @@ def refuses_recursion(
         return "the network has hooks or a forward of its own, which a fused recursion would skip"
     if any(state.device != states[0].device for state in states):
         return "x, y and z are on different devices"
-    if output_norm is not None and (reason := refuses_norm(module.config, output_norm, states[0])):
+    if output_norm is not None and (reason := _refuses_norm(module.config, output_norm, states[0])):
         return reason
     return None if precision is None else _refuses_fp8(states[0])
 
 
-def refuses_norm(config: NetworkConfig, norm: object, state: Tensor) -> str | None:
-    """Why a recursion cannot apply ``norm`` behind every call of its network, or None."""
+def _refuses_norm(config: NetworkConfig, norm: object, state: Tensor) -> str | None:
     if type(norm) not in (reference.RMSNorm, nn.RMSNorm):
         return f"output_norm is a {type(norm).__name__}, not an RMSNorm"
     assert isinstance(norm, (reference.RMSNorm, nn.RMSNorm))

@@ -14,16 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from trm_kernels import native_module, prepared, reference, rotary
+from trm_kernels import fused_checks, native_module, prepared, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.first_order import first_order
 from trm_kernels.fused_checks import (
     block_parameters,
-    is_hooked,
     layout_name,
     refuses_modes,
     refuses_modules,
-    refuses_norm,
 )
 from trm_kernels.native_buffers import take
 from trm_kernels.network import FusedModule
@@ -69,14 +67,10 @@ def refuses_recursion(
     """Why a recursion over a network that the kernels serve must call it step by step, or None."""
     if precision is not None:
         return f"precision={precision!r} is for GPUs"
-    if is_hooked(net):
-        return "the network has hooks or a forward of its own, which a fused recursion would skip"
-    if any(state.device != states[0].device for state in states):
-        return "x, y and z are on different devices"
     for state in states:
         if (reason := _refuses_input(state)) is not None:
             return reason
-    return None if output_norm is None else refuses_norm(net.config, output_norm, states[0])
+    return fused_checks.refuses_recursion(net, states, output_norm, None)
 
 
 def slower(net: FusedModule, x: Tensor) -> str | None:
@@ -329,10 +323,10 @@ class _Call:
     def _pack(self) -> Tensor:
         """The packed weights: kept between calls in inference, made for this one in training."""
         keeps = not (self.records or torch.is_grad_enabled() or self.net.training)
-        key = prepared.key_of(self.parameters, ("native", self.dtype))
-        known = prepared.recall(self.net, key) if keeps else None
-        if known is not None:
-            return known[0]
+        if keeps:
+            key = prepared.key_of(self.parameters, ("native", self.dtype))
+            if (known := prepared.recall(self.net, key)) is not None:
+                return known[0]
         # Tensors made in inference mode could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             size = self.kernels.packed_size(self.records)
