@@ -137,6 +137,7 @@ def run_case(
     rows: dict[int, list[Row]] = {}
     for threads, bursts in machine.items():
         torch.set_num_threads(threads)
+        bursts.begin()
         bursts.measure_peak()
         rows[threads] = _measure(setup, bursts, names, seconds, progress)
     _add_scaling(rows)

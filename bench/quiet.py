@@ -1,7 +1,8 @@
 """The quiet check of a CPU: a short burst of arithmetic before and after every sample.
 
 A neighbour that takes a core, or a clock that falls, slows the burst as it slows the sample. What lies
-between two bursts is kept if both ran near the best rate seen.
+between two bursts is kept if both ran near the best rate of the same case: the clock of a virtual machine may
+stay low for minutes, which all candidates of a case then share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from llm_trm.benchmark.protocol import Call, Timer
 
-#: Of the best burst seen: a sample beside a slower one is dropped.
+#: Of the case's best burst: a sample beside a slower one is dropped.
 QUIET = 0.9
 BURST_SECONDS = 2e-3
 
@@ -52,7 +53,7 @@ class Bursts:
     Attributes:
         kind: ``"fma"``: multiply-adds in registers, by the native module. ``"mm"``: products of small
             matrices by torch, which must be set to as many threads.
-        best: The best rate seen, in GF/s.
+        best: The best rate since :meth:`begin`, in GF/s.
         peak: The measured FMA peak in GF/s, or None without the native module.
     """
 
@@ -64,6 +65,10 @@ class Bursts:
         self.kind = "mm" if native is None else "fma"
         self._matrices = torch.randn(2, _SIZE, _SIZE)
         self._product = torch.empty(_SIZE, _SIZE)
+
+    def begin(self) -> None:
+        """Begin a case: its samples are compared with its own bursts."""
+        self.best = 0.0
 
     def burst(self) -> float:
         """Rate of one burst, in GF/s."""
@@ -89,7 +94,7 @@ class Bursts:
         return timed
 
     def quiet(self, samples: Iterable[Sample]) -> list[Sample]:
-        """The samples between bursts of at least 0.9 of the best rate seen so far."""
+        """The samples between bursts of at least 0.9 of the case's best rate."""
         return [sample for sample in samples if sample.burst >= QUIET * self.best]
 
     def _multiply_adds(self, seconds: float) -> float:
