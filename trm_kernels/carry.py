@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -101,6 +101,29 @@ class Carry:
     def restart(self) -> None:
         """Let the next step refill every slot."""
         self.halted.fill_(True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name; not copies."""
+        tensors = {"steps": self.steps, "halted": self.halted, "y": self.y, "z": self.z}
+        tensors |= {f"data.{number}": tensor for number, tensor in enumerate(self.data)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave, in place where there is a tensor already.
+
+        Raises:
+            KeyError, RuntimeError: It is of a carry of other data.
+        """
+        for name, own in self.state_dict().items():
+            if name not in ("y", "z"):
+                own.copy_(state[name])
+        for name in ("y", "z"):
+            value, own = state.get(name), getattr(self, name)
+            if own is not None and value is not None:
+                own.copy_(value)
+            else:
+                setattr(self, name, None if value is None else value.to(self.halted.device, copy=True))
 
 
 def exploration_steps(like: Tensor, max_steps: int, probability: float) -> Tensor:

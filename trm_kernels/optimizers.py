@@ -1,4 +1,4 @@
-"""Optimizers inside CUDA graphs: one that fits, and what keeps another from fitting."""
+"""Optimizers inside CUDA graphs: some that fit, and what keeps another from fitting."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as internals
 
+from trm_kernels.adam_atan2 import AdamATan2
 from trm_kernels.graphs.keys import storage
 
 _NEEDS = attrgetter("requires_grad")
@@ -24,6 +25,25 @@ def capturable_adamw(parameters: Iterable[Any], lr: float, **options: Any) -> Ad
         lr: Learning rate of the groups that bring none of their own.
         **options: Further arguments of :class:`torch.optim.AdamW`.
     """
+    groups, device = _groups(parameters, lr)
+    # torch refuses capturable on devices that have no graphs.
+    return AdamW(groups, lr=groups[0]["lr"], fused=True, capturable=device.type == "cuda", **options)
+
+
+def capturable_adam_atan2(parameters: Iterable[Any], lr: float, **options: Any) -> AdamATan2:
+    """An :class:`AdamATan2` whose learning rates are device tensors, as those of :func:`capturable_adamw`.
+
+    Args:
+        parameters: Parameters or groups, on one device.
+        lr: Learning rate of the groups that bring none of their own.
+        **options: Further arguments of :class:`AdamATan2`.
+    """
+    groups, _ = _groups(parameters, lr)
+    return AdamATan2(groups, lr=groups[0]["lr"], capturable=True, **options)
+
+
+def _groups(parameters: Iterable[Any], lr: float) -> tuple[list[dict[str, Any]], torch.device]:
+    """``parameters`` as groups, each with a learning rate of its own in a tensor on their device."""
     groups = list(parameters)
     if not groups:
         raise ValueError("there are no parameters")
@@ -33,9 +53,7 @@ def capturable_adamw(parameters: Iterable[Any], lr: float, **options: Any) -> Ad
     device = groups[0]["params"][0].device
     for group in groups:
         group["lr"] = torch.tensor(float(group.get("lr", lr)), device=device)
-    # torch refuses capturable on devices that have no graphs.
-    capturable = device.type == "cuda"
-    return AdamW(groups, lr=groups[0]["lr"], fused=True, capturable=capturable, **options)
+    return groups, device
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -51,8 +69,10 @@ def refusal(optimizer: Optimizer) -> str | None:
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != group["params"][0].device:
             return "a learning rate is no tensor on the device: a graph would keep it for ever"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "the optimizer has hooks, which a replay would not call"
+    # A JointOptimizer's parts have hooks of their own.
+    for one in (optimizer, *getattr(optimizer, "optimizers", ())):
+        if one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks:
+            return "the optimizer has hooks, which a replay would not call"
     for parameter in parameters_of(optimizer):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return "a parameter has gradient hooks, which a replay would not call"

@@ -166,6 +166,10 @@ class TrainingStep:
             self._step(program)
         self.metrics.count_step()
 
+    def prepare(self, *batch: Tensor | None) -> Carry:
+        """The carry for batches of this shape, without a step: a resumed run restores it."""
+        return self._program(batch).carry
+
     def restart(self) -> None:
         """Let every slot take a new sample at its next step."""
         for program in self._programs.values():

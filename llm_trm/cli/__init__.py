@@ -23,6 +23,9 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
         "datagen": "llm_trm.cli.datagen:datagen",
         "env": "llm_trm.cli.env:env",
         "eval": "llm_trm.cli.evaluate:evaluate",
+        "export": "llm_trm.cli.official:export",
+        "import": "llm_trm.cli.official:import_",
+        "solve": "llm_trm.cli.solve:solve",
         "train": "llm_trm.cli.train:train",
         "tune": "llm_trm.cli.tune:tune",
     },
@@ -44,6 +47,11 @@ def main() -> None:
       llm-trm env                   what this machine has, and which backends work
       llm-trm bench --latents 256   how fast the recursion is, and how exact
       llm-trm tune                  measure this GPU, so that every product runs on its fastest tile
+    \b
+    Puzzles, solved by recursion:
+      llm-trm data sudoku --size 4  puzzles to learn from; also data maze, data arc
+      llm-trm train puzzle --task sudoku
+      llm-trm solve "1... ..3. .4.. ...2"
     \b
     A recursion instead of written-out thinking, offline on a tiny language model that ships with this:
       llm-trm train phase1          a compressor of hidden states

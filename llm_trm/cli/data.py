@@ -8,12 +8,20 @@ from pathlib import Path
 
 import click
 
+from llm_trm.cli.group import Group
 from llm_trm.cli.output import output_file
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    commands_at={
+        "arc": "llm_trm.cli.data_arc:arc",
+        "maze": "llm_trm.cli.data_maze:maze",
+        "sudoku": "llm_trm.cli.data_sudoku:sudoku",
+    },
+)
 def data() -> None:
-    """Write problems to learn from."""
+    """Write problems and puzzles to learn from."""
 
 
 @data.command(short_help="Write problems of the arithmetic world as JSONL.")

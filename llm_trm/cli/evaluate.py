@@ -7,6 +7,13 @@ import click
 from llm_trm.cli.group import Group
 
 
-@click.group("eval", cls=Group, commands_at={"phase2": "llm_trm.cli.eval_phase2:phase2"})
+@click.group(
+    "eval",
+    cls=Group,
+    commands_at={
+        "phase2": "llm_trm.cli.eval_phase2:phase2",
+        "puzzle": "llm_trm.cli.eval_puzzle:puzzle",
+    },
+)
 def evaluate() -> None:
     """Measure a trained model on what it has not seen."""

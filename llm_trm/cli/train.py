@@ -8,19 +8,23 @@ from llm_trm.cli.group import Group
 
 
 @click.group(
-    short_help="Train a language model, a compressor, a recursion.",
+    short_help="Train a language model, a compressor, a recursion, a puzzle solver.",
     cls=Group,
     commands_at={
         "lm": "llm_trm.cli.train_lm:lm",
         "phase1": "llm_trm.cli.train_phase1:phase1",
         "phase2": "llm_trm.cli.train_phase2:phase2",
+        "puzzle": "llm_trm.cli.train_puzzle:puzzle",
     },
 )
 def train() -> None:
-    """Train a language model, a compressor, or a recursion that replaces thinking.
+    """Train a language model, a compressor, a recursion that replaces thinking, or one that solves puzzles.
 
     \b
-    In order:
+    Puzzles:
+      llm-trm train puzzle   a recursion on Sudoku, mazes or ARC
+    \b
+    A recursion instead of thinking, in order:
       llm-trm train lm       a tiny language model that thinks (one ships with the package)
       llm-trm train phase1   a compressor of its hidden states
       llm-trm datagen        its states before and after thinking

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_trm.train.phase2 import TRMSequenceTrainer as TRMSequenceTrainer
+    from llm_trm.train.scratch_trainer import TRMTrainer as TRMTrainer
 
-__all__ = ["TRMSequenceTrainer"]
+_MODULES = {"TRMSequenceTrainer": "phase2", "TRMTrainer": "scratch_trainer"}
+
+__all__ = ["TRMSequenceTrainer", "TRMTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer when it is asked for: the other modules of this package should not wait for it."""
-    if name == "TRMSequenceTrainer":
-        from llm_trm.train.phase2 import TRMSequenceTrainer
-
-        return TRMSequenceTrainer
+    """Import a trainer when it is asked for: the other modules of this package should not wait for it."""
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

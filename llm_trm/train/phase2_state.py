@@ -15,8 +15,9 @@ from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors
 from trm_kernels import ParameterAverage
 
-_TENSORS, _PROGRESS = "state.safetensors", "state.json"
-_REMEDY = "start over with --overwrite"
+#: In the folder of a checkpoint.
+TENSORS_FILE, PROGRESS_FILE = "state.safetensors", "state.json"
+START_OVER = "start over with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class Progress:
 
 def write_state(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
     """Write both into ``folder``."""
-    write_tensors(folder / _TENSORS, tensors)
-    write_json(folder / _PROGRESS, asdict(progress))
+    write_tensors(folder / TENSORS_FILE, tensors)
+    write_json(folder / PROGRESS_FILE, asdict(progress))
 
 
 def read_progress(folder: Path) -> Progress:
     """The progress that :func:`write_state` wrote; InputError if it is missing or broken."""
-    path = folder / _PROGRESS
+    path = folder / PROGRESS_FILE
     try:
-        return Progress(**read_json(path, _REMEDY))
+        return Progress(**read_json(path, START_OVER))
     except TypeError as error:
-        raise InputError(f"{path} does not say where the run stood: {_REMEDY}") from error
+        raise InputError(f"{path} does not say where the run stood: {START_OVER}") from error
 
 
 def training_tensors(model: nn.Module, average: ParameterAverage, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -79,8 +80,8 @@ def restore_training(
     Raises:
         InputError: A missing or broken file, or one of another model.
     """
-    path = folder / _TENSORS
-    tensors = read_tensors(path, _REMEDY)
+    path = folder / TENSORS_FILE
+    tensors = read_tensors(path, START_OVER)
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     positions = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -94,6 +95,6 @@ def restore_training(
                 _, moment, name = key.split(".", 2)
                 state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path} holds another model than this run's: {_REMEDY}") from error
+        raise InputError(f"{path} holds another model than this run's: {START_OVER}") from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return tensors

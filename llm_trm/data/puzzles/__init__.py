@@ -1,0 +1,1 @@
+"""Puzzles: what they are, the folders that hold them, and their symmetries."""

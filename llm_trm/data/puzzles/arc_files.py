@@ -1,0 +1,157 @@
+"""ARC's public JSON files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_trm.data.puzzles.arc import COLOURS, SIDE, ArcTask, Grid, Pair
+from llm_trm.errors import InputError
+from llm_trm.files import read_json
+
+_CHALLENGES, _SOLUTIONS = "_challenges.json", "_solutions.json"
+_REMEDY = "name a folder of ARC tasks, a task's .json file, or an ARC Prize *_challenges.json file"
+
+
+def read_tasks(path: Path) -> list[ArcTask]:
+    """The tasks of one source, in the order of their names.
+
+    Args:
+        path: A folder with one JSON file a task; such a file; or a ``*_challenges.json`` file, whose answers
+            are read from the ``*_solutions.json`` file beside it. Where no test pair of the source has an
+            answer, as in the challenges of a running contest, all are None; where some have one, all must.
+
+    Raises:
+        InputError: A file cannot be read, or a task in it is broken; it names the file and the task.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise InputError(f"{path} holds no .json file: {_REMEDY}")
+        if paired := [file.name for file in files if file.name.endswith(_CHALLENGES)]:
+            raise InputError(f"{path} holds sets of tasks: name one of them, such as {path / paired[0]}")
+        tasks = [_task(file, file.stem, read_json(file, _REMEDY)) for file in files]
+    elif path.name.endswith(_CHALLENGES):
+        content = _mapping(path, read_json(path, _REMEDY))
+        tasks = [_task(path, name, content[name]) for name in sorted(content)]
+        solutions = path.with_name(path.name.removesuffix(_CHALLENGES) + _SOLUTIONS)
+        if solutions.exists():
+            answers = _mapping(solutions, read_json(solutions, _REMEDY))
+            tasks = [_solved(solutions, task, answers.get(task.name)) for task in tasks]
+    else:
+        tasks = [_task(path, path.stem, read_json(path, _REMEDY))]
+    if not tasks:
+        raise InputError(f"{path} holds no tasks: {_REMEDY}")
+    if any(is_labelled(task) for task in tasks):
+        for task in tasks:
+            for number, pair in enumerate(task.test, 1):
+                if pair.output is None:
+                    raise InputError(
+                        f"{path}, task {task.name}, test pair {number} has no solution, and others have: add "
+                        "it, or remove the task"
+                    )
+    return tasks
+
+
+def is_labelled(task: ArcTask) -> bool:
+    """Whether an answer to a test pair is known."""
+    return any(pair.output is not None for pair in task.test)
+
+
+def merged(sources: Iterable[tuple[Path, list[ArcTask]]]) -> list[ArcTask]:
+    """The tasks of all sources; one that is in several counts once.
+
+    Raises:
+        InputError: Two different tasks have one name.
+    """
+    tasks: dict[str, tuple[Path, ArcTask]] = {}
+    for path, found in sources:
+        for task in found:
+            before, known = tasks.setdefault(task.name, (path, task))
+            if known is not task and _content(known) != _content(task):
+                raise InputError(
+                    f"task {task.name} of {path} differs from that of {before}: name one of the two, or "
+                    "remove the task from one"
+                )
+    return [task for _, task in tasks.values()]
+
+
+def _content(task: ArcTask) -> tuple[Counter[Any], Counter[Any]]:
+    train, test = (
+        Counter((_key(pair.input), None if pair.output is None else _key(pair.output)) for pair in pairs)
+        for pairs in (task.train, task.test)
+    )
+    return train, test
+
+
+def _key(grid: Grid) -> tuple[int, bytes]:
+    return len(grid), grid.tobytes()
+
+
+def _task(path: Path, name: str, content: Any) -> ArcTask:
+    where = f"{path}, task {name}"
+    parts = {}
+    for part in ("train", "test"):
+        pairs = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(pairs, list) or not pairs:
+            raise InputError(f"{where} has no {part} pairs: {_REMEDY}")
+        parts[part] = tuple(
+            _pair(f"{where}, {part} pair {number}", pair, part == "train")
+            for number, pair in enumerate(pairs, 1)
+        )
+    return ArcTask(name, parts["train"], parts["test"])
+
+
+def _pair(where: str, content: Any, solved: bool) -> Pair:
+    if not isinstance(content, dict) or "input" not in content:
+        raise InputError(f"{where} has no input: mend or remove the task")
+    output = content.get("output")
+    if output is None and solved:
+        raise InputError(f"{where} has no output: mend or remove the task")
+    return Pair(
+        _grid(f"{where}, input", content["input"]),
+        None if output is None else _grid(f"{where}, output", output),
+    )
+
+
+def _solved(path: Path, task: ArcTask, answers: Any) -> ArcTask:
+    where = f"{path}, task {task.name}"
+    if not isinstance(answers, list) or len(answers) != len(task.test):
+        number = len(answers) if isinstance(answers, list) else 0
+        raise InputError(
+            f"{where} has {number or 'no'} solution{'s' * (number > 1)}, and {len(task.test)} needed: add "
+            "them, or remove the task"
+        )
+    test = tuple(
+        replace(pair, output=_grid(f"{where}, solution {number}", answer))
+        for number, (pair, answer) in enumerate(zip(task.test, answers, strict=True), 1)
+    )
+    return replace(task, test=test)
+
+
+def _grid(where: str, rows: Any) -> Grid:
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        raise InputError(f"{where} is no grid: needed is a list of rows, each a list of colours")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise InputError(
+                f"{where}: the grid is ragged: row {number} has {len(row)} cells, row 1 {len(rows[0])}"
+            )
+        for colour in row:
+            # True is an int to Python, and equal to 1.
+            if type(colour) is not int or not 0 <= colour < COLOURS:
+                raise InputError(f"{where}, row {number}: {colour!r} is no colour: colours are 0 to 9")
+    if max(len(rows), len(rows[0])) > SIDE:
+        raise InputError(f"{where} has {len(rows)} x {len(rows[0])} cells: {SIDE} x {SIDE} are the most")
+    return np.array(rows, dtype=np.uint8)
+
+
+def _mapping(path: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no object with a task under each name: {_REMEDY}")
+    return content

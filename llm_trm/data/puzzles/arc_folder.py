@@ -1,0 +1,97 @@
+"""Folders of ARC puzzles, and ``arc.json`` in them: what identifiers stand for, and the test pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_trm.data.puzzles.arc import SIDE, VOCAB_SIZE, Grid, Pair, Transform
+from llm_trm.data.puzzles.arc_splits import ArcPlan, Progress
+from llm_trm.data.puzzles.dataset import PuzzleInfo, write_puzzles
+from llm_trm.errors import InputError
+from llm_trm.files import read_json, writable_folder, write_text
+
+_NAME = "arc.json"
+_REMEDY = "name a folder that `llm-trm data arc` wrote"
+
+
+@dataclass(frozen=True)
+class ArcKey:
+    """What ``arc.json`` holds.
+
+    Attributes:
+        identifiers: For each puzzle identifier, the task's name and the symmetry; None for the blank one, 0.
+        tests: The test pairs of each task that is held out, as its author gave them.
+    """
+
+    identifiers: list[tuple[str, Transform] | None]
+    tests: dict[str, tuple[Pair, ...]]
+
+
+def write_arc(
+    folder: Path, plan: ArcPlan, facts: Mapping[str, Any], progress: Progress | None = None
+) -> PuzzleInfo:
+    """Write the puzzles of ``plan``, and ``arc.json`` beside them.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    identifiers = [
+        None if entry is None else (entry[0], entry[1].dihedral, "".join(map(str, entry[1].colours)))
+        for entry in plan.identifiers()
+    ]
+    tests = {
+        task.name: [{"input": _rows(pair.input), "output": _rows(pair.output)} for pair in task.test]
+        for task in plan.held_out
+    }
+    info = PuzzleInfo("arc", SIDE, SIDE, VOCAB_SIZE, plan.num_puzzles, dict(facts))
+    splits = plan.splits(progress)
+    # No moment has an old dataset.json beside a new key.
+    (writable_folder(folder) / "dataset.json").unlink(missing_ok=True)
+    # One line: indented, a thousand symmetries of 400 tasks would fill two million.
+    write_text(
+        folder / _NAME, json.dumps({"identifiers": identifiers, "tests": tests}, separators=(",", ":"))
+    )
+    write_puzzles(folder, info, splits)
+    return info
+
+
+def read_arc(folder: Path) -> ArcKey:
+    """What the puzzle identifiers of ``folder`` stand for.
+
+    Raises:
+        InputError: It has no ``arc.json``, or a broken one.
+    """
+    content = read_json(folder / _NAME, _REMEDY)
+    try:
+        identifiers = [
+            None if entry is None else (str(entry[0]), Transform(entry[1], tuple(map(int, entry[2]))))
+            for entry in content["identifiers"]
+        ]
+        tests = {
+            name: tuple(Pair(_grid(pair["input"]), _output(pair["output"])) for pair in pairs)
+            for name, pairs in content["tests"].items()
+        }
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise InputError(f"{folder / _NAME} does not describe ARC puzzles: {_REMEDY}") from None
+    return ArcKey(identifiers, tests)
+
+
+def _rows(grid: Grid | None) -> list[list[int]] | None:
+    return None if grid is None else grid.tolist()
+
+
+def _grid(rows: Any) -> Grid:
+    grid = np.array(rows, dtype=np.uint8)
+    if grid.ndim != 2:
+        raise ValueError
+    return grid
+
+
+def _output(rows: Any) -> Grid | None:
+    return None if rows is None else _grid(rows)

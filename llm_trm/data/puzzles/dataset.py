@@ -1,0 +1,128 @@
+"""Folders of puzzles: ``dataset.json`` and one safetensors file a split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from llm_trm.errors import InputError
+from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+
+Task = Literal["sudoku", "maze", "arc"]
+
+#: The token of padding, in every vocabulary; as a label it means that the cell counts for nothing.
+PADDING = 0
+
+_INFO = "dataset.json"
+_REMEDY = "name a folder that `llm-trm data sudoku`, `maze` or `arc` wrote"
+
+
+@dataclass(frozen=True)
+class PuzzleInfo:
+    """What all puzzles of a folder share.
+
+    Attributes:
+        task: Which kind of puzzle.
+        rows, columns: Of the grid; a sequence has L = rows x columns cells, row by row.
+        vocab_size: Number of tokens V, padding (0) included.
+        num_puzzles: Number of puzzle identifiers, each with an embedding of its own.
+        facts: How they were made, as JSON values.
+    """
+
+    task: Task
+    rows: int
+    columns: int
+    vocab_size: int
+    num_puzzles: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seq_len(self) -> int:
+        """Cells L of a grid."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class PuzzleSplit:
+    """Puzzles of one split.
+
+    Attributes:
+        inputs: Tokens of the questions, uint8 [N, L].
+        labels: Tokens of the answers, uint8 [N, L]; 0 where a cell counts for nothing.
+        puzzles: Puzzle identifiers, int32 [N].
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    puzzles: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def to(self, device: torch.device) -> PuzzleSplit:
+        """The same on ``device``."""
+        return PuzzleSplit(self.inputs.to(device), self.labels.to(device), self.puzzles.to(device))
+
+
+def write_puzzles(folder: Path, info: PuzzleInfo, splits: Mapping[str, PuzzleSplit]) -> None:
+    """Write a folder; ``dataset.json`` last, so that a folder that has it is whole.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    writable_folder(folder)
+    (folder / _INFO).unlink(missing_ok=True)
+    for name, split in splits.items():
+        _check(info, split, f"split {name!r}")
+        tensors = {"inputs": split.inputs, "labels": split.labels, "puzzles": split.puzzles}
+        write_tensors(folder / f"{name}.safetensors", tensors)
+    sizes = {name: len(split) for name, split in splits.items()}
+    write_json(folder / _INFO, {**asdict(info), "splits": sizes})
+
+
+def read_info(folder: Path) -> PuzzleInfo:
+    """What the puzzles of ``folder`` share.
+
+    Raises:
+        InputError: It is no such folder.
+    """
+    content = read_json(folder / _INFO, _REMEDY)
+    try:
+        content.pop("splits")
+        info = PuzzleInfo(**content)
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(f"{folder / _INFO} does not describe puzzles: {_REMEDY}") from None
+    if info.task not in get_args(Task):
+        raise InputError(f"{folder / _INFO} names the unknown task {info.task!r}: {_REMEDY}")
+    return info
+
+
+def read_split(folder: Path, name: str) -> PuzzleSplit:
+    """A split of ``folder``, ``"train"`` or ``"test"``.
+
+    Raises:
+        InputError: It is missing, broken, or does not fit ``dataset.json``.
+    """
+    path = folder / f"{name}.safetensors"
+    tensors = read_tensors(path, _REMEDY)
+    try:
+        split = PuzzleSplit(tensors["inputs"], tensors["labels"], tensors["puzzles"])
+    except KeyError as error:
+        raise InputError(f"{path} has no {error}: {_REMEDY}") from None
+    _check(read_info(folder), split, str(path))
+    return split
+
+
+def _check(info: PuzzleInfo, split: PuzzleSplit, what: str) -> None:
+    shape = (len(split), info.seq_len)
+    if split.inputs.shape != shape or split.labels.shape != shape or split.puzzles.shape != shape[:1]:
+        raise InputError(f"{what} does not hold grids of {info.rows} x {info.columns} cells: {_REMEDY}")
+    if len(split) and max(split.inputs.max(), split.labels.max()) >= info.vocab_size:
+        raise InputError(f"{what} has tokens beyond the vocabulary of {info.vocab_size}: {_REMEDY}")
+    if len(split) and not 0 <= split.puzzles.min() <= split.puzzles.max() < info.num_puzzles:
+        raise InputError(f"{what} has puzzle identifiers beyond {info.num_puzzles}: {_REMEDY}")

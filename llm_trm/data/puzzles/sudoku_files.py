@@ -1,0 +1,228 @@
+"""Reading Sudokus: CSV and JSONL files, and data sets of the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_trm.data.puzzles.sudoku import SHAPES, Shape, shape_of
+from llm_trm.data.puzzles.sudoku_rows import Progress, SudokuRows, row_error, untracked
+from llm_trm.errors import InputError, one_line
+from llm_trm.extras import require
+
+#: Names of columns, in lower case.
+_PUZZLE_COLUMNS = ("puzzle", "puzzles", "quiz", "quizzes", "question")
+_SOLUTION_COLUMNS = ("solution", "solutions", "answer")
+_RATING_COLUMNS = ("rating",)
+
+_BLANKS = "0._-*"
+_UNKNOWN = 255
+#: Bytes of text to digits, in one look-up for all grids.
+_DIGITS = np.full(256, _UNKNOWN, dtype=np.uint8)
+_DIGITS[[ord(blank) for blank in _BLANKS]] = 0
+_DIGITS[ord("1") : ord("9") + 1] = range(1, 10)
+
+_SIZES = {shape.cells for shape in SHAPES.values()}
+_COLUMNS = "name the columns puzzle and solution"
+_FILE = "name a CSV or JSONL file of puzzles"
+
+
+class _Row(NamedTuple):
+    """One row as it stands there; a solution is None or empty where there is none."""
+
+    puzzle: Any
+    solution: Any = None
+    rating: Any = None
+
+
+def read_sudoku_file(path: Path) -> SudokuRows:
+    """The puzzles of a CSV or JSONL file, which :func:`~llm_trm.data.puzzles.sudoku_rows.verified` checks.
+
+    CSV: columns puzzle and solution, or quizzes and solutions, or question and answer, in any order, with
+    others beside them; without a header the first column holds puzzles and the second solutions. JSONL: one
+    object a line with the same names; a grid is a string, or a list of rows or of cells. In strings
+    ``. 0 _ - *`` are blanks, and spaces and line ends count for nothing; in lists 0 and null are blanks too.
+
+    Raises:
+        InputError: The file cannot be read, or a row of it holds no grid, or one of another size than the
+            first.
+    """
+    try:
+        # newline="" as csv wants it; a byte order mark is what spreadsheets write.
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = _json_rows(path, lines) if path.suffix == ".jsonl" else _csv_rows(path, lines)
+            return _collected(str(path), rows)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: {_FILE}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}): {_FILE}") from error
+
+
+def read_sudoku_dataset(name: str, progress: Progress = untracked) -> dict[str, SudokuRows]:
+    """The splits of a data set of the hub, such as ``sapientinc/sudoku-extreme``, unchecked.
+
+    Its columns are named like those of a file.
+
+    Raises:
+        InputError: ``datasets`` is not installed, the data set cannot be loaded, or it holds no Sudokus.
+    """
+    require("train", "datasets")
+    import datasets
+
+    # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:
+        raise InputError(
+            f"the data set {name} cannot be loaded ({one_line(error)}): check its name and the network, or "
+            "download its files and use --input"
+        ) from error
+    return {
+        split: _collected(f"{name} ({split})", progress(_hub_rows(name, rows), len(rows)))
+        for split, rows in splits.items()
+    }
+
+
+def _collected(source: str, rows: Iterable[_Row]) -> SudokuRows:
+    """All rows as arrays; refuses the first that is not like the others."""
+    puzzles: list[str] = []
+    given: list[str] = []
+    ratings: list[Any] = []
+    size = 0
+    for number, row in enumerate(rows, 1):
+        try:
+            puzzle = _text(row.puzzle, "puzzle")
+            size = size or shape_of(len(puzzle)).cells
+            solution = _text(row.solution, "solution") if row.solution else "0" * size
+            for name, text in (("puzzle", puzzle), ("solution", solution)):
+                if len(text) != size:
+                    mixed = " like those before: one size a file" if len(text) in _SIZES else ""
+                    raise InputError(f"the {name} has {len(text)} cells where {size} belong{mixed}")
+        except InputError as error:
+            raise row_error(source, number, one_line(error, None)) from None
+        puzzles.append(puzzle)
+        given.append(solution)
+        ratings.append(row.rating)
+    if not puzzles:
+        raise InputError(f"{source} holds no puzzles: {_COLUMNS}, and put a grid in each row")
+    shape = shape_of(size)
+    return SudokuRows(
+        source,
+        shape,
+        _digits(source, puzzles, "puzzle", shape),
+        _digits(source, given, "solution", shape),
+        np.arange(1, len(puzzles) + 1),
+        None if all(rating is None for rating in ratings) else np.array(ratings, dtype=np.object_),
+    )
+
+
+def _text(grid: Any, name: str) -> str:
+    """A grid as characters, from a string, a list of cells or a list of rows."""
+    if isinstance(grid, str):
+        # Nearly all are like this, and it takes a quarter of the time.
+        if len(parts := grid.split()) == 1:
+            return parts[0]
+        lines = ["".join(line.split()) for line in grid.splitlines()]
+        lines = [line for line in lines if line]
+    elif not isinstance(grid, list):
+        raise InputError(f"the {name} is {grid!r}, which is no grid: give a string or a list")
+    elif any(isinstance(row, (list, str)) and len(row) != 1 for row in grid):
+        lines = [_text(row, name) for row in grid]
+    else:
+        return "".join(_cell(cell, name) for cell in grid)
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(lines[0]):
+            raise InputError(
+                f"the {name} is ragged: its row {number} has {len(line)} cells, its row 1 has {len(lines[0])}"
+            )
+    return "".join(lines)
+
+
+def _cell(cell: Any, name: str) -> str:
+    text = "0" if cell is None else str(cell)
+    if isinstance(cell, (bool, float)) or len(text) != 1:
+        raise InputError(f"the {name} has a cell {cell!r}: give digits 1 to 9, and 0 or null for a blank")
+    return text
+
+
+def _digits(source: str, texts: Sequence[str], name: str, shape: Shape) -> npt.NDArray[np.uint8]:
+    """Digits [N, L] of texts of L characters each."""
+    # Whatever is not ASCII becomes one "?", so that characters and bytes still match.
+    codes = np.frombuffer("".join(texts).encode("ascii", "replace"), dtype=np.uint8)
+    digits = _DIGITS[codes].reshape(-1, shape.cells)
+    if digits.max() > shape.size:
+        row, cell = (int(index) for index in np.argwhere(digits > shape.size)[0])
+        fault = (
+            f"{shape.cell_name(cell)} of the {name} is {texts[row][cell]!r}, which is neither a digit from 1 "
+            f"to {shape.size} nor a blank ({' '.join(_BLANKS)})"
+        )
+        raise row_error(source, row + 1, fault)
+    return digits
+
+
+@cache
+def _columns(names: tuple[str, ...]) -> tuple[str, str | None, str | None]:
+    """The columns of puzzles, solutions and ratings."""
+
+    def named(wanted: Sequence[str]) -> str | None:
+        return next((name for name in names if name.strip().lower() in wanted), None)
+
+    puzzle = named(_PUZZLE_COLUMNS)
+    if puzzle is None:
+        raise InputError(f"no column puzzle, quizzes or question among {', '.join(names)}: {_COLUMNS}")
+    return puzzle, named(_SOLUTION_COLUMNS), named(_RATING_COLUMNS)
+
+
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
+    records = (record for record in csv.reader(lines) if any(cell.strip() for cell in record))
+    first = next(records, None)
+    if first is None:
+        return
+    try:
+        columns = _columns(tuple(first))
+    except InputError as error:
+        if len("".join(first[0].split())) not in _SIZES:
+            raise InputError(
+                f"{path} begins with no grid of 16, 36 or 81 cells, and as a header that line has {error}"
+            ) from None
+        yield _Row(*first[:2])
+        for record in records:
+            yield _Row(*record[:2])
+        return
+    places = [first.index(name) if name else None for name in columns]
+    for record in records:
+        # A row with too few cells lacks what stands at its end.
+        yield _Row(
+            *(record[place] if place is not None and place < len(record) else None for place in places)
+        )
+
+
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
+    for number, line in enumerate((line for line in lines if line.strip()), 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise InputError(f"no JSON object: {_COLUMNS}")
+            row = _Row(*(record[name] if name else None for name in _columns(tuple(record))))
+        # Its own errors are ValueErrors too.
+        except ValueError as error:
+            fault = one_line(error) if isinstance(error, InputError) else f"no JSON ({one_line(error)})"
+            raise row_error(str(path), number, fault) from None
+        yield row
+
+
+def _hub_rows(name: str, rows: Any) -> Iterator[_Row]:
+    try:
+        columns = _columns(tuple(rows.column_names))
+    except InputError as error:
+        raise InputError(f"the data set {name} has {error}") from None
+    for batch in rows.iter(batch_size=10_000):
+        yield from map(_Row, *(batch[name] if name else repeat(None) for name in columns))

@@ -1,0 +1,59 @@
+"""ARC test puzzles as tasks: whole tasks are drawn, and what is predicted for them is voted on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm_trm.data.puzzles.arc_folder import ArcKey, read_arc
+from llm_trm.data.puzzles.arc_vote import ArcBallot
+from llm_trm.data.puzzles.dataset import PuzzleSplit
+from llm_trm.errors import InputError
+from llm_trm.models.puzzle.paper import Prediction
+
+
+def read_key(folder: Path, split: PuzzleSplit) -> ArcKey:
+    """What the puzzle identifiers of ``folder`` stand for, with the tests that are in ``split`` alone.
+
+    Raises:
+        InputError: ``arc.json`` is missing, broken, or does not know all identifiers of ``split``.
+    """
+    key = read_arc(folder)
+    names = set()
+    for puzzle in sorted(set(split.puzzles.tolist())):
+        entry = key.identifiers[puzzle] if puzzle < len(key.identifiers) else None
+        if entry is None or entry[0] not in key.tests:
+            raise InputError(
+                f"{folder / 'arc.json'} does not say which test puzzle {puzzle} is: write the folder again "
+                "with `llm-trm data arc`"
+            )
+        names.add(entry[0])
+    return _with(key, names)
+
+
+def draw_tasks(key: ArcKey, split: PuzzleSplit, count: int, seed: int) -> tuple[ArcKey, PuzzleSplit]:
+    """``count`` of the tasks, drawn at random, and all of their puzzles; all tasks if there are no more."""
+    names = sorted(key.tests)
+    drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:count]
+    names = [names[place] for place in drawn.tolist()]
+    wanted = {
+        number for number, entry in enumerate(key.identifiers) if entry is not None and entry[0] in names
+    }
+    rows = torch.isin(split.puzzles, torch.tensor(sorted(wanted), dtype=split.puzzles.dtype))
+    return _with(key, set(names)), PuzzleSplit(split.inputs[rows], split.labels[rows], split.puzzles[rows])
+
+
+def cast(ballot: ArcBallot, inputs: Tensor, puzzles: Tensor, found: Prediction) -> None:
+    """Let a batch vote: inputs [B, 900] and puzzle identifiers [B] with the answers to them."""
+    ballot.add(
+        inputs.cpu().numpy(),
+        found.tokens.cpu().numpy(),
+        puzzles.cpu().numpy(),
+        found.halt_logits.double().sigmoid().cpu().numpy(),
+    )
+
+
+def _with(key: ArcKey, names: set[str]) -> ArcKey:
+    return ArcKey(key.identifiers, {name: pairs for name, pairs in key.tests.items() if name in names})

@@ -1,0 +1,181 @@
+"""A model on test puzzles in several modes of asking it: how well each does, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_trm.data.puzzles.arc_vote import ArcBallot, ArcScore
+from llm_trm.data.puzzles.dataset import PADDING, PuzzleInfo, PuzzleSplit
+from llm_trm.errors import InputError
+from llm_trm.evaluate.arc import cast
+from llm_trm.evaluate.fitting import misfit
+from llm_trm.evaluate.phase2 import wilson
+from llm_trm.evaluate.puzzle import PuzzleScore, best_of, score
+from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to ask a model.
+
+    Attributes:
+        halting: Whether a puzzle is done once its halting logit is positive.
+        max_steps: Supervision steps of a try at most.
+        tries: Tries at each puzzle.
+        noise: Of the tries behind the first, as for :meth:`PuzzleTRM.predict`.
+    """
+
+    halting: bool
+    max_steps: int
+    tries: int = 1
+    noise: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """A few words for a table."""
+        steps = "with halting" if self.halting else "without halting"
+        return steps if self.tries == 1 else f"{steps}, {self.tries} tries"
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """How a model did in a mode.
+
+    Attributes:
+        mode: The mode.
+        score: How well.
+        interval: 95% Wilson interval of ``score.exact``.
+        seconds: Wall time of a puzzle, of prediction alone.
+        arc: Two attempts voted from all copies of an ARC task; None for other puzzles.
+    """
+
+    mode: Mode
+    score: PuzzleScore
+    interval: tuple[float, float]
+    seconds: float
+    arc: ArcScore | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "name": self.mode.name,
+            **asdict(self.mode),
+            **asdict(self.score),
+            "exact_interval": list(self.interval),
+            "seconds_per_puzzle": self.seconds,
+            "arc": None if self.arc is None else asdict(self.arc),
+        }
+
+
+def evaluate_mode(
+    model: PuzzleTRM,
+    split: PuzzleSplit,
+    mode: Mode,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    ballot: ArcBallot | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> ModeResult:
+    """Ask a model all puzzles of a split.
+
+    Args:
+        model: In eval mode.
+        split: At least one puzzle, each with an answer, on the model's device.
+        mode: How to ask.
+        batch_size: Puzzles at a time.
+        seed: Of the noise.
+        ballot: Takes the votes of ARC puzzles; must be fresh.
+        progress: Told after every batch how many puzzles it held.
+    """
+    # What is done only once, such as choosing kernels, is no part of a puzzle's time.
+    first = slice(min(batch_size, len(split)))
+    best_of(
+        model,
+        split.inputs[first],
+        split.puzzles[first],
+        max_steps=min(2, mode.max_steps),
+        halting=mode.halting,
+    ).halt_logits.cpu()
+    torch.manual_seed(seed)
+    seconds = 0.0
+
+    def predict(tokens: Tensor, puzzles: Tensor) -> Prediction:
+        nonlocal seconds
+        since = time.perf_counter()
+        found = best_of(
+            model,
+            tokens,
+            puzzles,
+            tries=mode.tries,
+            noise=mode.noise,
+            max_steps=mode.max_steps,
+            halting=mode.halting,
+        )
+        found.halt_logits.cpu()  # waits for the device
+        seconds += time.perf_counter() - since
+        if ballot is not None:
+            cast(ballot, tokens, puzzles, found)
+        progress(len(tokens))
+        return found
+
+    found = score(predict, split, batch_size)
+    return ModeResult(
+        mode,
+        found,
+        wilson(round(found.exact * found.puzzles), found.puzzles),
+        seconds / found.puzzles,
+        None if ballot is None else ballot.score(),
+    )
+
+
+def with_answers(split: PuzzleSplit) -> PuzzleSplit:
+    """The puzzles whose answers are known: a contest's are not, and would all count as solved."""
+    known = (split.labels != PADDING).any(-1)
+    return split if bool(known.all()) else _take(split, known)
+
+
+def draw_puzzles(split: PuzzleSplit, count: int, seed: int) -> PuzzleSplit:
+    """``count`` puzzles drawn at random, in their order; all if there are no more."""
+    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
+    return _take(split, drawn.sort().values)
+
+
+def require_fitting(model: PuzzleTRM, facts: dict[str, Any], info: PuzzleInfo, where: Path) -> None:
+    """Check that a model was made for puzzles like those of a folder.
+
+    Args:
+        facts: What its checkpoint says of it.
+        info: What the folder says of its puzzles.
+        where: The folder.
+
+    Raises:
+        InputError: It was not.
+    """
+    config, remedy = model.config, "name others with --data, or another --checkpoint"
+    if other := misfit(model, facts, info.task, info.rows, info.columns):
+        raise InputError(
+            f"{where} holds {info.task} puzzles of {info.rows}x{info.columns}, and the model solves {other}: "
+            f"{remedy}"
+        )
+    if config.vocab_size != info.vocab_size:
+        raise InputError(
+            f"{where} holds puzzles of {info.vocab_size} tokens, and the model knows {config.vocab_size}: "
+            f"{remedy}"
+        )
+    if config.puzzle_dim and config.num_puzzles < info.num_puzzles:
+        raise InputError(
+            f"{where} numbers {info.num_puzzles} puzzles, and the model has embeddings of "
+            f"{config.num_puzzles}: name the folder that it was trained on with --data"
+        )
+
+
+def _take(split: PuzzleSplit, rows: Tensor) -> PuzzleSplit:
+    return PuzzleSplit(split.inputs[rows], split.labels[rows], split.puzzles[rows])

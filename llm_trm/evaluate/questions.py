@@ -1,0 +1,192 @@
+"""Puzzles that a person types, and what the rules say of them and of answers."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm_trm.data.puzzles import maze, sudoku
+from llm_trm.data.puzzles.dataset import Task
+from llm_trm.errors import InputError
+
+_BLANKS = "0._-*"
+_REMEDY = (
+    "give a Sudoku of 16, 36 or 81 cells (digits, and 0 . _ - * for blanks), or the rows of a maze "
+    f"(of {maze.CHARSET!r})"
+)
+
+#: Guesses of the solver that counts solutions. A puzzle made to be hard took 160 (0.1 s), this many take
+#: about a second, and a puzzle without a solution was not done after 20,000.
+_GUESSES = 3000
+
+
+@dataclass(frozen=True)
+class Question:
+    """A puzzle to solve.
+
+    Attributes:
+        task: ``"sudoku"`` or ``"maze"``.
+        rows, columns: Of the grid.
+        tokens: uint8 [rows x columns], row by row.
+    """
+
+    task: Task
+    rows: int
+    columns: int
+    tokens: Tensor
+
+    @property
+    def shape(self) -> sudoku.Shape:
+        """Which kind of Sudoku it is."""
+        return sudoku.SHAPES[self.rows]
+
+    def note(self) -> str | None:
+        """What to tell a person who expects one solution; None if there is one, or it is too hard to tell."""
+        if self.task == "maze":
+            paths = maze.count_shortest_paths(self._cells(self.tokens))
+            if paths > 1:
+                return "the maze has several shortest paths; any of them is valid"
+            return None if paths else "the maze has no solution: no way leads from the start to the goal"
+        grid = sudoku.tokens_grid(self.tokens.tolist())
+        if fault := sudoku.grid_fault(grid, self.shape):
+            return f"the puzzle has no solution: {fault}"
+        solutions = _count_solutions(grid)
+        if solutions == 0:
+            return "the puzzle has no solution"
+        return "the puzzle has several solutions; any of them is valid" if solutions == 2 else None
+
+    def fault(self, answer: Tensor) -> str | None:
+        """Why an answer, tokens [rows x columns], is not valid, in words; None if it is."""
+        if self.task == "maze":
+            return maze.solution_fault(self._cells(self.tokens), self._cells(answer))
+        puzzle, solution = (sudoku.tokens_grid(tokens.tolist()) for tokens in (self.tokens, answer))
+        return sudoku.solution_fault(puzzle, solution, self.shape)
+
+    def _cells(self, tokens: Tensor) -> NDArray[np.uint8]:
+        return tokens.numpy().astype(np.uint8).reshape(self.rows, self.columns)
+
+
+def read_questions(text: str, source: str) -> list[Question]:
+    """The puzzles in a text: Sudokus, each on a line or on several, or mazes with empty lines between them.
+
+    Args:
+        text: White space between the cells of a Sudoku counts for nothing; in a maze, spaces are open cells.
+        source: Where it comes from, for messages.
+
+    Raises:
+        InputError: It holds something else; the message says where.
+    """
+    if text.lstrip()[:1] in ("{", "["):
+        raise InputError(
+            f"{source} looks like JSON, as ARC tasks are, which only `llm-trm eval puzzle` takes: {_REMEDY}"
+        )
+    if not text.strip():
+        raise InputError(f"{source} holds no puzzle: {_REMEDY}")
+    if re.search("[#SG]", text):
+        return [_maze(block, where) for block, where in _mazes(text, source)]
+    return [_sudoku(cells, where) for cells, where in _sudokus(text, source)]
+
+
+def _mazes(text: str, source: str) -> Iterator[tuple[str, str]]:
+    lines = text.split("\n")
+    begin = 0
+    for number, line in enumerate([*lines, ""]):
+        # A line of spaces is a row of open cells.
+        if line.strip("\r"):
+            continue
+        if begin < number:
+            yield "\n".join(lines[begin:number]), source if len(lines) == 1 else f"{source}, line {begin + 1}"
+        begin = number + 1
+
+
+def _maze(text: str, where: str) -> Question:
+    try:
+        grid = maze.parse_maze(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}: {_REMEDY}") from None
+    try:
+        maze.count_shortest_paths(grid)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}: give one S, one G, walls '#' and open cells ' '") from None
+    rows, columns = grid.shape
+    return Question("maze", rows, columns, torch.from_numpy(grid.reshape(-1)))
+
+
+def _sudokus(text: str, source: str) -> Iterator[tuple[str, str]]:
+    lines = [(number, "".join(line.split())) for number, line in enumerate(text.splitlines(), 1)]
+    blocks: list[list[tuple[int, str]]] = [[]]
+    for number, line in lines:
+        if line:
+            blocks[-1].append((number, line))
+        elif blocks[-1]:
+            blocks.append([])
+    everything = [line for block in blocks for line in block]
+    # Bands of one puzzle may have an empty line between them.
+    if not all(len(line) in _SIZES for _, line in everything) and _cells(everything) in _SIZES:
+        blocks = [everything]
+    for block in filter(None, blocks):
+        where = source if len(everything) == 1 else f"{source}, line {block[0][0]}"
+        if _cells(block) in _SIZES:
+            yield "".join(line for _, line in block), where
+            continue
+        for number, line in block:
+            yield line, source if len(everything) == 1 else f"{source}, line {number}"
+
+
+_SIZES = {shape.cells for shape in sudoku.SHAPES.values()}
+
+
+def _cells(lines: Sequence[tuple[int, str]]) -> int:
+    return sum(len(line) for _, line in lines)
+
+
+def _sudoku(cells: str, where: str) -> Question:
+    if unknown := re.search(f"[^1-9{re.escape(_BLANKS)}]", cells):
+        raise InputError(f"{where}: {unknown[0]!r} is neither a digit nor a blank: {_REMEDY}")
+    if len(cells) not in _SIZES:
+        raise InputError(f"{where}: the puzzle has {len(cells)} cells: {_REMEDY}")
+    shape = sudoku.shape_of(len(cells))
+    grid = [0 if cell in _BLANKS else int(cell) for cell in cells]
+    for cell, digit in enumerate(grid):
+        if digit > shape.size:
+            raise InputError(
+                f"{where}: {shape.cell_name(cell)} holds {digit}: a {shape.size}x{shape.size} Sudoku has the "
+                f"digits 1 to {shape.size}"
+            )
+    return Question("sudoku", shape.size, shape.size, torch.from_numpy(sudoku.grid_tokens(grid)))
+
+
+class _GaveUp(Exception):
+    pass
+
+
+class _Guesses(random.Random):
+    """Leaves the solver's guesses in their order, and stops it when there have been too many."""
+
+    taken = 0
+
+    def shuffle(self, x: Any, *_: Any) -> None:
+        self.taken += 1
+        if self.taken > _GUESSES:
+            raise _GaveUp
+
+
+def _count_solutions(grid: sudoku.Grid) -> int | None:
+    """Up to 2; None if the solver had to guess too often."""
+    found = 0
+    try:
+        for _ in sudoku.solutions(grid, _Guesses()):
+            found += 1
+            if found == 2:
+                break
+    except _GaveUp:
+        return None
+    return found

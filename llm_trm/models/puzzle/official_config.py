@@ -1,0 +1,161 @@
+"""``all_config.yaml``, which the official code writes beside checkpoints: what a state dict does not say."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, get_args
+
+from llm_trm.data.puzzles.dataset import Task
+from llm_trm.errors import InputError, one_line
+from llm_trm.files import write_text
+from llm_trm.models.puzzle.paper import PuzzleTRMConfig
+
+CONFIG_FILE = "all_config.yaml"
+
+_ARCHITECTURE = "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1"
+_EPS = 1e-5
+
+#: Their names of fields of PuzzleTRMConfig.
+_COUNTS = {
+    "num_heads": "n_heads",
+    "L_cycles": "n_latent_steps",
+    "H_cycles": "n_deep_recursions",
+    "halt_max_steps": "max_steps",
+    "hidden_size": "d_model",
+    "L_layers": "n_layers",
+}
+
+#: What an exported configuration says beyond the official fields; the official code ignores it.
+_OWN, _OWN_FIELDS = "llm_trm", ("seq_len", "task", "rows", "columns")
+
+
+def read_config(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """What the configuration beside ``checkpoint`` says.
+
+    Returns:
+        Values by the names of :class:`PuzzleTRMConfig`, and ``task``, ``rows`` and ``columns``, as far as it
+        says them; and, where it could not be read for want of PyYAML, a clause that says so.
+
+    Raises:
+        InputError: It is broken, or describes another architecture.
+    """
+    path = checkpoint.parent / CONFIG_FILE
+    if not path.is_file():
+        return {}, ""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        return {}, f"; {path} says them, but reading it needs PyYAML: pip install pyyaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        architecture = dict(content["arch"])
+        return {**_translate(architecture), **_own(content.get(_OWN) or {})}, ""
+    except KeyError as error:
+        raise InputError(f"{path} has no entry {error}: {_remedy(path)}") from None
+    except (OSError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be used ({one_line(error)}): {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    return f"name it other than {path.name}, and give the options of the command instead"
+
+
+def _translate(arch: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the official ``arch`` under our names; ValueError where no PuzzleTRM has them."""
+    if arch["name"].split("@")[0] != _ARCHITECTURE.split("@")[0]:
+        raise ValueError(f"it describes {arch['name']}, not {_ARCHITECTURE}")
+    if float(arch.get("rms_norm_eps", _EPS)) != _EPS:
+        raise ValueError(f"its norms have eps {arch['rms_norm_eps']}, ours {_EPS}")
+    if not arch.get("no_ACT_continue", True):
+        raise ValueError("its halting compares two Q-values (no_ACT_continue: false), ours reads the first")
+    found: dict[str, Any] = {ours: _count(arch, theirs) for theirs, ours in _COUNTS.items() if theirs in arch}
+    # Anything else than these two means no encoding, in the official code too.
+    if "pos_encodings" in arch:
+        positions = arch["pos_encodings"]
+        found["positions"] = positions if positions in ("rope", "learned") else "none"
+    if "forward_dtype" in arch:
+        found["dtype"] = arch["forward_dtype"]
+    found["rope_theta"] = float(arch.get("rope_theta", 10000.0))  # the default of the official class
+    if "mlp_t" in arch:
+        found["mixer"] = "tokens" if arch["mlp_t"] else "attention"
+    if "puzzle_emb_ndim" in arch:
+        found["puzzle_dim"] = _count(arch, "puzzle_emb_ndim", least=0)
+    if "puzzle_emb_len" in arch:
+        found["puzzle_len"] = _count(arch, "puzzle_emb_len", least=0)
+        if found["puzzle_len"] == 0 and {"puzzle_emb_ndim", "hidden_size"} <= arch.keys():
+            found["puzzle_len"] = -(-found["puzzle_dim"] // found["d_model"])  # as many as it needs
+    return found
+
+
+def _count(arch: dict[str, Any], name: str, least: int = 1) -> int:
+    value = arch[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, not a number from {least}")
+    return value
+
+
+def _own(content: dict[str, Any]) -> dict[str, Any]:
+    counts = {name: _count(content, name) for name in _OWN_FIELDS if name in content and name != "task"}
+    if "task" not in content:
+        return counts
+    if content["task"] not in get_args(Task):
+        raise ValueError(f"{content['task']!r} is no task")
+    return {**counts, "task": content["task"]}
+
+
+def check_exportable(config: PuzzleTRMConfig) -> None:
+    """Raise InputError for a model that the official code cannot run."""
+    if config.puzzle_len and not config.puzzle_dim:
+        raise InputError(
+            f"the official code cannot run {config.puzzle_len} positions in front of the cells without an "
+            "embedding in them: export a model with puzzle_dim above 0, or with puzzle_len 0"
+        )
+
+
+def write_config(checkpoint: Path, config: PuzzleTRMConfig, facts: dict[str, Any]) -> bool:
+    """Write the configuration beside ``checkpoint`` where there is none; whether it was written.
+
+    It has no more than the model needs: settings of a training are not known.
+
+    Raises:
+        InputError: One of another model is there, or the official code has no such model.
+    """
+    check_exportable(config)
+    path = checkpoint.parent / CONFIG_FILE
+    text = _text(config, facts)
+    if not path.exists():
+        write_text(path, text)
+        return True
+    if path.read_text(encoding="utf-8") == text:
+        return False
+    said, unreadable = read_config(checkpoint)
+    mine = {**vars(config), **facts}
+    wrong = [name for name, value in said.items() if name in mine and mine[name] != value]
+    # A token mixer has no heads, and takes no notice of an encoding.
+    if config.mixer == "tokens":
+        wrong = [name for name in wrong if name not in ("n_heads", "positions", "rope_theta")]
+    if wrong or unreadable:
+        what = f"describes another model ({', '.join(wrong)})" if wrong else "may describe another model"
+        raise InputError(f"{path} {what}: export into another folder")
+    return False
+
+
+def _text(config: PuzzleTRMConfig, facts: dict[str, Any]) -> str:
+    """Written by hand: PyYAML comes with extras only."""
+    theirs = {
+        "name": _ARCHITECTURE,
+        **{name: getattr(config, ours) for name, ours in _COUNTS.items()},
+        "H_layers": 0,
+        "expansion": 4,
+        "forward_dtype": config.dtype,
+        "mlp_t": "true" if config.mixer == "tokens" else "false",
+        "pos_encodings": config.positions,
+        "puzzle_emb_len": config.puzzle_len,
+        "puzzle_emb_ndim": config.puzzle_dim,
+        "rope_theta": config.rope_theta,
+    }
+    own = {"seq_len": config.seq_len, **{name: facts[name] for name in _OWN_FIELDS if name in facts}}
+    lines = ["arch:", *(f"  {name}: {value}" for name, value in theirs.items())]
+    lines += [f"{_OWN}:", *(f"  {name}: {value}" for name, value in own.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,308 @@
+"""The paper's model: puzzles as sequences of tokens, solved by recursion (arXiv 2510.04871).
+
+Source: ``models/recursive_reasoning/trm.py`` of SamsungSAILMontreal/TinyRecursiveModels, whose checkpoints
+:mod:`llm_trm.models.puzzle.official` converts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_trm.errors import InputError, one_line
+from llm_trm.files import read_json, read_tensors, write_json, write_tensors
+from trm_kernels import SparseEmbedding, TinyRecursiveNetwork, deep_recursion, halting_recursion
+from trm_kernels.config import Mixer
+from trm_kernels.reference import CastedLinear
+
+#: How attention knows where a cell is. A token mixer knows by its weights, and takes none.
+Positions = Literal["rope", "learned", "none"]
+
+_WEIGHTS, _CONFIG = "puzzle_trm.safetensors", "puzzle_trm.json"
+
+#: A normal distribution that is cut off at two standard deviations keeps this share of its own.
+_TRUNCATED_STD = 0.87962566103423978
+#: The official root of one half: the sum of two embeddings keeps unit variance.
+_HALF_VARIANCE = 0.707106781
+
+
+@dataclass(frozen=True)
+class PuzzleTRMConfig:
+    """Sizes of a :class:`PuzzleTRM`; the defaults are the paper's.
+
+    Attributes:
+        vocab_size: Number of tokens V.
+        seq_len: Cells L of a puzzle.
+        num_puzzles: Puzzle identifiers, each with an embedding of its own.
+        d_model: Width D.
+        n_layers, n_heads: Blocks of the network, and attention heads of a block.
+        mixer: ``"attention"``, or ``"tokens"`` for an MLP over positions (``mlp_t`` of the official code).
+        positions: Encoding of positions; ``"none"`` for a token mixer.
+        rope_theta: Base of the rotary frequencies.
+        puzzle_len: Positions P that the puzzle embedding takes in front of the cells; the halting head reads
+            the first position, which is a cell where P is 0.
+        puzzle_dim: Numbers of a puzzle embedding, at most P x D, the rest being zeros; 0 for no embedding.
+        n_latent_steps, n_deep_recursions: n and T (``L_cycles`` and ``H_cycles``).
+        max_steps: Supervision steps that a sample is trained for at most.
+        dtype: Of the residual stream; parameters are float32, and cast where they are used.
+    """
+
+    vocab_size: int
+    seq_len: int
+    num_puzzles: int = 1
+    d_model: int = 512
+    n_layers: int = 2
+    n_heads: int = 8
+    mixer: Mixer = "attention"
+    positions: Positions = "rope"
+    rope_theta: float = 10000.0
+    puzzle_len: int = 16
+    puzzle_dim: int = 512
+    n_latent_steps: int = 6
+    n_deep_recursions: int = 3
+    max_steps: int = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "seq_len",
+            "num_puzzles",
+            "n_latent_steps",
+            "n_deep_recursions",
+            "max_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.puzzle_dim <= self.puzzle_len * self.d_model:
+            raise ValueError(
+                f"puzzle_dim {self.puzzle_dim} does not fit puzzle_len {self.puzzle_len} positions of d_model"
+                f" {self.d_model}"
+            )
+        if self.mixer == "tokens" and self.positions != "none":
+            raise ValueError("a token mixer has no position encoding: positions must be 'none'")
+
+    @property
+    def length(self) -> int:
+        """Positions P + L that the network sees."""
+        return self.puzzle_len + self.seq_len
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Answers to a batch of puzzles.
+
+    Attributes:
+        tokens: Predicted tokens, int64 [B, L].
+        halt_logits: Halting logits at the exit [B]: how sure the model is that the answer is right.
+        steps: Supervision steps that each sample took, int32 [B].
+    """
+
+    tokens: Tensor
+    halt_logits: Tensor
+    steps: Tensor
+
+
+class PuzzleTRM(nn.Module):
+    """Embeds a puzzle, refines an answer by recursion, and reads it out cell by cell.
+
+    Initial states are fixed buffers, drawn once; puzzle embeddings are a buffer too, which
+    :class:`~trm_kernels.SparseSignSGD` updates. What counts as a parameter is what the paper counts.
+
+    Args:
+        config: Its sizes.
+        backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
+    """
+
+    y_init: Tensor
+    z_init: Tensor
+
+    def __init__(self, config: PuzzleTRMConfig, *, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        d = config.d_model
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.embed_tokens = nn.Embedding(config.vocab_size, d)
+        _truncated_normal(self.embed_tokens.weight, d**-0.5)
+        if config.puzzle_dim:
+            self.puzzle_emb = SparseEmbedding(config.num_puzzles, config.puzzle_dim)
+        if config.positions == "learned":
+            self.embed_pos = nn.Parameter(torch.empty(config.length, d))
+            _truncated_normal(self.embed_pos, d**-0.5)
+        self.net = TinyRecursiveNetwork(
+            d,
+            config.n_layers,
+            config.n_heads,
+            family="paper",
+            mixer=config.mixer,
+            seq_len=config.length if config.mixer == "tokens" else None,
+            rope=config.positions == "rope",
+            rope_theta=config.rope_theta,
+            backend=backend,
+        )
+        self.lm_head = CastedLinear(d, config.vocab_size)
+        # Two outputs, as in official checkpoints; the second, a Q-value of going on, is used by nobody.
+        self.q_head = nn.Linear(d, 2)
+        nn.init.zeros_(self.q_head.weight)
+        nn.init.constant_(self.q_head.bias, -5.0)
+        for name in ("y_init", "z_init"):
+            state = torch.empty(d)
+            _truncated_normal(state, 1.0)
+            self.register_buffer(name, state.to(self.dtype).float())  # which the stream's dtype holds exactly
+
+    def embed(self, tokens: Tensor, puzzles: Tensor | None = None) -> Tensor:
+        """The question x.
+
+        Args:
+            tokens: [B, L], any integer dtype.
+            puzzles: Puzzle identifiers [B]; 0 for all if there are none.
+
+        Returns:
+            [B, P + L, D], in the stream's dtype.
+        """
+        config = self.config
+        # Rounded to the stream's dtype before it is scaled, as in the official code: bit for bit the same.
+        x = F.embedding(tokens.int(), self.embed_tokens.weight.to(self.dtype))  # [B, L, D]
+        if config.puzzle_len:
+            x = torch.cat((self._embed_puzzles(x, puzzles), x), dim=1)
+        if config.positions == "learned":
+            x = _HALF_VARIANCE * (x + self.embed_pos.to(self.dtype))
+        return config.d_model**0.5 * x
+
+    def _embed_puzzles(self, x: Tensor, puzzles: Tensor | None) -> Tensor:
+        """Puzzle embeddings [B, P, D], filled up with zeros."""
+        config, batch = self.config, len(x)
+        if not config.puzzle_dim:
+            return x.new_zeros(batch, config.puzzle_len, config.d_model)
+        if puzzles is None:
+            puzzles = torch.zeros(batch, dtype=torch.int32, device=x.device)
+        rows = self.puzzle_emb(puzzles).to(self.dtype)  # [B, puzzle_dim]
+        rows = F.pad(rows, (0, config.puzzle_len * config.d_model - config.puzzle_dim))
+        return rows.view(batch, config.puzzle_len, config.d_model)
+
+    def initial(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The states y and z [D] that every position starts from."""
+        return self.y_init.to(x.dtype), self.z_init.to(x.dtype)
+
+    def step(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A supervision step: one deep recursion on x, y, z [B, P + L, D]; gives y and z, not detached."""
+        return deep_recursion(self.net, x, y, z, self.config.n_latent_steps, self.config.n_deep_recursions)
+
+    def heads(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the cells [B, L, V], and float32 halting logits [B]: halt where positive."""
+        halt = F.linear(y[:, 0], self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype))
+        # float64 streams, which tests use, keep their precision.
+        return self.lm_head(y)[:, self.config.puzzle_len :], halt[:, 0].to(
+            torch.promote_types(y.dtype, torch.float32)
+        )
+
+    def forward(
+        self, tokens: Tensor, puzzles: Tensor | None = None, n_steps: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`heads` gives after ``n_steps`` supervision steps; states are detached between them."""
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, not {n_steps}")
+        x = self.embed(tokens, puzzles)
+        y, z = (state.expand_as(x) for state in self.initial(x))
+        for _ in range(n_steps):
+            y, z = self.step(x, y.detach(), z.detach())
+        return self.heads(y)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        tokens: Tensor,
+        puzzles: Tensor | None = None,
+        *,
+        max_steps: int | None = None,
+        halting: bool = True,
+        compact: bool = True,
+        noise: float = 0.0,
+    ) -> Prediction:
+        """Answer puzzles; no gradient.
+
+        Args:
+            tokens: [B, L].
+            puzzles: Puzzle identifiers [B].
+            max_steps: Supervision steps at most; by default as many as in training.
+            halting: Whether a sample stops once its halting logit is positive. (The official evaluation
+                never stops early.)
+            compact: Whether samples that have stopped are taken out of the batch.
+            noise: Standard deviation of normal noise on the initial z, which is of unit variance: another try
+                at the same puzzle.
+        """
+        x = self.embed(tokens, puzzles)
+        y, z = (state.expand_as(x) for state in self.initial(x))
+        if noise:
+            z = z + noise * torch.randn_like(z)
+        state = {
+            "x": x,
+            "y": y,
+            "z": z,
+            "answer": torch.zeros(tokens.shape, dtype=torch.int64, device=x.device),
+            "logit": torch.zeros(len(x), dtype=torch.float32, device=x.device),
+        }
+
+        def step(x: Tensor, y: Tensor, z: Tensor, **_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            y, z = self.step(x, y, z)
+            logits, halt = self.heads(y)
+            found = {"y": y, "z": z, "answer": logits.argmax(-1), "logit": halt}
+            return found, (halt > 0) & halting
+
+        result = halting_recursion(
+            step, state, max_steps or self.config.max_steps, compact=compact and halting
+        )
+        return Prediction(result.state["answer"], result.state["logit"], result.exit_steps)
+
+    @torch.no_grad()
+    def trace(
+        self, tokens: Tensor, puzzles: Tensor | None = None, *, noise: float = 0.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Answer [B, L] and halting logits [B] after every supervision step, without end; no gradient."""
+        x = self.embed(tokens, puzzles)
+        y, z = (state.expand_as(x) for state in self.initial(x))
+        if noise:
+            z = z + noise * torch.randn_like(z)
+        while True:
+            y, z = self.step(x, y, z)
+            logits, halt = self.heads(y)
+            yield logits.argmax(-1), halt
+
+
+def _truncated_normal(tensor: Tensor, std: float) -> None:
+    """Fill with a normal distribution cut off at two of its standard deviations, ``std`` after the cut."""
+    wide = std / _TRUNCATED_STD
+    nn.init.trunc_normal_(tensor, std=wide, a=-2.0 * wide, b=2.0 * wide)
+
+
+def save_puzzle_model(model: PuzzleTRM, folder: Path, **facts: Any) -> None:
+    """Write weights and sizes into ``folder``; ``facts`` (JSON values) are kept beside the sizes."""
+    write_tensors(folder / _WEIGHTS, model.state_dict())
+    write_json(folder / _CONFIG, {"kind": "PuzzleTRM", **asdict(model.config), "facts": facts})
+
+
+def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM, dict[str, Any]]:
+    """The model that :func:`save_puzzle_model` wrote, in eval mode, and the facts beside it.
+
+    Raises:
+        InputError: A missing or broken file, or one of another kind.
+    """
+    remedy = "name a folder that `llm-trm train puzzle` or `llm-trm import official` wrote"
+    described = read_json(folder / _CONFIG, remedy)
+    try:
+        kind, facts = described.pop("kind"), described.pop("facts")
+        if kind != "PuzzleTRM":
+            raise InputError(f"{folder / _CONFIG} describes a {kind}, not a PuzzleTRM: {remedy}")
+        model = PuzzleTRM(PuzzleTRMConfig(**described), backend=backend)
+        model.load_state_dict(read_tensors(folder / _WEIGHTS, remedy))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} holds no PuzzleTRM ({one_line(error)}): {remedy}") from error
+    return model.eval(), facts

@@ -1,0 +1,165 @@
+"""Puzzle training: what a run leaves, what resumes it, what it refuses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_trm.errors import InputError
+from llm_trm.files import read_json
+from llm_trm.models.puzzle.loading import load_puzzle
+from llm_trm.train.puzzle import PuzzleTrainer
+from llm_trm.train.puzzle_config import configure
+from llm_trm.train.puzzle_report import PuzzlePlan, PuzzleReport
+from tests.puzzle import worker
+from tests.puzzle.toy import content_of, toy_config, write_toy
+
+KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+class Listener(PuzzleReport):
+    def __init__(self) -> None:
+        self.plan: PuzzlePlan | None = None
+        self.steps: list[int] = []
+        self.records: list[Any] = []
+
+    def begin(self, plan: PuzzlePlan) -> None:
+        self.plan = plan
+
+    def step(self, step: int, metrics: Any) -> None:
+        self.steps.append(step)
+
+    def evaluated(self, record: Any) -> None:
+        self.records.append(record)
+
+
+def test_a_run_learns_and_leaves_its_best_averaged_weights(toy: Path, tmp_path: Path) -> None:
+    report = Listener()
+    config = toy_config(toy, output=tmp_path, steps=200, eval_every=50, log_every=10, max_steps=2)
+    trainer = PuzzleTrainer(config, report)
+    result = trainer.train()
+    assert report.plan is not None and (report.plan.training, report.plan.evaluated) == (60, 20)
+    assert report.steps == list(range(1, 201))
+    first, *_, last = report.records
+    assert last["train"]["loss"] < 0.5 * first["train"]["loss"]
+    assert last["test"]["cells"] > 0.8
+    assert set(last["train"]) >= {"exact", "cells", "halted", "halt_right", "samples_per_second"}
+    assert trainer.model.puzzle_emb.weights.abs().sum() > 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) <= config.keep + 1
+    model, facts = load_puzzle(tmp_path)
+    assert facts["task"] == "arc" and (facts["rows"], facts["columns"]) == (3, 3)
+    assert read_json(tmp_path / "config.json", "")["steps"] == 200
+    with trainer.average.applied():
+        names = {**dict(trainer.model.named_parameters())}
+        if result.best.name == "step-00000200":
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter, names[name]), name
+
+
+def test_every_parameter_moves(toy: Path, tmp_path: Path) -> None:
+    trainer = PuzzleTrainer(toy_config(toy, output=tmp_path))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    rates = []
+    for _ in range(6):
+        trainer.take_step()
+        rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
+    for name, parameter in trainer.model.named_parameters():
+        # The second output of the Q-head is read by nobody, but decays.
+        assert not torch.equal(parameter, before[name]), name
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 4])
+
+
+def test_augmentation_and_order_follow_the_seed(toy: Path, tmp_path: Path) -> None:
+    runs = [PuzzleTrainer(toy_config(toy, output=tmp_path / str(seed), seed=seed)) for seed in (0, 0, 1)]
+    batches = [trainer._fresh()[0] for trainer in runs]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_a_batch_larger_than_the_data(toy: Path, tmp_path: Path) -> None:
+    trainer = PuzzleTrainer(toy_config(toy, output=tmp_path, batch_size=100))
+    assert trainer._fresh()[0].shape == (100, 9)
+
+
+def test_killed_at_random_moments_ends_with_the_same_weights(toy: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.puzzle.worker"])
+    options = {"steps": 30, "eval_every": 10, "save_every": 3, "schedule": "cosine"}
+
+    def start(output: Path) -> BaseProcess:
+        process = context.Process(target=worker.run, args=(toy, output, options))
+        process.start()
+        return process
+
+    def end(process: BaseProcess) -> None:
+        process.join(timeout=240)
+        assert process.exitcode == 0
+
+    end(start(tmp_path / "warm"))  # starts the server, which imports torch
+    begun = time.monotonic()
+    end(start(tmp_path / "undisturbed"))
+    duration = time.monotonic() - begun
+    undisturbed = content_of(tmp_path / "undisturbed")
+    chance = random.Random(0)
+    kills, process = 0, start(tmp_path / "killed")
+    while kills < KILLS:
+        process.join(timeout=chance.uniform(0.2 * duration, 0.8 * duration))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        process = start(tmp_path / "killed")
+    end(process)
+    assert kills > 0
+    assert content_of(tmp_path / "killed") == undisturbed
+
+
+def test_refusals(toy: Path, tmp_path: Path) -> None:
+    config = toy_config(toy, output=tmp_path / "run", steps=6)
+    with pytest.raises(InputError, match="no checkpoint to resume"):
+        PuzzleTrainer(toy_config(toy, output=tmp_path / "run", resume=True))
+    PuzzleTrainer(config).train()
+    with pytest.raises(InputError, match="--resume, replace it with --overwrite"):
+        PuzzleTrainer(config)
+    with pytest.raises(InputError, match="batch_size was 8 and is 4"):
+        PuzzleTrainer(toy_config(toy, output=tmp_path / "run", resume=True, batch_size=4))
+    with pytest.raises(InputError, match="llm-trm data"):
+        PuzzleTrainer(toy_config(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="--heads 3 does not divide"):
+        toy_config(toy, n_heads=3)
+    with pytest.raises(InputError, match="--positions rope"):
+        toy_config(toy, mixer="tokens", positions="rope")
+    with pytest.raises(InputError, match="larger --puzzle-len"):
+        toy_config(toy, puzzle_len=1)
+
+
+def test_a_loss_that_is_not_finite_is_said(toy: Path, tmp_path: Path) -> None:
+    trainer = PuzzleTrainer(toy_config(toy, output=tmp_path, steps=4, eval_every=4, log_every=1))
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="choose a lower --learning-rate"):
+        trainer.train()
+
+
+def test_presets_fill_what_is_not_given(tmp_path: Path) -> None:
+    paper = configure("paper", "sudoku", data=tmp_path, output=tmp_path)
+    assert (paper.mixer, paper.positions, paper.d_model, paper.batch_size) == ("tokens", "none", 512, 768)
+    assert (paper.steps, paper.optimizer, paper.clip_norm) == (65_104, "adam-atan2", None)
+    maze = configure("paper", "maze", data=tmp_path, output=tmp_path)
+    assert (maze.mixer, maze.positions, maze.n_latent_steps) == ("attention", "rope", 4)
+    changed = configure("paper", "sudoku", data=tmp_path, output=tmp_path, mixer="attention", steps=None)
+    assert (changed.mixer, changed.positions, changed.steps) == ("attention", "rope", 65_104)
+    assert configure("tiny", "sudoku", data=tmp_path, output=tmp_path, d_model=32).d_model == 32

@@ -1,0 +1,63 @@
+"""A toy of puzzle training: 3 x 3 grids whose answer is the question with every token raised by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit, write_puzzles
+from llm_trm.files import read_tensors
+from llm_trm.train.checkpoints import Checkpoints
+from llm_trm.train.puzzle_config import PuzzleConfig
+
+VOCABULARY, PUZZLES = 7, 5
+
+
+def write_toy(folder: Path, count: int = 60) -> Path:
+    """Puzzles with identifiers, as ARC has; a cell of each counts for nothing."""
+    chance = torch.Generator().manual_seed(0)
+
+    def split(number: int) -> PuzzleSplit:
+        inputs = torch.randint(1, VOCABULARY - 1, (number, 9), generator=chance)
+        labels = inputs + 1
+        labels[:, 4] = 0
+        ids = torch.randint(PUZZLES, (number,), generator=chance)
+        return PuzzleSplit(inputs.to(torch.uint8), labels.to(torch.uint8), ids.to(torch.int32))
+
+    info = PuzzleInfo("arc", 3, 3, VOCABULARY, PUZZLES)
+    write_puzzles(folder, info, {"train": split(count), "test": split(20)})
+    return folder
+
+
+def toy_config(folder: Path, **options: Any) -> PuzzleConfig:
+    """Settings of a run in ``folder / "run"`` on the puzzles in ``folder``."""
+    settings: dict[str, Any] = {
+        "d_model": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "puzzle_len": 2,
+        "puzzle_dim": 20,
+        "n_latent_steps": 1,
+        "n_deep_recursions": 2,
+        "max_steps": 3,
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 3,
+        "puzzle_learning_rate": 1e-2,
+        "ema_decay": 0.9,
+        "eval_every": 6,
+        "log_every": 2,
+        "output": folder / "run",
+        "device": "cpu",
+    }
+    return PuzzleConfig(data=folder, **settings | options)
+
+
+def content_of(output: Path) -> dict[str, list[float]]:
+    """Every number of the last checkpoint of a run, but how long it took."""
+    found = read_tensors(Checkpoints(output).last / "state.safetensors", "")
+    found |= read_tensors(Checkpoints(output).last / "puzzle_trm.safetensors", "")
+    return {name: tensor.double().flatten().tolist() for name, tensor in found.items()}
