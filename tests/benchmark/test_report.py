@@ -61,8 +61,9 @@ def test_report_draws_the_latest_results_between_the_markers(tmp_path: Path) -> 
     (tmp_path / "docs").mkdir()
     results = tmp_path / "bench" / "results"
     results.mkdir(parents=True)
-    training, cpu = (tmp_path / "docs" / name for name in ("training.md", "cpu.md"))
-    for document in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md", training, cpu):
+    names = ("training.md", "cpu.md", "puzzles.md")
+    training, cpu, puzzles = others = [tmp_path / "docs" / name for name in names]
+    for document in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md", *others):
         document.write_text(f"before\n{bench.report.BEGIN}\nold\n{bench.report.END}\nafter\n")
     for day, median in (("2026-01-02", 2.0), ("2026-01-01", 7.0)):
         result = sample_result()
@@ -79,6 +80,7 @@ def test_report_draws_the_latest_results_between_the_markers(tmp_path: Path) -> 
         assert "On a GPU: not measured yet." in text
     assert training.read_text().count("Not measured yet.") == 2
     assert cpu.read_text().count("Not measured yet.") == 1
+    assert puzzles.read_text().count("Not measured yet.") == 2
     assert "2.00" in text
     assert "7.00" not in text
     assert (tmp_path / "docs" / "benchmarks-abacus.png").exists()

@@ -234,13 +234,11 @@ class PuzzleTRM(nn.Module):
             halting: Whether a sample stops once its halting logit is positive. (The official evaluation
                 never stops early.)
             compact: Whether samples that have stopped are taken out of the batch.
-            noise: Standard deviation of normal noise on the initial z, which is of unit variance: another try
-                at the same puzzle.
+            noise: Standard deviation of normal noise on z, which is of unit variance, before every
+                supervision step: another try at the same puzzle.
         """
         x = self.embed(tokens, puzzles)
         y, z = (state.expand_as(x) for state in self.initial(x))
-        if noise:
-            z = z + noise * torch.randn_like(z)
         state = {
             "x": x,
             "y": y,
@@ -250,7 +248,7 @@ class PuzzleTRM(nn.Module):
         }
 
         def step(x: Tensor, y: Tensor, z: Tensor, **_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            y, z = self.step(x, y, z)
+            y, z = self.step(x, y, _noisy(z, noise))
             logits, halt = self.heads(y)
             found = {"y": y, "z": z, "answer": logits.argmax(-1), "logit": halt}
             return found, (halt > 0) & halting
@@ -267,12 +265,14 @@ class PuzzleTRM(nn.Module):
         """Answer [B, L] and halting logits [B] after every supervision step, without end; no gradient."""
         x = self.embed(tokens, puzzles)
         y, z = (state.expand_as(x) for state in self.initial(x))
-        if noise:
-            z = z + noise * torch.randn_like(z)
         while True:
-            y, z = self.step(x, y, z)
+            y, z = self.step(x, y, _noisy(z, noise))
             logits, halt = self.heads(y)
             yield logits.argmax(-1), halt
+
+
+def _noisy(z: Tensor, noise: float) -> Tensor:
+    return z + noise * torch.randn_like(z) if noise else z
 
 
 def _truncated_normal(tensor: Tensor, std: float) -> None:

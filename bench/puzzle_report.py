@@ -1,0 +1,117 @@
+"""Draws what docs/puzzles.md measures, from files under ``bench/results``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_trm.benchmark.results import read
+from llm_trm.benchmark.table import number
+from llm_trm.files import replacing
+
+#: What ``python -m bench.puzzle`` and ``python -m bench.puzzle_training`` measured.
+STEPS, RUNS = "puzzle.jsonl", "puzzle_training.jsonl"
+PLOT = "puzzle-training.png"
+
+#: What olivkoch/nano-trm's README says of Sudoku-Extreme at L 81 on one H100.
+_PUBLISHED = "Published by others: nano-trm, about 1 h for its Sudoku-Extreme run on one H100 (its README)."
+
+
+def text(results: Path) -> str:
+    """Accuracy of training runs and the speed of a step, as Markdown."""
+    runs, steps = latest(results / RUNS), latest(results / STEPS)
+    parts = ["### Sudoku from nothing, tiny preset"]
+    parts += [_runs(runs), f"![accuracy against minutes]({PLOT})"] if runs else ["Not measured yet."]
+    parts.append("### A training step against the official trainer, restated")
+    parts.append(_steps(steps) if steps else "Not measured yet.")
+    if not any(line["machine"]["device_type"] == "cuda" for line in steps):
+        parts.append(f"On a GPU: not measured yet. {_PUBLISHED}")
+    return "\n\n".join(parts)
+
+
+def latest(path: Path) -> list[dict[str, Any]]:
+    """The latest line of every case on every device."""
+    if not path.exists():
+        return []
+    in_order = sorted(read(path), key=lambda line: line["time"])
+    return list({(line["device"], line["name"]): line for line in in_order}.values())
+
+
+def _runs(lines: Sequence[Mapping[str, Any]]) -> str:
+    head = (
+        "grid|seed|device|training puzzles|minutes|held out|exact (95% interval)|with halting|steps|faster by"
+    )
+    rows = [head.split("|")]
+    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
+    for line in sorted(lines, key=lambda line: (line["size"], line["seed"])):
+        whole, halting = line["modes"]
+        low, high = whole["exact_interval"]
+        rows.append(
+            [
+                f"{line['size']}x{line['size']}",
+                str(line["seed"]),
+                f"{line['device']}, {line['threads']} threads",
+                str(line["puzzles"]),
+                f"{line['seconds'] / 60:.1f}",
+                str(line["held_out"]),
+                f"{whole['exact']:.1%} ({low:.1%} to {high:.1%})",
+                f"{halting['exact']:.1%}",
+                f"{halting['steps']:.2f} of {halting['max_steps']}",
+                f"{line['halting_speedup']:.2f}x",
+            ]
+        )
+    return _table(rows)
+
+
+def _steps(lines: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for line in lines for name in line["trainers"]))
+    rows = [["case", "device", *(f"{name}, ms" for name in names), "against eager", "hours for 65,104 steps"]]
+    rows.append(["---", "---"] + ["---:"] * (len(rows[0]) - 2))
+    for line in lines:
+        medians = {name: figures["median_ms"] for name, figures in line["trainers"].items()}
+        rows.append(
+            [
+                line["name"].removeprefix("puzzle step "),
+                line["device"],
+                *(number(medians[name]) if name in medians else "-" for name in names),
+                f"{line['ratio']['official, eager']:.2f}x",
+                number(line["trainers"]["llm-trm"]["hours"]),
+            ]
+        )
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(results: Path, path: Path) -> None:
+    """Draw the accuracy on held-out puzzles against minutes of training; nothing without runs."""
+    runs = latest(results / RUNS)
+    if not runs:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    try:
+        for line in sorted(runs, key=lambda line: (line["size"], line["seed"])):
+            axis.plot(
+                [0.0, *(record["seconds"] / 60 for record in line["history"])],
+                [0.0, *(100 * record["test"]["exact"] for record in line["history"])],
+                marker="o",
+                markersize=3,
+                label=f"{line['size']}x{line['size']}, seed {line['seed']}, {line['device']}",
+            )
+        axis.set_xlabel("minutes of training")
+        axis.set_ylabel("held-out Sudokus solved, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        with replacing(path) as temporary:
+            # No version in the file: the same results give the same bytes.
+            figure.savefig(temporary, dpi=120, format="png", metadata={"Software": None})
+    finally:
+        plt.close(figure)

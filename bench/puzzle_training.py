@@ -1,0 +1,140 @@
+"""Trains the tiny preset on generated Sudokus, from nothing: ``python -m bench.puzzle_training``.
+
+What ``llm-trm data sudoku``, ``train puzzle`` and ``eval puzzle`` do by default, but for the numbers of
+puzzles: accuracy on held-out puzzles, none of them a training puzzle under any symmetry, against minutes of
+training; and what halting saves. One line of JSON a run is appended to bench/results/puzzle_training.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_trm.benchmark.environment import device_name, run_record
+from llm_trm.benchmark.results import append
+from llm_trm.data.puzzles.dataset import read_split, write_puzzles
+from llm_trm.data.puzzles.sudoku import SHAPES
+from llm_trm.data.puzzles.sudoku_splits import generated_splits, sudoku_info
+from llm_trm.evaluate.puzzle_modes import Mode, ModeResult, evaluate_mode
+from llm_trm.models.puzzle.loading import load_puzzle
+from llm_trm.train.puzzle import PuzzleTrainer
+from llm_trm.train.puzzle_config import configure
+
+RESULTS = Path(__file__).resolve().parent / "results" / "puzzle_training.jsonl"
+
+#: Training puzzles and clues of each size; 4x4 has 2,218 different puzzles of 4 to 8 clues in all.
+_TRAINING = {4: 1500, 6: 4000, 9: 10_000}
+_CLUES = {4: (4, 8), 6: (9, 18), 9: (24, 36)}
+_HELD_OUT = 500
+_ROUNDS = 3
+
+
+def train(
+    size: int, seed: int, device: torch.device, *, puzzles: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Generate, train and evaluate.
+
+    Args:
+        size: 4, 6 or 9.
+        seed: Of puzzles and training.
+        puzzles: To train on.
+        **options: Of :func:`~llm_trm.train.puzzle_config.configure`.
+
+    Returns:
+        A line for a results file, run details aside: ``history`` of the training, and for each of the
+        ``modes`` (without and with halting) what ``llm-trm eval puzzle --json`` says of all held-out puzzles;
+        ``halting_speedup``: ratio of their times, of the fastest of some rounds.
+    """
+    shape = SHAPES[size]
+    with tempfile.TemporaryDirectory() as name:
+        data, output = Path(name) / "data", Path(name) / "run"
+        splits = generated_splits(shape, puzzles or _TRAINING[size], _HELD_OUT, _CLUES[size], seed)
+        write_puzzles(data, sudoku_info(shape, {"seed": seed}), splits)
+        config = configure(
+            "tiny", "sudoku", data=data, output=output, seed=seed, device=device.type, **options
+        )
+        begin = time.perf_counter()
+        result = PuzzleTrainer(config).train()
+        seconds = time.perf_counter() - begin
+        model, _ = load_puzzle(output)
+        test = read_split(data, "test").to(device)
+        modes = _modes(model.to(device), test, config.max_steps, config.batch_size)
+    times = {mode.mode.halting: mode.seconds for mode in modes}
+    return {
+        "name": f"puzzle training sudoku {size}x{size} tiny seed{seed}",
+        "size": size,
+        "seed": seed,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "puzzles": len(splits["train"]),
+        "held_out": len(splits["test"]),
+        "config": config.to_json(),
+        "seconds": seconds,
+        "history": result.history,
+        "modes": [mode.to_json() for mode in modes],
+        "halting_speedup": times[False] / times[True],
+    }
+
+
+def _modes(model: Any, test: Any, max_steps: int, batch_size: int) -> list[ModeResult]:
+    """Both modes, taking turns."""
+    found: dict[bool, ModeResult] = {}
+    for _ in range(_ROUNDS):
+        for halting in (False, True):
+            now = evaluate_mode(model, test, Mode(halting, max_steps), batch_size)
+            if halting not in found or now.seconds < found[halting].seconds:
+                found[halting] = now
+    return list(found.values())
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """A line of a results file, in words."""
+    parts = [f"{line['name']}: {line['puzzles']} puzzles, {line['seconds'] / 60:.1f} minutes"]
+    for record in line["history"]:
+        parts.append(
+            f"  {record['seconds'] / 60:5.1f} min  step {record['step']:>5}  loss "
+            f"{record['train']['loss']:.4f}  held out: exact {record['test']['exact']:.4f}"
+        )
+    for mode in line["modes"]:
+        low, high = mode["exact_interval"]
+        parts.append(
+            f"  {mode['name']}: {mode['exact']:.2%} ({low:.2%} to {high:.2%}) of {mode['puzzles']}, "
+            f"{mode['steps']:.2f} steps, {1e3 * mode['seconds_per_puzzle']:.2f} ms a puzzle"
+        )
+    parts.append(f"  halting: {line['halting_speedup']:.2f}x")
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.puzzle_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES, default=[4, 6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, help="of training (default: the preset's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file to append to")
+    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    device = torch.device(options.device)
+    record = run_record(device, options.commit)
+    for size in options.sizes:
+        for seed in options.seeds:
+            line = record | train(size, seed, device, steps=options.steps)
+            print(describe(line), flush=True)
+            append(options.out, line)
+
+
+if __name__ == "__main__":
+    main()
