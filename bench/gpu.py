@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from bench import training
+from bench import puzzle, training
+from bench.puzzle import PuzzleCase
 from bench.training import TrainingCase
 from llm_trm.benchmark.candidates import CANDIDATES, candidates_for
 from llm_trm.benchmark.environment import device_name, run_record
@@ -38,7 +39,7 @@ TESTS_SECONDS = 150.0
 HANG_SECONDS = 120.0
 HANG_SECONDS_MAX_AUTOTUNE = 300.0
 TIMED_SECONDS = 3.0
-#: Most seconds of a phase 2 training case; three passes of the original trainer are always made.
+#: Most seconds of timed rounds of a trainer's case; three of the original trainer are always made.
 TRAINING_SECONDS = 30.0
 #: What torch.compile is expected to take for a forward case, until it has been seen.
 COMPILE_SECONDS = 10.0
@@ -95,7 +96,7 @@ class Run:
         self.device = torch.device("cuda")
         self.record = run_record(self.device, commit)
         self.compile_seconds = COMPILE_SECONDS
-        self.doing: tuple[Case | TrainingCase, str] | None = None
+        self.doing: tuple[Case | TrainingCase | PuzzleCase, str] | None = None
         self.since = time.time()
 
     @property
@@ -117,7 +118,7 @@ class Run:
             if not whole or all(row["status"] != "skipped" for row in line.get("rows", ()))
         }
 
-    def excluded(self, case: Case | TrainingCase) -> dict[str, str]:
+    def excluded(self, case: Case | TrainingCase | PuzzleCase) -> dict[str, str]:
         """Candidates that broke the device on this case before, in whatever part."""
         return {
             line["backend"]: line["reason"] for line in self._mine(self.crashes) if line["name"] == case.name
@@ -171,8 +172,8 @@ class Run:
         append(self.results, self.record | result.to_json())
         _show(result, time.time() - begin)
 
-    def training(self, case: TrainingCase) -> None:
-        """Time phase 2 training against the original trainer, if that is missing and time is left."""
+    def training(self, case: TrainingCase | PuzzleCase) -> None:
+        """Time a trainer against the original one, restated, if that is missing and time is left."""
         if case.name in self.done() or self.excluded(case) or self.left < 2 * TRAINING_SECONDS:
             return
 
@@ -180,16 +181,20 @@ class Run:
             self.doing, self.since = (case, doing), time.time()
 
         try:
-            line = training.run_case(case, self.device, TRAINING_SECONDS, progress)
+            if isinstance(case, TrainingCase):
+                line = training.run_case(case, self.device, TRAINING_SECONDS, progress)
+            else:
+                line = puzzle.run_case(case, self.device, TRAINING_SECONDS, progress)
         except Exception:  # the other cases are worth more than an early end
             traceback.print_exc()
             return
         finally:
             self.doing = None
         append(self.results, self.record | line)
-        print(f"\n{training.describe(line)}", flush=True)
+        describe = training.describe if isinstance(case, TrainingCase) else puzzle.describe
+        print(f"\n{describe(line)}", flush=True)
 
-    def restart(self, case: Case | TrainingCase, backend: str, reason: str) -> None:
+    def restart(self, case: Case | TrainingCase | PuzzleCase, backend: str, reason: str) -> None:
         """Note who broke the device, and begin afresh in a new process image. Does not return."""
         print(f"starting afresh: {reason}", flush=True)
         line = {"commit": self.commit, "device": device_name(self.device), "name": case.name}
@@ -268,7 +273,7 @@ def main() -> None:
     threading.Thread(target=run.watch, daemon=True).start()
     for part in FIRST:
         run.part(part)
-    for case in training.CASES["cuda"]:
+    for case in (*training.CASES["cuda"], *puzzle.CASES["cuda"]):
         run.training(case)
     run.tests()
     for part in THEN:

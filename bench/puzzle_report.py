@@ -12,15 +12,25 @@ from llm_trm.files import replacing
 
 #: What ``python -m bench.puzzle`` and ``python -m bench.puzzle_training`` measured.
 STEPS, RUNS = "puzzle.jsonl", "puzzle_training.jsonl"
+#: What ``python -m bench.gpu`` measured.
+GPU = "gpu.jsonl"
 PLOT = "puzzle-training.png"
 
+_STEP = "puzzle step "
 #: What olivkoch/nano-trm's README says of Sudoku-Extreme at L 81 on one H100.
 _PUBLISHED = "Published by others: nano-trm, about 1 h for its Sudoku-Extreme run on one H100 (its README)."
 
 
 def text(results: Path) -> str:
     """Accuracy of training runs and the speed of a step, as Markdown."""
-    runs, steps = latest(results / RUNS), latest(results / STEPS)
+    runs = latest(results / RUNS)
+    # A GPU's lines are among all those of its run.
+    steps = [
+        line
+        for path in (results / STEPS, results / GPU)
+        for line in latest(path)
+        if line["name"].startswith(_STEP)
+    ]
     parts = ["### Sudoku from nothing, tiny preset"]
     parts += [_runs(runs), f"![accuracy against minutes]({PLOT})"] if runs else ["Not measured yet."]
     parts.append("### A training step against the official trainer, restated")
@@ -72,7 +82,7 @@ def _steps(lines: Sequence[Mapping[str, Any]]) -> str:
         medians = {name: figures["median_ms"] for name, figures in line["trainers"].items()}
         rows.append(
             [
-                line["name"].removeprefix("puzzle step "),
+                line["name"].removeprefix(_STEP),
                 line["device"],
                 *(number(medians[name]) if name in medians else "-" for name in names),
                 f"{line['ratio']['official, eager']:.2f}x",
