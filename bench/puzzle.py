@@ -78,8 +78,8 @@ class PuzzleCase:
 
 CASES: dict[str, tuple[PuzzleCase, ...]] = {
     "cpu": (
-        PuzzleCase("tiny", 4, 128, "attention"),
-        PuzzleCase("tiny", 6, 128, "attention"),
+        PuzzleCase("tiny", 4, 128),
+        PuzzleCase("tiny", 6, 128),
         PuzzleCase("paper", 9, 4),
     ),
     "cuda": (
@@ -182,10 +182,12 @@ def check(case: PuzzleCase, device: torch.device, folder: Path) -> float:
     plain = plain_of(trainer, compiled=False, exploration=0.0)
     worst = 0.0
     for _ in range(_CHECKED_STEPS):
-        expected = plain.step(trainer._fresh())
+        expected = plain.step(trainer.feed.batch(trainer.at))
         trainer.take_step()
         (window,) = trainer.step.drain()
-        for name, value in expected.items():
+        # No counts: one of 324 cells that flips on a rounding error would be 0.3%.
+        for name in ("cell_loss", "halt_loss"):
+            value = expected[name]
             worst = max(worst, abs(window.values[name] - value) / max(abs(value), 0.05))
     # Written so that NaN fails.
     if not worst <= _TOLERANCE[case.dtype]:
@@ -267,7 +269,7 @@ def run_case(
 
 
 def _plain_call(plain: PlainPuzzleTrainer, trainer: Ours) -> Call:
-    batches: list[tuple[Tensor, Tensor, Tensor]] = [trainer._fresh()]
+    batches: list[tuple[Tensor, Tensor, Tensor]] = [trainer.feed.batch(trainer.at)]
 
     def call(_: int) -> None:
         plain.step(batches[0])

@@ -65,16 +65,18 @@ class SparseEmbedding(nn.Module):
         """Rows of the table.
 
         Args:
-            ids: Integers, [B] in training, of any shape in evaluation.
+            ids: Integers, [B] in training, of any shape without gradient.
 
         Returns:
-            ``[B, E]``: in training the leaf ``rows``, the same tensor each time; otherwise without gradient.
+            ``[B, E]``: in training the leaf ``rows``, the same tensor each time; in evaluation, and under
+            ``torch.no_grad``, without gradient.
 
         Raises:
             ValueError: In training, another batch size than the allocated one (without one, the first batch
                 allocates).
         """
-        if not self.training:
+        # Predictions amid training have other batches than the allocated one.
+        if not self.training or not torch.is_grad_enabled():
             return F.embedding(ids, self.weights)
         if self.rows is None:
             self.allocate(ids.shape[0])

@@ -50,6 +50,13 @@ _COUNT = click.IntRange(min=1)
     help="Stop a puzzle once the model holds it for solved, or never before the last step. [default: both, "
     "to see what halting saves]",
 )
+@click.option(
+    "--halt-threshold",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="Halting probability above which a puzzle stops; higher is surer, and slower.",
+)
 @tries_options
 @click.option(
     "--json",
@@ -68,6 +75,7 @@ def puzzle(
     batch_size: int,
     inference_steps: int | None,
     halting: bool | None,
+    halt_threshold: float,
     tries: int,
     noise: float | None,
     output: Path | None,
@@ -104,7 +112,7 @@ def puzzle(
     model, split = model.to(where), split.to(where)
     steps = inference_steps or model.config.max_steps
     modes = [
-        Mode(chosen, steps, tries, noise_used)
+        Mode(chosen, steps, tries, noise_used, halt_threshold)
         for chosen in ((False, True) if halting is None else (halting,))
     ]
     results = []
@@ -157,7 +165,7 @@ def _test_puzzles(
     from llm_trm.data.puzzles.dataset import read_split
     from llm_trm.errors import InputError
     from llm_trm.evaluate.arc import draw_tasks, read_key
-    from llm_trm.evaluate.puzzle_modes import draw_puzzles, with_answers
+    from llm_trm.evaluate.puzzle import draw_puzzles, with_answers
 
     split = with_answers(read_split(folder, "test"))
     if not len(split):

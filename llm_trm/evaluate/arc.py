@@ -37,12 +37,12 @@ def draw_tasks(key: ArcKey, split: PuzzleSplit, count: int, seed: int) -> tuple[
     """``count`` of the tasks, drawn at random, and all of their puzzles; all tasks if there are no more."""
     names = sorted(key.tests)
     drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:count]
-    names = [names[place] for place in drawn.tolist()]
+    chosen = {names[place] for place in drawn.tolist()}
     wanted = {
-        number for number, entry in enumerate(key.identifiers) if entry is not None and entry[0] in names
+        number for number, entry in enumerate(key.identifiers) if entry is not None and entry[0] in chosen
     }
     rows = torch.isin(split.puzzles, torch.tensor(sorted(wanted), dtype=split.puzzles.dtype))
-    return _with(key, set(names)), PuzzleSplit(split.inputs[rows], split.labels[rows], split.puzzles[rows])
+    return _with(key, chosen), PuzzleSplit(split.inputs[rows], split.labels[rows], split.puzzles[rows])
 
 
 def cast(ballot: ArcBallot, inputs: Tensor, puzzles: Tensor, found: Prediction) -> None:
@@ -51,7 +51,7 @@ def cast(ballot: ArcBallot, inputs: Tensor, puzzles: Tensor, found: Prediction) 
         inputs.cpu().numpy(),
         found.tokens.cpu().numpy(),
         puzzles.cpu().numpy(),
-        found.halt_logits.double().sigmoid().cpu().numpy(),
+        found.halt_logits.cpu().double().sigmoid().numpy(),
     )
 
 

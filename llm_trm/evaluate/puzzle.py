@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.data.puzzles.dataset import PADDING, PuzzleSplit
+from llm_trm.models.puzzle.losses import widest
 from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM
 
 
@@ -44,6 +45,7 @@ def best_of(
     max_steps: int | None = None,
     halting: bool = True,
     compact: bool = True,
+    threshold: float = 0.5,
 ) -> Prediction:
     """Several tries, of which the halting head chooses, for each sample, the one that it is surest of.
 
@@ -54,7 +56,7 @@ def best_of(
         puzzles: Puzzle identifiers [B].
         tries: How many.
         noise: Of the tries behind the first, as for :meth:`PuzzleTRM.predict`.
-        max_steps, halting, compact: As for :meth:`PuzzleTRM.predict`.
+        max_steps, halting, compact, threshold: As for :meth:`PuzzleTRM.predict`.
     """
     best: Prediction | None = None
     for number in range(tries):
@@ -64,6 +66,7 @@ def best_of(
             max_steps=max_steps,
             halting=halting,
             compact=compact,
+            threshold=threshold,
             noise=noise if number else 0.0,
         )
         best = found if best is None else _surer(best, found)
@@ -94,7 +97,8 @@ def score(
         batch_size: B.
         progress: Told the number of puzzles that are done.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=split.inputs.device)
+    dtype = widest(split.inputs.device)
+    sums = torch.zeros(5, dtype=dtype, device=split.inputs.device)
     for begin in range(0, len(split), batch_size):
         rows = slice(begin, begin + batch_size)
         found, labels = predict(split.inputs[rows], split.puzzles[rows]), split.labels[rows]
@@ -103,7 +107,23 @@ def score(
         exact = right == counts.sum(-1)
         halted = found.halt_logits > 0
         measured = (exact, right / counts.sum(-1).clamp_min(1), found.steps, halted, halted == exact)
-        sums += torch.stack([values.double().sum() for values in measured])
+        sums += torch.stack([values.to(dtype).sum() for values in measured])
         progress(min(begin + batch_size, len(split)))
     means = (sums / len(split)).tolist()
     return PuzzleScore(len(split), *means)
+
+
+def with_answers(split: PuzzleSplit) -> PuzzleSplit:
+    """The puzzles whose answers are known: a contest's are not, and would all count as solved."""
+    known = (split.labels != PADDING).any(-1)
+    return split if bool(known.all()) else _take(split, known)
+
+
+def draw_puzzles(split: PuzzleSplit, count: int, seed: int) -> PuzzleSplit:
+    """``count`` puzzles drawn at random, in their order; all if there are no more."""
+    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
+    return _take(split, drawn.sort().values)
+
+
+def _take(split: PuzzleSplit, rows: Tensor) -> PuzzleSplit:
+    return PuzzleSplit(split.inputs[rows], split.labels[rows], split.puzzles[rows])

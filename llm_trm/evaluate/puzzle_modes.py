@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.data.puzzles.arc_vote import ArcBallot, ArcScore
-from llm_trm.data.puzzles.dataset import PADDING, PuzzleInfo, PuzzleSplit
+from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit
 from llm_trm.errors import InputError
 from llm_trm.evaluate.arc import cast
 from llm_trm.evaluate.fitting import misfit
@@ -26,21 +26,25 @@ class Mode:
     """A way to ask a model.
 
     Attributes:
-        halting: Whether a puzzle is done once its halting logit is positive.
+        halting: Whether a puzzle is done once its halting probability is above ``threshold``.
         max_steps: Supervision steps of a try at most.
         tries: Tries at each puzzle.
         noise: Of the tries behind the first, as for :meth:`PuzzleTRM.predict`.
+        threshold: See ``halting``.
     """
 
     halting: bool
     max_steps: int
     tries: int = 1
     noise: float = 0.0
+    threshold: float = 0.5
 
     @property
     def name(self) -> str:
         """A few words for a table."""
         steps = "with halting" if self.halting else "without halting"
+        if self.halting and self.threshold != 0.5:
+            steps += f" at {self.threshold:g}"
         return steps if self.tries == 1 else f"{steps}, {self.tries} tries"
 
 
@@ -103,6 +107,7 @@ def evaluate_mode(
         split.puzzles[first],
         max_steps=min(2, mode.max_steps),
         halting=mode.halting,
+        threshold=mode.threshold,
     ).halt_logits.cpu()
     torch.manual_seed(seed)
     seconds = 0.0
@@ -118,6 +123,7 @@ def evaluate_mode(
             noise=mode.noise,
             max_steps=mode.max_steps,
             halting=mode.halting,
+            threshold=mode.threshold,
         )
         found.halt_logits.cpu()  # waits for the device
         seconds += time.perf_counter() - since
@@ -134,18 +140,6 @@ def evaluate_mode(
         seconds / found.puzzles,
         None if ballot is None else ballot.score(),
     )
-
-
-def with_answers(split: PuzzleSplit) -> PuzzleSplit:
-    """The puzzles whose answers are known: a contest's are not, and would all count as solved."""
-    known = (split.labels != PADDING).any(-1)
-    return split if bool(known.all()) else _take(split, known)
-
-
-def draw_puzzles(split: PuzzleSplit, count: int, seed: int) -> PuzzleSplit:
-    """``count`` puzzles drawn at random, in their order; all if there are no more."""
-    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
-    return _take(split, drawn.sort().values)
 
 
 def require_fitting(model: PuzzleTRM, facts: dict[str, Any], info: PuzzleInfo, where: Path) -> None:
@@ -175,7 +169,3 @@ def require_fitting(model: PuzzleTRM, facts: dict[str, Any], info: PuzzleInfo, w
             f"{where} numbers {info.num_puzzles} puzzles, and the model has embeddings of "
             f"{config.num_puzzles}: name the folder that it was trained on with --data"
         )
-
-
-def _take(split: PuzzleSplit, rows: Tensor) -> PuzzleSplit:
-    return PuzzleSplit(split.inputs[rows], split.labels[rows], split.puzzles[rows])

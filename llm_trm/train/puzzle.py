@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llm_trm.data.puzzles.augment import augmentation
-from llm_trm.data.puzzles.dataset import PuzzleSplit, read_info, read_split
+from llm_trm.data.puzzles.dataset import read_info, read_split
 from llm_trm.errors import InputError
-from llm_trm.evaluate.puzzle import PuzzleScore, score
+from llm_trm.evaluate.puzzle import PuzzleScore, draw_puzzles, score, with_answers
 from llm_trm.files import writable_folder, write_json
 from llm_trm.models.puzzle.losses import puzzle_loss
-from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, save_puzzle_model
+from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
 from llm_trm.train.checkpoints import Checkpoints
 from llm_trm.train.phase2_state import restore_training, training_tensors
 from llm_trm.train.puzzle_config import PuzzleConfig
+from llm_trm.train.puzzle_feed import Feed
 from llm_trm.train.puzzle_report import PuzzlePlan, PuzzleReport, PuzzleResult
 from llm_trm.train.puzzle_state import PuzzleProgress, read_puzzle_progress, write_puzzle_state
 from llm_trm.train.random_states import random_states, restore_random_states
@@ -67,9 +68,12 @@ class PuzzleTrainer:
         self._check_output()
         resumed = read_puzzle_progress(self.checkpoints.last) if config.resume else None
         self.device = _device(config.device)
+        if config.nograd_precision and self.device.type != "cuda":
+            raise InputError(
+                "--nograd-precision fp8 needs a GPU of compute capability 9.0 or newer: leave it out"
+            )
         self.info = read_info(config.data)
         self._read_data()
-        self._epoch, self._order = -1, torch.empty(0)
         self.settings = {**config.critical, "precision": self._precision(), "data": self._identity()}
         writable_folder(config.output)
         self.accelerator = self._accelerator(resumed.step if resumed else None)
@@ -121,7 +125,7 @@ class PuzzleTrainer:
         share = self._share()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"].fill_(rate * share)
-        self.step(*self._fresh())
+        self.step(*self.feed.batch(self.at))
         self.at += 1
 
     def _share(self) -> float:
@@ -134,22 +138,6 @@ class PuzzleTrainer:
             if config.schedule == "constant"
             else warmup_cosine(self.at, config.steps, config.warmup_steps)
         )
-
-    def _fresh(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The next batch of puzzles, of which halted slots take theirs."""
-        size, count = self.config.batch_size, len(self.training)
-        epoch, batch = divmod(self.at, max(1, count // size))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
-            order = torch.randperm(count, generator=generator)
-            # A small set is gone through several times in a batch.
-            self._order = order.repeat(-(-size // count)).to(self.device)
-            self._epoch = epoch
-        rows = self._order[batch * size : (batch + 1) * size]
-        inputs, labels = self.training.inputs[rows], self.training.labels[rows]
-        if self._augment is not None:
-            inputs, labels = self._augment(inputs, labels)
-        return inputs, labels, self.training.puzzles[rows]
 
     def evaluate(self) -> PuzzleScore | None:
         """The averaged weights on the test puzzles, each for all of its steps; None without puzzles."""
@@ -235,7 +223,6 @@ class PuzzleTrainer:
                 progress,
                 {
                     **training_tensors(self.model, self.average, self.optimizer),
-                    **{f"buffers.{name}": value for name, value in self.model.named_buffers()},
                     **{f"carry.{name}": value for name, value in self.step.carry.state_dict().items()},
                     **{f"random.{name}": value for name, value in random_states(self.device).items()},
                 },
@@ -262,12 +249,14 @@ class PuzzleTrainer:
 
         self.at, self.seconds = progress.step, progress.seconds
         self.sums, self.steps, self.history = progress.sums, progress.steps, progress.history
-        carry = self.step.prepare(*self._fresh())
+        carry = self.step.prepare(*self.feed.batch(self.at))
         try:
             with torch.no_grad():
-                saved = under("buffers.")
+                # The model's file holds averaged parameters, but the buffers themselves.
+                saved = load_puzzle_model(folder)[0].state_dict()
                 for name, buffer in self.model.named_buffers():
-                    buffer.copy_(saved[name])
+                    if name in saved:
+                        buffer.copy_(saved[name])
             carry.load_state_dict(under("carry."))
             restore_random_states(under("random."), self.device)
         except (KeyError, RuntimeError) as error:
@@ -286,25 +275,25 @@ class PuzzleTrainer:
             raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
 
     def _read_data(self) -> None:
-        data = self.config.data
-        self.training = read_split(data, "train").to(self.device)
-        if not len(self.training):
+        config, data = self.config, self.config.data
+        training = read_split(data, "train").to(self.device)
+        if not len(training):
             raise InputError(
                 f"{data} has no training puzzles: make some with `llm-trm data {self.info.task}`"
             )
-        held_out = read_split(data, "test")
-        some = slice(self.config.eval_samples)
-        self.held_out = PuzzleSplit(held_out.inputs[some], held_out.labels[some], held_out.puzzles[some]).to(
-            self.device
-        )
-        self._augment = augmentation(self.info) if self.config.augment else None
+        # Not the first ones: those of ARC are the copies of one task. The same for every seed.
+        held_out = draw_puzzles(with_answers(read_split(data, "test")), config.eval_samples, seed=0)
+        self.held_out = held_out.to(self.device)
+        symmetries = augmentation(self.info) if config.augment else None
+        self.feed = Feed(training, config.batch_size, config.seed, symmetries)
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run's data must share with the run's."""
+        split = self.feed.split
         return {
             "task": self.info.task,
-            "puzzles": len(self.training),
-            "tokens": int(self.training.inputs.sum()) + int(self.training.labels.sum()),
+            "puzzles": len(split),
+            "tokens": int(split.inputs.sum()) + int(split.labels.sum()),
         }
 
     def _build(self) -> None:
@@ -400,7 +389,7 @@ class PuzzleTrainer:
         return PuzzlePlan(
             task=self.info.task,
             grid=(self.info.rows, self.info.columns),
-            training=len(self.training),
+            training=len(self.feed.split),
             evaluated=len(self.held_out),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             steps=self.config.steps,

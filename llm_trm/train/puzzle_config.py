@@ -51,7 +51,8 @@ class PuzzleConfig:
         nograd_precision: ``"fp8"`` runs the recursions without gradient in fp8 (compute capability 9.0).
         seed: Of weights, order, augmentation and exploration.
         eval_every: Steps between evaluations, each of which ends with a checkpoint.
-        eval_samples: Test puzzles of such an evaluation; 0 for no evaluation.
+        eval_samples: Test puzzles of such an evaluation, drawn at random, for all seeds the same; 0 for no
+            evaluation.
         save_every: Steps between further checkpoints.
         keep: Checkpoints kept for their accuracy.
         log_every: Steps between two reads of the training metrics.
@@ -109,11 +110,18 @@ class PuzzleConfig:
             raise InputError(
                 f"--heads {self.n_heads} does not divide --d-model {self.d_model}: choose a divisor"
             )
+        if self.positions == "rope" and self.d_model // self.n_heads % 2:
+            raise InputError(
+                f"RoPE needs heads of an even size, not {self.d_model // self.n_heads}: choose another "
+                "--d-model or --heads, or --positions learned"
+            )
         if self.puzzle_dim > self.puzzle_len * self.d_model:
             raise InputError(
                 f"--puzzle-dim {self.puzzle_dim} does not fit --puzzle-len {self.puzzle_len} positions of "
-                f"{self.d_model}: choose a larger --puzzle-len"
+                f"{self.d_model}: choose a larger --puzzle-len, or --puzzle-dim 0"
             )
+        if self.resume and self.overwrite:
+            raise InputError("--resume and --overwrite exclude each other: leave one out")
 
     @property
     def critical(self) -> dict[str, Any]:

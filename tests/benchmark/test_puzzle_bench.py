@@ -53,7 +53,8 @@ def test_the_paper_step_has_the_operations_of_the_issue(tmp_path: Path) -> None:
 def test_a_training_run_and_its_report(tmp_path: Path) -> None:
     line = puzzle_training.train(4, 0, CPU, puzzles=60, steps=4, eval_every=2, d_model=16, n_heads=2)
     assert [record["step"] for record in line["history"]] == [2, 4]
-    assert [mode["halting"] for mode in line["modes"]] == [False, True]
+    assert [mode["halting"] for mode in line["modes"]] == [False, True, True]
+    assert [mode["threshold"] for mode in line["modes"]] == [0.5, 0.5, 0.9]
     assert line["modes"][0]["puzzles"] == line["held_out"] == 500
     assert "halting" in puzzle_training.describe(line)
     run = {"time": "2026-01-01", "machine": {"device_type": "cpu"}}

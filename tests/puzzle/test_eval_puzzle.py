@@ -22,7 +22,7 @@ from llm_trm.data.puzzles.arc_splits import plan_tasks
 from llm_trm.data.puzzles.dataset import PuzzleSplit, read_info, read_split, write_puzzles
 from llm_trm.data.puzzles.sudoku import SHAPES, generate
 from llm_trm.data.puzzles.sudoku_splits import sudoku_info, sudoku_split
-from llm_trm.evaluate.puzzle_modes import draw_puzzles, with_answers
+from llm_trm.evaluate.puzzle import draw_puzzles, with_answers
 from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM, PuzzleTRMConfig, save_puzzle_model
 
 PUZZLES, MAX_STEPS = 12, 4

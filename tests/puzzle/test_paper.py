@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import llm_trm.evaluate.puzzle
+from llm_trm.data.puzzles.dataset import PuzzleSplit
 from llm_trm.errors import InputError
-from llm_trm.evaluate.puzzle import best_of
+from llm_trm.evaluate.puzzle import best_of, score
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
 
 CELLS, VOCABULARY = 6, 5
@@ -63,8 +66,20 @@ def test_a_sample_halts_for_itself_and_keeps_that_answer() -> None:
         assert all(float(earlier[row]) <= 1e-4 for _, earlier in steps[: exit_step - 1])
 
 
+def test_a_higher_threshold_waits_longer() -> None:
+    model, (tokens, puzzles) = build(bias=-1.0), batch()
+    steps = [model.predict(tokens, puzzles, threshold=limit).steps for limit in (0.0, 0.5, 0.9)]
+    assert steps[0].tolist() == [1] * len(tokens)
+    assert bool((steps[1] <= steps[2]).all()) and bool((steps[1] < steps[2]).any())
+    found = model.predict(tokens, puzzles, threshold=0.9)
+    early = found.steps < model.config.max_steps
+    assert bool((found.halt_logits[early].sigmoid() > 0.9).all()) and bool(early.any())
+    with pytest.raises(ValueError, match="threshold"):
+        model.predict(tokens, puzzles, threshold=1.0)
+
+
 def test_without_halting_all_steps_are_taken_and_more_if_asked() -> None:
-    model, (tokens, puzzles) = build(bias=5.0), batch(4)
+    model, (tokens, puzzles) = build(bias=50.0), batch(4)
     assert model.predict(tokens, puzzles).steps.tolist() == [1] * 4
     assert model.predict(tokens, puzzles, halting=False).steps.tolist() == [5] * 4
     found = model.predict(tokens, puzzles, halting=False, max_steps=9)
@@ -87,6 +102,18 @@ def test_the_surest_of_several_tries_counts() -> None:
     assert len(set(logits.argmax(0).tolist())) > 1
 
 
+def test_scores_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (tokens, puzzles) = build(bias=-1.5), batch(20)
+    answers = model.predict(tokens, puzzles).tokens.clamp_min(1).to(torch.uint8)
+    answers[:7] = torch.randint(1, VOCABULARY, (7, CELLS))
+    split = PuzzleSplit(tokens, answers, puzzles)
+    wide = score(model.predict, split, 8)
+    assert 0 < wide.exact < wide.cells < 1
+    monkeypatch.setattr(llm_trm.evaluate.puzzle, "widest", lambda _: torch.float32)
+    narrow = score(model.predict, split, 8)
+    assert asdict(narrow) == pytest.approx(asdict(wide), rel=1e-6)
+
+
 def test_puzzle_embeddings_and_positions_matter() -> None:
     tokens, puzzles = batch(4)
     for positions in ("rope", "learned"):
@@ -97,6 +124,18 @@ def test_puzzle_embeddings_and_positions_matter() -> None:
         assert not torch.allclose(first.flip(1), moved, atol=1e-4)
     blind = build(positions="none", puzzle_len=0, puzzle_dim=0)
     torch.testing.assert_close(blind(tokens)[0].flip(1), blind(tokens.flip(1))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_amid_training_take_any_batch_and_leave_it_alone() -> None:
+    model, (tokens, puzzles) = build(), batch(32)
+    expected = model.predict(tokens, puzzles).tokens
+    model.train()
+    model.puzzle_emb.allocate(4)
+    rows = model.puzzle_emb.rows
+    assert torch.equal(model.predict(tokens, puzzles).tokens, expected)
+    answer, _ = next(model.trace(tokens[:5], puzzles[:5]))
+    assert torch.equal(answer, next(model.eval().trace(tokens[:5], puzzles[:5]))[0])
+    assert rows is not None and rows is model.puzzle_emb.rows and not rows.any()
 
 
 def test_halting_is_unlikely_at_first() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 import trm_kernels.training
-from llm_trm.models.puzzle.losses import puzzle_loss, softmax_cross_entropy, stablemax_cross_entropy
+from llm_trm.models.puzzle import losses
+from llm_trm.models.puzzle.losses import puzzle_loss, softmax_cross_entropy, stablemax_cross_entropy, widest
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig
 from tests.puzzle.plain_recipe import PlainCarry, plain_step, stablemax_loss
 from trm_kernels import JointOptimizer, TrainingStep
@@ -153,6 +154,17 @@ def test_stablemax_gradient_is_finite_where_a_branch_has_its_pole() -> None:
     logits = torch.tensor([[[1.0, -1.0, 0.0, 1e30]]]).requires_grad_()
     stablemax_cross_entropy(logits, torch.tensor([[2]])).sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_stablemax_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [widest(torch.device(kind)) for kind in ("cpu", "cuda")] == [torch.float64] * 2
+    assert widest(torch.device("mps")) == torch.float32
+    logits, labels = torch.randn(3, 9, 6), torch.randint(0, 6, (3, 9))
+    wide = stablemax_cross_entropy(logits, labels)
+    monkeypatch.setattr(losses, "widest", lambda _: torch.float32)
+    narrow = stablemax_cross_entropy(logits, labels)
+    assert (wide.dtype, narrow.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=1e-6)
 
 
 def test_softmax_ignores_padding() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_trm.data.puzzles.dataset import read_info, read_split, write_puzzles
 from llm_trm.errors import InputError
 from llm_trm.files import read_json
 from llm_trm.models.puzzle.loading import load_puzzle
@@ -83,14 +84,14 @@ def test_every_parameter_moves(toy: Path, tmp_path: Path) -> None:
 
 def test_augmentation_and_order_follow_the_seed(toy: Path, tmp_path: Path) -> None:
     runs = [PuzzleTrainer(toy_config(toy, output=tmp_path / str(seed), seed=seed)) for seed in (0, 0, 1)]
-    batches = [trainer._fresh()[0] for trainer in runs]
+    batches = [trainer.feed.batch(trainer.at)[0] for trainer in runs]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 
 
 def test_a_batch_larger_than_the_data(toy: Path, tmp_path: Path) -> None:
     trainer = PuzzleTrainer(toy_config(toy, output=tmp_path, batch_size=100))
-    assert trainer._fresh()[0].shape == (100, 9)
+    assert trainer.feed.batch(trainer.at)[0].shape == (100, 9)
 
 
 def test_killed_at_random_moments_ends_with_the_same_weights(toy: Path, tmp_path: Path) -> None:
@@ -138,12 +139,31 @@ def test_refusals(toy: Path, tmp_path: Path) -> None:
         PuzzleTrainer(toy_config(toy, output=tmp_path / "run", resume=True, batch_size=4))
     with pytest.raises(InputError, match="llm-trm data"):
         PuzzleTrainer(toy_config(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="needs a GPU"):
+        PuzzleTrainer(toy_config(toy, output=tmp_path / "other", nograd_precision="fp8"))
     with pytest.raises(InputError, match="--heads 3 does not divide"):
         toy_config(toy, n_heads=3)
     with pytest.raises(InputError, match="--positions rope"):
         toy_config(toy, mixer="tokens", positions="rope")
     with pytest.raises(InputError, match="larger --puzzle-len"):
         toy_config(toy, puzzle_len=1)
+    with pytest.raises(InputError, match="even size, not 3"):
+        toy_config(toy, d_model=12, n_heads=4)
+    toy_config(toy, d_model=12, n_heads=4, positions="learned")
+    with pytest.raises(InputError, match="exclude each other"):
+        toy_config(toy, resume=True, overwrite=True)
+
+
+def test_evaluates_on_puzzles_from_everywhere_that_have_answers(toy: Path, tmp_path: Path) -> None:
+    split = read_split(toy, "test")
+    split.labels[::2] = 0
+    write_puzzles(tmp_path / "data", read_info(toy), {"train": read_split(toy, "train"), "test": split})
+    few, all_of_them = (
+        PuzzleTrainer(toy_config(tmp_path / "data", eval_samples=samples)).held_out for samples in (4, 100)
+    )
+    assert torch.equal(all_of_them.inputs, split.inputs[1::2])
+    assert len(few) == 4 and not torch.equal(few.inputs, all_of_them.inputs[:4])
+    assert few.labels.any(-1).all()
 
 
 def test_a_loss_that_is_not_finite_is_said(toy: Path, tmp_path: Path) -> None:

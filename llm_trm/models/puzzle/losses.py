@@ -19,8 +19,13 @@ CellLoss = Literal["stablemax", "softmax"]
 _HALT_WEIGHT = 0.5
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, which MPS lacks: float32 there."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each cell under stablemax, in float64; 0 where the label is 0.
+    """Cross-entropy of each cell under stablemax, in :func:`widest`; 0 where the label is 0.
 
     Stablemax divides s(x) by its sum, with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below.
 
@@ -28,7 +33,7 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [..., V].
         labels: [...], any integer dtype.
     """
-    wide = logits.double()
+    wide = logits.to(widest(logits.device))
     # Both branches get a gradient in torch.where: clamped, neither has a pole on the other's side.
     size = torch.where(wide < 0, 1.0 / (1.0 - wide.clamp_max(0.0)), wide.clamp_min(0.0) + 1.0)
     own = size.gather(-1, labels.long()[..., None]).squeeze(-1)

@@ -6,6 +6,7 @@ Source: ``models/recursive_reasoning/trm.py`` of SamsungSAILMontreal/TinyRecursi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -223,6 +224,7 @@ class PuzzleTRM(nn.Module):
         max_steps: int | None = None,
         halting: bool = True,
         compact: bool = True,
+        threshold: float = 0.5,
         noise: float = 0.0,
     ) -> Prediction:
         """Answer puzzles; no gradient.
@@ -231,9 +233,10 @@ class PuzzleTRM(nn.Module):
             tokens: [B, L].
             puzzles: Puzzle identifiers [B].
             max_steps: Supervision steps at most; by default as many as in training.
-            halting: Whether a sample stops once its halting logit is positive. (The official evaluation
-                never stops early.)
+            halting: Whether a sample stops once its halting probability is above ``threshold``. (The
+                official evaluation never stops early.)
             compact: Whether samples that have stopped are taken out of the batch.
+            threshold: In [0, 1); 0.5 is that of training.
             noise: Standard deviation of normal noise on z, which is of unit variance, before every
                 supervision step: another try at the same puzzle.
         """
@@ -247,11 +250,15 @@ class PuzzleTRM(nn.Module):
             "logit": torch.zeros(len(x), dtype=torch.float32, device=x.device),
         }
 
+        if not 0.0 <= threshold < 1.0:
+            raise ValueError(f"threshold must be in [0, 1), not {threshold}")
+        limit = math.log(threshold / (1.0 - threshold)) if threshold else -math.inf
+
         def step(x: Tensor, y: Tensor, z: Tensor, **_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
             y, z = self.step(x, y, _noisy(z, noise))
             logits, halt = self.heads(y)
             found = {"y": y, "z": z, "answer": logits.argmax(-1), "logit": halt}
-            return found, (halt > 0) & halting
+            return found, (halt > limit) & halting
 
         result = halting_recursion(
             step, state, max_steps or self.config.max_steps, compact=compact and halting
