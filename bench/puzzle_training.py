@@ -31,14 +31,20 @@ RESULTS = Path(__file__).resolve().parent / "results" / "puzzle_training.jsonl"
 #: Training puzzles and clues of each size; 4x4 has 2,218 different puzzles of 4 to 8 clues in all.
 _TRAINING = {4: 1500, 6: 4000, 9: 10_000}
 _CLUES = {4: (4, 8), 6: (9, 18), 9: (24, 36)}
-_HELD_OUT = 500
+HELD_OUT = 500
 #: Halting probabilities above which a puzzle stops: that of training, and a surer one.
 THRESHOLDS = (0.5, 0.9)
 _ROUNDS = 3
 
 
 def train(
-    size: int, seed: int, device: torch.device, *, puzzles: int | None = None, **options: Any
+    size: int,
+    seed: int,
+    device: torch.device,
+    *,
+    puzzles: int | None = None,
+    held_out: int = HELD_OUT,
+    **options: Any,
 ) -> dict[str, Any]:
     """Generate, train and evaluate.
 
@@ -46,6 +52,7 @@ def train(
         size: 4, 6 or 9.
         seed: Of puzzles and training.
         puzzles: To train on.
+        held_out: To evaluate on.
         **options: Of :func:`~llm_trm.train.puzzle_config.configure`.
 
     Returns:
@@ -56,7 +63,7 @@ def train(
     shape = SHAPES[size]
     with tempfile.TemporaryDirectory() as name:
         data, output = Path(name) / "data", Path(name) / "run"
-        splits = generated_splits(shape, puzzles or _TRAINING[size], _HELD_OUT, _CLUES[size], seed)
+        splits = generated_splits(shape, puzzles or _TRAINING[size], held_out, _CLUES[size], seed)
         write_puzzles(data, sudoku_info(shape, {"seed": seed}), splits)
         config = configure(
             "tiny", "sudoku", data=data, output=output, seed=seed, device=device.type, **options

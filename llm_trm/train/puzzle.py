@@ -68,7 +68,7 @@ class PuzzleTrainer:
         self._check_output()
         resumed = read_puzzle_progress(self.checkpoints.last) if config.resume else None
         self.device = _device(config.device)
-        if config.nograd_precision and self.device.type != "cuda":
+        if config.nograd_precision and not _has_fp8(self.device):
             raise InputError(
                 "--nograd-precision fp8 needs a GPU of compute capability 9.0 or newer: leave it out"
             )
@@ -397,6 +397,10 @@ class PuzzleTrainer:
             start=self.at,
             device=f"{self.device}, {self._precision()}",
         )
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _device(name: str) -> torch.device:

@@ -74,7 +74,7 @@ class PuzzleConfig:
     n_latent_steps: int = 6
     n_deep_recursions: int = 3
     max_steps: int = 16
-    steps: int = 65_104
+    steps: int = 65_100
     batch_size: int = 768
     optimizer: PuzzleOptimizer = "adam-atan2"
     learning_rate: float = 1e-4
