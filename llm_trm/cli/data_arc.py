@@ -45,7 +45,7 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
       llm-trm data arc ARC-AGI/data/training --evaluation ARC-AGI/data/evaluation
       llm-trm data arc arc-agi_evaluation2_challenges.json --augment 1000 -o data/arc2
     """
-    from llm_trm.cli.data_bar import progress_bar
+    from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.arc_files import is_labelled, merged, read_tasks
     from llm_trm.data.puzzles.arc_folder import write_arc
     from llm_trm.data.puzzles.arc_splits import plan_tasks

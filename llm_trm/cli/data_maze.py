@@ -123,7 +123,7 @@ def maze(
 
 
 def _generated(size: int, min_path: int, counts: dict[str, int], seed: int) -> dict[str, Mazes]:
-    from llm_trm.cli.data_bar import progress_bar
+    from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.maze_generation import generate_mazes
 
     with progress_bar("mazes", sum(counts.values())) as progress:

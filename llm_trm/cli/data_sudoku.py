@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llm_trm.cli.data_bar import progress_bar
+from llm_trm.cli.bars import progress_bar
 
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.sudoku_rows import SudokuRows

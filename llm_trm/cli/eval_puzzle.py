@@ -96,7 +96,7 @@ def puzzle(
     """
     from rich.console import Console
 
-    from llm_trm.cli.data_bar import progress_bar
+    from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.arc_vote import ArcBallot
     from llm_trm.data.puzzles.dataset import read_info
     from llm_trm.evaluate.puzzle_modes import Mode, evaluate_mode, require_fitting

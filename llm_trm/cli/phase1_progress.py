@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import TaskID
 from rich.table import Table
 
+from llm_trm.cli.bars import training_bar
 from llm_trm.train.phase1_config import Progress, StageResult
 
 
@@ -17,15 +17,7 @@ class ConsoleProgress(Progress):
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bars = training_bar(self._console)
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> ConsoleProgress:

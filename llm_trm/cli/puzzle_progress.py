@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
+from llm_trm.cli.bars import training_bar
 from llm_trm.train.puzzle_report import PuzzlePlan, PuzzleReport
 
 
@@ -17,16 +18,7 @@ class ConsoleReport(PuzzleReport):
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        stderr = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=stderr,
-            disable=not stderr.is_terminal,
-        )
+        self._bar = training_bar()
         self._task: TaskID | None = None
         self._numbers = ""
         self._plan: PuzzlePlan

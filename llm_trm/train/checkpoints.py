@@ -37,6 +37,17 @@ class Checkpoints:
         """Whether the run has a checkpoint."""
         return self._index_path.exists()
 
+    def permit(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise InputError unless a run may begin, or go on, in this folder."""
+        output = self._index_path.parent
+        if self.exist() and not (resume or overwrite):
+            raise InputError(
+                f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
+                "another folder"
+            )
+        if resume and not self.exist():
+            raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
+
     @property
     def last(self) -> Path:
         """The newest checkpoint.

@@ -29,16 +29,17 @@ from llm_trm.train.contexts import Contexts, EpochOrder, graph_lengths, read_con
 from llm_trm.train.losses import SupervisionLoss, means_of
 from llm_trm.train.phase2_config import Phase2Config
 from llm_trm.train.phase2_report import Phase2Plan, Phase2Report, Phase2Result, best_record
-from llm_trm.train.phase2_state import (
-    Progress,
+from llm_trm.train.phase2_state import Progress
+from llm_trm.train.random_states import random_states, restore_random_states
+from llm_trm.train.schedule import warmup_cosine
+from llm_trm.train.tracking import finish_tracking, new_accelerator, start_tracking
+from llm_trm.train.training_state import (
     read_progress,
+    require_same_settings,
     restore_training,
     training_tensors,
     write_state,
 )
-from llm_trm.train.random_states import random_states, restore_random_states
-from llm_trm.train.schedule import warmup_cosine
-from llm_trm.train.tracking import finish_tracking, new_accelerator, start_tracking
 from llm_trm.train.validation import MEASURED, validation_sums
 from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
 from trm_kernels.metrics import MetricWindow
@@ -72,8 +73,8 @@ class TRMSequenceTrainer:
         self.config = config
         self.report = report or Phase2Report()
         self.checkpoints = Checkpoints(config.output, config.keep)
-        self._check_output()
-        resumed = read_progress(self.checkpoints.last) if config.resume else None
+        self.checkpoints.permit(resume=config.resume, overwrite=config.overwrite)
+        resumed = read_progress(self.checkpoints.last, Progress) if config.resume else None
         compressor, facts = self._load_compressor()
         pairs = self._open(config.data, compressor)
         held_out_pairs = self._open(config.val_data, compressor) if config.val_data else None
@@ -285,16 +286,7 @@ class TRMSequenceTrainer:
         self.accelerator.wait_for_everyone()
 
     def _restore(self, progress: Progress) -> None:
-        changed = [
-            f"{name} was {progress.settings.get(name)} and is {value}"
-            for name, value in self.settings.items()
-            if progress.settings.get(name) != value
-        ]
-        if changed:
-            raise InputError(
-                f"{self.config.output} cannot be resumed with other settings ({'; '.join(changed)}): give "
-                "those of the run, or start over with --overwrite"
-            )
+        require_same_settings(self.config.output, progress.settings, self.settings)
         tensors = restore_training(self.checkpoints.last, self.model, self.average, self.optimizer)
         prefix = f"random.{self.rank}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -303,17 +295,6 @@ class TRMSequenceTrainer:
         self.epoch, self.batch, self.updates = progress.epoch, progress.batch, progress.updates
         self.sums, self.steps = progress.sums, progress.steps
         self.skipped, self.history = progress.skipped, progress.history
-
-    def _check_output(self) -> None:
-        output = self.config.output
-        exists = self.checkpoints.exist()
-        if exists and not (self.config.resume or self.config.overwrite):
-            raise InputError(
-                f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
-                "another folder"
-            )
-        if self.config.resume and not exists:
-            raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
 
     def _heads(self) -> int:
         """Heads of the network; those asked for, if they divide D'."""

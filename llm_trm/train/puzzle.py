@@ -21,13 +21,19 @@ from llm_trm.files import writable_folder, write_json
 from llm_trm.models.puzzle.losses import puzzle_loss
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
 from llm_trm.train.checkpoints import Checkpoints
-from llm_trm.train.phase2_state import restore_training, training_tensors
 from llm_trm.train.puzzle_config import PuzzleConfig
 from llm_trm.train.puzzle_feed import Feed
 from llm_trm.train.puzzle_report import PuzzlePlan, PuzzleReport, PuzzleResult
-from llm_trm.train.puzzle_state import PuzzleProgress, read_puzzle_progress, write_puzzle_state
+from llm_trm.train.puzzle_state import PuzzleProgress
 from llm_trm.train.random_states import random_states, restore_random_states
 from llm_trm.train.schedule import warmup_cosine
+from llm_trm.train.training_state import (
+    read_progress,
+    require_same_settings,
+    restore_training,
+    training_tensors,
+    write_state,
+)
 from trm_kernels import (
     JointOptimizer,
     ParameterAverage,
@@ -65,8 +71,8 @@ class PuzzleTrainer:
         self.config = config
         self.report = report or PuzzleReport()
         self.checkpoints = Checkpoints(config.output, config.keep)
-        self._check_output()
-        resumed = read_puzzle_progress(self.checkpoints.last) if config.resume else None
+        self.checkpoints.permit(resume=config.resume, overwrite=config.overwrite)
+        resumed = read_progress(self.checkpoints.last, PuzzleProgress) if config.resume else None
         self.device = _device(config.device)
         if config.nograd_precision and not _has_fp8(self.device):
             raise InputError(
@@ -218,7 +224,7 @@ class PuzzleTrainer:
         ) as folder:
             with self.average.applied():
                 save_puzzle_model(self.model, folder, **facts)
-            write_puzzle_state(
+            write_state(
                 folder,
                 progress,
                 {
@@ -229,16 +235,7 @@ class PuzzleTrainer:
             )
 
     def _restore(self, progress: PuzzleProgress) -> None:
-        changed = [
-            f"{name} was {progress.settings.get(name)} and is {value}"
-            for name, value in self.settings.items()
-            if progress.settings.get(name) != value
-        ]
-        if changed:
-            raise InputError(
-                f"{self.config.output} cannot be resumed with other settings ({'; '.join(changed)}): give "
-                "those of the run, or start over with --overwrite"
-            )
+        require_same_settings(self.config.output, progress.settings, self.settings)
         folder = self.checkpoints.last
         tensors = restore_training(folder, self.model, self.average, self.optimizer)
 
@@ -263,16 +260,6 @@ class PuzzleTrainer:
             raise InputError(
                 f"{folder} holds another model than this run's: start over with --overwrite"
             ) from error
-
-    def _check_output(self) -> None:
-        output, exists = self.config.output, self.checkpoints.exist()
-        if exists and not (self.config.resume or self.config.overwrite):
-            raise InputError(
-                f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
-                "another folder"
-            )
-        if self.config.resume and not exists:
-            raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
 
     def _read_data(self) -> None:
         config, data = self.config, self.config.data

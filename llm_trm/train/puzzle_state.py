@@ -1,17 +1,9 @@
-"""What a checkpoint of puzzle training holds beside the model: all that a resumed run needs."""
+"""Where a run of puzzle training stands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
-
-from llm_trm.errors import InputError
-from llm_trm.files import read_json, write_json, write_tensors
-from llm_trm.train.phase2_state import PROGRESS_FILE, START_OVER, TENSORS_FILE
 
 
 @dataclass(frozen=True)
@@ -33,18 +25,3 @@ class PuzzleProgress:
     steps: float
     history: list[dict[str, Any]]
     settings: dict[str, Any]
-
-
-def write_puzzle_state(folder: Path, progress: PuzzleProgress, tensors: Mapping[str, Tensor]) -> None:
-    """Write both into ``folder``."""
-    write_tensors(folder / TENSORS_FILE, tensors)
-    write_json(folder / PROGRESS_FILE, asdict(progress))
-
-
-def read_puzzle_progress(folder: Path) -> PuzzleProgress:
-    """The progress that :func:`write_puzzle_state` wrote; InputError if it is missing or broken."""
-    path = folder / PROGRESS_FILE
-    try:
-        return PuzzleProgress(**read_json(path, START_OVER))
-    except TypeError as error:
-        raise InputError(f"{path} does not say where the run stood: {START_OVER}") from error

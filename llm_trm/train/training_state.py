@@ -1,11 +1,11 @@
-"""What a checkpoint of phase 2 holds beside the model: all that a resumed run needs to go on bit for bit."""
+"""What a checkpoint of a run holds beside the model: all that a resumed run needs to go on bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,50 +15,39 @@ from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors
 from trm_kernels import ParameterAverage
 
-#: In the folder of a checkpoint.
-TENSORS_FILE, PROGRESS_FILE = "state.safetensors", "state.json"
-START_OVER = "start over with --overwrite"
+P = TypeVar("P")
+
+_TENSORS, _PROGRESS = "state.safetensors", "state.json"
+_REMEDY = "start over with --overwrite"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, as JSON values.
-
-    Attributes:
-        epoch, batch: The epoch and the batch in it to go on with, counted from 0.
-        updates: Updates so far.
-        skipped: Updates so far that were skipped because a gradient was not finite.
-        threshold: Of the halting loss.
-        sums: Sums of the training metrics of the epoch so far, over ``steps`` updates.
-        steps: Updates that ``sums`` covers.
-        history: Records of the finished epochs.
-        settings: What a resumed run must share.
-    """
-
-    epoch: int
-    batch: int
-    updates: int
-    skipped: float
-    threshold: float
-    sums: dict[str, float]
-    steps: float
-    history: list[dict[str, Any]]
-    settings: dict[str, Any]
+def write_state(folder: Path, progress: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write where a run stands, a dataclass of JSON values, and its tensors into ``folder``."""
+    write_tensors(folder / _TENSORS, tensors)
+    write_json(folder / _PROGRESS, asdict(progress))
 
 
-def write_state(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
-    """Write both into ``folder``."""
-    write_tensors(folder / TENSORS_FILE, tensors)
-    write_json(folder / PROGRESS_FILE, asdict(progress))
-
-
-def read_progress(folder: Path) -> Progress:
-    """The progress that :func:`write_state` wrote; InputError if it is missing or broken."""
-    path = folder / PROGRESS_FILE
+def read_progress(folder: Path, kind: type[P]) -> P:
+    """The progress that :func:`write_state` wrote; InputError if it is missing, broken or of another kind."""
+    path = folder / _PROGRESS
     try:
-        return Progress(**read_json(path, START_OVER))
+        return kind(**read_json(path, _REMEDY))
     except TypeError as error:
-        raise InputError(f"{path} does not say where the run stood: {START_OVER}") from error
+        raise InputError(f"{path} does not say where the run stood: {_REMEDY}") from error
+
+
+def require_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError unless the settings that a run in ``folder`` had ``before`` are those of ``now``."""
+    changed = [
+        f"{name} was {before.get(name)} and is {value}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} cannot be resumed with other settings ({'; '.join(changed)}): give those of the run, "
+            f"or {_REMEDY}"
+        )
 
 
 def training_tensors(model: nn.Module, average: ParameterAverage, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -80,8 +69,8 @@ def restore_training(
     Raises:
         InputError: A missing or broken file, or one of another model.
     """
-    path = folder / TENSORS_FILE
-    tensors = read_tensors(path, START_OVER)
+    path = folder / _TENSORS
+    tensors = read_tensors(path, _REMEDY)
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     positions = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -95,6 +84,6 @@ def restore_training(
                 _, moment, name = key.split(".", 2)
                 state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path} holds another model than this run's: {START_OVER}") from error
+        raise InputError(f"{path} holds another model than this run's: {_REMEDY}") from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return tensors
