@@ -125,6 +125,7 @@ def test_quick_shrinks_every_case_and_keeps_its_kind() -> None:
 
 
 def test_groups_of_suites() -> None:
+    assert group_of("paper") == "peers"
     assert [group_of(name) for name in ("peers", "scaling", "train", None)] == [
         "peers",
         "scaling",
