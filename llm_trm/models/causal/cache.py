@@ -1,0 +1,161 @@
+"""The cache of a decoder with soft tokens in it, and what a later ``<think>`` needs to know of the past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from llm_trm.errors import InputError
+
+
+class Past:
+    """What is known of the columns that a decoder has seen.
+
+    Attributes:
+        valid: Which columns hold a token or a soft token, bool [B, C].
+        floor: The oldest position that each column sees, [B, C].
+        dropped: Positions that recursions have dropped, [B].
+        states: Final-norm states, a tensor [B, c, D] for each pass.
+        steps: Supervision steps of each round of recursions, int32 [B], 0 for samples without one.
+        gaps: Whether any column may be empty, padding of the prompt too.
+        holes: Whether any may be empty behind a sample's first token.
+        drops: Whether a recursion has dropped positions.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        self.floor = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        self.dropped = torch.zeros(batch, dtype=torch.long, device=device)
+        self.states: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.gaps = self.holes = self.drops = False
+
+    @property
+    def columns(self) -> int:
+        """C."""
+        return self.valid.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each column among the valid ones of its sample, 0 before the first, [B, C]."""
+        return (self.valid.long().cumsum(1) - 1).clamp(min=0)
+
+    def append(self, valid: Tensor, context: int | None) -> Tensor:
+        """Add columns; returns their positions [B, c].
+
+        Args:
+            valid: Which of them hold something, bool [B, c].
+            context: How many positions a column sees at most, itself included; None for all.
+        """
+        self.valid = torch.cat((self.valid, valid), dim=1)
+        positions = self.positions[:, self.columns - valid.shape[1] :]
+        floor = self.dropped[:, None].expand_as(positions)
+        if context is not None:
+            floor = torch.maximum(floor, positions - (context - 1))
+        self.floor = torch.cat((self.floor, floor), dim=1)
+        return positions
+
+    def visible(self, columns: int) -> Tensor:
+        """Which columns the last of the first ``columns`` sees, bool [B, columns]."""
+        oldest = self.floor[:, columns - 1 : columns]
+        return self.valid[:, :columns] & (self.positions[:, :columns] >= oldest)
+
+    def transform(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``rows``, which selects or repeats samples, to everything."""
+        self.valid, self.floor, self.dropped = rows(self.valid), rows(self.floor), rows(self.dropped)
+        self.states = [rows(states) for states in self.states]
+        self.steps = [rows(steps) for steps in self.steps]
+
+
+class TRMCache(Cache):
+    """Keys and values of tokens and soft tokens, counted from outside in tokens alone.
+
+    Generation needs no knowledge of soft tokens: masks, positions and lengths that it keeps are those of the
+    tokens it wrote. Samples can be reordered, repeated and selected, as beam search does; positions cannot be
+    cropped, because the soft tokens behind a cropped ``<think>`` would stay.
+
+    Args:
+        decoder: An empty cache of the wrapped decoder.
+    """
+
+    def __init__(self, decoder: Cache) -> None:
+        super().__init__(layers=decoder.layers)
+        self.decoder = decoder
+        self.tokens = 0
+        self.past: Past | None = None
+
+    @property
+    def steps(self) -> Tensor | None:
+        """Supervision steps of each recursion so far, int32 [B, rounds], 0 for samples without it."""
+        if self.past is None or not self.past.steps:
+            return None
+        return torch.stack(self.past.steps, dim=1)
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, soft tokens not counted."""
+        return self.tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuses to remove anything.
+
+        Raises:
+            InputError: Always, unless nothing is to be removed.
+        """
+        if tokens_to_remove:
+            raise InputError(
+                "a cache with a recursion in it cannot be cropped, as assisted generation does: generate "
+                "without an assistant, or with use_trm=False"
+            )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.decoder.reset()
+        self.tokens, self.past = 0, None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """See :meth:`Cache.reorder_cache`."""
+        self.decoder.reorder_cache(beam_idx)
+        self._transform(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See :meth:`Cache.batch_repeat_interleave`."""
+        self.decoder.batch_repeat_interleave(repeats)
+        self._transform(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See :meth:`Cache.batch_select_indices`."""
+        self.decoder.batch_select_indices(indices)
+        self._transform(lambda tensor: tensor[indices])
+
+    def _transform(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.past is not None:
+            self.past.transform(rows)
+
+
+def trm_cache(given: Any) -> TRMCache:
+    """``given`` as the cache of a model with a recursion.
+
+    Raises:
+        InputError: It holds tokens that were read without the recursion, or cannot grow as it needs to.
+    """
+    if isinstance(given, TRMCache):
+        return given
+    if given.get_seq_length():
+        raise InputError(
+            "this cache was filled without the recursion, which reads the states before <think>: continue "
+            "with use_trm=False, or begin with an empty cache"
+        )
+    if type(given).__name__ != "DynamicCache":
+        raise InputError(
+            f"a {type(given).__name__} cannot hold soft tokens besides what it was made for: use the "
+            "default cache (cache_implementation 'dynamic' or 'offloaded')"
+        )
+    return TRMCache(given)

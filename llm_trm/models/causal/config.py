@@ -1,0 +1,164 @@
+"""The configuration of a causal language model with a recursion at ``<think>``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import AutoConfig, PretrainedConfig
+
+from llm_trm.errors import InputError
+from llm_trm.models.sequence_trm import Halting
+
+ReasonerKind = Literal["latents", "sequence"]
+#: What becomes of the oldest positions: they leave when the decoder's context is full, or as many as there
+#: are soft tokens leave at every recursion.
+Window = Literal["slide", "always"]
+
+#: Layers whose cache is keys and values by position, which a mask can take positions out of.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class TRMConfig(PretrainedConfig):
+    """Describes a :class:`~llm_trm.models.causal.TRMForCausalLM`.
+
+    Args:
+        text_config: The wrapped decoder's own configuration, or its dict with ``model_type``; that of
+            SmolLM3-3B by default.
+        reasoner: ``"latents"``: M latents at the decoder's width D, each a soft token. ``"sequence"``: one
+            reasoning state at the width D', from which K soft tokens come.
+        num_latents: M.
+        d_compressed: D'.
+        soft_tokens: K of ``"sequence"``.
+        n_layers, n_heads: Blocks of the recursion's network, and attention heads of a block.
+        compression_heads: Attention heads of the latents' compressor.
+        n_latent_steps: Latent steps n of a recursion.
+        n_deep_recursions: Recursions T of a supervision step.
+        supervision_steps: Supervision steps at most; all are taken where nothing halts.
+        dropout: Probability of dropping an attention weight of the recursion in training.
+        halting: Whose confidence ends a recursion early, in training too, so that log-probabilities can be
+            computed again: each sample's own, the mean of the batch's, or nobody's.
+        halting_loss_weight: Weight of the halting head's loss in ``loss``.
+        window: ``"slide"``: a position sees the newest ones that fit into the decoder's context.
+            ``"always"``: besides, every recursion drops as many of the oldest as it appends soft tokens.
+        think_token_id, end_think_token_id: Ids of ``<think>`` and ``</think>``.
+
+    Raises:
+        InputError: A value that describes no model, or a decoder that cannot be wrapped.
+    """
+
+    model_type = "trm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(
+        self,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        *,
+        reasoner: ReasonerKind = "latents",
+        num_latents: int = 256,
+        d_compressed: int = 256,
+        soft_tokens: int = 1,
+        n_layers: int = 2,
+        n_heads: int = 8,
+        compression_heads: int = 8,
+        n_latent_steps: int = 6,
+        n_deep_recursions: int = 3,
+        supervision_steps: int = 8,
+        dropout: float = 0.0,
+        halting: Halting = "sample",
+        halting_loss_weight: float = 0.1,
+        window: Window = "slide",
+        think_token_id: int | None = None,
+        end_think_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _decoder_config(text_config)
+        self.reasoner: ReasonerKind = _one_of("reasoner", reasoner, get_args(ReasonerKind))
+        self.num_latents, self.d_compressed, self.soft_tokens = num_latents, d_compressed, soft_tokens
+        self.n_layers, self.n_heads, self.compression_heads = n_layers, n_heads, compression_heads
+        self.n_latent_steps, self.n_deep_recursions = n_latent_steps, n_deep_recursions
+        self.supervision_steps = supervision_steps
+        self.dropout = dropout
+        self.halting: Halting = _one_of("halting", halting, get_args(Halting))
+        self.halting_loss_weight = halting_loss_weight
+        self.window: Window = _one_of("window", window, get_args(Window))
+        self.think_token_id, self.end_think_token_id = think_token_id, end_think_token_id
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        # Otherwise PretrainedConfig hands its own None down to the decoder, and takes its attention away.
+        kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
+        super().__init__(**kwargs)
+        self._require_sizes()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """See :meth:`PretrainedConfig.from_dict`.
+
+        Raises:
+            InputError: The dict describes a model of another type.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise InputError(
+                f"this is a {found} model, not one with a recursion: wrap it with TRMForCausalLM.wrap, "
+                "or load it with AutoModelForCausalLM"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def tokens_per_thought(self) -> int:
+        """Soft tokens that one ``<think>`` appends."""
+        return int(self.num_latents if self.reasoner == "latents" else self.soft_tokens)
+
+    @property
+    def context(self) -> int | None:
+        """Positions of the decoder's context; None if its configuration does not say."""
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        return None if positions is None else int(positions)
+
+    def _require_sizes(self) -> None:
+        names = ("num_latents", "d_compressed", "soft_tokens", "n_layers", "n_heads", "compression_heads")
+        for name in (*names, "n_deep_recursions", "supervision_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_latent_steps < 0 or self.halting_loss_weight < 0:
+            raise InputError("n_latent_steps and halting_loss_weight must not be negative")
+        width = self.text_config.hidden_size
+        if self.reasoner == "sequence" and self.d_compressed >= width:
+            raise InputError(
+                f"d_compressed must be below the decoder's width of {width}, not {self.d_compressed}"
+            )
+        recursed = width if self.reasoner == "latents" else self.d_compressed
+        if recursed % self.n_heads or (self.reasoner == "latents" and width % self.compression_heads):
+            raise InputError(
+                f"a width of {recursed} cannot be split into {self.n_heads} heads (n_heads) and "
+                f"{self.compression_heads} heads (compression_heads): the width must be a multiple of both"
+            )
+        if self.context is not None and self.tokens_per_thought >= self.context:
+            raise InputError(
+                f"{self.tokens_per_thought} soft tokens do not fit into the decoder's context of "
+                f"{self.context} positions"
+            )
+
+
+def _decoder_config(given: PretrainedConfig | dict[str, Any] | None) -> Any:
+    if isinstance(given, PretrainedConfig):
+        config = given
+    else:
+        settings = dict(given or {})
+        config = AutoConfig.for_model(settings.pop("model_type", "smollm3"), **settings)
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise InputError(f"a {config.model_type} model is no decoder of text alone, and cannot be wrapped")
+    unknown = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if unknown or not hasattr(config, "hidden_size"):
+        raise InputError(
+            f"a {config.model_type} model has layers other than attention over a sequence "
+            f"({', '.join(sorted(unknown)) or 'no hidden_size'}): soft tokens for some samples of a batch "
+            "cannot be kept from the others there"
+        )
+    return config
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value

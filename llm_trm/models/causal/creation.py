@@ -1,0 +1,111 @@
+"""A language model with a recursion, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llm_trm.errors import InputError, one_line
+from llm_trm.extras import require
+from llm_trm.models.causal.modeling import TRMForCausalLM
+from llm_trm.models.causal.tokens import add_think_tokens, think_ids
+from llm_trm.models.loading import ARITHMETIC
+
+_ARITHMETIC_FOLDER = Path(__file__).parents[1] / "arithmetic"
+
+#: The decoder's attention projections, by their names in a :class:`TRMForCausalLM`: none of the reasoner's.
+LORA_TARGETS = r"model\.decoder\..*\.(q|k|v|o)_proj"
+
+
+def create_smollm_trm_model(
+    model_name: str = "HuggingFaceTB/SmolLM3-3B",
+    use_lora: bool = True,
+    lora_r: int = 16,
+    num_latents: int = 256,
+    trm_kwargs: dict[str, Any] | None = None,
+    *,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A language model that recurs at ``<think>``, ready to be trained; its tokenizer is ``model.tokenizer``.
+
+    Args:
+        model_name: A folder in Hugging Face format, a name on the hub, or ``"arithmetic"``, which ships.
+        use_lora: Whether the decoder gets LoRA adapters. The reasoner is trained either way, nothing else.
+        lora_r, lora_alpha, lora_dropout: Of the adapters.
+        num_latents: M.
+        trm_kwargs: Further settings of :class:`TRMConfig`.
+        device: Where the model goes; CUDA if there is any.
+        dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
+
+    Returns:
+        A :class:`TRMForCausalLM`, within a ``PeftModel`` if ``use_lora``.
+
+    Raises:
+        InputError: No such model, one that cannot be wrapped, or peft is missing.
+    """
+    if use_lora:
+        require("train", "peft")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    source = str(_ARITHMETIC_FOLDER) if model_name == ARITHMETIC else model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        language_model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model {model_name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, "
+            f"a model on the hub, or {ARITHMETIC!r}"
+        ) from error
+    add_think_tokens(tokenizer, language_model.to(device))
+    think, end_think = think_ids(tokenizer)
+    settings = {"num_latents": num_latents, **(trm_kwargs or {})}
+    model: Any = TRMForCausalLM.wrap(
+        language_model, think_token_id=think, end_think_token_id=end_think, **settings
+    )
+    model.requires_grad_(False)
+    if use_lora:
+        model = add_lora(model, lora_r, lora_alpha, lora_dropout)
+    else:
+        train_reasoner(model)
+    model.tokenizer = tokenizer
+    return model
+
+
+def add_lora(model: TRMForCausalLM, r: int = 16, alpha: int = 32, dropout: float = 0.1) -> Any:
+    """``model`` within a ``PeftModel``: adapters on its attention, trained and saved with the reasoner.
+
+    Raises:
+        InputError: The decoder has no projections of the usual names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=LORA_TARGETS,
+        modules_to_save=["reasoner"],
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            f"this {model.config.text_config.model_type} model takes no adapters ({one_line(error)}): set "
+            "use_lora=False"
+        ) from error
+
+
+def train_reasoner(model: PreTrainedModel) -> None:
+    """Let gradients reach the reasoner, but for a halting head that nothing trains."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        untrained = "halt_head" in name and (config.halting == "none" or not config.halting_loss_weight)
+        if ".reasoner." in f".{name}" and not untrained:
+            parameter.requires_grad_(True)

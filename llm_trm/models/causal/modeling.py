@@ -1,0 +1,497 @@
+"""A causal language model that recurs in latent space at ``<think>``, in the interfaces of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from llm_trm.errors import InputError, one_line
+from llm_trm.models.causal.cache import Past, TRMCache, trm_cache
+from llm_trm.models.causal.config import TRMConfig
+from llm_trm.models.causal.halting import IGNORED, halting_loss
+from llm_trm.models.causal.layout import lay_out, plain_layout
+from llm_trm.models.causal.passes import Passes
+from llm_trm.models.causal.reasoners import build_reasoner
+
+
+@dataclass
+class TRMModelOutput(BaseModelOutputWithPast):
+    """States of the length of ``input_ids``, and what is known of the recursions.
+
+    Attributes:
+        trm_steps: Supervision steps of each ``<think>``, int32 [B, rounds]; 0 for samples that have fewer.
+            With its neighbours None where nobody thought.
+        halt_logits: Halting logits at the last step, [B, rounds].
+        reconstruction_error: Mean over recursions of the share of the context that the compressor lost; None
+            for the latents, from which there is no way back.
+    """
+
+    trm_steps: Tensor | None = None
+    halt_logits: Tensor | None = None
+    reconstruction_error: Tensor | None = None
+
+
+@dataclass
+class TRMCausalLMOutput(CausalLMOutputWithPast):
+    """Logits of the length of ``input_ids``; see :class:`TRMModelOutput` for the rest.
+
+    Attributes:
+        halting_loss: Loss of the halting head, which ``loss`` holds with its weight.
+    """
+
+    trm_steps: Tensor | None = None
+    halt_logits: Tensor | None = None
+    reconstruction_error: Tensor | None = None
+    halting_loss: Tensor | None = None
+
+
+class TRMPreTrainedModel(PreTrainedModel):
+    """What the backbone and the language model share."""
+
+    config: TRMConfig
+    config_class = TRMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    # Soft tokens cannot be taken back, which is what transformers calls stateful: no assisted generation.
+    _is_stateful = True
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """See :meth:`PreTrainedModel.from_pretrained`.
+
+        Raises:
+            InputError: Weights are missing, or have another shape than the configuration says.
+        """
+        try:
+            loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "mismatched" not in str(error) and "size" not in str(error):
+                raise
+            raise InputError(
+                f"{name}: its weights have other shapes than its configuration, or the sizes asked for, say "
+                f"({one_line(error, 80)}): train again for these sizes"
+            ) from error
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(f"{name} lacks {len(missing)} weights of this model, among them {missing[0]}")
+        return (model, info) if output_loading_info else model
+
+
+class TRMModel(TRMPreTrainedModel):
+    """The backbone: a decoder, and a reasoner that adds soft tokens behind every ``<think>``.
+
+    The reasoner reads the final-norm states of all positions before a ``<think>`` that its window holds, soft
+    tokens of earlier ones included. Positions count tokens and soft tokens, padding excluded. The output has
+    the length of ``input_ids``: the state at ``<think>`` is that of its last soft token.
+
+    Args:
+        config: What to build.
+        decoder: The decoder to wrap; a new one by default.
+    """
+
+    def __init__(self, config: TRMConfig, decoder: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.decoder: Any = AutoModel.from_config(config.text_config) if decoder is None else decoder
+        embeddings: Any = self.decoder.get_input_embeddings()
+        self.reasoner: Any = build_reasoner(config, embeddings.embedding_dim)
+        if config.halting == "none" or config.halting_loss_weight == 0:
+            # Nothing would train it.
+            self.reasoner.trm.halt_head.requires_grad_(False)
+        if not embeddings.weight.is_meta:
+            self.reasoner.entry.match(embeddings.weight)
+            _keep(self)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's."""
+        self.decoder.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        use_trm: bool = True,
+        **kwargs: Any,
+    ) -> TRMModelOutput:
+        """Read tokens, and think at every ``<think>``.
+
+        With a cache, everything is read once. Without one, which is the default where gradients are recorded,
+        the decoder reads it again after each round of thoughts: gradient checkpointing drops caches.
+
+        Args:
+            input_ids: [B, L]; with ``past_key_values`` the new tokens only.
+            attention_mask: 1 at tokens, 0 at padding on either side, of all tokens seen so far [B, past + L].
+            position_ids: With the recursion, none but those that count the tokens of ``attention_mask``.
+            past_key_values: The cache that an earlier call returned, or an empty one.
+            inputs_embeds: Without the recursion only, which looks for ``<think>`` among ids.
+            use_cache: Whether to return a cache.
+            use_trm: False for the decoder alone.
+            **kwargs: For the decoder.
+
+        Raises:
+            InputError: Input that the recursion cannot work on.
+        """
+        if not use_trm:
+            if isinstance(past_key_values, TRMCache):
+                raise InputError("this cache holds soft tokens: continue with use_trm=True")
+            output = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            return TRMModelOutput(**output)
+        kwargs.pop("return_dict", None)
+        if input_ids is None or inputs_embeds is not None:
+            raise InputError("the recursion needs input_ids, to find <think>: embeddings need use_trm=False")
+        if self.config.think_token_id is None:
+            raise InputError("this model knows no <think> token: call add_think_tokens(tokenizer, model)")
+        if kwargs.get("output_attentions"):
+            raise InputError(
+                "attentions have no place for soft tokens: output_attentions needs use_trm=False"
+            )
+        cache = None if past_key_values is None else trm_cache(past_key_values)
+        valid = self._valid(input_ids, attention_mask, cache)
+        think = (input_ids == self.config.think_token_id) & valid
+        first = cache is None or cache.past is None
+        # Two reads from the device: what is to be done depends on them.
+        host_valid, host_think = torch.stack((valid, think)).cpu()
+        if first:
+            self._refuse_tokens(host_valid, position_ids)
+        layout = (
+            lay_out(host_valid, host_think, self.config.tokens_per_thought, self._rounds(host_think, first))
+            if host_think.any() or (first and self.training)
+            else plain_layout(host_valid)
+        )
+        cache, returned = self._cache(cache, use_cache, thinking=bool(layout.thinking))
+        past = None if cache is None else cache.past
+        if past is None:
+            past = Past(len(input_ids), input_ids.device)
+        past.gaps |= bool(layout.thinking) or not bool(host_valid.all())
+        past.holes |= bool(layout.thinking) and len(input_ids) > 1
+        passes = Passes(
+            self.decoder, past, None if cache is None else cache.decoder, self.config.context, kwargs
+        )
+        rounds = self._read(passes, layout.segments, layout.thinking, input_ids)
+        if cache is not None:
+            cache.past, cache.tokens = past, cache.tokens + input_ids.shape[1]
+        states, *layers = passes.outputs(layout.outputs.to(input_ids.device))
+        return TRMModelOutput(
+            last_hidden_state=states,
+            past_key_values=cache if returned else None,
+            hidden_states=tuple(layers) or None,
+            **rounds,
+        )
+
+    def _read(
+        self, passes: Passes, segments: list[Tensor], thinking: list[Tensor], input_ids: Tensor
+    ) -> dict[str, Any]:
+        """Run all passes; returns what is known of the thoughts."""
+        device = input_ids.device
+        soft: tuple[Tensor, Tensor] | None = None
+        facts: dict[str, list[Tensor]] = {"trm_steps": [], "halt_logits": [], "lost": []}
+        for index, segment in enumerate(segments):
+            segment = segment.to(device)
+            valid = segment >= 0
+            embeddings = self.get_input_embeddings()(input_ids.gather(1, segment.clamp(min=0)))
+            if soft is not None:
+                embeddings = torch.cat((soft[0].to(embeddings.dtype), embeddings), dim=1)
+                valid = torch.cat((soft[1], valid), dim=1)
+            passes.read(embeddings, valid)
+            if index < len(thinking):
+                soft = self._think(passes.past, thinking[index], facts)
+        lost = facts.pop("lost")
+        found: dict[str, Any] = {name: torch.stack(rounds, dim=1) for name, rounds in facts.items() if rounds}
+        if lost:
+            found["reconstruction_error"] = torch.cat(lost).mean()
+        return found
+
+    def _think(self, past: Past, thinking: Tensor, facts: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Soft tokens [B, K, E] of the samples whose last token is ``<think>``, and where they are valid."""
+        device = past.valid.device
+        # Without any, another process has some: the same passes run here, on nothing.
+        rows = (thinking.nonzero().squeeze(1) if thinking.any() else torch.tensor([0])).to(device)
+        thinking = thinking.to(device)
+        positions = past.positions
+        at = positions.amax(1)
+        oldest = past.dropped
+        if self.config.context is not None:
+            oldest = torch.maximum(oldest, at - (self.config.context - 1))
+        before = (positions >= oldest[:, None]) & (positions < at[:, None])
+        context = past.valid & before & thinking[:, None]
+        states = torch.cat(past.states, dim=1)
+        dtype = next(self.reasoner.parameters()).dtype
+        thought = self.reasoner(states[rows].to(dtype), context[rows])
+        count = thought.soft_tokens.shape[1]
+        if self.config.window == "always":
+            self._drop(past, thinking, at - oldest, oldest, count)
+        batch = len(thinking)
+        soft = thought.soft_tokens.new_zeros(batch, *thought.soft_tokens.shape[1:])
+        soft = soft.index_copy(0, rows, thought.soft_tokens)
+        steps = thought.steps.new_zeros(batch).index_copy(0, rows, thought.steps) * thinking
+        past.steps.append(steps)
+        facts["trm_steps"].append(steps)
+        facts["halt_logits"].append(
+            thought.halt_logits.new_zeros(batch).index_copy(0, rows, thought.halt_logits)
+        )
+        if thought.reconstruction_error is not None:
+            facts["lost"].append(thought.reconstruction_error)
+        return soft, thinking[:, None].expand(-1, count)
+
+    @staticmethod
+    def _drop(past: Past, thinking: Tensor, length: Tensor, oldest: Tensor, count: int) -> None:
+        shortest = int(torch.where(thinking, length, count + 1).min())
+        if shortest <= count:
+            raise InputError(
+                f"{shortest} positions before <think> cannot give up {count} for as many soft tokens: use "
+                "window='slide', or fewer soft tokens"
+            )
+        past.dropped = torch.where(thinking, oldest + count, past.dropped)
+        past.drops = True
+
+    def _valid(self, input_ids: Tensor, attention_mask: Tensor | None, cache: TRMCache | None) -> Tensor:
+        if attention_mask is None:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        seen = 0 if cache is None else cache.tokens
+        expected = (input_ids.shape[0], seen + input_ids.shape[1])
+        if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != expected:
+            shape = list(getattr(attention_mask, "shape", ())) or type(attention_mask).__name__
+            raise InputError(
+                f"the recursion needs an attention_mask {list(expected)} of all tokens, not {shape}"
+            )
+        return attention_mask[:, seen:] != 0
+
+    def _refuse_tokens(self, valid: Tensor, position_ids: Tensor | None) -> None:
+        longest, context = int(valid.sum(1).max()), self.config.context
+        if context is not None and longest > context:
+            raise InputError(
+                f"a sequence of {longest} tokens does not fit the decoder's context of {context}: shorten it"
+            )
+        if position_ids is None:
+            return
+        counted = valid.long().cumsum(1) - 1
+        if not torch.equal(position_ids.cpu().expand_as(counted)[valid], counted[valid]):
+            raise InputError(
+                "the recursion numbers positions itself: leave position_ids out, or set use_trm=False "
+                "(samples packed into one row cannot think)"
+            )
+
+    def _rounds(self, think: Tensor, first: bool) -> int:
+        """Rounds that every process of a training run needs, so that all issue the same collectives."""
+        rounds = int(think.sum(1).max())
+        distributed = torch.distributed
+        if not (first and self.training and distributed.is_available() and distributed.is_initialized()):
+            return rounds
+        if distributed.get_world_size() == 1:
+            return rounds
+        # At least one, because DDP waits for the gradient of every parameter.
+        agreed = torch.tensor(max(rounds, 1), device=self.device)
+        distributed.all_reduce(agreed, op=distributed.ReduceOp.MAX)
+        return int(agreed)
+
+    def _cache(
+        self, given: TRMCache | None, wanted: bool | None, thinking: bool
+    ) -> tuple[TRMCache | None, bool]:
+        """The cache to read with, and whether to return it."""
+        dropped = self.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.decoder.modules()
+        )
+        if given is None and wanted is None:
+            wanted = not self.training and not torch.is_grad_enabled()
+        if given is not None or wanted:
+            if dropped:
+                raise InputError(
+                    "gradient checkpointing drops the cache in training mode: call model.eval() or "
+                    "model.gradient_checkpointing_disable() before generating, or set use_cache=False"
+                )
+        elif dropped or torch.is_grad_enabled() or not thinking:
+            return None, False
+        if given is None:
+            given = TRMCache(DynamicCache(config=self.config.text_config))
+        return given, wanted is not False
+
+
+class TRMForCausalLM(TRMPreTrainedModel, GenerationMixin):
+    """A language model that recurs at ``<think>``, wherever it stands or is generated.
+
+    Args:
+        config: What to build.
+        language_model: The language model whose decoder and output head to use; new ones by default.
+    """
+
+    def __init__(self, config: TRMConfig, language_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        decoder: Any = None if language_model is None else language_model.base_model
+        self.model = TRMModel(config, decoder)
+        self.vocab_size = config.text_config.vocab_size
+        embeddings = self.model.get_input_embeddings()
+        if language_model is None:
+            self.lm_head = nn.Linear(config.text_config.hidden_size, self.vocab_size, bias=False)
+        else:
+            self.lm_head = language_model.get_output_embeddings()
+            _keep(self)
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's."""
+        self.model.set_input_embeddings(value)
+
+    @classmethod
+    def wrap(cls, language_model: PreTrainedModel, **settings: Any) -> TRMForCausalLM:
+        """Give a language model a reasoner; its weights are shared, not copied.
+
+        Args:
+            language_model: As ``AutoModelForCausalLM`` loads it.
+            **settings: For :class:`TRMConfig`.
+
+        Raises:
+            InputError: A model that cannot be wrapped.
+        """
+        config = TRMConfig(language_model.config, **settings)
+        _require_plain_head(language_model)
+        model = cls(config, language_model)
+        # Not the whole model, which may lie on several devices.
+        model.model.reasoner.to(model.get_input_embeddings().weight.device, language_model.dtype)
+        model.generation_config = language_model.generation_config
+        return model.train(language_model.training)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_trm: bool = True,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> TRMCausalLMOutput | tuple[Any, ...]:
+        """Logits, and the loss of ``labels``; see :meth:`TRMModel.forward` for the other arguments.
+
+        Args:
+            labels: [B, L], -100 where there is none; shifted here, so that the logits at a position are for
+                the label behind it. What follows ``<think>`` is thus predicted from its last soft token.
+            logits_to_keep: How many of the last positions get logits, 0 for all, or which.
+            num_items_in_batch: By what the sum of the loss is divided, instead of the number of labels here.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            use_trm=use_trm,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        result = TRMCausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            trm_steps=outputs.trm_steps,
+            halt_logits=outputs.halt_logits,
+            reconstruction_error=outputs.reconstruction_error,
+        )
+        if labels is not None:
+            if logits.shape[:2] != labels.shape:
+                raise InputError(
+                    f"labels {list(labels.shape)} need as many logits, not {list(logits.shape[:2])}: leave "
+                    "logits_to_keep at 0"
+                )
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            if outputs.halt_logits is not None and past_key_values is None:
+                loss = loss + self._halting(result, input_ids, attention_mask, labels, num_items_in_batch)
+            result = TRMCausalLMOutput(**{**result, "loss": loss})
+        return result if return_dict is not False else result.to_tuple()
+
+    def _halting(
+        self,
+        result: TRMCausalLMOutput,
+        input_ids: Any,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor | float:
+        config = self.config
+        if config.halting == "none" or not config.halting_loss_weight:
+            return 0.0
+        think = input_ids == config.think_token_id
+        if attention_mask is not None:
+            think = think & (attention_mask != 0)
+        logits: Any = result.logits
+        halting: Any = result.halt_logits
+        result["halting_loss"] = halting_loss(halting, think, logits, labels)
+        share: Tensor | float = 1.0
+        if num_items_in_batch is not None:
+            # What this batch has of the items, so that accumulated batches add up to a mean.
+            share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+        return config.halting_loss_weight * share * result["halting_loss"]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        result = super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and model_kwargs.get("use_trm", True):
+            model_kwargs["past_key_values"] = trm_cache(cache)
+        return result
+
+
+def _keep(model: nn.Module) -> None:
+    """Keep transformers from initialising weights again that have been, or were loaded."""
+    for module in model.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _require_plain_head(language_model: PreTrainedModel) -> None:
+    """Raise InputError unless logits are the output embeddings' product with the backbone's states."""
+    head, kind = language_model.get_output_embeddings(), language_model.config.model_type
+    if head is None or language_model.base_model is language_model:
+        raise InputError(f"a {kind} model has no output head of its own, and cannot be wrapped")
+    # Several, because the embedding of a padding token is zero, and so are its logits at any scale.
+    tokens = torch.arange(min(4, head.out_features), device=language_model.device)[None]
+    whole = language_model(input_ids=tokens, use_cache=False).logits
+    if not torch.equal(head(language_model.base_model(input_ids=tokens, use_cache=False)[0]), whole):
+        raise InputError(
+            f"this {kind} model scales or caps its logits behind the output head, and cannot be wrapped"
+        )

@@ -1,0 +1,155 @@
+"""Reasoners: the states before ``<think>`` in, soft tokens for the decoder out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_trm.models.causal.hidden_state import HiddenStateTRM, cautious_head
+from llm_trm.models.causal.recurring import recur
+from llm_trm.models.compression import DimensionCompressor
+from llm_trm.models.sequence_trm import SequenceTRM
+
+if TYPE_CHECKING:
+    from llm_trm.models.causal.config import TRMConfig
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What a :class:`Reasoner` makes of B contexts.
+
+    Attributes:
+        soft_tokens: [B, K, E], in the space of the decoder's input embeddings.
+        halt_logits: [B], at the last supervision step; their gradient reaches the halting head alone.
+        steps: Supervision steps taken, int32 [B].
+        reconstruction_error: What the compressor lost of each context, as a share of its squared norm, [B],
+            no gradient; None where there is no way back from compressed to original states.
+    """
+
+    soft_tokens: Tensor
+    halt_logits: Tensor
+    steps: Tensor
+    reconstruction_error: Tensor | None
+
+
+class SoftEntry(nn.Module):
+    """The way of states into the space of input embeddings: a norm and a projection, both learned.
+
+    Fed back as they are, hidden states are of no use to the decoder: they are not in that space.
+    """
+
+    def __init__(self, d_model: int, d_embedding: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=_NORM_EPS)
+        self.projection = nn.Linear(d_model, d_embedding, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States [..., D] to embeddings [..., E]."""
+        return self.projection(self.norm(states))
+
+    @torch.no_grad()
+    def match(self, embeddings: Tensor) -> None:
+        """Draw the projection anew, such that what enters is as large as ``embeddings`` [V, E] are."""
+        size = embeddings.float().square().mean().sqrt()
+        weight = torch.randn(self.projection.weight.shape) * self.projection.in_features**-0.5
+        self.projection.weight.copy_(weight.to(size.device) * size)
+
+
+class Reasoner(nn.Module):
+    """The interface of the two reasoners.
+
+    Args:
+        config: Sizes.
+        d_embedding: Width E of the decoder's input embeddings.
+    """
+
+    trm: Any
+
+    def __init__(self, config: TRMConfig, d_embedding: int) -> None:
+        super().__init__()
+        self.max_steps, self.halting = config.supervision_steps, config.halting
+        self.entry = SoftEntry(config.text_config.hidden_size, d_embedding)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Thought:
+        """Think.
+
+        Args:
+            states: Contexts [B, L, D], L at least 1.
+            mask: True at valid positions [B, L], any pattern; a context may be empty.
+        """
+        raise NotImplementedError
+
+
+class LatentsReasoner(Reasoner):
+    """M latents at the width D, refined by :class:`HiddenStateTRM`; each is a soft token."""
+
+    def __init__(self, config: TRMConfig, d_embedding: int) -> None:
+        super().__init__(config, d_embedding)
+        self.trm = HiddenStateTRM(
+            config.text_config.hidden_size,
+            config.num_latents,
+            config.n_layers,
+            config.n_heads,
+            config.compression_heads,
+            config.n_latent_steps,
+            config.n_deep_recursions,
+            config.supervision_steps,
+            config.dropout,
+            halting=config.halting,
+        )
+
+    def forward(self, states: Tensor, mask: Tensor) -> Thought:
+        """See :meth:`Reasoner.forward`."""
+        recurred = self.trm.reason(states, mask)
+        return Thought(self.entry(recurred.y), recurred.halt_logits, recurred.steps, None)
+
+
+class SequenceReasoner(Reasoner):
+    """States narrowed to D', one reasoning state behind them, widened again to K soft tokens."""
+
+    def __init__(self, config: TRMConfig, d_embedding: int) -> None:
+        super().__init__(config, d_embedding)
+        width = config.d_compressed
+        self.compressor = DimensionCompressor(config.text_config.hidden_size, width)
+        self.trm = SequenceTRM(
+            width,
+            config.n_layers,
+            config.n_heads,
+            config.n_latent_steps,
+            config.n_deep_recursions,
+            config.dropout,
+        )
+        self.trm.halt_head = cautious_head(width)
+        self.soft_tokens = config.soft_tokens
+        if self.soft_tokens > 1:
+            self.expansion = nn.Linear(width, self.soft_tokens * width, bias=False)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Thought:
+        """See :meth:`Reasoner.forward`."""
+        # Padding may hold anything, NaN too.
+        states = states.masked_fill(~mask[..., None], 0.0)
+        compressed = self.compressor(states)
+        x, _, _, extended = self.trm.setup_for_steps(compressed, mask)
+        recurred = recur(self.trm, x, extended, max_steps=self.max_steps, halting=self.halting)
+        state = recurred.y[:, -1:]
+        if self.soft_tokens > 1:
+            # The expansion's rows are what a soft token adds to the reasoning state that all share.
+            state = state + self.expansion(state).unflatten(-1, (self.soft_tokens, -1)).squeeze(1)
+        soft = self.entry(self.compressor.decompress(state))
+        return Thought(soft, recurred.halt_logits, recurred.steps, self._lost(states, compressed))
+
+    @torch.no_grad()
+    def _lost(self, states: Tensor, compressed: Tensor) -> Tensor:
+        error = (self.compressor.decompress(compressed) - states).float().square().sum((1, 2))
+        return error / states.float().square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def build_reasoner(config: TRMConfig, d_embedding: int) -> Reasoner:
+    """The reasoner that ``config`` describes, newly initialised."""
+    kind = LatentsReasoner if config.reasoner == "latents" else SequenceReasoner
+    return kind(config, d_embedding)

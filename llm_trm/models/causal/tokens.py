@@ -1,0 +1,64 @@
+"""``<think>`` and ``</think>`` for tokenizers that do not have them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from llm_trm.errors import InputError
+from llm_trm.models.tiny import END_THINK, THINK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
+
+
+def add_think_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
+    """Make ``<think>`` and ``</think>`` single tokens, and tell the model.
+
+    Tokens that are missing are added to ``tokenizer``, the embeddings of ``model`` grow to hold them, and a
+    warning says so. The ids go to ``model.config`` if it is a :class:`~llm_trm.models.causal.TRMConfig`.
+
+    Returns:
+        The tokens that were added.
+    """
+    from llm_trm.models.causal.config import TRMConfig
+
+    added = [tag for tag in (THINK, END_THINK) if _token(tokenizer, tag) is None]
+    # Thinking is part of what a model says: its tags survive skip_special_tokens, as in SmolLM3's tokenizer.
+    tokenizer.add_tokens(added, special_tokens=False)
+    before = _rows(model)
+    if len(tokenizer) > before:
+        model.resize_token_embeddings(len(tokenizer))
+    if added:
+        after = _rows(model)
+        grown = f"grown from {before} to {after} rows" if after > before else f"of {before} rows hold them"
+        _logger.warning("added %s to the tokenizer; embeddings %s", " and ".join(added), grown)
+    if isinstance(model.config, TRMConfig):
+        model.config.think_token_id, model.config.end_think_token_id = think_ids(tokenizer)
+    return added
+
+
+def _rows(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def think_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Ids of ``<think>`` and ``</think>``.
+
+    Raises:
+        InputError: One of them is no single token.
+    """
+    think, end_think = (_token(tokenizer, tag) for tag in (THINK, END_THINK))
+    if think is None or end_think is None:
+        missing = THINK if think is None else END_THINK
+        raise InputError(f"{missing} is no single token: call add_think_tokens(tokenizer, model)")
+    return think, end_think
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, tag: str) -> int | None:
+    """The id of ``tag`` if it is one token, and its own: what is not known may be one unknown token."""
+    ids = tokenizer.encode(tag, add_special_tokens=False)
+    own = tokenizer.get_vocab().get(tag)
+    return own if ids == [own] else None
