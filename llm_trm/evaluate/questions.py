@@ -17,7 +17,6 @@ from llm_trm.data.puzzles import maze, sudoku
 from llm_trm.data.puzzles.dataset import Task
 from llm_trm.errors import InputError
 
-_BLANKS = "0._-*"
 _REMEDY = (
     "give a Sudoku of 16, 36 or 81 cells (digits, and 0 . _ - * for blanks), or the rows of a maze "
     f"(of {maze.CHARSET!r})"
@@ -149,12 +148,12 @@ def _cells(lines: Sequence[tuple[int, str]]) -> int:
 
 
 def _sudoku(cells: str, where: str) -> Question:
-    if unknown := re.search(f"[^1-9{re.escape(_BLANKS)}]", cells):
+    if unknown := re.search(f"[^1-9{re.escape(sudoku.BLANKS)}]", cells):
         raise InputError(f"{where}: {unknown[0]!r} is neither a digit nor a blank: {_REMEDY}")
     if len(cells) not in _SIZES:
         raise InputError(f"{where}: the puzzle has {len(cells)} cells: {_REMEDY}")
     shape = sudoku.shape_of(len(cells))
-    grid = [0 if cell in _BLANKS else int(cell) for cell in cells]
+    grid = [0 if cell in sudoku.BLANKS else int(cell) for cell in cells]
     for cell, digit in enumerate(grid):
         if digit > shape.size:
             raise InputError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from llm_trm.data.puzzles.arc import SIDE, VOCAB_SIZE, Grid, Pair, Transform
 from llm_trm.data.puzzles.arc_splits import ArcPlan, Progress
-from llm_trm.data.puzzles.dataset import PuzzleInfo, write_puzzles
+from llm_trm.data.puzzles.dataset import INFO_FILE, PuzzleInfo, write_puzzles
 from llm_trm.errors import InputError
 from llm_trm.files import read_json, writable_folder, write_text
 
@@ -52,7 +52,7 @@ def write_arc(
     info = PuzzleInfo("arc", SIDE, SIDE, VOCAB_SIZE, plan.num_puzzles, dict(facts))
     splits = plan.splits(progress)
     # No moment has an old dataset.json beside a new key.
-    (writable_folder(folder) / "dataset.json").unlink(missing_ok=True)
+    (writable_folder(folder) / INFO_FILE).unlink(missing_ok=True)
     # One line: indented, a thousand symmetries of 400 tasks would fill two million.
     write_text(
         folder / _NAME, json.dumps({"identifiers": identifiers, "tests": tests}, separators=(",", ":"))

@@ -18,7 +18,8 @@ Task = Literal["sudoku", "maze", "arc"]
 #: The token of padding, in every vocabulary; as a label it means that the cell counts for nothing.
 PADDING = 0
 
-_INFO = "dataset.json"
+#: What a folder is described in; written last.
+INFO_FILE = "dataset.json"
 _REMEDY = "name a folder that `llm-trm data sudoku`, `maze` or `arc` wrote"
 
 
@@ -76,13 +77,13 @@ def write_puzzles(folder: Path, info: PuzzleInfo, splits: Mapping[str, PuzzleSpl
         InputError: The folder cannot be written.
     """
     writable_folder(folder)
-    (folder / _INFO).unlink(missing_ok=True)
+    (folder / INFO_FILE).unlink(missing_ok=True)
     for name, split in splits.items():
         _check(info, split, f"split {name!r}")
         tensors = {"inputs": split.inputs, "labels": split.labels, "puzzles": split.puzzles}
         write_tensors(folder / f"{name}.safetensors", tensors)
     sizes = {name: len(split) for name, split in splits.items()}
-    write_json(folder / _INFO, {**asdict(info), "splits": sizes})
+    write_json(folder / INFO_FILE, {**asdict(info), "splits": sizes})
 
 
 def read_info(folder: Path) -> PuzzleInfo:
@@ -91,14 +92,14 @@ def read_info(folder: Path) -> PuzzleInfo:
     Raises:
         InputError: It is no such folder.
     """
-    content = read_json(folder / _INFO, _REMEDY)
+    content = read_json(folder / INFO_FILE, _REMEDY)
     try:
         content.pop("splits")
         info = PuzzleInfo(**content)
     except (AttributeError, KeyError, TypeError):
-        raise InputError(f"{folder / _INFO} does not describe puzzles: {_REMEDY}") from None
+        raise InputError(f"{folder / INFO_FILE} does not describe puzzles: {_REMEDY}") from None
     if info.task not in get_args(Task):
-        raise InputError(f"{folder / _INFO} names the unknown task {info.task!r}: {_REMEDY}")
+        raise InputError(f"{folder / INFO_FILE} names the unknown task {info.task!r}: {_REMEDY}")
     return info
 
 

@@ -22,6 +22,8 @@ Grid = tuple[int, ...]
 
 #: Tokens of a puzzle are its cells plus this, since token 0 is padding: a blank is 1, digit d is d + 1.
 TOKEN_OFFSET = 1
+#: What stands for a blank in text.
+BLANKS = "0._-*"
 
 #: Puzzles in a row that were known already, or had too many clues, before :func:`generate` gives up.
 _FRUITLESS_TRIES = 2000

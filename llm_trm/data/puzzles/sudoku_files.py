@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llm_trm.data.puzzles.sudoku import SHAPES, Shape, shape_of
+from llm_trm.data.puzzles.sudoku import BLANKS, SHAPES, Shape, shape_of
 from llm_trm.data.puzzles.sudoku_rows import Progress, SudokuRows, row_error, untracked
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
@@ -23,11 +23,10 @@ _PUZZLE_COLUMNS = ("puzzle", "puzzles", "quiz", "quizzes", "question")
 _SOLUTION_COLUMNS = ("solution", "solutions", "answer")
 _RATING_COLUMNS = ("rating",)
 
-_BLANKS = "0._-*"
 _UNKNOWN = 255
 #: Bytes of text to digits, in one look-up for all grids.
 _DIGITS = np.full(256, _UNKNOWN, dtype=np.uint8)
-_DIGITS[[ord(blank) for blank in _BLANKS]] = 0
+_DIGITS[[ord(blank) for blank in BLANKS]] = 0
 _DIGITS[ord("1") : ord("9") + 1] = range(1, 10)
 
 _SIZES = {shape.cells for shape in SHAPES.values()}
@@ -162,7 +161,7 @@ def _digits(source: str, texts: Sequence[str], name: str, shape: Shape) -> npt.N
         row, cell = (int(index) for index in np.argwhere(digits > shape.size)[0])
         fault = (
             f"{shape.cell_name(cell)} of the {name} is {texts[row][cell]!r}, which is neither a digit from 1 "
-            f"to {shape.size} nor a blank ({' '.join(_BLANKS)})"
+            f"to {shape.size} nor a blank ({' '.join(BLANKS)})"
         )
         raise row_error(source, row + 1, fault)
     return digits

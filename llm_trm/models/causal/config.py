@@ -110,6 +110,11 @@ class TRMConfig(PretrainedConfig):
         return int(self.num_latents if self.reasoner == "latents" else self.soft_tokens)
 
     @property
+    def trains_halting(self) -> bool:
+        """Whether anything trains the halting head."""
+        return self.halting != "none" and self.halting_loss_weight > 0
+
+    @property
     def context(self) -> int | None:
         """Positions of the decoder's context; None if its configuration does not say."""
         positions = getattr(self.text_config, "max_position_embeddings", None)

@@ -104,8 +104,7 @@ def add_lora(model: TRMForCausalLM, r: int = 16, alpha: int = 32, dropout: float
 
 def train_reasoner(model: PreTrainedModel) -> None:
     """Let gradients reach the reasoner, but for a halting head that nothing trains."""
-    config = model.config
     for name, parameter in model.named_parameters():
-        untrained = "halt_head" in name and (config.halting == "none" or not config.halting_loss_weight)
+        untrained = "halt_head" in name and not model.config.trains_halting
         if ".reasoner." in f".{name}" and not untrained:
             parameter.requires_grad_(True)

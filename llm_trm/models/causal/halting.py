@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+from llm_trm.data.reasoning import IGNORED
 
 
 def halting_loss(halt_logits: Tensor, think: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

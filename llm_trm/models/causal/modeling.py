@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from llm_trm.data.reasoning import IGNORED
 from llm_trm.errors import InputError, one_line
 from llm_trm.models.causal.cache import Past, TRMCache, trm_cache
 from llm_trm.models.causal.config import TRMConfig
-from llm_trm.models.causal.halting import IGNORED, halting_loss
+from llm_trm.models.causal.halting import halting_loss
 from llm_trm.models.causal.layout import lay_out, plain_layout
 from llm_trm.models.causal.passes import Passes
 from llm_trm.models.causal.reasoners import build_reasoner
@@ -102,8 +103,7 @@ class TRMModel(TRMPreTrainedModel):
         self.decoder: Any = AutoModel.from_config(config.text_config) if decoder is None else decoder
         embeddings: Any = self.decoder.get_input_embeddings()
         self.reasoner: Any = build_reasoner(config, embeddings.embedding_dim)
-        if config.halting == "none" or config.halting_loss_weight == 0:
-            # Nothing would train it.
+        if not config.trains_halting:
             self.reasoner.trm.halt_head.requires_grad_(False)
         if not embeddings.weight.is_meta:
             self.reasoner.entry.match(embeddings.weight)
@@ -450,7 +450,7 @@ class TRMForCausalLM(TRMPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor | float:
         config = self.config
-        if config.halting == "none" or not config.halting_loss_weight:
+        if not config.trains_halting:
             return 0.0
         think = input_ids == config.think_token_id
         if attention_mask is not None:
