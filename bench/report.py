@@ -1,9 +1,9 @@
 """Draws the docs' tables and plots from ``bench/results/*.jsonl``: ``python -m bench.report``.
 
 Rewrites what stands between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` in docs/benchmarks.md (every
-table), docs/training.md, docs/cpu.md, docs/puzzles.md (``bench/*_report.py``) and README.md (one line a
-case), and the plots under docs/: of each device bars, and curves of cost against batch size, length and
-width. No figure is written by hand.
+table), docs/training.md, docs/latent.md, docs/cpu.md, docs/puzzles.md (``bench/*_report.py``) and README.md
+(one line a case), and the plots under docs/: of each device bars, and curves of cost against batch size,
+length and width. No figure is written by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cpu_report, puzzle_report, training_report
+from bench import cpu_report, latent_report, puzzle_report, training_report
 from llm_trm.benchmark.plot import plot, plot_scaling
 from llm_trm.benchmark.results import CaseResult, read
 from llm_trm.benchmark.suites import Group
@@ -165,6 +165,7 @@ def main(root: Path = ROOT) -> None:
         root / "docs" / "benchmarks.md": details(reports),
         root / "docs" / "training.md": training_report.text(root / "bench" / "results"),
         root / "docs" / "cpu.md": cpu_report.text(root / "bench" / "results"),
+        root / "docs" / "latent.md": latent_report.text(root / "bench" / "results"),
         root / "docs" / "puzzles.md": puzzle_report.text(root / "bench" / "results"),
         root / "README.md": summary(reports),
     }

@@ -24,6 +24,7 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
         "env": "llm_trm.cli.env:env",
         "eval": "llm_trm.cli.evaluate:evaluate",
         "export": "llm_trm.cli.official:export",
+        "generate": "llm_trm.cli.generate:generate",
         "import": "llm_trm.cli.official:import_",
         "solve": "llm_trm.cli.solve:solve",
         "train": "llm_trm.cli.train:train",
@@ -58,4 +59,8 @@ def main() -> None:
       llm-trm datagen               hidden states before and after thinking
       llm-trm train phase2          the recursion from the ones to the others
       llm-trm eval phase2 --help    what it is worth on problems that it has not seen
+      llm-trm train lora            the language model and the recursion, trained together
+      llm-trm train phase3          the recursion alone, by the reward of its answers
+      llm-trm eval lm               answering at once, thinking, or recurring instead
+      llm-trm generate "3+1*2"      an answer
     """

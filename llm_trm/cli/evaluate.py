@@ -11,6 +11,7 @@ from llm_trm.cli.group import Group
     "eval",
     cls=Group,
     commands_at={
+        "lm": "llm_trm.cli.eval_lm:lm",
         "phase2": "llm_trm.cli.eval_phase2:phase2",
         "puzzle": "llm_trm.cli.eval_puzzle:puzzle",
     },

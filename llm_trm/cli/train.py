@@ -12,8 +12,10 @@ from llm_trm.cli.group import Group
     cls=Group,
     commands_at={
         "lm": "llm_trm.cli.train_lm:lm",
+        "lora": "llm_trm.cli.train_lora:lora",
         "phase1": "llm_trm.cli.train_phase1:phase1",
         "phase2": "llm_trm.cli.train_phase2:phase2",
+        "phase3": "llm_trm.cli.train_phase3:phase3",
         "puzzle": "llm_trm.cli.train_puzzle:puzzle",
     },
 )
@@ -29,4 +31,6 @@ def train() -> None:
       llm-trm train phase1   a compressor of its hidden states
       llm-trm datagen        its states before and after thinking
       llm-trm train phase2   a recursion from the ones to the others
+      llm-trm train lora     the language model and the recursion together, on questions and answers
+      llm-trm train phase3   the recursion alone, by the reward of its answers
     """

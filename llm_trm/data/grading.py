@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/[1-9]\d*)?")
+#: A minus behind a digit, a letter or a bracket takes away, and a comma not before three digits lists.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/[1-9]\d*(?![\d.]))?"
+)
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{([1-9]\d*)\}")
 #: Spellings that make no difference in a LaTeX answer.
 _LATEX_NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|[\s$]")
 
@@ -13,8 +17,9 @@ _LATEX_NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|[\s$]")
 def is_correct(response: str, answer: str) -> bool | None:
     """Compare the final answer of ``response`` with that of the reference ``answer``.
 
-    A final answer stands after ``####`` (GSM8K), in ``\\boxed{}`` (MATH), or is the whole text of one line; a
-    response may also name a number last. Numbers are compared as numbers: ``1,000.0`` is ``1000``.
+    A final answer stands on the line behind ``####`` (GSM8K), in ``\\boxed{}`` (MATH), or is the whole text
+    of one line; a response may also name a number last. Numbers are compared as numbers: ``1,000.0`` is
+    ``1000``.
 
     Returns:
         None if the reference has no final answer that could be told from its explanation.
@@ -28,15 +33,15 @@ def is_correct(response: str, answer: str) -> bool | None:
     number = _number(wanted)
     if number is None:
         return _plain(response if said is None else said) == _plain(wanted)
-    numbers = _NUMBER.findall(response if said is None else said)
+    numbers = _NUMBER.findall(_spelt(response if said is None else said))
     return bool(numbers) and _number(numbers[-1]) == number
 
 
 def _marked(text: str) -> str | None:
-    """What stands after the last ``####`` or in the last ``\\boxed{}``."""
+    """What stands on the line behind the last ``####`` or in the last ``\\boxed{}``."""
     _, mark, behind = text.rpartition("####")
     if mark:
-        return behind.strip()
+        return behind.strip().partition("\n")[0].strip()
     _, mark, behind = text.rpartition(r"\boxed{")
     depth = 1 if mark else 0
     for end, character in enumerate(behind if mark else ""):
@@ -47,8 +52,18 @@ def _marked(text: str) -> str | None:
 
 
 def _number(text: str) -> Fraction | None:
-    text = text.strip().strip("$").rstrip(".")
-    return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+    text = _spelt(text).strip().strip("$").rstrip(".")
+    return _divided(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+
+
+def _divided(text: str) -> Fraction:
+    over, _, under = text.partition("/")
+    return Fraction(over) / Fraction(under or "1")
+
+
+def _spelt(text: str) -> str:
+    """``text`` with its minus signs and simple LaTeX fractions as numbers have them."""
+    return _FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-"))
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count as count_up
 from itertools import islice
 from pathlib import Path
@@ -27,10 +27,12 @@ class Question:
     Attributes:
         text: What the model is asked.
         answer: The reference answer or worked solution; None where none can be compared with.
+        record: The record that it comes from, for whatever else is known of it.
     """
 
     text: str
     answer: str | None
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ def _choices() -> str:
 def _source(name: str, split: Split, seed: int, world: World) -> Iterator[Question]:
     if name == ARITHMETIC:
         problems = (world.problem(split, seed, index) for index in count_up())
-        return (Question(problem.question, problem.answer) for problem in problems)
+        return (Question(problem.question, problem.answer, problem.record()) for problem in problems)
     if name in HUB:
         return _hub(name, HUB[name], split)
     if name.endswith((".jsonl", ".json")):
-        return _file(Path(name))
+        return read_questions(Path(name))
     raise InputError(f"--dataset {name!r} is unknown: use {_choices()}")
 
 
@@ -128,7 +130,7 @@ def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
     try:
         for row in datasets.load_dataset(source.path, source.name, split=theirs, streaming=True):
             answer = None if source.answer is None else str(row[source.answer])
-            yield Question(source.prompt.format(row[source.question]), answer)
+            yield Question(source.prompt.format(row[source.question]), answer, dict(row))
     # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -138,10 +140,29 @@ def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
         ) from error
 
 
-def _file(path: Path) -> Iterator[Question]:
+def read_questions(path: Path) -> Iterator[Question]:
+    """The questions of a ``.jsonl`` file, or of a ``.json`` file with an array.
+
+    Raises:
+        InputError: The file cannot be read, or holds a record without a question.
+    """
+    for place, record in read_records(path):
+        yield _question(place, record)
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a ``.jsonl`` file, or of the array in a ``.json`` file, each with where it stands.
+
+    Raises:
+        InputError: The file cannot be read, or one of its records is no object.
+    """
     read = _json_lines if path.suffix == ".jsonl" else _json_array
     for place, record in read(path):
-        yield _question(f"{path}, {place}", record)
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, {place}: not a JSON object: write one object with a question to each record"
+            )
+        yield f"{path}, {place}", record
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -169,7 +190,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = error.strerror if isinstance(error, OSError) else error
-    return InputError(f"--dataset {path} cannot be read ({reason}): name a JSON file in UTF-8")
+    return InputError(f"{path} cannot be read ({reason}): name a JSON file in UTF-8")
 
 
 def _parsed(place: str, text: str) -> Any:
@@ -179,9 +200,7 @@ def _parsed(place: str, text: str) -> Any:
         raise InputError(f"{place}: not JSON ({error}): mend the file") from error
 
 
-def _question(place: str, record: Any) -> Question:
-    if not isinstance(record, dict):
-        raise InputError(f"{place}: not a JSON object: write one object with a question to each record")
+def _question(place: str, record: dict[str, Any]) -> Question:
     column = next((name for name in QUESTION_COLUMNS if name in record), None)
     if column is None:
         raise InputError(
@@ -192,4 +211,4 @@ def _question(place: str, record: Any) -> Question:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: {column!r} is {text!r:.40} and no text: mend the file")
     answer = next((record[name] for name in ANSWER_COLUMNS if record.get(name) is not None), None)
-    return Question(text, None if answer is None else str(answer))
+    return Question(text, None if answer is None else str(answer), record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,36 @@ def answer_of(text: str) -> str:
     return text.rpartition(END_THINK)[2].strip()
 
 
+def answer_tokens(
+    prompt: Sequence[int],
+    written: Sequence[int],
+    tags: tuple[int, int] | None,
+    *,
+    open_ended: bool = False,
+) -> list[int] | None:
+    """What stands behind the thinking in ``written``; None if the thinking was never closed.
+
+    Args:
+        prompt, written: Tokens, the second without what follows an end token.
+        tags: Ids of ``<think>`` and ``</think>``; None where nobody thinks.
+        open_ended: Whether an answer may follow ``<think>`` itself, as in the plain form of a prompt.
+    """
+    if tags is None:
+        return list(written)
+    think, end_think = tags
+    last = {token: place for place, token in enumerate((*prompt, *written)) if token in tags}
+    begun, closed = last.get(think, -1), last.get(end_think, -1)
+    if begun > closed and not open_ended:
+        return None
+    return list(written)[max(max(begun, closed) + 1 - len(prompt), 0) :]
+
+
+def written_length(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, bool]:
+    """How many of ``tokens`` were written, up to the first of ``ends``, and whether there was one."""
+    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
+    return (len(tokens), False) if length is None else (length, True)
+
+
 @torch.no_grad()
 def accuracy(
     model: PreTrainedModel,
@@ -75,7 +105,8 @@ def accuracy(
         # Typed as Any: transformers' own annotation of generate loses its type.
         generate: Any = model.generate
         out = generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
-        generated += int((out != tokenizer.pad_token_id).sum())
+        ends = {tokenizer.eos_token_id}
+        generated += sum(written_length(row, ends)[0] for row in out.tolist())
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         correct += sum(answer_of(text) == problem.answer for text, problem in zip(texts, batch, strict=True))
     return Accuracy(correct, len(problems), generated / max(len(problems), 1))

@@ -73,23 +73,33 @@ def load_thinking_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(_ARITHMETIC_FOLDER) if name == ARITHMETIC else name
+    source = language_model_source(name)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    tokenizer = _pretrained(AutoTokenizer, name, source)
+    tokenizer = pretrained(AutoTokenizer, name, source)
     think, end_think = (_tag(tokenizer, tag, name) for tag in (THINK, END_THINK))
     if not tokenizer.chat_template:
         raise InputError(f"model {name}: its tokenizer has no chat template; use an instruction-tuned model")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = _pretrained(AutoModelForCausalLM, name, source, dtype=dtype).to(device).eval()
+    model = pretrained(AutoModelForCausalLM, name, source, dtype=dtype).to(device).eval()
     return ThinkingModel(name, model.requires_grad_(False), tokenizer, think, end_think)
 
 
-def _pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
+def language_model_source(name: str) -> str:
+    """What transformers loads a language model of this name from."""
+    return str(_ARITHMETIC_FOLDER) if name == ARITHMETIC else name
+
+
+def pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
+    """``kind.from_pretrained(source)``, quietly.
+
+    Raises:
+        InputError: There is no such model; ``name`` is what the user calls it.
+    """
     try:
-        with _no_bars():
+        with no_bars():
             return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -99,7 +109,7 @@ def _pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without transformers' bars, which are over in a blink and break the lines of what is printed next."""
     from transformers.utils import logging
 

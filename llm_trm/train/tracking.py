@@ -58,12 +58,10 @@ def new_accelerator(
     require("train", "accelerate")
     from accelerate import Accelerator
 
-    missing = _missing(track)
-    if missing:
-        raise InputError(f"--track {track} needs {missing}: pip install {missing}, or use --track jsonl")
+    require_tracker(track)
     log_with: list[Any] | None = None
     if track == "jsonl":
-        log_with = [_json_lines(folder / JSONL_FILE, resumed_at)]
+        log_with = [json_tracker(folder, resumed_at)]
     elif track is not None:
         log_with = [track]
     return Accelerator(cpu=device == "cpu", log_with=log_with, project_dir=str(folder))
@@ -90,17 +88,19 @@ def finish_tracking(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def _missing(track: Track | None) -> str | None:
-    """The package that ``track`` lacks, or None."""
+def require_tracker(track: Track | None) -> None:
+    """Raise InputError unless what ``track`` needs is installed."""
     for package in _NEEDS[track] if track else ():
         if importlib.util.find_spec(package) is None:
-            return package
-    return None
+            raise InputError(f"--track {track} needs {package}: pip install {package}, or use --track jsonl")
 
 
-def _json_lines(path: Path, resumed_at: int | None) -> GeneralTracker:
-    """A tracker that appends a JSON object a call to ``path``."""
+def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
+    """A tracker that appends a JSON object a call to ``metrics.jsonl`` in ``folder``; see
+    :func:`new_accelerator`. Its ``start()`` is to be called once the folder exists."""
     from accelerate.tracking import GeneralTracker, on_main_process
+
+    path = folder / JSONL_FILE
 
     class JSONLines(GeneralTracker):  # type: ignore[misc]
         name = "jsonl"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.latent
+import bench.latent_report
 import bench.report
 from llm_trm.benchmark.environment import run_record
 from llm_trm.benchmark.plot import plot_scaling
@@ -61,8 +63,8 @@ def test_report_draws_the_latest_results_between_the_markers(tmp_path: Path) -> 
     (tmp_path / "docs").mkdir()
     results = tmp_path / "bench" / "results"
     results.mkdir(parents=True)
-    names = ("training.md", "cpu.md", "puzzles.md")
-    training, cpu, puzzles = others = [tmp_path / "docs" / name for name in names]
+    names = ("training.md", "latent.md", "cpu.md", "puzzles.md")
+    training, latent, cpu, puzzles = others = [tmp_path / "docs" / name for name in names]
     for document in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md", *others):
         document.write_text(f"before\n{bench.report.BEGIN}\nold\n{bench.report.END}\nafter\n")
     for day, median in (("2026-01-02", 2.0), ("2026-01-01", 7.0)):
@@ -79,6 +81,7 @@ def test_report_draws_the_latest_results_between_the_markers(tmp_path: Path) -> 
         assert "commit-of-202" in text
         assert "On a GPU: not measured yet." in text
     assert training.read_text().count("Not measured yet.") == 2
+    assert latent.read_text().count("Not measured yet.") == 1
     assert cpu.read_text().count("Not measured yet.") == 1
     assert puzzles.read_text().count("Not measured yet.") == 2
     assert "2.00" in text
@@ -145,3 +148,35 @@ def test_scaling_results_are_curves_and_one_table(tmp_path: Path) -> None:
     assert first == (tmp_path / "curves.png").read_bytes()
     plot_scaling([], tmp_path / "nothing.png")
     assert (tmp_path / "nothing.png").exists()
+
+
+def test_what_a_run_of_the_arithmetic_world_found(tmp_path: Path) -> None:
+    shares = {"no-think": 0.25, "think": 1.0, "latent": 0.85}
+
+    def modes(scale: float) -> dict[str, dict[str, object]]:
+        return {
+            mode: {
+                "accuracy": scale * share,
+                "interval": [scale * share - 0.02, scale * share],
+                "problems": 40,
+                "tokens": 3.0,
+                "seconds": 0.004,
+                "steps": 1.5,
+            }
+            for mode, share in shares.items()
+        }
+
+    for file, scale in (("lora.json", 1.0), ("phase3.json", 0.5)):
+        found = run_record(CPU) | {
+            "modes": modes(scale),
+            "groups": {"5": modes(scale)},
+            "ratios": {"gap_closed": 0.8, "tokens": 0.2, "seconds": 0.3},
+            "batch_seconds": {"think": [1.0]},
+        }
+        (tmp_path / file).write_text(json.dumps(found))
+    bench.latent.main([str(tmp_path), "--seed", "7", "--out", str(tmp_path / "latent.jsonl")])
+    text = bench.latent_report.text(tmp_path)
+    assert "| 7 | lora | 40 | 25.0% (23.0% to 25.0%), 3.0, 4.00 |" in text
+    assert "| 7 | phase3 | 40 | 12.5% (10.5% to 12.5%), 3.0, 4.00 |" in text
+    assert "| 80.0% | 20.0% | 30.0% | 1.50 |" in text and "| 5 | 12.5%, 50.0%, 42.5% |" in text
+    assert "batch_seconds" not in (tmp_path / "latent.jsonl").read_text()

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llm_trm.errors import InputError
-from llm_trm.models.causal import HiddenStateTRM
+from llm_trm.models.causal import HiddenStateTRM, TRMForCausalLM
 from llm_trm.models.causal.layout import lay_out
 from llm_trm.models.causal.recurring import recur
 from llm_trm.models.sequence_trm import SequenceTRM
-from tests.causal.tiny import REASONERS, tiny_trm
+from tests.causal.tiny import REASONERS, tiny_decoder, tiny_trm
 
 
 @pytest.mark.parametrize("reasoner", REASONERS)
@@ -91,3 +91,17 @@ def test_layout() -> None:
     assert [here.tolist() for here in layout.thinking] == [[True, True, False], [False, True, False]]
     # Columns 3 and 4 are soft, 6 and 7 too.
     assert layout.outputs.tolist() == [[0, 4, 5, 8, -1], [-1, 0, 1, 4, 7], [0, 1, 2, 5, 8]]
+
+
+def test_a_wrapped_model_begins_with_the_tokens_that_its_head_reads() -> None:
+    decoder = tiny_decoder(tie_word_embeddings=False)
+    model = TRMForCausalLM.wrap(decoder, reasoner="sequence", d_compressed=16)
+    entry = model.model.reasoner.entry
+    embeddings, head = decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight
+    expected = (embeddings - embeddings.mean(0)).T @ (head - head.mean(0))
+    found = entry.projection.weight
+    torch.testing.assert_close(found / found.norm(), expected / expected.norm())
+    soft = entry(torch.randn(256, 32))
+    torch.testing.assert_close(
+        soft.square().mean().sqrt(), embeddings.square().mean().sqrt(), rtol=0.2, atol=0
+    )

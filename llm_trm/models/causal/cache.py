@@ -19,7 +19,8 @@ class Past:
         valid: Which columns hold a token or a soft token, bool [B, C].
         floor: The oldest position that each column sees, [B, C].
         dropped: Positions that recursions have dropped, [B].
-        states: Final-norm states, a tensor [B, c, D] for each pass.
+        states: Final-norm states of the columns from ``gone`` on, in tensors [B, c, D].
+        gone: Columns at the beginning whose states no recursion will read any more.
         steps: Supervision steps of each round of recursions, int32 [B], 0 for samples without one.
         gaps: Whether any column may be empty, padding of the prompt too.
         holes: Whether any may be empty behind a sample's first token.
@@ -32,6 +33,7 @@ class Past:
         self.dropped = torch.zeros(batch, dtype=torch.long, device=device)
         self.states: list[Tensor] = []
         self.steps: list[Tensor] = []
+        self.gone = 0
         self.gaps = self.holes = self.drops = False
 
     @property
@@ -63,6 +65,23 @@ class Past:
         """Which columns the last of the first ``columns`` sees, bool [B, columns]."""
         oldest = self.floor[:, columns - 1 : columns]
         return self.valid[:, :columns] & (self.positions[:, :columns] >= oldest)
+
+    def join_states(self, oldest: Tensor) -> Tensor:
+        """The states of the columns from ``gone`` on, [B, c, D], and these alone are kept.
+
+        Args:
+            oldest: The oldest position that a recursion of each sample reads from now on, [B].
+        """
+        behind = ~(self.valid & (self.positions >= oldest[:, None])).any(0)
+        # One column stays even where there is nothing but padding.
+        gone = min(int(behind.long().cumprod(0).sum()), self.columns - 1)
+        states = self.states[0] if len(self.states) == 1 else torch.cat(self.states, dim=1)
+        if gone > self.gone:
+            # A copy, because a view would keep what is gone.
+            states = states[:, gone - self.gone :].clone()
+            self.gone = gone
+        self.states = [states]
+        return states
 
     def transform(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Apply ``rows``, which selects or repeats samples, to everything."""

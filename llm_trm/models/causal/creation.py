@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,7 @@ from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import add_think_tokens, think_ids
-from llm_trm.models.loading import ARITHMETIC
-
-_ARITHMETIC_FOLDER = Path(__file__).parents[1] / "arithmetic"
+from llm_trm.models.loading import language_model_source, pretrained
 
 #: The decoder's attention projections, by their names in a :class:`TRMForCausalLM`: none of the reasoner's.
 LORA_TARGETS = r"model\.decoder\..*\.(q|k|v|o)_proj"
@@ -53,16 +51,10 @@ def create_smollm_trm_model(
         require("train", "peft")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    source = str(_ARITHMETIC_FOLDER) if model_name == ARITHMETIC else model_name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        language_model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"model {model_name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, "
-            f"a model on the hub, or {ARITHMETIC!r}"
-        ) from error
-    add_think_tokens(tokenizer, language_model.to(device))
+    source = language_model_source(model_name)
+    tokenizer = pretrained(AutoTokenizer, model_name, source)
+    language_model: Any = pretrained(AutoModelForCausalLM, model_name, source, dtype=dtype)
+    added = add_think_tokens(tokenizer, language_model.to(device))
     think, end_think = think_ids(tokenizer)
     settings = {"num_latents": num_latents, **(trm_kwargs or {})}
     model: Any = TRMForCausalLM.wrap(
@@ -70,20 +62,35 @@ def create_smollm_trm_model(
     )
     model.requires_grad_(False)
     if use_lora:
-        model = add_lora(model, lora_r, lora_alpha, lora_dropout)
+        new = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]
+        model = add_lora(model, lora_r, lora_alpha, lora_dropout, tokens=new)
     else:
         train_reasoner(model)
     model.tokenizer = tokenizer
     return model
 
 
-def add_lora(model: TRMForCausalLM, r: int = 16, alpha: int = 32, dropout: float = 0.1) -> Any:
+def add_lora(
+    model: TRMForCausalLM,
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.1,
+    *,
+    tokens: Sequence[int] = (),
+) -> Any:
     """``model`` within a ``PeftModel``: adapters on its attention, trained and saved with the reasoner.
+
+    Args:
+        model: What to adapt.
+        r, alpha, dropout: Of the adapters.
+        tokens: Ids of new tokens, whose embeddings, and rows of the output head, are trained and saved too.
 
     Raises:
         InputError: The decoder has no projections of the usual names.
     """
     from peft import LoraConfig, get_peft_model
+
+    from llm_trm.models.causal.adapters import quietly, with_card
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -92,19 +99,40 @@ def add_lora(model: TRMForCausalLM, r: int = 16, alpha: int = 32, dropout: float
         lora_dropout=dropout,
         target_modules=LORA_TARGETS,
         modules_to_save=["reasoner"],
+        trainable_token_indices={name: list(tokens) for name in _token_modules(model)} if tokens else None,
     )
     try:
-        return get_peft_model(model, config)
+        with quietly():
+            adapted: Any = with_card(get_peft_model(model, config))
     except ValueError as error:
         raise InputError(
             f"this {model.config.text_config.model_type} model takes no adapters ({one_line(error)}): set "
             "use_lora=False"
         ) from error
+    freeze_halting(adapted)
+    return adapted
+
+
+def _token_modules(model: TRMForCausalLM) -> list[str]:
+    """Names of the embeddings and of an output head with weights of its own; peft sees to one without."""
+    embeddings: Any = model.get_input_embeddings()
+    wanted = [embeddings]
+    if model.lm_head.weight is not embeddings.weight:
+        wanted.append(model.lm_head)
+    return [name for name, module in model.named_modules() if module in wanted]
+
+
+def freeze_halting(model: Any) -> None:
+    """Freeze a halting head that nothing trains, which peft does not know of."""
+    if not model.config.trains_halting:
+        for name, parameter in model.named_parameters():
+            if "halt_head" in name:
+                parameter.requires_grad_(False)
 
 
 def train_reasoner(model: PreTrainedModel) -> None:
     """Let gradients reach the reasoner, but for a halting head that nothing trains."""
     for name, parameter in model.named_parameters():
-        untrained = "halt_head" in name and not model.config.trains_halting
-        if ".reasoner." in f".{name}" and not untrained:
+        if ".reasoner." in f".{name}":
             parameter.requires_grad_(True)
+    freeze_halting(model)

@@ -26,6 +26,12 @@ class Layout:
     thinking: list[Tensor]
     outputs: Tensor
 
+    @property
+    def gaps(self) -> bool:
+        """Whether any column is empty for some sample."""
+        full = all(bool((segment >= 0).all()) for segment in self.segments)
+        return not full or not all(bool(here.all()) for here in self.thinking)
+
 
 def plain_layout(valid: Tensor) -> Layout:
     """That of tokens without a ``<think>``: the columns are the tokens, padding included."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
@@ -41,9 +42,38 @@ class Passes:
         self._embeddings: list[Tensor] = []
         self._positions: list[Tensor] = []
         self._results: list[tuple[Tensor, ...]] = []
+        self._shared_mask: Tensor | None = None
+        self._last_column = 0
 
-    def read(self, embeddings: Tensor, valid: Tensor) -> None:
-        """Feed columns [B, c, E], of which ``valid`` [B, c] hold something."""
+    def read(self, portions: Iterable[tuple[Tensor, Tensor]], columns: int) -> None:
+        """Feed ``columns`` columns, a pass for each portion of them; without a cache, in one portion.
+
+        Args:
+            portions: Embeddings [B, c, E] and which of them hold something, [B, c].
+            columns: Sum of their c.
+        """
+        joined: tuple[Tensor, ...] = ()
+        start = 0
+        self._last_column = self.past.columns + columns
+        for embeddings, valid in portions:
+            result = self._pass(embeddings, valid)
+            if valid.shape[1] == columns:
+                joined = result
+                break
+            # Filled as it comes: joining the portions at the end would hold them twice.
+            joined = joined or tuple(
+                states.new_empty(len(states), columns, states.shape[-1]) for states in result
+            )
+            for whole, states in zip(joined, result, strict=True):
+                whole[:, start : start + states.shape[1]] = states
+            start += valid.shape[1]
+        if self._cache is None:
+            self._results, self.past.states, self.past.gone = [joined], [joined[0]], 0
+        else:
+            self._results.append(joined)
+            self.past.states.append(joined[0])
+
+    def _pass(self, embeddings: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         positions = self.past.append(valid, self._context)
         if self._cache is None:
             self._embeddings.append(embeddings)
@@ -57,32 +87,34 @@ class Passes:
             use_cache=self._cache is not None,
             **self._options,
         )
-        result = (output.last_hidden_state, *(getattr(output, "hidden_states", None) or ()))
-        if self._cache is None:
-            self._results, self.past.states = [result], [output.last_hidden_state]
-        else:
-            self._results.append(result)
-            self.past.states.append(output.last_hidden_state)
+        return (output.last_hidden_state, *(getattr(output, "hidden_states", None) or ()))
 
-    def outputs(self, columns: Tensor) -> list[Tensor]:
-        """Final-norm states, then those of every layer if asked for, at ``columns`` [B, n] of this call.
+    def states(self, columns: Tensor) -> Tensor:
+        """Final-norm states at ``columns`` [B, n] of this call, on the CPU; zeros where -1."""
+        return self._at(columns, 0)
 
-        Where ``columns`` is -1, zeros.
-        """
-        found = columns.clamp(min=0)[..., None]
-        gone = (columns < 0)[..., None]
-        together = [torch.cat(parts, dim=1) for parts in zip(*self._results, strict=True)]
-        return [
-            states.gather(1, found.expand(-1, -1, states.shape[-1])).masked_fill(gone, 0.0)
-            for states in together
-        ]
+    def layers(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """The states of every layer at ``columns``, if the options ask for them."""
+        return tuple(self._at(columns, index) for index in range(1, len(self._results[0])))
+
+    def _at(self, columns: Tensor, index: int) -> Tensor:
+        parts = [result[index] for result in self._results]
+        # What lies before the first column asked for need not be copied: in generation, the prompt.
+        first = int(torch.where(columns < 0, columns.new_tensor(2**62), columns).min())
+        before = 0
+        while len(parts) > 1 and first >= before + parts[0].shape[1]:
+            before += parts.pop(0).shape[1]
+        states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        columns = columns.to(states.device)
+        found = (columns - before).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
+        return states.gather(1, found).masked_fill((columns < 0)[..., None], 0.0)
 
     def _mask(self, embeddings: Tensor) -> Any:
         past, config = self.past, self._decoder.config
         slides = self._context is not None and past.columns > self._context
         self._refuse_local(config)
         if not slides and not past.drops:
-            return past.valid.long() if past.gaps else None
+            return past.valid.long() if past.gaps else self._triangle(embeddings)
         if slides:
             _require_sliding(config)
         if embeddings.shape[1] == 1:
@@ -99,6 +131,24 @@ class Passes:
             past_key_values=self._cache,
             and_mask_function=sees,
         )
+
+    def _triangle(self, embeddings: Tensor) -> Tensor | None:
+        """On a CPU, the mask of a portion behind others, a view of one that serves all portions.
+
+        512 columns that see 65,536, one head, one core: transformers' booleans take 143 ms to build, and 199
+        ms to attend through in each layer; through numbers it takes 65 ms. GPUs build masks in no time, and
+        their kernels have rules about how a view lies in memory.
+        """
+        columns, seen, config = embeddings.shape[1], self.past.columns, self._decoder.config
+        alone = self._cache is None or columns in (1, seen) or _local_window(config) is not None
+        if alone or embeddings.device.type != "cpu" or config._attn_implementation != "sdpa":
+            return None
+        mask = self._shared_mask
+        if mask is None or mask.shape[0] < columns or mask.shape[1] < seen or mask.dtype != embeddings.dtype:
+            mask = torch.zeros(columns, max(seen, self._last_column), dtype=embeddings.dtype)
+            mask[:, -columns:] = torch.full((columns, columns), -torch.inf).triu(1)
+            self._shared_mask = mask
+        return mask[None, None, -columns:, -seen:]
 
     def _refuse_local(self, config: PretrainedConfig) -> None:
         """Layers with a window of their own count empty columns as if they held something."""
@@ -124,3 +174,21 @@ def _require_sliding(config: PretrainedConfig) -> None:
             f"tokens and soft tokens pass the context of {config.max_position_embeddings} positions, and "
             f"those of this {config.model_type} model cannot slide: shorten the prompt or the answer"
         )
+
+
+def reads_in_portions(decoder: nn.Module) -> bool:
+    """Whether several passes over a prefix compute what one does, and no other process waits for one.
+
+    Not so with rotary frequencies that change with the length. And where processes share out the weights
+    (FSDP, DeepSpeed's ZeRO-3), as many passes as this process's prefix needs may be more than another's.
+    """
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    # Either one set of parameters, or one for each type of layer.
+    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if any(parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE for parameters in sets):
+        return False
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in decoder.modules()):
+        return False
+    return not any(
+        type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id") for weight in decoder.parameters()
+    )

@@ -1,0 +1,63 @@
+"""Draws what docs/latent.md measures, from ``bench/results/latent.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.latent import RESULTS, STAGES
+from bench.puzzle_report import latest
+from llm_trm.benchmark.table import number
+
+_MODES = ("no-think", "think", "latent")
+
+
+def text(results: Path) -> str:
+    """Answering at once, thinking and recurring, a line a stage and seed, as Markdown."""
+    lines = sorted(latest(results / RESULTS.name), key=lambda line: (line["seed"], stage_order(line)))
+    if not lines:
+        return "Not measured yet."
+    return "\n\n".join([_runs(lines), "By the number of operations:", _groups(lines)])
+
+
+def stage_order(line: Mapping[str, Any]) -> int:
+    """Place of a line's stage among STAGES."""
+    return list(STAGES).index(line["stage"])
+
+
+def _runs(lines: Sequence[Mapping[str, Any]]) -> str:
+    head = ["seed", "after", "problems"]
+    head += [f"{mode}: right (95% interval), tokens, ms" for mode in _MODES]
+    head += ["gap closed", "tokens", "time", "steps"]
+    rows = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]
+    for line in lines:
+        modes, ratios = line["modes"], line["ratios"]
+        cells = [str(line["seed"]), line["stage"], str(modes["latent"]["problems"])]
+        for mode in _MODES:
+            low, high = modes[mode]["interval"]
+            cells.append(
+                f"{modes[mode]['accuracy']:.1%} ({low:.1%} to {high:.1%}), {modes[mode]['tokens']:.1f}, "
+                f"{number(1e3 * modes[mode]['seconds'])}"
+            )
+        cells += [f"{ratios['gap_closed']:.1%}", f"{ratios['tokens']:.1%}", f"{ratios['seconds']:.1%}"]
+        rows.append([*cells, f"{modes['latent']['steps']:.2f}"])
+    return _table(rows)
+
+
+def _groups(lines: Sequence[Mapping[str, Any]]) -> str:
+    last = [line for line in lines if line["stage"] == list(STAGES)[-1]]
+    names = list(dict.fromkeys(name for line in last for name in line["groups"]))
+    rows = [["operations", *(f"seed {line['seed']}: no-think, think, latent" for line in last)]]
+    rows.append(["---"] + ["---:"] * len(last))
+    for name in names:
+        cells = []
+        for line in last:
+            group = line["groups"].get(name)
+            cells.append(", ".join(f"{group[mode]['accuracy']:.1%}" for mode in _MODES) if group else "-")
+        rows.append([name, *cells])
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

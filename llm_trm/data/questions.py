@@ -1,0 +1,117 @@
+"""Questions with their answers, and the reasoning between them, that a language model is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_trm.data.problems import ANSWER_COLUMNS, HUB, QUESTION_COLUMNS, read_records
+from llm_trm.errors import InputError, one_line
+from llm_trm.extras import require
+
+#: Columns of written reasoning, the first that is there.
+THINKING_COLUMNS = ("thinking", "reasoning")
+#: What stands between reasoning and answer where both are one text, as in GSM8K.
+_MARK = "####"
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A question and what is known of its answer.
+
+    Attributes:
+        question: What is asked.
+        answer: What is to be answered; may be empty.
+        thinking: Reasoning that leads there, written out; may be empty.
+        thinks: Whether the model is to think before it answers.
+    """
+
+    question: str
+    answer: str
+    thinking: str = ""
+    thinks: bool = True
+
+
+def load_solved(source: str, *, split: str = "train", whole_answers: bool = False) -> list[Solved]:
+    """All of a data set.
+
+    Args:
+        source: A ``.jsonl`` file, a ``.json`` file with a list, ``gsm8k``, ``math``, or a name on the Hugging
+            Face hub, with the name of a configuration behind a colon where it needs one. Each row has a
+            question and an answer (columns :data:`~llm_trm.data.problems.QUESTION_COLUMNS`,
+            :data:`~llm_trm.data.problems.ANSWER_COLUMNS`), and may have written reasoning
+            (:data:`THINKING_COLUMNS`) and ``think``: false where the model is to answer at once.
+        split: Of a data set on the hub.
+        whole_answers: Keep what stands before ``####`` in the answer, which is taken for reasoning otherwise.
+
+    Raises:
+        InputError: Nothing there, or a row that lacks a question or an answer.
+    """
+    rows = read_records(Path(source)) if source.endswith((".jsonl", ".json")) else _hub_rows(source, split)
+    found = [_solved(place, row, whole_answers) for place, row in rows]
+    if not found:
+        raise InputError(f"{source} is empty: it needs rows with a question and an answer")
+    return found
+
+
+def _hub_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    known = HUB.get(source)
+    if known is not None:
+        if known.answer is None:
+            raise InputError(f"{source} has no answers to learn: choose another data set")
+        path, name = known.path, known.name
+        split = known.splits.get(split) or next(iter(known.splits.values()))
+    else:
+        path, _, configuration = source.partition(":")
+        name = configuration or None
+        if path.count("/") != 1 or path.startswith((".", "/")):
+            raise InputError(
+                f"{source} is neither a file that ends in .jsonl or .json, nor {', '.join(HUB)}, nor a name "
+                "on the hub (owner/name): check the name"
+            )
+    require("train", "datasets")
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, name, split=split)
+    # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
+    except Exception as error:
+        raise InputError(
+            f"{source} cannot be loaded from the hub ({type(error).__name__}: {one_line(error)}): check the "
+            "name and the network, or name a local .jsonl file with the columns question and answer"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        if known is not None:
+            row = {"question": known.prompt.format(row[known.question]), "answer": row[str(known.answer)]}
+        yield f"{source}, row {number}", row
+
+
+def _solved(place: str, row: dict[str, Any], whole_answers: bool) -> Solved:
+    question = _column(place, row, QUESTION_COLUMNS, "question")
+    answer = _column(place, row, ANSWER_COLUMNS, "answer")
+    if not question.strip():
+        raise InputError(f"{place}: the question is empty: mend the row, or take it out")
+    thinking = next((str(row[name]) for name in THINKING_COLUMNS if row.get(name) is not None), None)
+    if thinking is None and not whole_answers and _MARK in answer:
+        thinking, _, answer = answer.rpartition(_MARK)
+        thinking, answer = thinking.strip(), answer.strip()
+    thinks = row.get("think", True)
+    if not isinstance(thinks, bool):
+        raise InputError(f"{place}: think is {thinks!r:.40}: write true or false")
+    return Solved(question, answer, thinking or "", thinks)
+
+
+def _column(place: str, row: dict[str, Any], names: tuple[str, ...], what: str) -> str:
+    for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, (dict, list)):
+            raise InputError(f"{place}: {name!r} is a {type(value).__name__} and no text: mend the row")
+        return str(value)
+    raise InputError(
+        f"{place}: no {what}; it has the columns {', '.join(map(repr, row)) or 'none'}: name one of them "
+        f"{', '.join(names)}"
+    )

@@ -1,0 +1,193 @@
+"""Saves and loads language models with a recursion: whole, or as adapters beside the name of their base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from llm_trm.data.lessons import PromptForm
+from llm_trm.errors import InputError
+from llm_trm.extras import require
+from llm_trm.files import read_json
+from llm_trm.models.causal.card import FACTS_FILE as FACTS_FILE
+from llm_trm.models.causal.card import About, about, inner, read_evaluation, write_about
+from llm_trm.models.causal.config import TRMConfig
+from llm_trm.models.causal.modeling import TRMForCausalLM
+from llm_trm.models.loading import language_model_source, no_bars, pretrained
+
+_ADAPTERS_FILE, _CONFIG_FILE = "adapter_config.json", "config.json"
+_REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wrote"
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """A language model that recurs at ``<think>``, and how it was trained to be asked.
+
+    Attributes:
+        name: What it was loaded by.
+        model: A ``TRMForCausalLM``, or a ``PeftModel`` around one; in eval mode.
+        tokenizer: Pads on the left.
+        base: Name or folder of the language model that was wrapped; None if nobody said.
+        prompt_form: How questions were put in training.
+        facts: What else was written beside it: settings, measured figures.
+    """
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    base: str | None
+    prompt_form: PromptForm
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the base is inside, behind adapters that can be turned off."""
+        return hasattr(self.model, "disable_adapter")
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> None:
+        """Upload the model, its card and its tokenizer; ``options`` as for transformers' ``push_to_hub``."""
+        self.model.push_to_hub(repo_id, **options)
+        self.tokenizer.push_to_hub(repo_id, **options)
+
+    @property
+    def config(self) -> TRMConfig:
+        """Of the model."""
+        config: TRMConfig = self.model.config
+        return config
+
+
+def save_latent_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    base: str | None,
+    prompt_form: PromptForm,
+    merge: bool = False,
+    state_dict: dict[str, Any] | None = None,
+    **facts: Any,
+) -> None:
+    """Write a model for :func:`load_latent_model`.
+
+    Args:
+        model: A ``TRMForCausalLM``, which is written whole, or a ``PeftModel`` around one, of which the
+            adapters and the reasoner are.
+        tokenizer: Written beside it.
+        folder: Is made if it is missing.
+        base: Name or folder of the language model that was wrapped. Adapters cannot be loaded without.
+        prompt_form: How questions were put in training.
+        merge: Fold the adapters into the weights, and write all of them. ``model`` is left without adapters.
+        state_dict: Weights gathered from the processes of a run that shards them; by default the model's own.
+        **facts: JSON values that are kept beside the weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if merge and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    # Weights that come from elsewhere are not those that anybody has measured here.
+    measured = about(model).evaluation if state_dict is None else None
+    inner(model).about = About(base, prompt_form, facts, measured)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
+    write_about(model, folder)
+
+
+def load_latent_model(
+    name: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    trainable: bool = False,
+) -> LatentModel:
+    """Load what :func:`save_latent_model` wrote, here or on the hub.
+
+    Args:
+        name: A folder, or a name on the hub.
+        device: Where the model goes.
+        dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
+        trainable: Whether the reasoner, and nothing else, is to be trained further.
+
+    Raises:
+        InputError: No such model, a model without a recursion, or adapters whose base cannot be found.
+    """
+    source = _snapshot(str(name))
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    known = read_json(source / FACTS_FILE, _REMEDY) if (source / FACTS_FILE).exists() else {}
+    tokenizer = pretrained(AutoTokenizer, str(name), str(source))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if (source / _ADAPTERS_FILE).exists():
+        model = _with_adapters(source, known, tokenizer, device, dtype)
+    else:
+        kind = read_json(source / _CONFIG_FILE, _REMEDY).get("model_type")
+        if kind != TRMConfig.model_type:
+            raise InputError(
+                f"{name} is a {kind} model without a recursion: train one with `llm-trm train lora --model "
+                f"{name}`"
+            )
+        with no_bars():
+            model = TRMForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+    model.requires_grad_(False)
+    if trainable:
+        _train_reasoner(model)
+    form: PromptForm = known.get("prompt_form") or ("chat" if tokenizer.chat_template else "plain")
+    base, facts = known.get("base"), known.get("facts", {})
+    # Figures of a model that is about to be trained are out of date.
+    inner(model).about = About(base, form, facts, None if trainable else read_evaluation(source))
+    return LatentModel(str(name), model.eval(), tokenizer, base, form, facts)
+
+
+def _with_adapters(
+    folder: Path, known: dict[str, Any], tokenizer: Any, device: torch.device | str, dtype: torch.dtype
+) -> Any:
+    require("train", "peft")
+    from peft import PeftModel
+
+    from llm_trm.models.causal.adapters import quietly, with_card
+
+    if not known.get("base") or not known.get("settings"):
+        raise InputError(f"{folder} holds adapters, and no {FACTS_FILE} that names their base: {_REMEDY}")
+    base = known["base"]
+    language_model = pretrained(AutoModelForCausalLM, base, language_model_source(base), dtype=dtype).to(
+        device
+    )
+    if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
+        language_model.resize_token_embeddings(len(tokenizer))
+    model = TRMForCausalLM.wrap(language_model, **known["settings"])
+    try:
+        with quietly():
+            return with_card(PeftModel.from_pretrained(model, folder))
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder} does not fit the language model {base}: it was trained on another one"
+        ) from error
+
+
+def _train_reasoner(model: Any) -> None:
+    """Let gradients reach the reasoner: with adapters, the copy of it that peft trains and saves."""
+    copies = any("modules_to_save" in name for name, _ in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        untrained = "halt_head" in name and not model.config.trains_halting
+        ours = ".reasoner.modules_to_save." in name if copies else ".reasoner." in name
+        if ours and not untrained:
+            parameter.requires_grad_(True)
+
+
+def _snapshot(name: str) -> Path:
+    """The folder that ``name`` is, or that its files on the hub are copied to."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name} is no folder: {_REMEDY}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        raise InputError(
+            f"{name} is neither a folder nor a model that the hub gives out: {_REMEDY}"
+        ) from error

@@ -1,0 +1,179 @@
+"""Settings of phase 3, and what it tells of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_trm.data.arithmetic import World
+from llm_trm.data.problems import Question
+from llm_trm.errors import InputError
+from llm_trm.train.tracking import Track
+
+#: Who writes ``<think>``: it ends every prompt, or the model has to.
+ThinkBy = Literal["prompt", "model"]
+
+#: Settings of a run that another may change when it goes on.
+_FREE = {"output", "resume", "overwrite", "track", "device", "log_every", "save_every", "eval_every"}
+
+
+@dataclass(frozen=True)
+class Phase3Config:
+    """Settings of :func:`~llm_trm.train.phase3.train_phase3`.
+
+    Attributes:
+        checkpoint: A language model with a recursion, trained to answer: a folder, or a name on the hub.
+        output: Folder of the run: the trained model, ``checkpoint-N``, completions.
+        dataset: Problems with answers, as for :func:`~llm_trm.data.problems.load_questions`.
+        world: Of ``dataset`` ``"arithmetic"``.
+        think: Who writes ``<think>``.
+        group_size: Completions of a problem, whose rewards are compared.
+        batch_size: Completions of one process at a time.
+        gradient_accumulation: Batches of an optimizer step.
+        kl: Weight of the divergence from the model at the start; 0 leaves it out.
+        format_weight: Weight of the format's reward beside 1 for a right answer.
+        steps: Optimizer steps.
+        learning_rate: Peak of warm-up over 5% of the steps and linear decay.
+        temperature: Of the completions.
+        max_new_tokens: Longest completion.
+        clip_norm: Largest norm of the gradient.
+        gradient_checkpointing: Compute the decoder's activations twice instead of keeping them.
+        eval_samples: Held-out problems.
+        eval_every: Steps between two measurements of the greedy accuracy on them.
+        log_every: Steps between two logged metrics, with the latest completions.
+        save_every: Steps between checkpoints, of which the last three are kept.
+        seed: Of problems, their order and completions.
+        device: ``"cpu"`` keeps off accelerators.
+        track: Where metrics go.
+        resume: Go on from the last checkpoint in ``output``.
+        overwrite: Replace the run in ``output``.
+    """
+
+    checkpoint: str
+    output: Path
+    dataset: str = "arithmetic"
+    world: World = field(default_factory=World)
+    think: ThinkBy = "prompt"
+    group_size: int = 8
+    batch_size: int = 64
+    gradient_accumulation: int = 1
+    kl: float = 0.1
+    format_weight: float = 0.2
+    steps: int = 200
+    learning_rate: float = 1e-4
+    temperature: float = 1.0
+    max_new_tokens: int = 32
+    clip_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    eval_samples: int = 200
+    eval_every: int = 25
+    log_every: int = 5
+    save_every: int = 50
+    seed: int = 0
+    device: str = "cpu"
+    track: Track | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
+        }
+
+    def require_same(self, earlier: Mapping[str, Any]) -> None:
+        """Raise InputError unless a run with the settings ``earlier`` can go on with these."""
+        own = self.record()
+        for name in own.keys() - _FREE:
+            if name in earlier and own[name] != earlier[name]:
+                raise InputError(
+                    f"{self.output} was begun with {name} = {earlier[name]}, not {own[name]}: --resume goes "
+                    "on with the same settings"
+                )
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Questions with answers that can be graded; the two parts share no question.
+
+    Attributes:
+        training, held_out: The parts.
+        dropped: Questions left out because their answer cannot be compared with.
+    """
+
+    training: list[Question]
+    held_out: list[Question]
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Phase3Plan:
+    """What a run is about to do, for its report.
+
+    Attributes:
+        problems: Of both parts.
+        parameters: Numbers that are trained, and those that are frozen.
+        prompts: Problems of an optimizer step, of all processes.
+        group_size: Completions of each.
+        steps: Of the whole run.
+        start: Step to go on from.
+        device: In words.
+    """
+
+    problems: Problems
+    parameters: tuple[int, int]
+    prompts: int
+    group_size: int
+    steps: int
+    start: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Greedy answers to the held-out problems.
+
+    Attributes:
+        correct, total: Right answers, and all.
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]."""
+        return self.correct / max(self.total, 1)
+
+
+@dataclass(frozen=True)
+class Phase3Result:
+    """How a run ended.
+
+    Attributes:
+        history: Records in order, each with ``step``: of training with ``reward``, of held-out problems with
+            ``eval_accuracy``.
+        before, after: Held-out accuracy of the model at the run's start and at its end.
+    """
+
+    history: Sequence[Mapping[str, Any]]
+    before: Accuracy
+    after: Accuracy
+
+
+class Phase3Report:
+    """Hears how a run goes; this one says nothing. Only the main process calls it."""
+
+    def begin(self, plan: Phase3Plan) -> None:
+        """Training begins."""
+
+    def step(self, step: int) -> None:
+        """Step ``step``, from 1, is done."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A new record of the history; see :class:`Phase3Result`."""
+
+    def end(self) -> None:
+        """Training has ended, or failed."""

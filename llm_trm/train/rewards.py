@@ -1,0 +1,90 @@
+"""Rewards of what a language model wrote: functions in the signature that TRL's trainers call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llm_trm.data.grading import is_correct
+from llm_trm.data.lessons import PromptForm
+from llm_trm.evaluate.answers import answer_tokens
+from llm_trm.models.tiny import THINK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: What TRL calls with lists of equal length, by name; None where a completion cannot be judged.
+Reward = Callable[..., list[float | None]]
+
+
+def correctness_reward(tokenizer: PreTrainedTokenizerBase, form: PromptForm, tags: tuple[int, int]) -> Reward:
+    """A reward of 1 for completions whose answer is the reference's, and 0 for others.
+
+    Answers are read as ``llm-trm eval lm`` reads them: behind the thinking, which has to be closed in a chat;
+    numbers are compared as numbers. A reference without a final answer gives None.
+
+    Args:
+        tokenizer: Decodes completions.
+        form: How questions are put.
+        tags: Ids of ``<think>`` and ``</think>``.
+    """
+
+    def correctness(
+        *,
+        prompts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        answer: Sequence[str],
+        **_: Any,
+    ) -> list[float | None]:
+        verdicts = []
+        for prompt, ids, wanted in zip(prompts, completion_ids, answer, strict=True):
+            said = _answer(tokenizer, form, tags, prompt, ids)
+            verdicts.append(is_correct(said, wanted))
+        return [None if verdict is None else float(verdict) for verdict in verdicts]
+
+    return correctness
+
+
+def format_reward(
+    tokenizer: PreTrainedTokenizerBase, form: PromptForm, tags: tuple[int, int], ends: Collection[int]
+) -> Reward:
+    """A reward of 1 for completions of the form that the model was taught, and 0 for others.
+
+    That form is one ``<think>`` at the end of the prompt or the beginning of the completion, in a chat one
+    ``</think>`` behind it, then an answer, and an end token.
+
+    Args:
+        tokenizer, form, tags: As for :func:`correctness_reward`.
+        ends: Ids of tokens that end a completion; one that was cut off has none.
+    """
+    think, end_think = tags
+
+    def well_formed(prompt: str, ids: Sequence[int]) -> bool:
+        given = prompt.endswith(THINK)
+        begins = given or (bool(ids) and ids[0] == think)
+        thoughts = list(ids).count(think) + given
+        closings = list(ids).count(end_think)
+        ended = bool(ids) and ids[-1] in ends
+        answered = bool(_answer(tokenizer, form, tags, prompt, ids))
+        return begins and thoughts == 1 and closings == (form == "chat") and ended and answered
+
+    def format(
+        *, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any
+    ) -> list[float | None]:
+        return [float(well_formed(prompt, ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    return format
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase,
+    form: PromptForm,
+    tags: tuple[int, int],
+    prompt: str,
+    ids: Sequence[int],
+) -> str:
+    """What stands behind the thinking, empty if nothing does."""
+    given = [tags[0]] if prompt.endswith(THINK) else []
+    said = answer_tokens(given, ids, tags, open_ended=form == "plain")
+    text: Any = tokenizer.decode(said or [], skip_special_tokens=True)
+    return str(text).strip()
