@@ -7,23 +7,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.latent import RESULTS as LATENT
+from bench.puzzle_report import latest
 from llm_trm.benchmark.results import read
 from llm_trm.benchmark.table import number
 from llm_trm.evaluate.phase2 import TRM, TRUE_STATE
 
 #: What ``examples/arithmetic.sh`` measured: its phase2.json, which ``llm-trm eval phase2 --by operations``
-#: wrote, and its lm.json, the accuracy of the language model with and without thinking.
-ARITHMETIC, LANGUAGE_MODEL = "arithmetic.json", "arithmetic_lm.json"
+#: wrote.
+ARITHMETIC = "arithmetic.json"
 #: What ``python -m bench.training`` measured.
 TRAINERS = "training.jsonl"
 
 
 def text(results: Path) -> str:
     """The arithmetic world and the speed of the trainer, as Markdown."""
-    world, answers, trainers = results / ARITHMETIC, results / LANGUAGE_MODEL, results / TRAINERS
+    world, trainers = results / ARITHMETIC, results / TRAINERS
     parts = ["### The arithmetic world"]
-    if world.exists() and answers.exists():
-        parts.append(_arithmetic(json.loads(world.read_text()), json.loads(answers.read_text())))
+    if world.exists():
+        parts.append(_arithmetic(json.loads(world.read_text()), _own_answers(results / LATENT.name)))
     else:
         parts.append("Not measured yet.")
     parts.append("### Speed")
@@ -31,7 +33,13 @@ def text(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _arithmetic(found: Mapping[str, Any], answers: Mapping[str, Mapping[str, float]]) -> str:
+def _own_answers(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Scores of the language model alone by the number of operations, as ``llm-trm eval lm`` found them."""
+    lines = latest(path)
+    return lines[0]["groups"] if lines else {}
+
+
+def _arithmetic(found: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -> str:
     """A line a number of operations: recursion, baselines, ceiling, and the language model's own answers."""
     rows = [("all", found["rows"]), *found["groups"].items()]
     baselines = [name for name in found["rows"] if name not in (TRM, TRUE_STATE)]
@@ -49,7 +57,9 @@ def _arithmetic(found: Mapping[str, Any], answers: Mapping[str, Mapping[str, flo
         for name in (*baselines, TRUE_STATE):
             cells.append(f"{scores[name]['cosine']:.4f}, {scores[name]['rank1']:.1%}")
         own = answers.get(group)
-        cells.append(f"{own['thinking']:.1%}, {own['without']:.1%}" if own else "-")
+        cells.append(
+            ", ".join(f"{own[mode]['accuracy']:.1%}" for mode in ("think", "no-think")) if own else "-"
+        )
         lines.append(cells)
     return _table(lines)
 

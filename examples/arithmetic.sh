@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The arithmetic world, end to end: a language model that thinks, a compressor of its states, its states before and
 # after thinking, a recursion from the ones to the others, both trained together to answer, the recursion trained by
-# reward, and what that is worth on held-out problems. MINUTES on two CPU cores. Run it again after
+# reward, and what that is worth on held-out problems. About 40 minutes on two CPU cores. Run it again after
 # an interruption: what is finished is kept.
 #
 #   bash examples/arithmetic.sh [FOLDER] [SEED]    (default: runs/arithmetic 0)
@@ -54,17 +54,17 @@ world=(--min-operations 1 --operations 5 --max-operand 2)
 llm-trm data arithmetic "${world[@]}" --num-samples 100000 --seed "$seed" -o "$out/questions.jsonl"
 if [[ ! -e $out/lora/latent.json ]]; then
     resume=()
-    compgen -G "$out/lora/checkpoint-*" >/dev/null && resume=(--resume)
+    compgen -G "$out/lora/checkpoint-*/trainer_state.json" >/dev/null && resume=(--resume)
     llm-trm train lora --model "$out/lm" --trm "$out/phase2" --data "$out/questions.jsonl" -o "$out/lora" \
-        --steps 600 --batch-size 128 --learning-rate 1e-3 --seed "$seed" "${resume[@]}"
+        --steps 500 --batch-size 128 --learning-rate 1e-3 --lora-dropout 0 --seed "$seed" "${resume[@]}"
 fi
 
 heading "The recursion alone, by the reward of its answers"
 if [[ ! -e $out/phase3/latent.json ]]; then
     resume=()
-    compgen -G "$out/phase3/checkpoint-*" >/dev/null && resume=(--resume)
+    compgen -G "$out/phase3/checkpoint-*/trainer_state.json" >/dev/null && resume=(--resume)
     llm-trm train phase3 --checkpoint "$out/lora" --dataset arithmetic "${world[@]}" -o "$out/phase3" \
-        --steps 100 --seed "$seed" "${resume[@]}"
+        --steps 100 --batch-size 256 --max-new-tokens 8 --kl 0.02 --eval-samples 500 --seed "$seed" "${resume[@]}"
 fi
 
 for stage in lora phase3; do

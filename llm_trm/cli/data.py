@@ -10,6 +10,7 @@ import click
 
 from llm_trm.cli.group import Group
 from llm_trm.cli.output import output_file
+from llm_trm.cli.world_options import world_options
 
 
 @click.group(
@@ -28,30 +29,7 @@ def data() -> None:
 @click.option(
     "--num-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="How many problems."
 )
-@click.option(
-    "--operations",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Most operations of a problem: its difficulty.",
-)
-@click.option(
-    "--min-operations",
-    type=click.IntRange(min=1),
-    help="Fewest operations. [default: as many as --operations]",
-)
-@click.option(
-    "--modulus",
-    type=click.IntRange(min=2),
-    default=10,
-    show_default=True,
-    help="Totals are taken modulo this number.",
-)
-@click.option(
-    "--max-operand",
-    type=click.IntRange(min=1),
-    help="Largest number behind the first; smaller is easier. [default: modulus - 1]",
-)
+@world_options()
 @click.option(
     "--split",
     type=click.Choice(["train", "test"]),

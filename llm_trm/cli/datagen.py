@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
     from llm_trm.data.generation import GenerationProgress
@@ -51,30 +52,7 @@ _SECONDS_BETWEEN_LINES = 30.0
     show_default=True,
     help="Of the data set; one that has a single split gives that.",
 )
-@click.option(
-    "--operations",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Most operations of an arithmetic problem.",
-)
-@click.option(
-    "--min-operations",
-    type=click.IntRange(min=1),
-    help="Fewest operations of an arithmetic problem. [default: as many as --operations]",
-)
-@click.option(
-    "--modulus",
-    type=click.IntRange(min=2),
-    default=10,
-    show_default=True,
-    help="Totals of arithmetic problems are taken modulo this number.",
-)
-@click.option(
-    "--max-operand",
-    type=click.IntRange(min=1),
-    help="Largest number behind the first of an arithmetic problem. [default: modulus - 1]",
-)
+@world_options()
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),

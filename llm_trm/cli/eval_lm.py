@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.language_model_options import chosen_checkpoint, memory_advice, model_options
 from llm_trm.cli.output import output_file
+from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,30 +70,7 @@ def _modes(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     show_default=True,
     help="Problems; fewer if there are no more.",
 )
-@click.option(
-    "--operations",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Most operations of an arithmetic problem.",
-)
-@click.option(
-    "--min-operations",
-    type=click.IntRange(min=1),
-    help="Fewest operations of an arithmetic problem. [default: as many as --operations]",
-)
-@click.option(
-    "--modulus",
-    type=click.IntRange(min=2),
-    default=10,
-    show_default=True,
-    help="Totals of arithmetic problems are taken modulo this number.",
-)
-@click.option(
-    "--max-operand",
-    type=click.IntRange(min=1),
-    help="Largest number behind the first of an arithmetic problem. [default: modulus - 1]",
-)
+@world_options()
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arithmetic problems.")
 @click.option(
     "--batch-size",

@@ -12,6 +12,7 @@ from llm_trm.cli.device import device_option, resolve_device
 
 if TYPE_CHECKING:
     from llm_trm.train.lora import LoraResult
+    from llm_trm.train.lora_config import LoraTrainingConfig
 
 _CURVES = "curves.png"
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -253,7 +254,7 @@ def lora(device: str, **options: Any) -> None:
     with ConsoleReport() as report:
         result = train_lora(config, report)
     if result.main:
-        _summarise(config.data, result)
+        _summarise(_unseen(config), result)
 
 
 def _summarise(data: str, result: LoraResult) -> None:
@@ -269,3 +270,13 @@ def _summarise(data: str, result: LoraResult) -> None:
     click.echo(
         f"The model is in {result.output}. Next: llm-trm eval lm --checkpoint {result.output} --data {data}"
     )
+
+
+def _unseen(config: LoraTrainingConfig) -> str:
+    """What ``eval lm`` is to read: no questions that the model was trained on."""
+    from llm_trm.data.problems import HUB
+
+    held_out = config.val_data if config.val_data is not None else config.data
+    if held_out in HUB or (config.val_data is not None and held_out.endswith((".jsonl", ".json"))):
+        return held_out
+    return "FILE, of questions that it was not trained on"

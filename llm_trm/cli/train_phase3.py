@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
     from llm_trm.train.phase3_config import Accuracy, Phase3Report, Phase3Result
@@ -43,26 +44,7 @@ _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
     help="arithmetic, gsm8k, math, or a .jsonl or .json file with the columns question and answer. Held out "
     "is its test split, or its first problems if it has none.",
 )
-@click.option(
-    "--operations",
-    type=_COUNT,
-    default=5,
-    show_default=True,
-    help="Most operations of an arithmetic problem.",
-)
-@click.option("--min-operations", type=_COUNT, default=1, show_default=True, help="Fewest operations of one.")
-@click.option(
-    "--modulus",
-    type=click.IntRange(min=2),
-    default=10,
-    show_default=True,
-    help="Totals of arithmetic problems are taken modulo this number.",
-)
-@click.option(
-    "--max-operand",
-    type=_COUNT,
-    help="Largest number behind the first of an arithmetic problem. [default: modulus - 1]",
-)
+@world_options(fewest=1)
 @click.option(
     "--think",
     type=click.Choice(["prompt", "model"]),

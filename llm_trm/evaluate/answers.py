@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llm_trm.data.lessons import question_prompt
 from llm_trm.models.tiny import END_THINK
 
 if TYPE_CHECKING:
@@ -91,13 +92,7 @@ def accuracy(
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem.question}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-            )
-            for problem in batch
+            question_prompt(tokenizer, problem.question, "chat", thinking=thinking) for problem in batch
         ]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs = inputs.to(model.device)

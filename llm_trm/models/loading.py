@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_trm.data.lessons import question_prompt
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.models.tiny import END_THINK, THINK
@@ -45,14 +46,7 @@ class ThinkingModel:
 
     def prompt(self, question: str, *, thinking: bool = True) -> str:
         """``question`` as the user's turn of a chat, up to where the model begins to write."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
-        assert isinstance(text, str)
-        return text
+        return question_prompt(self.tokenizer, question, "chat", thinking=thinking)
 
 
 def load_thinking_model(

@@ -16,8 +16,8 @@ from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.card import About, inner, write_about
-from llm_trm.models.causal.loading import save_latent_model
-from llm_trm.models.loading import no_bars
+from llm_trm.models.causal.loading import FACTS_FILE, clear_model, save_latent_model
+from llm_trm.models.loading import language_model_source, no_bars
 from llm_trm.train.curriculum import StagedOrder
 from llm_trm.train.lora_config import LoraTrainingConfig
 from llm_trm.train.lora_data import Collator, Lessons
@@ -177,8 +177,13 @@ def _permit(config: LoraTrainingConfig) -> Path | None:
     """The checkpoint to go on from, None to begin; InputError if neither may be."""
     require_tracker(config.track)
     settings = config.output / SETTINGS_FILE
+    for source in (language_model_source(config.model), config.trm):
+        if source is not None and Path(source).resolve() == config.output.resolve():
+            raise InputError(f"--output {config.output} is what the run begins with: choose another folder")
     if not config.resume:
-        if not config.overwrite and (settings.exists() or checkpoints(config.output)):
+        # What was cut off before its first checkpoint is nothing to lose.
+        holds = last_checkpoint(config.output) is not None or (config.output / FACTS_FILE).exists()
+        if holds and not config.overwrite:
             raise InputError(
                 f"{config.output} holds a run already: go on with --resume, replace it with --overwrite, or "
                 "choose another folder"
@@ -202,8 +207,7 @@ def _clear(folder: Path) -> None:
     (folder / SETTINGS_FILE).unlink(missing_ok=True)
     for path in checkpoints(folder):
         shutil.rmtree(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    clear_model(folder)
 
 
 def _split(solved: Sequence[Solved], fraction: float, seed: int) -> tuple[list[int], list[Solved]]:

@@ -17,6 +17,8 @@ _FREE = {
     *("output", "resume", "overwrite", "device", "track", "patience", "keep", "log_every", "merge"),
     *("gradient_checkpointing",),
 }
+#: Settings that one kind of reasoner has.
+_OF_ONE_KIND = {"num_latents": "latents", "d_compressed": "sequence", "soft_tokens": "sequence"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,13 @@ class LoraTrainingConfig:
             raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
         if self.trm is not None and self.reasoner.get("reasoner", "sequence") != "sequence":
             raise InputError("--trm holds a sequence reasoner: leave --reasoner latents out")
+        kind = self.reasoner.get("reasoner", "latents" if self.trm is None else "sequence")
+        for name, wanted in _OF_ONE_KIND.items():
+            if name in self.reasoner and kind != wanted:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is of a {wanted} reasoner: leave it out, or choose "
+                    f"--reasoner {wanted}"
+                )
         if self.whole_answers and (self.curriculum or self.distill):
             raise InputError(
                 "--curriculum and --distill need the thinking apart from answers: leave --whole-answers out"

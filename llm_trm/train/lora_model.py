@@ -71,10 +71,10 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
         end_think_token_id=end_think,
         **{**settings, **config.reasoner},
     )
+    # AdamW's small steps would be rounded away in bfloat16, and so would what phase 2 found.
+    model.model.reasoner.float()
     if start is not None:
         start.load_into(model)
-    # AdamW's small steps would be rounded away in bfloat16.
-    model.model.reasoner.float()
     model.requires_grad_(False)
     new_tokens = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]
     if config.lora:

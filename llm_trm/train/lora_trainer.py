@@ -56,6 +56,15 @@ class LatentTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> StagedOrder:
         return self._order
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`Trainer.create_optimizer`."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._recursion_rate is not None:
+            ours: Any = self.model
+            started = {id(weight) for name, weight in ours.named_parameters() if _STARTED.search(name)}
+            _set_rate(optimizer, started, self._recursion_rate)
+        return optimizer
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices: no norms, biases, learned tokens, nor embeddings, of which some rows may be trained."""
         rows = tuple(f"{name}.weight" for name, module in model.named_modules() if _has_rows(name, module))

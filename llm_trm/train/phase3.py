@@ -13,7 +13,7 @@ from llm_trm.data.problems import Question, load_questions
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
-from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, load_latent_model
+from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
 from llm_trm.models.tiny import THINK
 from llm_trm.train.phase3_config import (
     Accuracy,
@@ -29,9 +29,9 @@ from llm_trm.train.tracking import finish_tracking, new_accelerator, start_track
 require("rl", "trl")
 
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 
+from llm_trm.train.lora_trainer import checkpoints, last_checkpoint  # noqa: E402
 from llm_trm.train.phase3_trainer import COMPLETIONS_FILE, LatentGRPOTrainer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -223,19 +223,22 @@ def _begin(config: Phase3Config) -> str | None:
     if Path(config.checkpoint).resolve() == output.resolve():
         raise InputError(f"--output {output} is the model to train: choose another folder")
     if config.resume:
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        last = last_checkpoint(output)
         if last is None:
             raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
         config.require_same(read_json(output / SETTINGS_FILE, "start over with --overwrite"))
         return str(last)
-    if output.is_dir() and ((output / SETTINGS_FILE).exists() or (output / FACTS_FILE).exists()):
-        if not config.overwrite:
-            raise InputError(
-                f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
-                "another folder"
-            )
-        for old in output.glob("checkpoint-*"):
-            shutil.rmtree(old)
+    # What was cut off before its first checkpoint is nothing to lose.
+    if not config.overwrite and (last_checkpoint(output) is not None or (output / FACTS_FILE).exists()):
+        raise InputError(
+            f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
+            "another folder"
+        )
+    if config.overwrite:
+        clear_model(output)
+        for old in checkpoints(output):
+            # Every process does.
+            shutil.rmtree(old, ignore_errors=True)
     writable_folder(output)
     return None
 

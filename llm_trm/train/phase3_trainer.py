@@ -251,6 +251,10 @@ def prepare(model: Any) -> None:
     """
     reasoner: Any = active_reasoner(model).float()
     reasoner.trm.halt_head.requires_grad_(False)
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        # TRL asks for it, and peft's wrapping of a head with trained tokens has none to show.
+        head.bias = None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

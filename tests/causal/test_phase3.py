@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,8 @@ def written(folder: Path, reasoner: str, adapters: bool) -> str:
     with torch.no_grad():
         model.model.reasoner.entry.projection.weight.mul_(3)
         if adapters:
-            model = add_lora(model, r=2, dropout=0.3)
+            # As for a tokenizer that lacked the tags: embeddings and output head are wrapped by peft, too.
+            model = add_lora(model, r=2, dropout=0.3, tokens=tags)
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.3)
@@ -196,6 +198,22 @@ def test_a_training_step_of_trl_reaches_every_trained_tensor_and_no_frozen_one(
     assert all(not weight.requires_grad for weight in reasoner.trm.halt_head.parameters())  # type: ignore[union-attr]
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapted"])
+def test_a_decoder_in_bfloat16(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """As on a GPU: the reasoner alone is float32, and peft keeps a copy of it that is not."""
+    config = config_of(request.getfixturevalue(kind), tmp_path)
+    latent = load_latent_model(config.checkpoint, dtype=torch.bfloat16, trainable=True)
+    trainer = make_trainer(config, grpo_arguments(config), latent, load_problems(config, 2), [])
+    trainer.model.train()
+    trainer.reward_funcs = [parity, trainer.reward_funcs[1]]
+    trainer.current_gradient_accumulation_steps = 1
+    assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    trainer.training_step(trainer.model, batch_of(trainer), None)
+    for name, weight in active_reasoner(trainer.model).named_parameters():
+        assert weight.dtype == torch.float32
+        assert "halt_head" in name or (weight.grad is not None and weight.grad.isfinite().all()), name
 
 
 def test_checkpointed_activations_give_the_same_gradient(adapted: str, tmp_path: Path) -> None:
@@ -457,6 +475,22 @@ def test_problems_held_out_are_not_trained_on(tmp_path: Path) -> None:
 def test_bad_input(settings: dict[str, Any], message: str, whole: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         train_phase3(replace(config_of(whole, tmp_path / "run"), **settings))
+
+
+def test_a_folder_that_is_replaced_keeps_no_older_model(whole: str, adapted: str, tmp_path: Path) -> None:
+    config = config_of(whole, tmp_path / "run", steps=1, eval_samples=2, overwrite=True)
+    shutil.copytree(adapted, config.output)
+    train_phase3(config)
+    assert not load_latent_model(config.output).has_adapters
+    for name in ("latent.json", "checkpoint-1/trainer_state.json"):
+        (config.output / name).unlink()
+    # Nothing whole is left.
+    again = replace(config, overwrite=False)
+    with pytest.raises(InputError, match="no checkpoint to resume"):
+        train_phase3(replace(again, resume=True))
+    train_phase3(again)
+    with pytest.raises(InputError, match="holds a run already"):
+        train_phase3(again)
 
 
 def test_the_model_to_train_is_not_written_over(whole: str) -> None:

@@ -202,6 +202,24 @@ def test_resumed_training_ends_as_an_undisturbed_one(
         train_lora(settings(world, output=tmp_path / "parts", resume=True, seed=1, **changes))
 
 
+def test_a_run_that_was_cut_off_early_begins_again(world: Path, tmp_path: Path) -> None:
+    config = settings(world, output=tmp_path / "run", steps=1)
+    half = config.output / "checkpoint-7"
+    half.mkdir(parents=True)
+    (config.output / "lora.json").write_text("{}")
+    train_lora(config)
+    assert not half.exists()
+    # What is replaced is gone before the new run has anything to show.
+    (config.output / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="every question"):
+        train_lora(settings(world, output=config.output, overwrite=True, max_length=1))
+    assert (config.output / "latent.json").exists()
+    train_lora(settings(world, output=config.output, overwrite=True, steps=1, merge=True))
+    names = {path.name for path in config.output.iterdir()}
+    assert "adapter_config.json" not in names and "model.safetensors" in names
+    assert (config.output / "README.md").read_text() == "mine"
+
+
 def test_accumulated_batches_are_one_batch(world: Path, tmp_path: Path) -> None:
     # Lengths differ by the written thinking; a mean of means would weigh tokens of short answers more.
     norms = []
@@ -363,10 +381,39 @@ def test_starts_from_phase2(world: Path, tmp_path: Path) -> None:
     for name in ("reasoning_token", "output_norm.weight"):
         own = next(value for key, value in inside.items() if key.endswith(f"default.trm.{name}"))
         assert torch.equal(own, found[name])
+    half = build_trainee(settings(world, trm=tmp_path / "phase2", reasoner={}, precision="bf16"))
+    inside = dict(half.model.named_parameters())
+    own = next(value for key, value in inside.items() if key.endswith("default.trm.reasoning_token"))
+    assert torch.equal(own, found["reasoning_token"]), "rounded on the way"
     with pytest.raises(InputError, match="states of width 48"):
         build_trainee(settings(world, trm=write_phase2(tmp_path / "other", 48)))
     with pytest.raises(InputError, match="leave --reasoner latents out"):
         settings(world, trm=tmp_path, reasoner={"reasoner": "latents"})
+
+
+@pytest.mark.parametrize(("asked", "share"), [(None, 0.1), (1e-2, 1.0), (3e-3, 0.3)])
+def test_what_phase2_trained_has_a_learning_rate_of_its_own(
+    asked: float | None, share: float, world: Path, tmp_path: Path
+) -> None:
+    config = settings(
+        world,
+        trm=write_phase2(tmp_path / "phase2", 32),
+        trm_learning_rate=asked,
+        reasoner={},
+        lora=False,
+        steps=2,
+        output=tmp_path / "run",
+    )
+    train_lora(config)
+    before = build_trainee(config).model.model.reasoner.state_dict()
+    after = load_latent_model(config.output).model.model.reasoner.state_dict()
+
+    def moved(name: str) -> float:
+        return float((after[name] - before[name]).abs().max())
+
+    # AdamW's first steps are as long as the learning rate.
+    for name in ("compressor.compress.weight", "trm.reasoning_token", "trm.net.layers.0.mlp.0.weight"):
+        assert moved(name) == pytest.approx(share * moved("entry.projection.weight"), rel=0.1), name
 
 
 def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
@@ -377,6 +424,9 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
 
     refused("longer than 5 tokens", max_length=5)
     refused("no checkpoint to resume", resume=True)
+    refused("is of a sequence reasoner", reasoner={"soft_tokens": 2})
+    refused("is of a latents reasoner", reasoner={"reasoner": "sequence", "num_latents": 2})
+    refused("choose another folder", output=world / "lm", overwrite=True)
     refused(
         "cannot be held out", data=str(write_rows(tmp_path / "one.jsonl", [{"question": "1", "answer": "1"}]))
     )
@@ -385,6 +435,7 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
     refused("--track tensorboard needs tensorboard", track="tensorboard")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").touch()
     refused("holds a run already")
     long = [{"question": str(n), "answer": "1" * (200 if n % 2 else 1)} for n in range(12)]
     data = write_rows(tmp_path / "long.jsonl", long)

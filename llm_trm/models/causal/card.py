@@ -13,6 +13,7 @@ import torch
 from llm_trm.data.lessons import PromptForm
 from llm_trm.files import read_json, write_json, write_text
 from llm_trm.models.causal.reasoners import Reasoner
+from llm_trm.models.loading import ARITHMETIC
 
 #: Beside the weights: the base, the form of prompts, settings and facts.
 FACTS_FILE = "latent.json"
@@ -95,7 +96,8 @@ def write_about(model: Any, folder: Path, *, name: str | None = None) -> None:
     if evaluation is not None and evaluation.get("reasoner") != fingerprint(model):
         evaluation = None
     base = known.base
-    if base is not None and Path(base).is_dir():
+    # A folder may be called as the model that ships is.
+    if base is not None and base != ARITHMETIC and Path(base).is_dir():
         base = str(Path(base).resolve())
     settings = {setting: getattr(model.config, setting) for setting in OWN_SETTINGS}
     if evaluation is None:

@@ -13,8 +13,8 @@ from llm_trm.data.lessons import PromptForm
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_json
+from llm_trm.models.causal.card import EVALUATION_FILE, About, about, inner, read_evaluation, write_about
 from llm_trm.models.causal.card import FACTS_FILE as FACTS_FILE
-from llm_trm.models.causal.card import About, about, inner, read_evaluation, write_about
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.loading import language_model_source, no_bars, pretrained
@@ -93,6 +93,17 @@ def save_latent_model(
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
     write_about(model, folder)
+
+
+def clear_model(folder: Path) -> None:
+    """Remove what :func:`save_latent_model` wrote, whole or adapters; whatever else lies there stays.
+
+    Adapters of an older model would be loaded in place of a whole one that is written beside them.
+    """
+    patterns = (FACTS_FILE, EVALUATION_FILE, "adapter_config.json", "adapter_model.safetensors")
+    for pattern in (*patterns, "config.json", "model.safetensors*", "model-*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def load_latent_model(

@@ -273,7 +273,7 @@ class TRMModel(TRMPreTrainedModel):
         context = context[:, past.gone :]
         if len(rows) < len(thinking):
             states, context = states[rows], context[rows]
-        thought = self.reasoner(states.to(next(self.reasoner.parameters()).dtype), context)
+        thought = self.reasoner(states, context)
         count = thought.soft_tokens.shape[1]
         if self.config.window == "always":
             self._drop(past, thinking, at - oldest, oldest, count)

@@ -101,10 +101,14 @@ class Reasoner(nn.Module):
         """Think.
 
         Args:
-            states: Contexts [B, L, D], L at least 1.
+            states: Contexts [B, L, D], L at least 1, of any float dtype.
             mask: True at valid positions [B, L], any pattern; a context may be empty.
         """
         raise NotImplementedError
+
+    def _own(self, states: Tensor) -> Tensor:
+        """``states`` as these weights are; those of a copy that peft keeps beside may be of another dtype."""
+        return states.to(self.entry.projection.weight.dtype)
 
 
 class LatentsReasoner(Reasoner):
@@ -127,7 +131,7 @@ class LatentsReasoner(Reasoner):
 
     def forward(self, states: Tensor, mask: Tensor) -> Thought:
         """See :meth:`Reasoner.forward`."""
-        recurred = self.trm.reason(states, mask)
+        recurred = self.trm.reason(self._own(states), mask)
         return Thought(self.entry(recurred.y), recurred.halt_logits, recurred.steps, None)
 
 
@@ -154,7 +158,7 @@ class SequenceReasoner(Reasoner):
     def forward(self, states: Tensor, mask: Tensor) -> Thought:
         """See :meth:`Reasoner.forward`."""
         # Padding may hold anything, NaN too.
-        states = states.masked_fill(~mask[..., None], 0.0)
+        states = self._own(states).masked_fill(~mask[..., None], 0.0)
         compressed = self.compressor(states)
         x, _, _, extended = self.trm.setup_for_steps(compressed, mask)
         recurred = recur(self.trm, x, extended, max_steps=self.max_steps, halting=self.halting)
