@@ -197,6 +197,23 @@ def test_the_dimension_compressor_reports_what_it_lost() -> None:
     assert all(states.shape == (1, 5, 32) for states in out.hidden_states)
 
 
+def test_latents_report_what_no_mixture_of_them_gives() -> None:
+    reasoner = tiny_trm(reasoner="latents", num_latents=4).model.reasoner
+    context = torch.randn(2, 9, 32)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    context[1, :4] = torch.nan
+    with torch.no_grad():
+        latents = reasoner.trm.compressor(context, mask)
+        found = reasoner(context, mask).reconstruction_error
+    for row in range(2):
+        states, basis = context[row, mask[row]].double(), latents[row].double()
+        rest = states - torch.linalg.lstsq(basis.T, states.T).solution.T @ basis
+        expected = rest.square().sum() / states.square().sum()
+        assert 0.1 < expected < 0.99
+        torch.testing.assert_close(found[row].double(), expected, rtol=1e-3, atol=0)
+
+
 def test_rounds_for_other_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_trm()
     ids, mask = padded([ROWS[0], ROWS[4]])

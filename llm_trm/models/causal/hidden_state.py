@@ -64,7 +64,10 @@ class HiddenStateTRM(RecursionMixin, nn.Module):
 
     def reason(self, states: Tensor, mask: Tensor | None = None) -> Recurred:
         """Refine the latents of ``states`` [B, L, D], valid where ``mask`` [B, L] is 1: y is [B, M, D]."""
-        latents = self.compressor(states, mask)
+        return self.refine(self.compressor(states, mask))
+
+    def refine(self, latents: Tensor) -> Recurred:
+        """The supervision steps of :meth:`reason`, from what the compressor made: latents [B, M, D]."""
         return recur(self, latents, max_steps=self.n_supervision_steps, halting=self.halting)
 
     def forward(

@@ -35,8 +35,7 @@ class TRMModelOutput(BaseModelOutputWithPast):
         trm_steps: Supervision steps of each ``<think>``, int32 [B, rounds]; 0 for samples that have fewer.
             With its neighbours None where nobody thought.
         halt_logits: Halting logits at the last step, [B, rounds].
-        reconstruction_error: Mean over recursions of the share of the context that the compressor lost; None
-            for the latents, from which there is no way back.
+        reconstruction_error: Mean over recursions of the share of the context that the compressor lost.
     """
 
     trm_steps: Tensor | None = None
@@ -260,7 +259,8 @@ class TRMModel(TRMPreTrainedModel):
         """Soft tokens [B, K, E] of the samples whose last token is ``<think>``, and where they are valid."""
         device = past.valid.device
         # Without any, another process has some: the same passes run here, on nothing.
-        rows = (thinking.nonzero().squeeze(1) if thinking.any() else torch.tensor([0])).to(device)
+        anyone = bool(thinking.any())
+        rows = (thinking.nonzero().squeeze(1) if anyone else torch.tensor([0])).to(device)
         thinking = thinking.to(device)
         positions = past.positions
         at = positions.amax(1)
@@ -286,7 +286,7 @@ class TRMModel(TRMPreTrainedModel):
         facts["halt_logits"].append(
             thought.halt_logits.new_zeros(batch).index_copy(0, rows, thought.halt_logits)
         )
-        if thought.reconstruction_error is not None:
+        if anyone:
             facts["lost"].append(thought.reconstruction_error)
         return soft, thinking[:, None].expand(-1, count)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _NORM_EPS = 1e-6
 #: Tokens of a vocabulary that are turned to float32 at a time.
 _ROWS = 8192
+#: Of the mean squared norm of latents.
+_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,14 @@ class Thought:
         halt_logits: [B], at the last supervision step; their gradient reaches the halting head alone.
         steps: Supervision steps taken, int32 [B].
         reconstruction_error: What the compressor lost of each context, as a share of its squared norm, [B],
-            no gradient; None where there is no way back from compressed to original states.
+            no gradient. Latents have no way back to states of their own: it is what the best mixtures of
+            them leave of the states.
     """
 
     soft_tokens: Tensor
     halt_logits: Tensor
     steps: Tensor
-    reconstruction_error: Tensor | None
+    reconstruction_error: Tensor
 
 
 class SoftEntry(nn.Module):
@@ -131,8 +134,11 @@ class LatentsReasoner(Reasoner):
 
     def forward(self, states: Tensor, mask: Tensor) -> Thought:
         """See :meth:`Reasoner.forward`."""
-        recurred = self.trm.reason(self._own(states), mask)
-        return Thought(self.entry(recurred.y), recurred.halt_logits, recurred.steps, None)
+        states = self._own(states)
+        latents = self.trm.compressor(states, mask)
+        recurred = self.trm.refine(latents)
+        lost = _out_of_reach(states, mask, latents)
+        return Thought(self.entry(recurred.y), recurred.halt_logits, recurred.steps, lost)
 
 
 class SequenceReasoner(Reasoner):
@@ -171,8 +177,26 @@ class SequenceReasoner(Reasoner):
 
     @torch.no_grad()
     def _lost(self, states: Tensor, compressed: Tensor) -> Tensor:
-        error = (self.compressor.decompress(compressed) - states).float().square().sum((1, 2))
-        return error / states.float().square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+        return _share(self.compressor.decompress(compressed) - states, states)
+
+
+@torch.no_grad()
+def _out_of_reach(states: Tensor, mask: Tensor, latents: Tensor) -> Tensor:
+    """What no mixture of the latents [B, M, D] gives of the states [B, L, D], as a share, [B]."""
+    with torch.autocast(states.device.type, enabled=False):
+        states, latents = states.masked_fill(~mask[..., None], 0.0).float(), latents.float()
+        gram = latents @ latents.mT  # [B, M, M]
+        # Latents that are nearly alike are one: a direction a thousandth as strong as the rest is none.
+        ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)
+        gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        mixtures = torch.cholesky_solve(latents @ states.mT, torch.linalg.cholesky_ex(gram).L)  # [B, M, L]
+        return _share(mixtures.mT @ latents - states, states)
+
+
+def _share(error: Tensor, states: Tensor) -> Tensor:
+    """Squared norm of errors [B, L, D] over that of the states, [B]."""
+    whole = states.float().square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    return error.float().square().sum((1, 2)) / whole
 
 
 def build_reasoner(config: TRMConfig, d_embedding: int) -> Reasoner:
