@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class ModeScores:
         soft_tokens: That recursions appended.
         steps: Supervision steps of all recursions of a problem.
         thoughts: Recursions.
-        seconds: Wall time of the generation, a batch's divided by its problems; None of a group, whose
-            problems share batches with others.
+        seconds: Wall time of the generation, the median batch's divided by its problems; None of a group,
+            whose problems share batches with others.
         spread: 20th and 80th percentile of that over the batches.
     """
 
@@ -59,7 +60,8 @@ class Ratios:
         gap_closed: Of the gap in accuracy between answering at once and thinking; None where thinking gains
             nothing.
         gap_closed_interval: Its 95% interval, by resampling problems; None where a resample has no gap.
-        tokens, seconds: Of thinking's tokens, and of its wall time.
+        tokens, seconds: Of thinking's tokens, and of its wall time: the median over batches, which both
+            answered one right after the other.
     """
 
     gap_closed: float | None
@@ -77,7 +79,7 @@ class LanguageModelEvaluation:
         ratios: Of ``latent``, if all three modes ran.
         by: The field that problems were grouped by, or None.
         groups: Scores of each group.
-        batch_seconds: Wall time of each batch.
+        batch_seconds: Wall time of each batch: their sum counts what a median leaves out.
     """
 
     modes: dict[Mode, ModeScores]
@@ -141,19 +143,15 @@ def evaluate_language_model(
         return _score(made, right[mode][list(chosen)], speakers[mode].soft_tokens)
 
     everything = range(len(questions))
-    modes = {
-        mode: replace(
-            scores(mode, everything),
-            seconds=sum(seconds[mode]) / len(questions),
-            spread=_spread(seconds[mode], len(questions), batch_size),
-        )
-        for mode in speakers
-    }
+    modes = {}
+    for mode in speakers:
+        low, middle, high = _quantiles(seconds[mode], len(questions), batch_size)
+        modes[mode] = replace(scores(mode, everything), seconds=middle, spread=(low, high))
     groups = {
         label: {mode: scores(mode, members) for mode in speakers}
         for label, members in _members(values).items()
     }
-    return LanguageModelEvaluation(modes, _ratios(modes, right), by, groups, seconds)
+    return LanguageModelEvaluation(modes, _ratios(modes, right, seconds), by, groups, seconds)
 
 
 def require_graded(questions: Sequence[Question]) -> list[Question]:
@@ -201,25 +199,27 @@ def _score(replies: Sequence[Reply], right: Tensor, soft_tokens: int) -> ModeSco
     )
 
 
-def _spread(seconds: Sequence[float], problems: int, batch_size: int) -> tuple[float, float]:
+def _quantiles(seconds: Sequence[float], problems: int, batch_size: int) -> tuple[float, float, float]:
+    """The 20th percentile over batches of the time a problem, the median, and the 80th percentile."""
     sizes = [min(batch_size, problems - start) for start in range(0, problems, batch_size)]
     each = torch.tensor(seconds, dtype=torch.float64) / torch.tensor(sizes)
-    low, high = each.quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-    return low, high
+    low, middle, high = each.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return low, middle, high
 
 
-def _ratios(modes: Mapping[Mode, ModeScores], right: Mapping[Mode, Tensor]) -> Ratios | None:
+def _ratios(
+    modes: Mapping[Mode, ModeScores], right: Mapping[Mode, Tensor], seconds: Mapping[Mode, Sequence[float]]
+) -> Ratios | None:
     if not {"no-think", "think", "latent"} <= modes.keys():
         return None
     think, latent = modes["think"], modes["latent"]
-    assert think.seconds is not None and latent.seconds is not None
     gap = think.accuracy - modes["no-think"].accuracy
     closed = (latent.accuracy - modes["no-think"].accuracy) / gap if gap > 0 else None
     return Ratios(
         closed,
         None if closed is None else _gap_interval(right),
         latent.tokens / think.tokens,
-        latent.seconds / think.seconds,
+        median(ours / theirs for ours, theirs in zip(seconds["latent"], seconds["think"], strict=True)),
     )
 
 

@@ -39,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Scripted:
-    """Says what it was told to, a batch in so many seconds."""
+    """Says what it was told to, batches of two in so many seconds each."""
 
     mode: Mode
     says: list[str]
     steps: tuple[int, ...] = ()
-    seconds: float = 1.0
+    seconds: tuple[float, ...] = ()
     calls: list[tuple[Mode, int, int]] = field(default_factory=list)
     soft_tokens = 3
 
@@ -58,7 +58,7 @@ class Scripted:
             Reply(text, text.rstrip("!"), len(text), finished=not text.endswith("!"), steps=self.steps)
             for text in texts
         ]
-        return replies, self.seconds
+        return replies, self.seconds[prompts[0][0] // 2] if self.seconds else 1.0
 
 
 def test_counts_times_and_ratios() -> None:
@@ -69,8 +69,8 @@ def test_counts_times_and_ratios() -> None:
     calls: list[tuple[Mode, int, int]] = []
     speakers: Any = {
         "no-think": Scripted("no-think", ["0", "9", "9", "9", "9"], calls=calls),
-        "think": Scripted("think", ["is 0", "1.0", "so 2", "3", "44"], seconds=4.0, calls=calls),
-        "latent": Scripted("latent", ["0", "1", "2!", "3", "9"], steps=(2, 1), seconds=2.0, calls=calls),
+        "think": Scripted("think", ["is 0", "1.0", "so 2", "3", "44"], (), (4.0, 8.0, 2.0), calls),
+        "latent": Scripted("latent", ["0", "1", "2!", "3", "9"], (2, 1), (1.0, 2.0, 1.5), calls),
     }
     found = evaluate_language_model(speakers, questions, Decoding(50), batch_size=2, by="operations")
     assert [mode.correct for mode in found.modes.values()] == [1, 4, 3], "what is cut is wrong"
@@ -79,13 +79,15 @@ def test_counts_times_and_ratios() -> None:
     assert (latent.steps, latent.thoughts, latent.soft_tokens) == (3.0, 2.0, 6.0)
     assert think.tokens == (4 + 3 + 4 + 1 + 2) / 5 and think.steps == 0
     # Three batches of 2, 2 and 1; the time of a batch is shared by its problems.
-    assert (latent.seconds, think.seconds) == (6 / 5, 12 / 5)
+    assert (latent.seconds, think.seconds) == (1.0, 2.0), "medians of 0.5, 1, 1.5 and of 2, 4, 2"
     assert think.spread == pytest.approx((2.0, 3.2))
-    assert found.batch_seconds["think"] == [4.0, 4.0, 4.0]
+    assert found.batch_seconds["think"] == [4.0, 8.0, 2.0]
     ratios = found.ratios
     assert ratios is not None and ratios.gap_closed == pytest.approx((0.6 - 0.2) / (0.8 - 0.2))
     assert ratios.gap_closed_interval is None, "five problems may well have no gap"
-    assert (ratios.tokens, ratios.seconds) == pytest.approx((6 / 14, 0.5))
+    assert (ratios.tokens, ratios.seconds) == pytest.approx((6 / 14, 0.25)), (
+        "the median of 1/4, 2/8 and 1.5/2"
+    )
     assert {label: group["latent"].problems for label, group in found.groups.items()} == {"1": 2, "2": 3}
     assert [group["think"].correct for group in found.groups.values()] == [2, 2]
     assert found.groups["1"]["latent"].seconds is None
