@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.device import resolve_device
+from llm_trm.cli.run_options import run_options
 
 if TYPE_CHECKING:
     from llm_trm.train.lora import LoraResult
@@ -202,14 +203,7 @@ _OF_REASONER = {
     "--log-every", type=_COUNT, default=10, show_default=True, help="Updates between logged metrics."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, held-out part and order.")
-@click.option(
-    "--track",
-    type=click.Choice(["wandb", "tensorboard", "jsonl"]),
-    help="Log metrics there; jsonl is metrics.jsonl in --output.",
-)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
-@device_option
+@run_options
 def lora(device: str, **options: Any) -> None:
     """Teach a language model to write <think>, recur there in latent space, and answer.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.device import resolve_device
+from llm_trm.cli.run_options import run_options
 
 if TYPE_CHECKING:
     from llm_trm.train.phase2_report import Phase2Result
@@ -176,14 +177,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--log-every", type=_COUNT, default=10, show_default=True, help="Batches between two logged metrics."
 )
-@click.option(
-    "--track",
-    type=click.Choice(["wandb", "tensorboard", "jsonl"]),
-    help="Log metrics there; jsonl is metrics.jsonl in --output.",
-)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
-@device_option
+@run_options
 def phase2(device: str, **options: Any) -> None:
     """Train a SequenceTRM to lead, by recursion, from a context to the state after thinking.
 

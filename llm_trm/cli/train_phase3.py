@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.device import resolve_device
+from llm_trm.cli.run_options import run_options
 from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
@@ -125,14 +126,7 @@ _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
     help="Steps between checkpoints; the last three are kept.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of problems, order and completions.")
-@click.option(
-    "--track",
-    type=click.Choice(["wandb", "tensorboard", "jsonl"]),
-    help="Log metrics there; jsonl is metrics.jsonl in --output.",
-)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
-@device_option
+@run_options
 @click.pass_context
 def phase3(context: click.Context, /, device: str, **options: Any) -> None:
     """Train a language model's recursion by reinforcement: GRPO, with TRL's trainer.

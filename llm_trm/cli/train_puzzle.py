@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.device import resolve_device
+from llm_trm.cli.run_options import run_options
 
 if TYPE_CHECKING:
     from llm_trm.train.puzzle_report import PuzzleResult
@@ -100,14 +101,7 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
 @click.option(
     "--log-every", type=_COUNT, default=20, show_default=True, help="Steps between two logged metrics."
 )
-@click.option(
-    "--track",
-    type=click.Choice(["wandb", "tensorboard", "jsonl"]),
-    help="Log metrics there; jsonl is metrics.jsonl in --output.",
-)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
-@device_option
+@run_options
 def puzzle(
     task: str | None, preset_name: str, data: Path | None, output: Path | None, device: str, **options: Any
 ) -> None:
