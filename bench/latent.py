@@ -1,21 +1,26 @@
 """Keeps what a run of the arithmetic world found: ``python -m bench.latent runs/arithmetic --seed 0``.
 
 Reads the figures that ``llm-trm eval lm`` wrote in ``examples/arithmetic.sh``, after LoRA (lora.json) and
-after phase 3 (phase3.json), and appends a line of each to bench/results/latent.jsonl; ``python -m
-bench.report`` draws docs/latent.md.
+after phase 3 (phase3.json), and appends a line of each to bench/results/latent.jsonl. With ``--learning
+NAME`` the folder is one of ``llm-trm train lora``, whose held-out answers, evaluation by evaluation, are
+appended to bench/results/latent_learning.jsonl. ``python -m bench.report`` draws docs/latent.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llm_trm.benchmark.environment import run_record
+from llm_trm.benchmark.results import append
 from llm_trm.files import read_json
 
 RESULTS = Path(__file__).parent / "results" / "latent.jsonl"
+LEARNING = RESULTS.with_name("latent_learning.jsonl")
 #: Stages of the script that end in an evaluation, and the file of each.
 STAGES = {"lora": "lora.json", "phase3": "phase3.json"}
 
@@ -27,6 +32,22 @@ def line(stage: str, seed: int, found: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "device": found["machine"]["device"], "stage": stage, "seed": seed, **kept}
 
 
+def learning(name: str, run: Path) -> dict[str, Any]:
+    """How held-out answers became right in a run of ``llm-trm train lora``, as a line of its results file."""
+    remedy = "name a folder that llm-trm train lora wrote"
+    settings = read_json(run / "lora.json", remedy)
+    last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=run)
+    history = read_json(last / "trainer_state.json", remedy)["log_history"]
+    curve = {entry["step"]: entry["eval_answer_accuracy"] for entry in history if "eval_loss" in entry}
+    record = run_record(torch.device(settings["device"]))
+    told = {
+        "device": record["machine"]["device"],
+        "seed": settings["seed"],
+        "problems": settings["eval_samples"],
+    }
+    return {**record, "name": f"{name} seed{settings['seed']}", "start": name, **told, "right": curve}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and append."""
     parser = argparse.ArgumentParser(
@@ -34,15 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder that examples/arithmetic.sh wrote")
+    parser.add_argument("run", type=Path, help="folder that examples/arithmetic.sh or train lora wrote")
     parser.add_argument("--seed", type=int, default=0, help="that it was given (default: 0)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file to append to")
+    parser.add_argument("--learning", metavar="NAME", help="keep how the run learned, under this name")
+    parser.add_argument("--out", type=Path, help="results file to append to (default: in bench/results)")
     options = parser.parse_args(arguments)
+    if options.learning is not None:
+        append(options.out or LEARNING, learning(options.learning, options.run))
+        return
     remedy = "run examples/arithmetic.sh to its end"
     found = {stage: read_json(options.run / file, remedy) for stage, file in STAGES.items()}
-    with options.out.open("a", encoding="utf-8") as file:
-        for stage, record in found.items():
-            file.write(json.dumps(line(stage, options.seed, record)) + "\n")
+    for stage, record in found.items():
+        append(options.out or RESULTS, line(stage, options.seed, record))
 
 
 if __name__ == "__main__":

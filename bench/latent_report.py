@@ -1,4 +1,4 @@
-"""Draws what docs/latent.md measures, from ``bench/results/latent.jsonl``."""
+"""Draws what docs/latent.md measures, from ``bench/results/latent.jsonl`` and ``latent_learning.jsonl``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.latent import RESULTS, STAGES
+from bench.latent import LEARNING, RESULTS, STAGES
 from bench.puzzle_report import latest
 from llm_trm.benchmark.table import number
 
@@ -18,7 +18,11 @@ def text(results: Path) -> str:
     lines = sorted(latest(results / RESULTS.name), key=lambda line: (line["seed"], stage_order(line)))
     if not lines:
         return "Not measured yet."
-    return "\n\n".join([_runs(lines), "By the number of operations:", _groups(lines)])
+    parts = [_runs(lines), "By the number of operations:", _groups(lines)]
+    learned = latest(results / LEARNING.name)
+    if learned:
+        parts += ["Held-out answers right in `train lora`, by what it begins with:", _learning(learned)]
+    return "\n\n".join(parts)
 
 
 def stage_order(line: Mapping[str, Any]) -> int:
@@ -56,6 +60,18 @@ def _groups(lines: Sequence[Mapping[str, Any]]) -> str:
             group = line["groups"].get(name)
             cells.append(", ".join(f"{group[mode]['accuracy']:.1%}" for mode in _MODES) if group else "-")
         rows.append([name, *cells])
+    return _table(rows)
+
+
+def _learning(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A line a run, a column an evaluation."""
+    steps = sorted({int(step) for line in lines for step in line["right"]})
+    rows = [["begins with", "seed", *(f"after {step} updates" for step in steps)]]
+    rows.append(["---", "---:"] + ["---:"] * len(steps))
+    for line in lines:
+        right = [line["right"].get(str(step)) for step in steps]
+        shares = ["-" if share is None else f"{share:.1%}" for share in right]
+        rows.append([line["start"], str(line["seed"]), *shares])
     return _table(rows)
 
 

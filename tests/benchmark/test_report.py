@@ -175,7 +175,15 @@ def test_what_a_run_of_the_arithmetic_world_found(tmp_path: Path) -> None:
         }
         (tmp_path / file).write_text(json.dumps(found))
     bench.latent.main([str(tmp_path), "--seed", "7", "--out", str(tmp_path / "latent.jsonl")])
+    lora = tmp_path / "run"
+    (lora / "checkpoint-90").mkdir(parents=True)
+    (lora / "checkpoint-100").mkdir()
+    (lora / "lora.json").write_text('{"device": "cpu", "seed": 3, "eval_samples": 50}')
+    evaluations = [{"step": 90, "eval_loss": 1.0, "eval_answer_accuracy": 0.5}, {"step": 95, "loss": 1.0}]
+    (lora / "checkpoint-100" / "trainer_state.json").write_text(json.dumps({"log_history": evaluations}))
+    bench.latent.main([str(lora), "--learning", "nothing", "--out", str(tmp_path / "latent_learning.jsonl")])
     text = bench.latent_report.text(tmp_path)
+    assert "| begins with | seed | after 90 updates |" in text and "| nothing | 3 | 50.0% |" in text
     assert "| 7 | lora | 40 | 25.0% (23.0% to 25.0%), 3.0, 4.00 |" in text
     assert "| 7 | phase3 | 40 | 12.5% (10.5% to 12.5%), 3.0, 4.00 |" in text
     assert "| 80.0% | 20.0% | 30.0% | 1.50 |" in text and "| 5 | 12.5%, 50.0%, 42.5% |" in text
