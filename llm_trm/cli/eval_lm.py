@@ -171,6 +171,8 @@ def lm(
         console = Console(width=160, highlight=False)  # a pipe has no width
     speakers, missing = load_speakers(modes, checkpoint, model, where)
     _tell_missing(missing, modes, named=_named(context, "modes"))
+    if "latent" in speakers:
+        _tell_trained(speakers["latent"].model, data, split)
     limit = max_new_tokens or (_FEW_TOKENS if data == _ARITHMETIC else _MANY_TOKENS)
     batches = -(-len(questions) // batch_size) * len(speakers)
     with memory_advice(), progress_bar("batches", batches) as advance:
@@ -233,6 +235,19 @@ def _tell_missing(missing: Mapping[Mode, str], modes: list[Mode], *, named: bool
         raise InputError("; ".join(f"mode {mode} cannot run: {reason}" for mode, reason in missing.items()))
     for mode, reason in missing.items():
         click.echo(f"left out {mode}: {reason}", err=True)
+
+
+def _tell_trained(model: Any, data: str, split: str) -> None:
+    """Say so where the problems are those that the model was trained on, as far as its folder tells."""
+    from llm_trm.models.causal.card import about
+
+    facts = about(model).facts
+    trained = {str(facts.get("data")), str(facts.get("phase3", {}).get("dataset"))}
+    files = {Path(name).resolve() for name in trained if name.endswith((".json", ".jsonl"))}
+    for name in (name.strip() for name in data.split(",")):
+        local = name.endswith((".json", ".jsonl"))
+        if Path(name).resolve() in files if local else name in trained and split == "train":
+            click.echo(f"{name} is what the model was trained on, not held out from it", err=True)
 
 
 def _require_card(checkpoint: str | None, modes: list[Mode]) -> None:

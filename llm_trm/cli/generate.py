@@ -131,12 +131,14 @@ def generate(
     import torch
 
     speaker = _speaker(mode, checkpoint, model, where)
+    # All before the first is answered, and before a file is written anew: one may be too long.
+    prompts = [speaker.encode(asked) for asked in questions]
     torch.manual_seed(seed)
     with _writer(output) as written, memory_advice():
         if asks:
             _converse(speaker, decoding, written, verbose=verbose)
         else:
-            _answer(speaker, questions, decoding, batch_size, written, verbose=verbose)
+            _answer(speaker, questions, prompts, decoding, batch_size, written, verbose=verbose)
 
 
 def _speaker(mode: Mode | None, checkpoint: str | None, model: str | None, device: Any) -> Speaker:
@@ -156,14 +158,13 @@ def _speaker(mode: Mode | None, checkpoint: str | None, model: str | None, devic
 def _answer(
     speaker: Speaker,
     questions: Sequence[str],
+    prompts: Sequence[list[int]],
     decoding: Decoding,
     batch_size: int,
     written: IO[str] | None,
     *,
     verbose: bool,
 ) -> None:
-    # All before the first is answered: a long one at the end would be found late.
-    prompts = [speaker.encode(question) for question in questions]
     for start in range(0, len(questions), batch_size):
         batch = slice(start, start + batch_size)
         replies, seconds = speaker.reply(prompts[batch], decoding)

@@ -37,6 +37,8 @@ class ConsoleReport(LoraReport):
         )
         if plan.left_out:
             self._console.print(f"left out, as longer than allowed: {plan.left_out:,} questions")
+        if plan.shared:
+            self._console.print(f"left out, as they are held out: {plan.shared:,} questions to train on")
         if plan.start:
             self._console.print(f"resuming at update {plan.start}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,14 @@ class Solved:
     answer: str
     thinking: str = ""
     thinks: bool = True
+
+
+def fingerprint(questions: Iterable[tuple[object, ...]]) -> str:
+    """Of what is known of questions, in their order: a file may change while its name stays."""
+    digest = hashlib.sha256()
+    for known in questions:
+        digest.update(json.dumps(known).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def load_solved(source: str, *, split: str = "train", whole_answers: bool = False) -> list[Solved]:

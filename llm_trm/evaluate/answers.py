@@ -65,6 +65,12 @@ def answer_tokens(
     return list(written)[max(max(begun, closed) + 1 - len(prompt), 0) :]
 
 
+def own_answer(text: str) -> tuple[str, bool]:
+    """An answer in the plain form, up to the next question that the model asks itself; whether it does."""
+    answer, asked, _ = text.partition("\nQuestion:")
+    return answer, bool(asked)
+
+
 def written_length(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, bool]:
     """How many of ``tokens`` were written, up to the first of ``ends``, and whether there was one."""
     length = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm_trm.data.lessons import PromptForm, encode_prompt, question_prompt
 from llm_trm.errors import InputError
-from llm_trm.evaluate.answers import answer_tokens, written_length
+from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
 from llm_trm.models.causal.card import inner
 from llm_trm.models.causal.loading import LatentModel, load_latent_model
 from llm_trm.models.causal.modeling import TRMForCausalLM
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 #: ``latent``: the trained model recurs at ``<think>`` instead.
 Mode = Literal["no-think", "think", "latent"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+#: Of ``generate``: no token is less likely than the model says for having been written before. What is not
+#: said here, the model's own settings say, as those of many instruction-tuned models do.
+UNPENALISED: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 _ADAPTERS_FILE = "adapter_config.json"
 
@@ -61,9 +65,11 @@ class Decoding:
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise InputError("--top-p must be over 0 and at most 1, and --top-k not negative")
 
-    def config(self, pad: int) -> GenerationConfig:
+    def config(self, pad: int, ends: set[int]) -> GenerationConfig:
         """For ``generate``; says everything, or the model's own settings would fill the gaps."""
         drawn = self.temperature > 0
+        # Only where something is drawn: transformers warns of it elsewhere.
+        options: dict[str, Any] = {"min_p": 0.0} if drawn else {}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=drawn,
@@ -73,7 +79,10 @@ class Decoding:
             top_p=self.top_p if drawn else 1.0,
             top_k=self.top_k if drawn else 50,
             pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
             return_dict_in_generate=True,
+            **UNPENALISED,
+            **options,
         )
 
 
@@ -128,6 +137,11 @@ class Speaker:
         """That one recursion appends."""
         return int(self.model.config.tokens_per_thought) if self.mode == "latent" else 0
 
+    @property
+    def ends(self) -> set[int]:
+        """Ids that end what the model writes."""
+        return end_tokens(self.model, self.tokenizer)
+
     def encode(self, question: str) -> list[int]:
         """The tokens of a prompt.
 
@@ -166,7 +180,7 @@ class Speaker:
                 made = model.generate(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
-                    generation_config=decoding.config(int(self.tokenizer.pad_token_id)),
+                    generation_config=decoding.config(int(self.tokenizer.pad_token_id), self.ends),
                     streamer=streamer,
                     **options,
                 )
@@ -177,14 +191,14 @@ class Speaker:
         return replies, clock[0]
 
     def _reply(self, prompt: list[int], written: list[int], steps: list[int]) -> Reply:
-        length, finished = written_length(written, end_tokens(self.model, self.tokenizer))
+        length, finished = written_length(written, self.ends)
         written = written[:length]
         answer = answer_tokens(prompt, written, _tags(self.tokenizer), open_ended=self.form == "plain")
         text = self._decode(answer or [])
         if self.form == "plain":
             # Where a model goes on with a question of its own, it has answered ours.
-            text, asked, _ = text.partition("\nQuestion:")
-            finished = finished or bool(asked)
+            text, asked = own_answer(text)
+            finished = finished or asked
         return Reply(
             self._decode(written), text.strip(), length, finished, tuple(step for step in steps if step)
         )
@@ -250,12 +264,11 @@ def shortened(question: str, longest: int = 40) -> str:
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end what ``model`` writes."""
+    """Ids that end what ``model`` writes: its own and the tokenizer's, with which answers end in training."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return set(ends) if isinstance(ends, (list, tuple)) else set() if ends is None else {ends}
+    own = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return {int(end) for end in (*own, tokenizer.eos_token_id) if end is not None}
 
 
 def _plain_speaker(latent: LatentModel | None, name: str | None, device: torch.device | str) -> Speaker | str:

@@ -6,12 +6,13 @@ import logging
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_trm.data.questions import Solved, load_solved
+from llm_trm.data.questions import Solved, fingerprint, load_solved
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
@@ -25,9 +26,11 @@ from llm_trm.train.lora_model import Trainee, build_trainee
 from llm_trm.train.lora_trainer import (
     KeepBest,
     LatentTrainer,
+    checkpointing_option,
     checkpoints,
     eval_losses,
     last_checkpoint,
+    take_up_finished,
 )
 from llm_trm.train.tracking import json_tracker, require_tracker
 
@@ -35,6 +38,8 @@ _logger = logging.getLogger(__name__)
 
 #: Of a run: its settings.
 SETTINGS_FILE = "lora.json"
+#: Among them: a fingerprint of all questions.
+_QUESTIONS = "questions_sha256"
 #: Share of the updates in which a curriculum changes the task.
 _CHANGING = 0.5
 
@@ -46,6 +51,7 @@ class LoraPlan:
     Attributes:
         training, held_out: Questions.
         left_out: Questions that are longer than allowed.
+        shared: Questions to train on that were left out because they are held out.
         thinking: Questions with written thinking, among those to train on.
         trainable, parameters: Numbers of the model, without and with the frozen ones.
         reasoner: The reasoner in words.
@@ -57,6 +63,7 @@ class LoraPlan:
     training: int
     held_out: int
     left_out: int
+    shared: int
     thinking: int
     trainable: int
     parameters: int
@@ -109,9 +116,14 @@ def train_lora(config: LoraTrainingConfig, report: LoraReport | None = None) -> 
 
     resumed = _permit(config)
     solved = load_solved(config.data, whole_answers=config.whole_answers)
-    held_out = None
+    held_out, shared = None, 0
     if config.val_data is not None:
         held_out = load_solved(config.val_data, split="test", whole_answers=config.whole_answers)
+    questions = fingerprint(astuple(row) for row in (*solved, *(held_out or ())))
+    if resumed is not None:
+        _require_same_questions(config, questions)
+    if held_out is not None:
+        solved, shared = _apart(config, solved, held_out)
     if (config.curriculum or config.distill) and not any(row.thinks and row.thinking for row in solved):
         raise InputError(
             f"{config.data} has no written thinking (a column thinking, or reasoning before ####), which "
@@ -138,13 +150,14 @@ def train_lora(config: LoraTrainingConfig, report: LoraReport | None = None) -> 
         if config.overwrite:
             _clear(config.output)
         writable_folder(config.output)
-        write_json(config.output / SETTINGS_FILE, config.record())
+        write_json(config.output / SETTINGS_FILE, {**config.record(), _QUESTIONS: questions})
     if report is not None and trainer.is_world_process_zero():
         report.begin(
             LoraPlan(
                 training=len(lessons),
                 held_out=len(judged),
                 left_out=left_out + too_long,
+                shared=shared,
                 thinking=lessons.thinking,
                 trainable=_count(trainee.model, trained=True),
                 parameters=_count(trainee.model, trained=False),
@@ -155,8 +168,11 @@ def train_lora(config: LoraTrainingConfig, report: LoraReport | None = None) -> 
             )
         )
     began = time.monotonic()
-    with no_bars():
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    with no_bars(), warnings.catch_warnings():
+        # What torch says of bfloat16 states and a norm of float32, which is as it should be.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+        if resumed is None or not take_up_finished(trainer, resumed, config.output, best=True):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.monotonic() - began
         history = list(trainer.state.log_history)
         metrics = _best(history)
@@ -200,6 +216,30 @@ def _permit(config: LoraTrainingConfig) -> Path | None:
             "--patience to go on"
         )
     return found
+
+
+def _require_same_questions(config: LoraTrainingConfig, questions: str) -> None:
+    before = read_json(config.output / SETTINGS_FILE, "leave --resume out").get(_QUESTIONS, questions)
+    if before != questions:
+        sources = " or ".join(source for source in (config.data, config.val_data) if source is not None)
+        raise InputError(
+            f"{sources} holds other questions than when the run in {config.output} began, and what was "
+            "trained on may be held out now: begin again with --overwrite, or choose another folder"
+        )
+
+
+def _apart(
+    config: LoraTrainingConfig, solved: Sequence[Solved], held_out: Sequence[Solved]
+) -> tuple[list[Solved], int]:
+    """Rows whose questions are not held out, and how many there are besides."""
+    away = {row.question for row in held_out}
+    learnt = [row for row in solved if row.question not in away]
+    if not learnt:
+        raise InputError(
+            f"--val-data {config.val_data} holds every question of {config.data}: give others, or leave it "
+            "out"
+        )
+    return learnt, len(solved) - len(learnt)
 
 
 def _clear(folder: Path) -> None:
@@ -257,10 +297,7 @@ def _trainer(
 ) -> tuple[LatentTrainer, KeepBest]:
     from transformers import PrinterCallback, TrainingArguments
 
-    # transformers 5 renames the one to the other.
-    checkpointing = "activation_checkpointing"
-    if not hasattr(TrainingArguments, checkpointing):
-        checkpointing = "gradient_checkpointing"
+    checkpointing = checkpointing_option()
     options: dict[str, Any] = {
         checkpointing: config.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
@@ -371,6 +408,8 @@ def _save(
         _logger.warning(
             "weights are shared out among processes: adapters are written as they are, not merged"
         )
+    # A run that goes on may have written adapters first and merge them now, or the other way round.
+    clear_model(config.output)
     save_latent_model(
         trainer.accelerator.unwrap_model(trainer.model),
         trainee.tokenizer,

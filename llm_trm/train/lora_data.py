@@ -97,9 +97,10 @@ class Lessons(Dataset[Lesson]):
             if self._tails is None:
                 tails = [answer_tail(self._tokenizer, row.answer, self._form) for row in self.solved]
                 self._tails = self._tokens(tails)
+            # Where nothing is thought, all is answer, though its first token may be one without the space.
             self._said[stage] = [
-                (whole, len(whole) - _common_end(whole, tail))
-                for whole, tail in zip(self._tokens(texts), self._tails, strict=True)
+                (whole, len(whole) - _common_end(whole, tail) if row.thinks else 0)
+                for row, whole, tail in zip(self.solved, self._tokens(texts), self._tails, strict=True)
             ]
         return self._said[stage]
 

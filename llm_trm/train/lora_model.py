@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
 
     start = None if config.trm is None else start_from_phase2(config.trm)
     source = language_model_source(config.model)
+    if (Path(source) / "adapter_config.json").exists():
+        # Otherwise peft would look for their base on the hub.
+        raise InputError(
+            f"--model {config.model} holds adapters, and no plain model: name the language model itself"
+        )
     tokenizer = pretrained(AutoTokenizer, config.model, source)
     form = prompt_form(tokenizer, config.prompt_form)
     dtype = torch.bfloat16 if config.bf16 else torch.float32

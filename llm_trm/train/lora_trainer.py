@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trm.data.reasoning import IGNORED
@@ -133,11 +133,7 @@ class LatentTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A head that shares the embeddings is in no file, and needs no warning.
-        ours: Any = self.model
-        tied = set(getattr(ours, "_tied_weights_keys", None) or ())
-        if ours.config.tie_word_embeddings and set(load_result.missing_keys) <= tied:
-            load_result.missing_keys.clear()
+        forget_tied(self.model, load_result)
         super()._issue_warnings_after_load(load_result)
 
     def _note(self, name: str, value: Tensor | None) -> None:
@@ -183,6 +179,19 @@ class FollowEpochs(TrainerCallback):
         updates = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
         self._order.epochs = state.max_steps / updates
         self._order.set_epoch(state.global_step // updates)
+
+
+def forget_tied(model: Any, load_result: Any) -> None:
+    """Take out of what was missing a head that shares the embeddings: it is in no file."""
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if model.config.tie_word_embeddings and set(load_result.missing_keys) <= tied:
+        load_result.missing_keys.clear()
+
+
+def checkpointing_option() -> str:
+    """The argument that asks for gradient checkpointing, which transformers 5 renames."""
+    renamed = "activation_checkpointing"
+    return renamed if hasattr(TrainingArguments, renamed) else "gradient_checkpointing"
 
 
 class KeepBest(TrainerCallback):
@@ -244,6 +253,26 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, whole or not, by their step."""
     found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     return sorted((path for path in found if path.name.rpartition("-")[2].isdigit()), key=step_of)
+
+
+def take_up_finished(trainer: Any, checkpoint: Path, folder: Path, best: bool) -> bool:
+    """Load a run whose last update was made before ``checkpoint`` was written; False if there are more.
+
+    The Trainer itself would make one more update. It alone can load weights that are shared out.
+
+    Args:
+        trainer: Which has not begun.
+        checkpoint: The run's last.
+        folder: Of its checkpoints.
+        best: Whether the weights are to be those of the lowest loss, instead of the last.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+    if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return False
+    trainer.state = state
+    lowest = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    trainer._load_from_checkpoint(str(lowest if best and lowest.is_dir() else checkpoint))
+    return True
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from llm_trm.data.grading import is_correct
 from llm_trm.data.lessons import question_prompt
 from llm_trm.data.problems import Question, load_questions
+from llm_trm.data.questions import fingerprint
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
+from llm_trm.models.loading import no_bars
 from llm_trm.models.tiny import THINK
 from llm_trm.train.phase3_config import (
     Accuracy,
@@ -31,7 +33,13 @@ require("rl", "trl")
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 
-from llm_trm.train.lora_trainer import checkpoints, last_checkpoint  # noqa: E402
+from llm_trm.evaluate.language_model_modes import UNPENALISED  # noqa: E402
+from llm_trm.train.lora_trainer import (  # noqa: E402
+    checkpointing_option,
+    checkpoints,
+    last_checkpoint,
+    take_up_finished,
+)
 from llm_trm.train.phase3_trainer import COMPLETIONS_FILE, LatentGRPOTrainer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -39,6 +47,11 @@ if TYPE_CHECKING:
 
 #: Settings of a run, in its folder.
 SETTINGS_FILE = "phase3.json"
+#: Among them: a fingerprint of the problems.
+_PROBLEMS = "problems_sha256"
+#: Of AdamW. Where all completions are right, what is left of the gradient is the rounding errors of the
+#: divergence, 1e-8 an element, against 1e-4 in a step that teaches; 1e-8 would make full steps of them.
+_EPSILON = 1e-6
 
 
 def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Phase3Result:
@@ -51,6 +64,9 @@ def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Ph
     arguments = _arguments(config)
     checkpoint = _begin(config)
     problems = load_problems(config, _prompts(config, arguments))
+    asked = fingerprint((one.text, one.answer) for one in (*problems.training, *problems.held_out))
+    if checkpoint is not None:
+        _require_same_problems(config, asked)
     start = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     accelerator = new_accelerator(
         config.track, config.output, device=config.device, resumed_at=start if checkpoint else None
@@ -59,8 +75,12 @@ def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Ph
     callback = _Callback(report, accelerator)
     trainer = make_trainer(config, arguments, latent, problems, [callback])
     if trainer.is_world_process_zero():
+        if config.overwrite:
+            clear_model(config.output)
+            for old in checkpoints(config.output):
+                shutil.rmtree(old)
         _keep_completions(config.output / COMPLETIONS_FILE, start)
-        write_json(config.output / SETTINGS_FILE, config.record())
+        write_json(config.output / SETTINGS_FILE, {**config.record(), _PROBLEMS: asked})
         report.begin(_plan(config, trainer, problems, start))
     trainer.accelerator.wait_for_everyone()
     start_tracking(accelerator, "llm-trm-phase3", config.record())
@@ -76,7 +96,8 @@ def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Ph
         "phase3_accuracy_after": round(result.after.share, 4),
         "phase3": config.record(),
     }
-    trainer.save_model(str(config.output))
+    with no_bars():
+        trainer.save_model(str(config.output))
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -91,8 +112,8 @@ def make_trainer(
     """The trainer of a run, which has not begun."""
     from datasets import Dataset
 
-    judged = latent.tokenizer, latent.prompt_form, _tags(latent)
-    rewards = [correctness_reward(*judged), format_reward(*judged, _ends(latent))]
+    judged = latent.tokenizer, latent.prompt_form, _tags(latent), _ends(latent)
+    rewards = [correctness_reward(*judged), format_reward(*judged)]
 
     def rows(questions: list[Question]) -> Dataset:
         given = THINK if config.think == "prompt" else ""
@@ -112,7 +133,8 @@ def make_trainer(
         arguments,
         rows(problems.training),
         rows(problems.held_out),
-        dict(latent.facts),
+        # Those that were measured of older weights are left behind.
+        {name: fact for name, fact in latent.facts.items() if name not in ("held_out", "held_out_loss")},
         callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -163,6 +185,8 @@ def _gradable(question: Question) -> bool:
 
 def grpo_arguments(config: Phase3Config) -> GRPOConfig:
     """TRL's settings for a run."""
+    # The old name draws a warning, and nothing is to be recomputed unless it is asked for.
+    checkpointing: dict[str, Any] = {checkpointing_option(): config.gradient_checkpointing}
     return GRPOConfig(
         output_dir=str(config.output),
         max_steps=config.steps,
@@ -172,17 +196,19 @@ def grpo_arguments(config: Phase3Config) -> GRPOConfig:
         num_generations=config.group_size,
         num_generations_eval=1,
         beta=config.kl,
-        reward_weights=[1.0, config.format_weight],
+        reward_weights=[1.0, _round(config.format_weight)],
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=max(1, config.steps // 20),
         weight_decay=0.0,
+        adam_epsilon=_EPSILON,
         max_grad_norm=config.clip_norm,
         temperature=config.temperature,
         max_completion_length=config.max_new_tokens,
         # Completions and what is trained on are computed in one precision, that of the weights.
         bf16=False,
-        gradient_checkpointing=config.gradient_checkpointing,
+        generation_kwargs={"min_p": 0.0, **UNPENALISED},
+        **checkpointing,
         eval_strategy="steps",
         eval_steps=config.eval_every,
         eval_on_start=not config.resume,
@@ -196,6 +222,15 @@ def grpo_arguments(config: Phase3Config) -> GRPOConfig:
         report_to="none",
         dataloader_num_workers=0,
     )
+
+
+def _round(weight: float) -> float:
+    """To a multiple of 1/1024, so that equal rewards have a mean that is equal to them.
+
+    TRL divides by their spread and 1e-4: rounding errors would become advantages of 1e-3, and AdamW makes
+    full steps of any gradient. Three steps without a wrong answer took a model from 64 right of 64 to 62.
+    """
+    return round(1024 * weight) / 1024
 
 
 def _arguments(config: Phase3Config) -> GRPOConfig:
@@ -234,13 +269,17 @@ def _begin(config: Phase3Config) -> str | None:
             f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
             "another folder"
         )
-    if config.overwrite:
-        clear_model(output)
-        for old in checkpoints(output):
-            # Every process does.
-            shutil.rmtree(old, ignore_errors=True)
     writable_folder(output)
     return None
+
+
+def _require_same_problems(config: Phase3Config, problems: str) -> None:
+    before = read_json(config.output / SETTINGS_FILE, "start over with --overwrite").get(_PROBLEMS, problems)
+    if before != problems:
+        raise InputError(
+            f"--dataset {config.dataset} holds other problems than when the run in {config.output} began: "
+            "start over with --overwrite, or choose another folder"
+        )
 
 
 def _tags(latent: LatentModel) -> tuple[int, int]:
@@ -287,10 +326,13 @@ def _plan(config: Phase3Config, trainer: LatentGRPOTrainer, problems: Problems, 
 
 
 def _run(trainer: LatentGRPOTrainer, checkpoint: str | None) -> None:
-    with warnings.catch_warnings():
+    with no_bars(), warnings.catch_warnings():
         # What TRL and transformers deprecate in each other is nothing that a user could change.
         warnings.simplefilter("ignore", FutureWarning)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is None or not take_up_finished(
+            trainer, Path(checkpoint), Path(trainer.args.output_dir), best=False
+        ):
+            trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.state
         tested = [entry["step"] for entry in state.log_history if "eval_accuracy" in entry]
         if state.global_step not in tested:

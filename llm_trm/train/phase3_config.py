@@ -49,6 +49,9 @@ class Phase3Config:
         track: Where metrics go.
         resume: Go on from the last checkpoint in ``output``.
         overwrite: Replace the run in ``output``.
+
+    Raises:
+        InputError: Both of the last two.
     """
 
     checkpoint: str
@@ -76,6 +79,10 @@ class Phase3Config:
     track: Track | None = None
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON values."""

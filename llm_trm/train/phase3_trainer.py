@@ -16,8 +16,10 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from llm_trm.data.lessons import encode_prompt
+from llm_trm.evaluate.language_model_modes import UNPENALISED
 from llm_trm.models.causal.loading import LatentModel, save_latent_model
 from llm_trm.models.tiny import THINK
+from llm_trm.train.lora_trainer import forget_tied
 from llm_trm.train.rewards import Reward
 from trm_kernels import NetworkConfig
 
@@ -106,6 +108,7 @@ class LatentGRPOTrainer(GRPOTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             eos_token_id=self.eos_token_ids,
             disable_compile=True,
+            **UNPENALISED,
         )
         self._completions = Path(self.args.output_dir) / COMPLETIONS_FILE
         self._written_at = 0
@@ -220,6 +223,10 @@ class LatentGRPOTrainer(GRPOTrainer):
         # peft loads adapters that go on to be trained as trainable, all of them.
         for name, weight in self.model.named_parameters():
             weight.requires_grad_(name in self._trained)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        forget_tied(self.model, load_result)
+        super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's describes a fine-tuned language model."""

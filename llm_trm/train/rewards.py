@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.grading import is_correct
 from llm_trm.data.lessons import PromptForm
-from llm_trm.evaluate.answers import answer_tokens
+from llm_trm.evaluate.answers import answer_tokens, own_answer
 from llm_trm.models.tiny import THINK
 
 if TYPE_CHECKING:
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 Reward = Callable[..., list[float | None]]
 
 
-def correctness_reward(tokenizer: PreTrainedTokenizerBase, form: PromptForm, tags: tuple[int, int]) -> Reward:
+def correctness_reward(
+    tokenizer: PreTrainedTokenizerBase, form: PromptForm, tags: tuple[int, int], ends: Collection[int]
+) -> Reward:
     """A reward of 1 for completions whose answer is the reference's, and 0 for others.
 
-    Answers are read as ``llm-trm eval lm`` reads them: behind the thinking, which has to be closed in a chat;
-    numbers are compared as numbers. A reference without a final answer gives None.
+    Answers are read as ``llm-trm eval lm`` reads them: behind the thinking, which has to be closed in a chat,
+    and to their end, as what is cut off may be the half of a number; numbers are compared as numbers. A
+    reference without a final answer gives None.
 
     Args:
         tokenizer: Decodes completions.
         form: How questions are put.
         tags: Ids of ``<think>`` and ``</think>``.
+        ends: Ids of tokens that end a completion; one that was cut off has none.
     """
 
     def correctness(
@@ -38,8 +42,9 @@ def correctness_reward(tokenizer: PreTrainedTokenizerBase, form: PromptForm, tag
     ) -> list[float | None]:
         verdicts = []
         for prompt, ids, wanted in zip(prompts, completion_ids, answer, strict=True):
-            said = _answer(tokenizer, form, tags, prompt, ids)
-            verdicts.append(is_correct(said, wanted))
+            said, asks_itself = _answer(tokenizer, form, tags, prompt, ids)
+            ended = asks_itself or (bool(ids) and ids[-1] in ends)
+            verdicts.append(is_correct(said if ended else "", wanted))
         return [None if verdict is None else float(verdict) for verdict in verdicts]
 
     return correctness
@@ -54,8 +59,7 @@ def format_reward(
     ``</think>`` behind it, then an answer, and an end token.
 
     Args:
-        tokenizer, form, tags: As for :func:`correctness_reward`.
-        ends: Ids of tokens that end a completion; one that was cut off has none.
+        tokenizer, form, tags, ends: As for :func:`correctness_reward`.
     """
     think, end_think = tags
 
@@ -65,7 +69,7 @@ def format_reward(
         thoughts = list(ids).count(think) + given
         closings = list(ids).count(end_think)
         ended = bool(ids) and ids[-1] in ends
-        answered = bool(_answer(tokenizer, form, tags, prompt, ids))
+        answered = bool(_answer(tokenizer, form, tags, prompt, ids)[0])
         return begins and thoughts == 1 and closings == (form == "chat") and ended and answered
 
     def format(
@@ -82,9 +86,11 @@ def _answer(
     tags: tuple[int, int],
     prompt: str,
     ids: Sequence[int],
-) -> str:
-    """What stands behind the thinking, empty if nothing does."""
+) -> tuple[str, bool]:
+    """What stands behind the thinking, empty if nothing does; whether the next question follows it."""
     given = [tags[0]] if prompt.endswith(THINK) else []
     said = answer_tokens(given, ids, tags, open_ended=form == "plain")
-    text: Any = tokenizer.decode(said or [], skip_special_tokens=True)
-    return str(text).strip()
+    text, asks_itself = str(tokenizer.decode(said or [], skip_special_tokens=True)), False
+    if form == "plain":
+        text, asks_itself = own_answer(text)
+    return text.strip(), asks_itself

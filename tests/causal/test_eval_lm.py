@@ -211,6 +211,19 @@ def test_a_file_in_the_words_of_gsm8k(folder: Path, tmp_path: Path) -> None:
     assert found["ratios"] is None and found["max_new_tokens"] == 2048
 
 
+def test_problems_of_the_training_are_not_passed_off_as_others(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"question": "1+1", "answer": "2"}\n')
+    model = latent_model()
+    known = save(model, tmp_path / "known", data=str(file))
+    rewarded = save(model, tmp_path / "rewarded", data="gsm8k", phase3={"dataset": str(file)})
+    strange = save(model, tmp_path / "strange", data="gsm8k")
+    common = ("--data", str(file), "--mode", "latent", "--max-new-tokens", "8")
+    for folder, told in ((known, True), (rewarded, True), (strange, False)):
+        result = run("--checkpoint", str(folder), *common)
+        assert result.exit_code == 0 and ("what the model was trained on" in result.stderr) is told
+
+
 def test_modes_that_cannot_run_say_why(folder: Path, tmp_path: Path) -> None:
     decoder = tiny_decoder(vocab_size=262)
     tokenizer = tiny_tokenizer()

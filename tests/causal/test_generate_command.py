@@ -68,6 +68,7 @@ def test_greedy_is_greedy_whatever_the_model_suggests() -> None:
     speaker = load_speakers(["think"], None, "arithmetic")[0]["think"]
     expected = [reply.text for reply in speaker.reply([speaker.encode("3+4*2")] * 4, Decoding(40))[0]]
     suggested = {"do_sample": True, "temperature": 4.0, "top_p": 0.99, "top_k": 200, "max_length": 9}
+    suggested |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_p": 0.9}
     speaker.model.generation_config.update(**suggested)
     replies = speaker.reply([speaker.encode("3+4*2")] * 4, Decoding(40))[0]
     assert [reply.text for reply in replies] == expected == ["<think>3+4=7;7*2=4</think>4"] * 4
@@ -100,6 +101,22 @@ def test_plain_model_thinks_by_default() -> None:
 def test_what_does_not_end_has_no_answer_and_says_so() -> None:
     result = run("3+4*2", "--model", "arithmetic", "--max-new-tokens", "8")
     assert result.stdout == "\n" and "did not end within 8 tokens" in result.stderr
+
+
+def test_an_answer_ends_where_answers_ended_in_training() -> None:
+    speaker = load_speakers(["think"], None, "arithmetic")[0]["think"]
+    wanted = speaker.reply([speaker.encode("3+4*2")], Decoding(40))[0]
+    for others in (5, [5, 6], None):
+        speaker.model.generation_config.eos_token_id = others
+        assert speaker.reply([speaker.encode("3+4*2")], Decoding(40))[0] == wanted
+
+
+def test_a_question_that_is_too_long_costs_no_earlier_answers(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("1+1\n" + "1+" * 2500)
+    output = tmp_path / "answers.jsonl"
+    output.write_text("mine")
+    result = run("--file", str(tmp_path / "q.txt"), "--checkpoint", str(folder), "-o", str(output))
+    assert result.exit_code == 2 and output.read_text() == "mine"
 
 
 def test_files_and_standard_input(tmp_path: Path) -> None:

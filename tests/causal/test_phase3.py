@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,9 @@ def written(folder: Path, reasoner: str, adapters: bool) -> str:
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.3)
-    save_latent_model(model, TOKENIZER, folder / "model", base=str(base), prompt_form="chat", known=1)
+    save_latent_model(
+        model, TOKENIZER, folder / "model", base=str(base), prompt_form="chat", known=1, held_out_loss=2
+    )
     return str(folder / "model")
 
 
@@ -200,6 +203,23 @@ def test_a_training_step_of_trl_reaches_every_trained_tensor_and_no_frozen_one(
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_equal_rewards_teach_nothing(kl: float, whole: str, tmp_path: Path) -> None:
+    config = config_of(whole, tmp_path, format_weight=0.3, kl=kl, group_size=8)
+    trainer = trainer_of(config)
+    trainer.reward_funcs = [lambda completions, **_: [1.0] * len(completions)] * 2
+    trainer.current_gradient_accumulation_steps = 1
+    optimizer = trainer.create_optimizer()
+    before = snapshot(trainer.model)
+    trainer.training_step(trainer.model, batch_of(trainer), None)
+    optimizer.step()
+    # What is left is how differently model and reference round: AdamW's own epsilon of 1e-8 would let it move
+    # weights by more than half a step.
+    allowed = 0.0 if kl == 0 else 0.05 * config.learning_rate
+    for name, tensor in trainer.model.state_dict().items():
+        assert (tensor - before[name]).abs().max() <= allowed, name
+
+
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
 def test_a_decoder_in_bfloat16(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """As on a GPU: the reasoner alone is float32, and peft keeps a copy of it that is not."""
@@ -292,6 +312,7 @@ def test_evaluation_is_greedy_and_counts_right_answers(
         return [1.0 if int(wanted) < 5 else 0.0 for wanted in answer]
 
     trainer.reward_funcs[0] = constant
+    trainer.model.generation_config.repetition_penalty = 9.0
     found = trainer.evaluate()
     answers = [int(row["answer"]) for row in trainer.eval_dataset]
     assert found["eval_problems"] == 11
@@ -347,6 +368,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
 
     ended = load_latent_model(config.output)
     assert ended.has_adapters == start.has_adapters and ended.base == start.base
+    assert "held_out_loss" not in ended.facts, "that of other weights"
     assert ended.facts["known"] == 1 and ended.facts["phase3_accuracy_after"] == round(result.after.share, 4)
     assert ended.model.config.text_config.vocab_size == start.model.config.text_config.vocab_size
     assert (
@@ -373,10 +395,45 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
     ]
     lines = (config.output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+    # The last update was made before: only what follows it is done again.
+    (config.output / "latent.json").unlink()
+    spy = Spy()
+    finished = train_phase3(replace(config, resume=True), spy)
+    assert (finished.after, spy.steps) == (result.after, [])
+    for name, weight in snapshot(load_latent_model(config.output).model).items():
+        # The original that peft keeps beside what is trained is drawn anew, and computes nothing.
+        assert "original_module" in name or torch.equal(weight, weights[name]), name
     with pytest.raises(InputError, match="begun with seed = 0, not 1"):
         train_phase3(replace(config, resume=True, seed=1))
     with pytest.raises(InputError, match="holds a run already"):
         train_phase3(config)
+    with pytest.raises(InputError, match="choose one"):
+        replace(config, resume=True, overwrite=True)
+
+
+def test_a_run_goes_on_with_its_own_problems(whole: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "problems.jsonl", ((f"{i}+1", str(i + 1)) for i in range(6)))
+    # Two steps an epoch: the run ends within one.
+    config = config_of(whole, tmp_path / "run", dataset=file, eval_samples=2, steps=3, save_every=3)
+    train_phase3(config)
+    spy = Spy()
+    train_phase3(replace(config, resume=True), spy)
+    assert spy.steps == []
+    write(Path(file), ((f"{i}+1", str(i + 1)) for i in range(1, 8)))
+    with pytest.raises(InputError, match="holds other problems than when the run"):
+        train_phase3(replace(config, resume=True))
+    # What cannot begin has replaced nothing.
+    with pytest.raises(InputError, match="cannot be read"):
+        train_phase3(replace(config, dataset="nothing.jsonl", overwrite=True))
+    assert load_latent_model(config.output) and (config.output / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_is_as_asked_for_without_a_warning(wanted: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arguments = grpo_arguments(config_of("none", tmp_path, gradient_checkpointing=wanted))
+    assert arguments.gradient_checkpointing is wanted
 
 
 def test_what_is_rewarded_becomes_likelier_on_problems_not_trained_on(whole: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def correctness(form: Any, prompt: str, completions: list[str], answers: list[str]) -> list[float | None]:
-    reward = correctness_reward(TOKENIZER, form, TAGS)
+    reward = correctness_reward(TOKENIZER, form, TAGS, ENDS)
     return reward(
         prompts=[prompt] * len(completions),
         completions=completions,
@@ -40,23 +40,27 @@ def format_of(form: Any, prompt: str, completion: str) -> float | None:
 @pytest.mark.parametrize("prompt", ["<|assistant|><think>", "<|assistant|>"])
 def test_correctness_reads_the_answer_behind_thinking_and_compares_numbers(prompt: str) -> None:
     cases = [
-        ("</think>1,000.0", "1000", 1.0),
+        (f"</think>1,000.0{END}", "1000", 1.0),
         (f"7</think>8{END}", "7", 0.0),
         (f"8</think>7{END}", "7", 1.0),
-        ("</think>", "7", 0.0),
-        ("7", "7", 0.0 if prompt.endswith("<think>") else 1.0),  # never closed, or never begun
-        ("</think>7<think>", "7", 0.0),
-        ("</think>#### 7\n", "so it is 7 #### 7", 1.0),
+        (f"</think>{END}", "7", 0.0),
+        (f"7{END}", "7", 0.0 if prompt.endswith("<think>") else 1.0),  # never closed, or never begun
+        (f"</think>7<think>{END}", "7", 0.0),
+        (f"</think>#### 7\n{END}", "so it is 7 #### 7", 1.0),
+        ("</think>7", "7", 0.0),  # cut off: 72 may have been meant
     ]
     completions, answers, wanted = (list(column) for column in zip(*cases, strict=True))
     assert correctness("chat", prompt, completions, answers) == wanted
 
 
 def test_correctness_of_plain_text() -> None:
-    completions = [f" 7{END}", "1 7", " 8"]
-    assert correctness("plain", "Answer: <think>", completions, ["7"] * 3) == [1.0, 1.0, 0.0]
+    completions = [f" 7{END}", f"1 7{END}", f" 8{END}", " 7", " 7\nQuestion: 1+2"]
+    wanted = [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert correctness("plain", "Answer: <think>", completions, ["7"] * 5) == wanted
     completions = [f"<think>{text}" for text in completions]
-    assert correctness("plain", "Answer: ", completions, ["7"] * 3) == [1.0, 1.0, 0.0]
+    assert correctness("plain", "Answer: ", completions, ["7"] * 5) == wanted
+    # The answer to a question of its own is none to ours.
+    assert correctness("plain", "Answer: ", [f"<think> 7\nQuestion: 1+2\nAnswer: 3{END}"], ["3"]) == [0.0]
 
 
 def test_an_answer_that_cannot_be_graded_has_no_reward() -> None:
@@ -110,5 +114,5 @@ def test_an_empty_completion_is_of_no_form() -> None:
 
 
 def test_rewards_have_the_names_that_trl_logs() -> None:
-    rewards = correctness_reward(TOKENIZER, "chat", TAGS), format_reward(TOKENIZER, "chat", TAGS, ENDS)
+    rewards = [make(TOKENIZER, "chat", TAGS, ENDS) for make in (correctness_reward, format_reward)]
     assert [reward.__name__ for reward in rewards] == ["correctness", "format"]

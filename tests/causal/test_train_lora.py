@@ -6,6 +6,7 @@ import gc
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llm_trm.models.compression import DimensionCompressor, save_compressor
 from llm_trm.models.sequence_trm import SequenceTRM, save_sequence_trm
 from llm_trm.train import lora_trainer
 from llm_trm.train.distillation import state_distance, states_at, teacher_states, without_adapters
-from llm_trm.train.lora import train_lora
+from llm_trm.train.lora import LoraPlan, LoraReport, train_lora
 from llm_trm.train.lora_data import Collator, Lessons
 from llm_trm.train.lora_metrics import sample_measures, summary
 from llm_trm.train.lora_model import build_trainee
@@ -200,6 +201,51 @@ def test_resumed_training_ends_as_an_undisturbed_one(
     assert lines == [3, 3]
     with pytest.raises(InputError, match="trained with seed 0, not 1"):
         train_lora(settings(world, output=tmp_path / "parts", resume=True, seed=1, **changes))
+
+
+def test_a_finished_run_is_merged_later_and_elsewhere(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter((0.1, 0.2))
+    monkeypatch.setattr(lora_trainer, "summary", lambda measures: {"loss": next(losses)})
+    changes = {"steps": 2, "eval_every": 1}
+    train_lora(settings(world, output=tmp_path / "first", **changes))
+    best = load_latent_model(tmp_path / "first" / "checkpoint-1")
+    last = load_latent_model(tmp_path / "first" / "checkpoint-2")
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert train_lora(settings(world, output=tmp_path / "second", resume=True, merge=True, **changes))
+    merged = load_latent_model(tmp_path / "second")
+    assert not merged.has_adapters
+    ids = torch.tensor([[65, 66, 67, merged.config.think_token_id, 68]])
+    with torch.no_grad():
+        wanted, other, found = (model.model(input_ids=ids).logits for model in (best, last, merged))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, other, atol=1e-3)
+
+
+class Heard(LoraReport):
+    def begin(self, plan: LoraPlan) -> None:
+        self.plan = plan
+
+
+def test_what_is_held_out_is_not_trained_on(world: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(12)]
+    data = str(write_rows(tmp_path / "data.jsonl", [*rows, rows[3]]))
+    val_data = write_rows(tmp_path / "val.jsonl", [{**row, "answer": "0"} for row in rows[2:5]])
+    config = settings(world, output=tmp_path / "run", data=data, val_data=str(val_data), steps=2)
+    heard = Heard()
+    train_lora(config, heard)
+    assert (heard.plan.training, heard.plan.held_out, heard.plan.shared) == (9, 3, 4)
+    with pytest.raises(InputError, match="holds every question"):
+        train_lora(settings(world, output=tmp_path / "no", data=data, val_data=data))
+    # Files that change may hold out what has been trained on.
+    for path in (Path(data), val_data):
+        before = path.read_text()
+        write_rows(path, rows[:4])
+        with pytest.raises(InputError, match="holds other questions than when the run"):
+            train_lora(replace(config, resume=True))
+        path.write_text(before)
+    train_lora(replace(config, resume=True))
 
 
 def test_a_run_that_was_cut_off_early_begins_again(world: Path, tmp_path: Path) -> None:
@@ -427,6 +473,9 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
     refused("is of a sequence reasoner", reasoner={"soft_tokens": 2})
     refused("is of a latents reasoner", reasoner={"reasoner": "sequence", "num_latents": 2})
     refused("choose another folder", output=world / "lm", overwrite=True)
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    refused("holds adapters, and no plain model", model=str(tmp_path / "adapters"))
     refused(
         "cannot be held out", data=str(write_rows(tmp_path / "one.jsonl", [{"question": "1", "answer": "1"}]))
     )

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llm_trm.cli.train_lora import lora
 from llm_trm.data.lessons import lesson
@@ -138,6 +140,14 @@ def test_lessons(form: Any) -> None:
     assert [lessons.longest(index) for index in range(3)] == [
         max(len(lessons[index]["input_ids"]), len(lessons[index]["teacher_ids"])) for index in range(3)
     ]
+    # A tokenizer whose words begin with their space, as most do, has another token for the bare answer.
+    words = Tokenizer(models.WordLevel({"?": 0, "5": 1, "\u01205": 2, "\u0120": 3, "!": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("!", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    spaced = Lessons([solved[2]], PreTrainedTokenizerFast(tokenizer_object=words, eos_token="!"), "plain")[0]
+    assert spaced["labels"][-2:] == [1, 4] and spaced["answer_at"] == len(spaced["input_ids"]) - 3
+
     kept = lessons.kept([2, 0])
     assert kept[0] == lessons[2] and kept[3] == lessons[3] and len(kept) == 2
 
