@@ -21,13 +21,14 @@ from llm_trm.files import read_json
 
 RESULTS = Path(__file__).parent / "results" / "latent.jsonl"
 LEARNING = RESULTS.with_name("latent_learning.jsonl")
+_LEFT_OUT = ("batch_seconds", "checkpoint", "model", "seed")
 #: Stages of the script that end in an evaluation, and the file of each.
 STAGES = {"lora": "lora.json", "phase3": "phase3.json"}
 
 
 def line(stage: str, seed: int, found: dict[str, Any]) -> dict[str, Any]:
-    """One evaluation as a line of the results file: all but the times of single batches."""
-    kept = {name: value for name, value in found.items() if name != "batch_seconds"}
+    """One evaluation as a line of the results file, without batches, folders, and the seed of problems."""
+    kept = {name: value for name, value in found.items() if name not in _LEFT_OUT}
     name = f"latent arithmetic {stage} seed{seed}"
     return {"name": name, "device": found["machine"]["device"], "stage": stage, "seed": seed, **kept}
 

@@ -87,7 +87,7 @@ _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
 @click.option(
     "--learning-rate",
     type=_POSITIVE,
-    default=1e-4,
+    default=3e-5,
     show_default=True,
     help="Peak of warm-up and linear decay.",
 )

@@ -172,6 +172,7 @@ def test_what_a_run_of_the_arithmetic_world_found(tmp_path: Path) -> None:
             "groups": {"5": modes(scale)},
             "ratios": {"gap_closed": 0.8, "tokens": 0.2, "seconds": 0.3},
             "batch_seconds": {"think": [1.0]},
+            "seed": 0,
         }
         (tmp_path / file).write_text(json.dumps(found))
     bench.latent.main([str(tmp_path), "--seed", "7", "--out", str(tmp_path / "latent.jsonl")])
