@@ -191,8 +191,8 @@ def phase2(device: str, **options: Any) -> None:
     \b
     On the arithmetic world, on a CPU:
       llm-trm train phase1 -o runs/phase1
-      llm-trm datagen --max-operand 2 --operations 2 --num-samples 4000 -o data/pairs
-      llm-trm train phase2 -n 2 -T 1 --supervision-steps 2 --batch-size 128 --learning-rate 4e-3
+      llm-trm datagen --min-operations 1 --operations 3 --max-operand 2 --num-samples 10000
+      llm-trm train phase2 -n 2 -T 1 --supervision-steps 2 --batch-size 128 --learning-rate 4e-3 --epochs 30
 
     \b
     SmolLM3-3B on a GPU, as the original did:
