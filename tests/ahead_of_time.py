@@ -3,13 +3,14 @@
 Run as a script, in a process without ``TRITON_INTERPRET=1``; prints one JSON line a configuration.
 
     python tests/ahead_of_time.py sm_90         # or sm_90+tf32: what changes where TF32 is allowed
+    python tests/ahead_of_time.py sm_90+core    # what the recursions of phase 2 and of the paper take, bf16
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -104,8 +105,17 @@ def run_attention(head_size: int, dtype: torch.dtype, everything: bool) -> None:
 
 def shipped(target: Target) -> Iterator[Launch]:
     """One launch of every configuration: kernel, constants, dtypes, warps and stages."""
+    return _distinct(target, lambda: _record_everything(target))
+
+
+def core(target: Target) -> Iterator[Launch]:
+    """Those of the most used recursions."""
+    return _distinct(target, _record_core)
+
+
+def _distinct(target: Target, run: Callable[[], None]) -> Iterator[Launch]:
     with record(target) as launches:
-        _record_everything(target)
+        run()
     seen = set()
     for launch in launches:
         key = describe(launch)
@@ -147,6 +157,11 @@ def run_library() -> None:
         run_recursion("paper-tokens", UNALIGNED, torch.bfloat16, torch.bfloat16)
 
 
+def _record_core() -> None:
+    for family, shape in (("seed", SHAPES[0]), ("paper", SHAPES[2])):
+        run_recursion(family, shape, torch.bfloat16, torch.bfloat16)
+
+
 def _record_everything(target: Target) -> None:
     """Run every launcher at the shapes and dtypes above."""
     for shape in (SHAPES[0], SHAPES[3]):
@@ -181,11 +196,15 @@ def describe(launch: Launch) -> str:
     return f"{name} {','.join(dtypes)} {constants} warps={launch.warps} stages={launch.stages}"
 
 
+#: Behind the ``+`` of a target.
+SELECTIONS: dict[str, Callable[[Target], Iterator[Launch]]] = {"": shipped, "tf32": tf32, "core": core}
+
+
 def main(names: list[str]) -> None:
     for name in names:
-        target_name, _, precision = name.partition("+")
+        target_name, _, selection = name.partition("+")
         target = TARGETS[target_name]
-        for launch in tf32(target) if precision == "tf32" else shipped(target):
+        for launch in SELECTIONS[selection](target):
             compiled = aot.compile_launch(launch, target)
             operand = next(arg for arg in launch.args if isinstance(arg, torch.Tensor))
             row = {
