@@ -177,26 +177,28 @@ class SequenceReasoner(Reasoner):
 
     @torch.no_grad()
     def _lost(self, states: Tensor, compressed: Tensor) -> Tensor:
-        return _share(self.compressor.decompress(compressed) - states, states)
+        error = (self.compressor.decompress(compressed) - states).float().square().sum((1, 2))
+        return error / states.float().square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
 def _out_of_reach(states: Tensor, mask: Tensor, latents: Tensor) -> Tensor:
-    """What no mixture of the latents [B, M, D] gives of the states [B, L, D], as a share, [B]."""
+    """What no mixture of the latents [B, M, D] gives of the states [B, L, D], as a share, [B].
+
+    Nothing as large as the states is made beside them: contexts may have 65k of them.
+    """
     with torch.autocast(states.device.type, enabled=False):
-        states, latents = states.masked_fill(~mask[..., None], 0.0).float(), latents.float()
+        states, latents = states.float(), latents.float()
         gram = latents @ latents.mT  # [B, M, M]
         # Latents that are nearly alike are one: a direction a thousandth as strong as the rest is none.
         ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)
         gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        mixtures = torch.cholesky_solve(latents @ states.mT, torch.linalg.cholesky_ex(gram).L)  # [B, M, L]
-        return _share(mixtures.mT @ latents - states, states)
-
-
-def _share(error: Tensor, states: Tensor) -> Tensor:
-    """Squared norm of errors [B, L, D] over that of the states, [B]."""
-    whole = states.float().square().sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
-    return error.float().square().sum((1, 2)) / whole
+        # Padding may hold anything, NaN too.
+        alike = (latents @ states.mT).masked_fill(~mask[:, None], 0.0)  # [B, M, L]
+        mixtures = torch.cholesky_solve(alike, torch.linalg.cholesky_ex(gram).L)
+        given = (alike * mixtures).sum((1, 2)) + ridge * mixtures.square().sum((1, 2))
+        whole = torch.linalg.vector_norm(states, dim=2).masked_fill(~mask, 0.0).square().sum(1)
+        return (whole - given).clamp(min=0.0) / whole.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def build_reasoner(config: TRMConfig, d_embedding: int) -> Reasoner:
