@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from llm_trm.data.lessons import PromptForm, encode_prompt, question_prompt
+from llm_trm.data.lessons import PromptForm, encode_prompt, prompt_form, question_prompt
 from llm_trm.errors import InputError
 from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
 from llm_trm.models.causal.card import inner
@@ -276,7 +276,7 @@ def _plain_speaker(latent: LatentModel | None, name: str | None, device: torch.d
     if latent is not None and latent.has_adapters and name is None:
         assert latent.base is not None
         tokenizer = _tokenizer(latent.base)
-        return Speaker("no-think", latent.base, latent.model, tokenizer, _form(tokenizer), True)
+        return Speaker("no-think", latent.base, latent.model, tokenizer, prompt_form(tokenizer), True)
     name = name or (latent.base if latent is not None else None)
     if name is None:
         assert latent is not None
@@ -288,7 +288,7 @@ def _plain_speaker(latent: LatentModel | None, name: str | None, device: torch.d
     model = pretrained(AutoModelForCausalLM, name, language_model_source(name), dtype=dtype)
     if isinstance(model, TRMForCausalLM):
         raise InputError(f"--model {name} is a model with a recursion: name it by --checkpoint")
-    return Speaker("no-think", name, model.to(device).eval(), tokenizer, _form(tokenizer))
+    return Speaker("no-think", name, model.to(device).eval(), tokenizer, prompt_form(tokenizer))
 
 
 def _tokenizer(name: str) -> Any:
@@ -296,10 +296,6 @@ def _tokenizer(name: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _form(tokenizer: Any) -> PromptForm:
-    return "chat" if tokenizer.chat_template else "plain"
 
 
 def _why_not(plain: Speaker) -> str | None:

@@ -33,7 +33,7 @@ require("rl", "trl")
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 
-from llm_trm.evaluate.language_model_modes import UNPENALISED  # noqa: E402
+from llm_trm.evaluate.language_model_modes import UNPENALISED, end_tokens  # noqa: E402
 from llm_trm.train.lora_trainer import (  # noqa: E402
     checkpointing_option,
     checkpoints,
@@ -112,7 +112,7 @@ def make_trainer(
     """The trainer of a run, which has not begun."""
     from datasets import Dataset
 
-    judged = latent.tokenizer, latent.prompt_form, _tags(latent), _ends(latent)
+    judged = latent.tokenizer, latent.prompt_form, _tags(latent), end_tokens(latent.model, latent.tokenizer)
     rewards = [correctness_reward(*judged), format_reward(*judged)]
 
     def rows(questions: list[Question]) -> Dataset:
@@ -288,13 +288,6 @@ def _tags(latent: LatentModel) -> tuple[int, int]:
     if think is None or end_think is None:
         raise InputError(f"{latent.name} knows no <think> token: train it with `llm-trm train lora`")
     return think, end_think
-
-
-def _ends(latent: LatentModel) -> set[int]:
-    """Ids of the tokens that end a completion, as TRL finds them."""
-    ends = latent.model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-    return {*ends, latent.tokenizer.eos_token_id} - {None}
 
 
 def _keep_completions(path: Path, until: int) -> None:
