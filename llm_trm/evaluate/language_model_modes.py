@@ -16,7 +16,7 @@ from llm_trm.data.lessons import PromptForm, encode_prompt, prompt_form, questio
 from llm_trm.errors import InputError
 from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
 from llm_trm.models.causal.card import inner
-from llm_trm.models.causal.loading import LatentModel, load_latent_model
+from llm_trm.models.causal.loading import ADAPTERS_FILE, LatentModel, load_latent_model
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import think_ids
 from llm_trm.models.loading import language_model_source, pretrained
@@ -34,8 +34,6 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 #: Of ``generate``: no token is less likely than the model says for having been written before. What is not
 #: said here, the model's own settings say, as those of many instruction-tuned models do.
 UNPENALISED: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-
-_ADAPTERS_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ def _plain_speaker(latent: LatentModel | None, name: str | None, device: torch.d
     if name is None:
         assert latent is not None
         return f"{latent.name} does not say what its base was: name it by --model"
-    if (Path(name) / _ADAPTERS_FILE).exists():
+    if (Path(name) / ADAPTERS_FILE).exists():
         raise InputError(f"--model {name} holds adapters, and no plain model: name it by --checkpoint")
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     tokenizer = _tokenizer(name)

@@ -14,6 +14,7 @@ from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.models.causal import TRMForCausalLM, add_lora, add_think_tokens, think_ids
 from llm_trm.models.causal.creation import train_reasoner
+from llm_trm.models.causal.loading import ADAPTERS_FILE
 from llm_trm.models.causal.starting import require_width, start_from_phase2
 from llm_trm.models.loading import language_model_source, pretrained
 from llm_trm.train.lora_config import LoraTrainingConfig
@@ -51,7 +52,7 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
 
     start = None if config.trm is None else start_from_phase2(config.trm)
     source = language_model_source(config.model)
-    if (Path(source) / "adapter_config.json").exists():
+    if (Path(source) / ADAPTERS_FILE).exists():
         # Otherwise peft would look for their base on the hub.
         raise InputError(
             f"--model {config.model} holds adapters, and no plain model: name the language model itself"

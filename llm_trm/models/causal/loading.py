@@ -19,7 +19,9 @@ from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.loading import language_model_source, no_bars, pretrained
 
-_ADAPTERS_FILE, _CONFIG_FILE = "adapter_config.json", "config.json"
+#: Beside adapters, and nothing else.
+ADAPTERS_FILE = "adapter_config.json"
+_CONFIG_FILE = "config.json"
 _REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wrote"
 
 
@@ -100,8 +102,8 @@ def clear_model(folder: Path) -> None:
 
     Adapters of an older model would be loaded in place of a whole one that is written beside them.
     """
-    patterns = (FACTS_FILE, EVALUATION_FILE, "adapter_config.json", "adapter_model.safetensors")
-    for pattern in (*patterns, "config.json", "model.safetensors*", "model-*.safetensors"):
+    patterns = (FACTS_FILE, EVALUATION_FILE, ADAPTERS_FILE, "adapter_model.safetensors")
+    for pattern in (*patterns, _CONFIG_FILE, "model.safetensors*", "model-*.safetensors"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -131,7 +133,7 @@ def load_latent_model(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if (source / _ADAPTERS_FILE).exists():
+    if (source / ADAPTERS_FILE).exists():
         model = _with_adapters(source, known, tokenizer, device, dtype)
     else:
         kind = read_json(source / _CONFIG_FILE, _REMEDY).get("model_type")
