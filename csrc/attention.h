@@ -12,13 +12,25 @@ TRM_INLINE void narrow_product(int height, int64_t depth, const float* a, ptrdif
                                int64_t columns, float* c, ptrdiff_t ldc, bool accumulate, Ahead ahead) {
     int64_t n = 0;
     for (; n + kPanel <= columns; n += kPanel)
-        tiles<kPanelVectors, Columns>.of_rows[height](depth, a, lda, b + n, ldb, c + n, ldc, accumulate, ahead);
-    if (n < columns) tiles<1, Columns>.of_rows[height](depth, a, lda, b + n, ldb, c + n, ldc, accumulate, ahead);
+        tiles<kPanelVectors, Columns>.of_rows[height](depth, a, lda, {b + n, ldb, 0}, c + n, ldc, accumulate, ahead);
+    if (n < columns) tiles<1, Columns>.of_rows[height](depth, a, lda, {b + n, ldb, 0}, c + n, ldc, accumulate, ahead);
 }
 
 // Keys of one head as products read them: transposed, by panels of keys.
 TRM_INLINE float* key_at(float* keys, int64_t key, int64_t size) {
     return keys + key / kPanel * size * kPanel + key % kPanel;
+}
+
+// `count` rows of `size` floats, `ld` floats apart, as columns of a panel at `to`: the first W, or all and zeros.
+TRM_INLINE void turn_rows(const float* from, ptrdiff_t ld, int64_t count, int64_t size, float* to) {
+    for (int64_t e = 0; e < size; e += W) {
+        const int left = static_cast<int>(lesser(W, size - e));
+        Vec square[W];
+        for (int64_t i = 0; i < W; ++i)
+            square[i] = i >= count ? Vec{} : left == W ? load(from + i * ld + e) : load_first(from + i * ld + e, left);
+        transpose(square);
+        for (int i = 0; i < left; ++i) store(to + (e + i) * kPanel, square[i]);
+    }
 }
 
 // Rows [first, last) of one sample, all of them rows of the caller's chunk.
@@ -88,7 +100,7 @@ inline void attend(const Sizes& s, const Samples& samples, const AttentionInput&
                 const float* q = in.qkv + row * ldqkv + head * s.head;
                 for (int64_t p = 0; p < panels; ++p) {
                     const float* panel = keys + p * s.head * kPanel;
-                    tiles<kPanelVectors, false>.of_rows[height](s.head, q, ldqkv, panel, kPanel,
+                    tiles<kPanelVectors, false>.of_rows[height](s.head, q, ldqkv, {panel, kPanel, 0},
                                                                 scratch.scores + p * kPanel, ldscores, false,
                                                                 next_keys);
                     next_keys.from += s.head * next_keys.step;
@@ -128,16 +140,25 @@ inline void share_keys(const Sizes& s, const Samples& samples, const AttentionIn
     const ptrdiff_t ldqkv = row_stride(3 * s.width);
     for_stretches(samples, first, last, [&](Stretch part) {
         const int64_t start = samples.starts[part.sample];
-        for (int64_t row = part.first; row < part.last; ++row) {
+        const auto keys = [&](int64_t head) {
+            return in.keys + (head * in.all_keys + in.first_key[part.sample]) * s.head;
+        };
+        for (int64_t row = part.first; row < part.last;) {
+            // Whole vectors of a panel at a time, but where other threads hold some of their keys.
+            const int64_t key = row - start, count = key % W == 0 && row + W <= part.last ? W : 1;
             const float* k = in.qkv + row * ldqkv + s.width;
-            const float* v = k + s.width;
             for (int64_t head = 0; head < s.heads; ++head) {
-                float* keys = in.keys + (head * in.all_keys + in.first_key[part.sample]) * s.head;
-                float* key = key_at(keys, row - start, s.head);
-                for (int64_t e = 0; e < s.head; ++e) key[e * kPanel] = k[head * s.head + e];
-                float* value = in.values + (head * in.rows + row) * s.padded_head;
-                read_row<W>(v + head * s.head, s.head, value);
+                float* to = key_at(keys(head), key, s.head);
+                if (count == W) {
+                    turn_rows(k + head * s.head, ldqkv, W, s.head, to);
+                } else {
+                    for (int64_t e = 0; e < s.head; ++e) to[e * kPanel] = k[head * s.head + e];
+                }
+                const float* v = k + s.width + head * s.head;
+                float* values = in.values + (head * in.rows + row) * s.padded_head;
+                for (int64_t i = 0; i < count; ++i) read_row<W>(v + i * ldqkv, s.head, values + i * s.padded_head);
             }
+            row += count;
         }
     });
 }
@@ -188,10 +209,9 @@ inline void attend_backward(const Sizes& s, int64_t start, int64_t length, int64
     const float* grad = in.grad + start * ldgrad + head * size;
     for (int64_t r = 0; r < length; ++r) {
         const float *q = qkv + r * ldqkv, *k = q + s.width, *v = k + s.width, *d = grad + r * ldgrad;
-        float *key = key_at(t.keys, r, size), *value = key_at(t.values, r, size);
-        for (int64_t e = 0; e < size; ++e) {
-            key[e * kPanel] = k[e];
-            value[e * kPanel] = v[e];
+        if (r % W == 0) {
+            turn_rows(k, ldqkv, length - r, size, key_at(t.keys, r, size));
+            turn_rows(v, ldqkv, length - r, size, key_at(t.values, r, size));
         }
         read_row<W>(q, size, t.query_rows + r * padded);
         read_row<W>(k, size, t.key_rows + r * padded);
@@ -204,10 +224,11 @@ inline void attend_backward(const Sizes& s, int64_t start, int64_t length, int64
             const float* q = t.query_rows + (first + offset) * padded;
             const float* d = t.grad_rows + (first + offset) * padded;
             for (int64_t p = 0; p < panels_of(length); ++p) {
-                tiles<kPanelVectors, false>.of_rows[height](size, q, padded, t.keys + p * size * kPanel, kPanel,
-                                                            weights + p * kPanel, ldscores, false, Ahead{q, 0});
-                tiles<kPanelVectors, false>.of_rows[height](size, d, padded, t.values + p * size * kPanel, kPanel,
-                                                            scores + p * kPanel, ldscores, false, Ahead{q, 0});
+                const float *key = t.keys + p * size * kPanel, *value = t.values + p * size * kPanel;
+                tiles<kPanelVectors, false>.of_rows[height](size, q, padded, {key, kPanel, 0}, weights + p * kPanel,
+                                                            ldscores, false, Ahead{q, 0});
+                tiles<kPanelVectors, false>.of_rows[height](size, d, padded, {value, kPanel, 0}, scores + p * kPanel,
+                                                            ldscores, false, Ahead{q, 0});
             }
             for (int i = 0; i < height; ++i) {
                 const int64_t row = start + first + offset + i;

@@ -90,7 +90,12 @@ private:
     void through_mlp(const Mlp& m, const float* grad, ptrdiff_t ld, int64_t first, int64_t last) {
         const ptrdiff_t ldup = row_stride(m.columns), ldrows = row_stride(m.width);
         product(last - first, m.width, grad, ld, m.down_matrix.backward, panels_of(m.inner), t_.partial,
-                [&](int64_t i, int64_t panel, const Vec* v) { activation(m, first + i, panel, v); });
+                [&](int64_t i, int64_t panel, const Vec* v) { activation(m, first + i, panel, v); },
+                [&](int64_t i, int height, int64_t panel) {
+                    const int64_t read = m.gated ? kPanelVectors : 1;  // panels of what the activation read
+                    for (int64_t q = panel * read; q < lesser((panel + 1) * read, panels_of(m.columns)); ++q)
+                        fetch(m.kept.at(first + i, q * kPanel), kPanel, height);
+                });
         product(last - first, m.columns, m.up_gradient + first * ldup, ldup, m.up_matrix.backward, panels_of(m.width),
                 t_.partial, [&](int64_t i, int64_t panel, const Vec* v) { put(t_.rows + i * ldrows, panel, v); });
     }
@@ -102,8 +107,13 @@ private:
         for (int64_t r = first; r < last; ++r) {
             const float* grad = g_.attended + r * ld_;
             for (int64_t head = 0; head < s_.heads; ++head) {
-                float total = 0.0f;
-                for (int64_t c = head * s_.head; c < (head + 1) * s_.head; ++c) total += grad[c] * *kept.mixed.at(r, c);
+                int64_t c = head * s_.head;
+                const int64_t end = c + s_.head;
+                Vec sums = {};
+                // Whole vectors where none of them crosses from one panel to the next.
+                for (; s_.head % W == 0 && c < end; c += W) sums += load(grad + c) * load(kept.mixed.at(r, c));
+                float total = sum(sums);
+                for (; c < end; ++c) total += grad[c] * *kept.mixed.at(r, c);
                 g_.delta[head * p_.batch.rows + r] = total;
             }
         }

@@ -221,6 +221,9 @@ private:
                     const float* bias = m.bias + panel * kPanel;
                     TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j)
                         store(to + j * W, load(to + j * W) + (v[j] + load(bias + j * W)));
+                },
+                [&](int64_t i, int height, int64_t panel) {
+                    fetch(h(first + i) + panel * kPanel, row_stride(s_.width), height);
                 });
     }
 

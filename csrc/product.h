@@ -12,7 +12,9 @@ constexpr int64_t kChunkRows = 12 * 14 / kTileRows * kTileRows;
 // partial sums of a chunk the second.
 constexpr int64_t kDepth = 512;
 constexpr int64_t kPartPanels = 1024 / kPanel;
-constexpr int64_t kPartialSize = kChunkRows * kPartPanels * kPanel;
+// No multiple of 4 KiB from row to row: those of a tile would share a set of the first-level cache.
+constexpr int64_t kPartialRow = kPartPanels * kPanel + 16;
+constexpr int64_t kPartialSize = kChunkRows * kPartialRow;
 
 constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
@@ -27,12 +29,38 @@ struct Panels {
     static constexpr int64_t size(int64_t rows, int64_t columns) { return panels_of(columns) * rows * kPanel; }
 };
 
+// The panels that come next, [depth, kPanel] each and `distance` floats apart: the tiles share them out among them.
+class NextPanels {
+public:
+    NextPanels(const float* first, ptrdiff_t distance, int64_t depth, int64_t panels, int64_t tiles)
+        : first_(first), distance_(distance), depth_(depth), each_((tiles + panels - 1) / panels),
+          step_((kPanel + each_ - 1) / each_) {}
+
+    // What the next tile fetches.
+    TRM_INLINE Ahead share() {
+        const int64_t panel = tile_ >= each_, place = tile_++ - panel * each_;
+        return {first_ + panel * distance_ + place * depth_ * step_, step_};
+    }
+
+private:
+    const float* first_;
+    ptrdiff_t distance_;
+    int64_t depth_, each_;  // tiles a panel
+    ptrdiff_t step_;
+    int64_t tile_ = 0;
+};
+
+struct FetchNothing {
+    void operator()(int64_t, int, int64_t) const {}
+};
+
 // A [rows, depth] times a matrix [depth, panels * kPanel] given by panels. Every row of the result is handed on as
-// finish(row, panel, vectors). `partial` [kPartialSize] is read where the depth takes several parts.
-template <class Finish>
+// finish(row, panel, vectors). `partial` [kPartialSize] is read where the depth takes several parts. fetch_first(row,
+// height, panel) is called before a tile runs whose rows are finished next, to fetch what `finish` reads.
+template <class Finish, class FetchFirst = FetchNothing>
 TRM_INLINE void product(int64_t rows, int64_t depth, const float* a, ptrdiff_t lda, const float* b, int64_t panels,
-                        float* partial, Finish&& finish) {
-    alignas(64) float whole[kTileRows * kPanel];
+                        float* partial, Finish&& finish, FetchFirst&& fetch_first = {}) {
+    alignas(64) float whole[greater(kTileRows, 2 * kWideRows) * kPanel];
     const int64_t parts = (depth + kDepth - 1) / kDepth;
     const int64_t part_depth = (depth + parts - 1) / parts;
     const int64_t part_panels = parts == 1 ? panels : kPartPanels;
@@ -41,31 +69,34 @@ TRM_INLINE void product(int64_t rows, int64_t depth, const float* a, ptrdiff_t l
         for (int64_t k = 0; k < depth; k += part_depth) {
             const int64_t now = lesser(part_depth, depth - k);
             const bool last = k + now == depth;
-            for (int64_t p = p0; p < p1; ++p) {
-                const float* panel = b + (p * depth + k) * kPanel;
-                // The tiles share out the next panel among them.
-                Ahead ahead{panel + depth * kPanel, (kPanel + tiles_of(rows) - 1) / tiles_of(rows)};
-                for_tiles(rows, [&](int64_t first, int height) {
-                    float* c = parts == 1 ? whole : partial + (first * kPartPanels + p - p0) * kPanel;
-                    const ptrdiff_t ldc = parts == 1 ? kPanel : kPartPanels * kPanel;
-                    tiles<kPanelVectors, false>.of_rows[height](now, a + first * lda + k, lda, panel, kPanel, c, ldc,
-                                                                k > 0, ahead);
-                    ahead.from += now * ahead.step;
+            for (int64_t p = p0, wide; p < p1; p += wide) {
+                wide = panels_at_once(p1 - p);
+                const Right right{b + (p * depth + k) * kPanel, kPanel, depth * kPanel};
+                NextPanels next(right.at + wide * right.panel, right.panel, now, wide, tiles_of(rows, most_rows(wide)));
+                const auto run = [&](int64_t first, int height) {
+                    float* c = parts == 1 ? whole : partial + first * kPartialRow + (p - p0) * kPanel;
+                    const ptrdiff_t ldc = parts == 1 ? wide * kPanel : kPartialRow;
+                    if (last)
+                        for (int64_t q = 0; q < wide; ++q) fetch_first(first, height, p + q);
+                    tile_of<false>(wide, height)(now, a + first * lda + k, lda, right, c, ldc, k > 0, next.share());
                     if (!last) return;
                     for (int i = 0; i < height; ++i) {
-                        Vec v[kPanelVectors];
-                        TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) v[j] = load(c + i * ldc + j * W);
-                        finish(first + i, p, v);
+                        for (int64_t q = 0; q < wide; ++q) {
+                            Vec v[kPanelVectors];
+                            TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j)
+                                v[j] = load(c + i * ldc + q * kPanel + j * W);
+                            finish(first + i, p + q, v);
+                        }
                     }
-                });
+                };
+                for_tiles(rows, run, most_rows(wide));
             }
         }
     }
 }
 
 // The gradient of a weight is summed over rows by groups of tiles of its own rows; a panel of inputs serves them all.
-constexpr int64_t kGroupTiles = 4;
-constexpr int64_t kGroupRows = kGroupTiles * kTileRows;
+constexpr int64_t kGroupRows = kWideRows > 0 ? 10 * kWideRows : 4 * kTileRows;
 constexpr int64_t kGradientDepth = 512;
 constexpr int64_t kSummed = 32;
 // Scratch of weight_gradient, with room for the last vector's width.
@@ -83,7 +114,9 @@ inline void weight_gradient(int64_t group, int64_t rows, int64_t outputs, int64_
     for (int64_t k = 0; k < rows; k += kGradientDepth) {
         const int64_t now = lesser(kGradientDepth, rows - k);
         const bool add = accumulate || k > 0;
-        for_tiles(count, [&](int64_t first, int height) {
+        // The columns of dY lie as tall tiles read them, those of the last panel too.
+        const int64_t most = most_rows(panels_at_once(panels_of(inputs)));
+        const auto pack = [&](int64_t first, int height) {
             constexpr int kVectors = (kTileRows + W - 1) / W;
             float* packed = scratch + first * kGradientDepth;
             const float* from = dy + k * ldy + begin + first;
@@ -108,16 +141,17 @@ inline void weight_gradient(int64_t group, int64_t rows, int64_t outputs, int64_
                 float& bias = db[begin + first + i];
                 bias = add ? bias + totals[i] : totals[i];
             }
-        });
-        for (int64_t column = 0; column < inputs; column += kPanel) {
-            Ahead ahead{x.at(k, column + kPanel), kPanel / kGroupTiles};
-            for_tiles(count, [&](int64_t first, int height) {
-                tiles<kPanelVectors, true>.of_rows[height](now, scratch + first * kGradientDepth, height,
-                                                           x.at(k, column), kPanel,
-                                                           dw + (begin + first) * ldw + column, ldw, add,
-                                                           ahead);
-                ahead.from += now * ahead.step;
-            });
+        };
+        for_tiles(count, pack, most);
+        for (int64_t p = 0, wide; p < panels_of(inputs); p += wide) {
+            wide = panels_at_once(panels_of(inputs) - p);
+            const Right right{x.at(k, p * kPanel), kPanel, x.rows * kPanel};
+            NextPanels next(right.at + wide * right.panel, right.panel, now, wide, tiles_of(count, most));
+            const auto run = [&](int64_t first, int height) {
+                tile_of<true>(wide, height)(now, scratch + first * kGradientDepth, height, right,
+                                            dw + (begin + first) * ldw + p * kPanel, ldw, add, next.share());
+            };
+            for_tiles(count, run, most);
         }
     }
 }

@@ -21,6 +21,8 @@ constexpr int W = TRM_WIDTH;
 constexpr int kTileRows = TRM_TILE_ROWS;
 constexpr int kPanelVectors = 2;
 constexpr int kPanel = kPanelVectors * W;  // columns of a panel of a packed matrix
+// Rows of a tile that is two panels wide, or 0 where there are too few registers for one.
+constexpr int kWideRows = W == 16 ? 6 : 0;
 
 typedef float Vec __attribute__((vector_size(W * 4)));
 typedef uint32_t Bits __attribute__((vector_size(W * 4)));
@@ -33,12 +35,20 @@ TRM_INLINE Vec splat(float x) { return x - Vec{}; }
 
 // The first `count` floats, the others 0; and back.
 TRM_INLINE Vec load_first(const float* p, int count) {
+#ifdef __AVX512F__
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
     Vec v = {};
     for (int i = 0; i < count; ++i) v[i] = p[i];
     return v;
+#endif
 }
 TRM_INLINE void store_first(float* p, Vec v, int count) {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#else
     for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
 }
 
 TRM_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }

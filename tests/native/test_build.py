@@ -193,26 +193,27 @@ def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
-@pytest.mark.parametrize(("name", "rows"), [("avx512", 14), ("avx2", 6), ("portable", 6)])
-def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, rows: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "vectors"), [("avx512", 2), ("avx512", 4), ("avx2", 2), ("portable", 2)])
+def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, vectors: int, tmp_path: Path) -> None:
     """A sum that spills to the stack costs a fifth of the speed, which no test of results would show."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     lines = (ROOT / "CMakeLists.txt").read_text()
     found = re.search(rf"add_kernels\(\s*{name} (\d+) (\d+)([^)]*)\)", lines)
-    assert found is not None and int(found[2]) == rows
+    assert found is not None
+    rows = 6 if vectors == 4 else int(found[2])
     source = tmp_path / "tile.cpp"
     source.write_text(
         f'#include "{ROOT}/csrc/micro_kernel.h"\n'
         + "".join(
-            f"template void trm::{name}::tile<{rows}, 2, {columns}>(int64_t, const float*, ptrdiff_t, "
-            "const float*, ptrdiff_t, float*, ptrdiff_t, bool, trm::%s::Ahead);\n" % name
+            f"template void trm::{name}::tile<{rows}, {vectors}, {columns}>(int64_t, const float*, "
+            f"ptrdiff_t, trm::{name}::Right, float*, ptrdiff_t, bool, trm::{name}::Ahead);\n"
             for columns in ("false", "true")
         )
     )
     flags = ["-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", *found[3].split()]
-    flags += [f"-DTRM_ISA={name}", f"-DTRM_WIDTH={found[1]}", f"-DTRM_TILE_ROWS={rows}"]
+    flags += [f"-DTRM_ISA={name}", f"-DTRM_WIDTH={found[1]}", f"-DTRM_TILE_ROWS={found[2]}"]
     assembly = subprocess.run(
         [compiler, *flags, "-S", source, "-o", "-"], check=True, capture_output=True, text=True
     ).stdout
