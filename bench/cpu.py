@@ -2,9 +2,9 @@
 
 A case is one latent recursion (n = 6), forward, or forward and backward. All candidates of a case are timed
 in one process, taking turns; a sample counts if a burst of arithmetic before and after it ran at 0.9 of the
-best rate of the case, or more. A candidate whose error against float64 breaks the tolerance rule gets no
-speed. One line of JSON a case is appended to bench/results/native.jsonl; ``python -m bench.report`` draws
-docs/cpu.md.
+rate that the case's bursts reach, or more. A candidate whose error against float64 breaks the tolerance
+rule gets no speed. One line of JSON a case is appended to bench/results/native.jsonl;
+``python -m bench.report`` draws docs/cpu.md.
 """
 
 from __future__ import annotations

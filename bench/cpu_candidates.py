@@ -99,7 +99,9 @@ CANDIDATES: dict[str, Candidate] = {
         written_out(reference_network),
         "the same rewritten for `scaled_dot_product_attention`: the reference, padded, with a mask",
     ),
-    "compile": Candidate(_backend("compile"), "the `compile` backend: the reference under torch.compile"),
+    "compile": Candidate(
+        _backend("compile"), "the `compile` backend: the reference under torch.compile, ragged rows packed"
+    ),
     "freezing": Candidate(
         written_out(reference_network, compiled=True),
         "the reference under torch.compile with Inductor's `freezing`: weights are constants, prepacked",

@@ -28,6 +28,8 @@ BASELINES = (EAGER, ORIGINAL)
 
 #: Fewest quiet samples that a median is taken of.
 MIN_QUIET = MIN_ROUNDS
+#: Of a candidate's 20th percentile: where the 80th is more, the quiet check saw too little.
+MOST_SPREAD = 1.5
 #: Times that the timed rounds of a case are taken, until every candidate has enough quiet samples.
 _TRIES = 3
 
@@ -37,12 +39,13 @@ class Row:
     """One candidate on one number of threads. Figures that were not taken, or are withheld, are None.
 
     Attributes:
-        status: ``ok``, ``wrong`` (breaks the tolerance rule), ``noisy`` (too few quiet samples), ``not run``
-            (cannot serve the case) or ``failed`` (raised an error).
+        status: ``ok``, ``wrong`` (breaks the tolerance rule), ``noisy`` (too few quiet samples, or too
+            unlike), ``not run`` (cannot serve the case) or ``failed`` (raised an error).
         reason: Why the status is not ``ok``.
         median_ms, p20_ms, p80_ms: Milliseconds a call.
         samples: Quiet samples behind them.
         dropped: Samples beside a slow burst.
+        fastest_ms: Milliseconds of the fastest call, dropped ones included: interruptions only add to a call.
         gflops: 1e9 operations on valid rows a second.
         share: Of the measured FMA peak.
         ratio: Median of each baseline over this row's.
@@ -59,6 +62,7 @@ class Row:
     p80_ms: float | None = None
     samples: int = 0
     dropped: int = 0
+    fastest_ms: float | None = None
     gflops: float | None = None
     share: float | None = None
     ratio: dict[str, float] = field(default_factory=dict)
@@ -153,7 +157,7 @@ def run_case(
             {
                 "threads": threads,
                 "fma_peak_gflops": machine[threads].peak,
-                "best_burst_gflops": machine[threads].best,
+                "burst_gflops": machine[threads].reached(),
                 "burst": machine[threads].kind,
                 "measured": [asdict(row) for row in measured],
             }
@@ -231,6 +235,7 @@ def _time(ready: Mapping[str, _Ready], work: CpuCase, bursts: Bursts, seconds: f
             samples[name] += [sample for sample in timing.samples if isinstance(sample, Sample)]
         if all(len(bursts.quiet(samples[name])) >= MIN_QUIET for name in alive):
             break
+    bursts.raise_peak()
     for name, entry in alive.items():
         _fill(entry.row, samples[name], work, bursts)
     medians = {name: entry.row.median_ms for name, entry in alive.items()}
@@ -244,11 +249,16 @@ def _time(ready: Mapping[str, _Ready], work: CpuCase, bursts: Bursts, seconds: f
 def _fill(row: Row, samples: Sequence[Sample], work: CpuCase, bursts: Bursts) -> None:
     kept = bursts.quiet(samples)
     row.samples, row.dropped = len(kept), len(samples) - len(kept)
+    row.fastest_ms = 1e3 * min(samples) if samples else None
     if len(kept) < MIN_QUIET:
         row.status = "noisy"
         row.reason = f"{len(kept)} of {len(samples)} samples were quiet, {MIN_QUIET} are needed"
         return
     timing = Timing(tuple(kept))
+    if timing.p80 > MOST_SPREAD * timing.p20:
+        row.status = "noisy"
+        row.reason = f"p80 is {timing.p80 / timing.p20:.1f} times p20 among {len(kept)} samples"
+        return
     row.median_ms, row.p20_ms, row.p80_ms = (1e3 * t for t in (timing.median, timing.p20, timing.p80))
     row.gflops = work.flops / timing.median * 1e-9
     if bursts.peak is not None:

@@ -128,14 +128,22 @@ def _count(threads: int) -> str:
     return f"{threads} thread{'s' * (threads > 1)}"
 
 
-def _speed(row: Mapping[str, Any] | None) -> str:
-    """Ratio against eager, or why there is none."""
+def _speed(row: Mapping[str, Any] | None, eager: Mapping[str, Any] | None) -> str:
+    """Ratio against eager, in brackets that of the fastest calls, or why there is none."""
     if row is None:
         return "-"
-    if row["status"] != "ok":
+    if row["status"] not in ("ok", "noisy"):
         return "WRONG" if row["status"] == "wrong" else str(row["status"])
     ratio = row["ratio"].get(_BASELINE)
-    return "-" if ratio is None else f"{ratio:.2f}x"
+    if ratio is not None:
+        return f"{ratio:.2f}x"
+    fastest = _fastest_ratio(row, eager)
+    return fastest if fastest == "-" else f"({fastest})"
+
+
+def _fastest_ratio(row: Mapping[str, Any], eager: Mapping[str, Any] | None) -> str:
+    mine, theirs = row.get("fastest_ms"), eager.get("fastest_ms") if eager else None
+    return f"{theirs / mine:.2f}x" if mine and theirs else "-"
 
 
 def _share(row: Mapping[str, Any] | None) -> str:
@@ -160,7 +168,7 @@ def _summary(measured: Sequence[Measurement]) -> str:
         eager, ours = found.row(_BASELINE), found.row(_OURS)
         cells = [found.shape, str(found.threads)]
         cells.append(_milliseconds(eager))
-        cells += [_speed(found.row(name)) for name in others]
+        cells += [_speed(found.row(name), eager) for name in others]
         cells += [number(ours["gflops"]) if ours else "-", _share(ours), _scaling(ours)]
         lines.append(cells)
     return _table(lines)
@@ -179,7 +187,16 @@ def _scaling(row: Mapping[str, Any] | None) -> str:
 
 
 _HEAD = ("threads", "candidate", "ms", "p20", "p80", "GF/s", "of FMA peak")
-_TAIL = ("vs eager", "vs original", "scaling", "samples", "dropped", "error (y / gradients)")
+_TAIL = (
+    "vs eager",
+    "vs original",
+    "scaling",
+    "samples",
+    "dropped",
+    "fastest, ms",
+    "vs eager's",
+    "error (y / gradients)",
+)
 
 
 def _details(measured: Sequence[Measurement]) -> str:
@@ -196,7 +213,8 @@ def _details(measured: Sequence[Measurement]) -> str:
                 ratio = row["ratio"].get(baseline)
                 one = "1" if row["candidate"] == baseline and row["status"] == "ok" else "-"
                 cells.append(one if ratio is None else f"{ratio:.2f}x")
-            cells += [_scaling(row), str(row["samples"]), str(row["dropped"]), _errors(row)]
+            cells += [_scaling(row), str(row["samples"]), str(row["dropped"])]
+            cells += [number(row.get("fastest_ms")), _fastest_ratio(row, found.row(_BASELINE)), _errors(row)]
             lines.append(cells)
     return _table(lines)
 
