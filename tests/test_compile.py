@@ -29,11 +29,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    compiled._compiled.cache_clear()
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     torch.compiler.reset()
     compiled._compiled.cache_clear()
+    compiled._compiled_rows.cache_clear()
 
 
 def build(**options: Any) -> TinyRecursiveNetwork:
@@ -174,3 +178,67 @@ def test_the_compile_backend_computes_the_reference() -> None:
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
     for (name, ours), theirs in zip(net.named_parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def ragged(*lengths: int) -> Tensor:
+    """A mask [B, L]."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def results(net: TinyRecursiveNetwork, mask: Tensor, backend: str, **options: Any) -> list[Tensor]:
+    """y, z and all gradients of a recursion on a padded batch."""
+    torch.manual_seed(0)
+    like = next(net.parameters())
+    states = [torch.randn(*mask.shape, net.config.d_model).to(like).requires_grad_() for _ in range(3)]
+    net.zero_grad()
+    with use_backend(backend):
+        y, z = deep_recursion(net, *states, 2, 2, mask=mask, **options)
+    (y.square().sum() + z.square().sum()).backward()
+    return [y, z, *(tensor.grad for tensor in (*states, *net.parameters()) if tensor.grad is not None)]
+
+
+@pytest.mark.parametrize("options", [{}, {"family": "scratch"}, {"family": "paper"}], ids=str)
+def test_padding_is_left_out(options: dict[str, Any], traced: list[torch.fx.GraphModule]) -> None:
+    """Compiled are the rows before and behind an attention, in each grad mode."""
+    net, mask = build(**options).double(), ragged(7, 3, 5)
+    for memory in ("fast", "small"):
+        ours, expected = (results(net, mask, name, memory=memory) for name in ("compile", "eager"))
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+        assert len(traced) == 4
+    assert {graph_rows(graph) for graph in traced} == {15}
+
+
+def graph_rows(graph: torch.fx.GraphModule) -> int:
+    """The rows of the stream that a graph takes."""
+    shapes = [node.meta["example_value"].shape for node in graph.graph.nodes if node.op == "placeholder"]
+    return next(int(shape[0]) for shape in shapes if len(shape) == 2 and shape[1] == 32)
+
+
+def test_lengths_do_not_compile_again(traced: list[torch.fx.GraphModule]) -> None:
+    net = build()
+    for lengths in ((7, 3), (9, 4, 2), (5, 8)):
+        results(net, ragged(*lengths), "compile")
+    warm = len(traced)
+    assert warm <= 8
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((12, 1), (3, 2, 2, 6), (31, 7, 7)):
+            results(net, ragged(*lengths), "compile")
+    assert len(traced) == warm
+
+
+def test_frozen_networks_compile_no_backward(traced: list[torch.fx.GraphModule]) -> None:
+    net, mask = build().requires_grad_(False), ragged(7, 3)
+    states = torch.randn(3, 2, 7, 32)
+    with use_backend("compile"):
+        y, _ = deep_recursion(net, *states, 1, 1, mask=mask)  # type: ignore[misc]
+    assert not y.requires_grad
+    assert len(traced) == 2
+
+
+@pytest.mark.slow
+def test_packed_rows_through_inductor() -> None:
+    net, mask = TinyRecursiveNetwork(16, 1, 2), ragged(5, 2)
+    if (reason := backends.refusal("compile", net, torch.randn(2, 5, 16))) is not None:
+        pytest.skip(reason)
+    for ours, expected in zip(results(net, mask, "compile"), results(net, mask, "eager"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)

@@ -307,7 +307,7 @@ def test_transforms_and_fake_tensors_stay_padded(ran: list[int]) -> None:
     assert not ran
 
 
-@pytest.mark.parametrize("name", ["compile", "triton", "native"])
+@pytest.mark.parametrize("name", ["triton", "native"])
 def test_other_backends_have_none(name: str) -> None:
     assert backends.BACKENDS[name].packed is None
 

@@ -104,7 +104,7 @@ def _run_eager(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return net.forward_eager(x, mask)
 
 
-def _eager_refuses_packed(net: FusedModule, states: Sequence[Tensor], mask: Tensor | Packing) -> Refusal:
+def _refuses_packed(net: FusedModule, states: Sequence[Tensor], mask: Tensor | Packing) -> Refusal:
     from trm_kernels import packed
 
     return packed.refuses(net, states, mask)
@@ -114,6 +114,12 @@ def _run_eager_packed(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     from trm_kernels import packed
 
     return packed.run_recursion(*args, **options)
+
+
+def _run_compile_packed(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from trm_kernels import packed
+
+    return packed.run_recursion(*args, **options, compiled=True)
 
 
 def _compile_refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
@@ -213,9 +219,16 @@ BACKENDS: dict[str, Backend] = {
             _always,
             _always,
             _run_eager,
-            packed=PackedRecursion(_eager_refuses_packed, _run_eager_packed),
+            packed=PackedRecursion(_refuses_packed, _run_eager_packed),
         ),
-        Backend("compile", "the reference under torch.compile", _always, _compile_refuses, _run_compile),
+        Backend(
+            "compile",
+            "the reference under torch.compile",
+            _always,
+            _compile_refuses,
+            _run_compile,
+            packed=PackedRecursion(_refuses_packed, _run_compile_packed),
+        ),
         Backend(
             "triton",
             "fused Triton kernels",

@@ -9,9 +9,9 @@ functions, one for each grad mode, and each always sees the same ``requires_grad
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,10 +29,20 @@ def _forward(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
 @functools.cache
 def _compiled(config: NetworkConfig, grad: bool) -> Callable[..., Tensor]:
     """One compiled function for each configuration and grad mode."""
+    return _compile_copy(_forward, "tiny_network_grad" if grad else "tiny_network")
+
+
+@functools.cache
+def _compiled_rows(part: Callable[..., Tensor], config: NetworkConfig, grad: bool) -> Callable[..., Tensor]:
+    """The same for a part of a network on packed rows."""
+    return _compile_copy(part, f"tiny_network{part.__name__}{'_grad' if grad else ''}")
+
+
+def _compile_copy(function: Any, name: str) -> Callable[..., Tensor]:
     # torch.compile counts recompiles by code object (the limit is 8), so each function owns a copy.
-    code: CodeType = _forward.__code__.replace(co_name="tiny_network_grad" if grad else "tiny_network")
+    code: CodeType = function.__code__.replace(co_name=name)
     # fullgraph: past the limit torch.compile raises here instead of running eager code unasked.
-    return torch.compile(FunctionType(code, globals()), fullgraph=True)
+    return torch.compile(FunctionType(code, function.__globals__), fullgraph=True)
 
 
 def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -47,3 +57,24 @@ def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     elif not x.requires_grad:
         x = x.detach().requires_grad_()
     return _compiled(net.config, grad)(net, x, mask)
+
+
+def run_rows(part: Callable[..., Tensor], config: NetworkConfig, h: Tensor, *args: Any) -> Tensor:
+    """Run ``part(config, h, *args)`` on packed rows ``h`` [R, D] as compiled code.
+
+    Args:
+        args: Tensors, or tuples of tensors and None.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(h, *args)):
+        return _compiled_rows(part, config, True)(
+            config, h if h.requires_grad else h.detach().requires_grad_(), *args
+        )
+    return _compiled_rows(part, config, False)(config, h, *args)
+
+
+def _tensors(*args: Any) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _tensors(*arg)
+        elif arg is not None:
+            yield arg

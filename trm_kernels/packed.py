@@ -1,8 +1,9 @@
-"""The ``eager`` backend's recursion over packed rows: padding costs nothing, in plain PyTorch.
+"""The recursion of ``eager`` and ``compile`` over packed rows: padding costs nothing, in plain PyTorch.
 
 The valid positions of all samples are gathered once, run through the recursion as rows [R, D], and put back
 once. Only attention sees sequences: the rows are sorted by the length of their sample, so that all samples of
-one length are one view, without padding and without a mask.
+one length are one view, without padding and without a mask. The ``compile`` backend compiles what lies
+between two attentions, where lengths are but a number of rows.
 
 Shapes: B batch, L sequence, D width, R rows.
 """
@@ -21,6 +22,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from trm_kernels import reference
+from trm_kernels.compiled import run_rows as compiled_rows
+from trm_kernels.config import NetworkConfig
 from trm_kernels.fused_checks import block_parameters, is_hooked, refuses_modules
 from trm_kernels.network import FusedModule
 from trm_kernels.packed_attention import PackedAttention
@@ -104,6 +107,7 @@ def run_recursion(
     memory: str,
     precision: None,
     read: Tensor | None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
     lengths = _lengths(mask)
@@ -111,7 +115,7 @@ def run_recursion(
     rows = SortedRows.of(mask.mask if isinstance(mask, Packing) else mask, lengths)
     given_z = z
     x, y, z = (rows.pack(state)[0] for state in (x, y, z))  # each [R, D]
-    network = _PackedNetwork(net, rows, y)
+    network = _PackedNetwork(net, rows, y, compiled_rows if compiled else plain_rows)
 
     def call(h: Tensor) -> Tensor:
         out = network(h)
@@ -139,7 +143,7 @@ class _PackedNetwork:
     gradient, and once for that with it.
     """
 
-    def __init__(self, net: FusedModule, rows: SortedRows, like: Tensor) -> None:
+    def __init__(self, net: FusedModule, rows: SortedRows, like: Tensor, run: RunRows) -> None:
         config = net.config
         rotary = None
         if config.rotary:
@@ -148,7 +152,7 @@ class _PackedNetwork:
             rotary = cos[positions], sin[positions]
         self.config = config
         self.attend = PackedAttention(rows.groups, config.n_heads, rotary)
-        self.net, self.dtype = net, like.dtype
+        self.net, self.dtype, self.run = net, like.dtype, run
         self.blocks: list[_Block] = []
 
     def read(self) -> None:
@@ -156,31 +160,45 @@ class _PackedNetwork:
         self.blocks = [_Block.of(block, self.dtype) for block in self.net.blocks]
 
     def __call__(self, h: Tensor) -> Tensor:
-        eps = self.config.norm_eps
         for block in self.blocks:
-            if self.config.pre_norm:
-                h = self._mix(block, _normalise(h, eps), h)
-                h = self._mlp(block, _normalise(h, eps), h)
-            else:
-                h = _normalise(self._mix(block, h, h), eps)
-                h = _normalise(self._mlp(block, h, h), eps)
+            qkv = self.run(_before_attention, self.config, h, block.qkv)
+            attended = self.attend(qkv, block.dropout)
+            h = self.run(_behind_attention, self.config, h, attended, block.out, block.up, block.down)
         return h
-
-    def _mix(self, block: _Block, x: Tensor, residual: Tensor) -> Tensor:
-        attended = self.attend(F.linear(x, *block.qkv), block.dropout)
-        return _add_product(residual, attended, *block.out)
-
-    def _mlp(self, block: _Block, x: Tensor, residual: Tensor) -> Tensor:
-        inner = F.linear(x, *block.up)
-        if self.config.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-        else:
-            inner = F.gelu(inner)
-        return _add_product(residual, inner, *block.down)
 
 
 _Linear = tuple[Tensor, Tensor | None]
+
+
+def _before_attention(config: NetworkConfig, h: Tensor, qkv: _Linear) -> Tensor:
+    """Queries, keys and values [R, 3 D] of a block's input [R, D]."""
+    return F.linear(_normalise(h, config.norm_eps) if config.pre_norm else h, *qkv)
+
+
+def _behind_attention(
+    config: NetworkConfig, h: Tensor, attended: Tensor, out: _Linear, up: _Linear, down: _Linear
+) -> Tensor:
+    """A block's output [R, D] from its input and what it attended to [R, D]."""
+    h = _add_product(h, attended, *out)
+    normalised = _normalise(h, config.norm_eps)
+    if not config.pre_norm:
+        h = normalised
+    inner = F.linear(normalised, *up)
+    if config.gated:
+        gate, value = inner.chunk(2, dim=-1)
+        inner = F.silu(gate) * value
+    else:
+        inner = F.gelu(inner)
+    h = _add_product(h, inner, *down)
+    return h if config.pre_norm else _normalise(h, config.norm_eps)
+
+
+#: Runs one of these two, the first argument, with the others.
+RunRows = Callable[..., Tensor]
+
+
+def plain_rows(part: Callable[..., Tensor], *args: Any) -> Tensor:
+    return part(*args)
 
 
 class _Block(NamedTuple):
@@ -230,7 +248,7 @@ def _add_product(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without a weight of rows [R, D]."""
-    if x.dtype in (torch.float32, torch.float64):
+    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
         return _Normalise.apply(x, eps)
     return reference.rms_norm(x, eps)
 

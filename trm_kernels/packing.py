@@ -63,7 +63,7 @@ class Packing(Rows):
         starts: First row of each sample, and the end of the last, int32 [B + 1] (``cu_seqlens``).
         count: Number of valid rows, int32 [1].
         lengths: Number of valid positions of each sample, where the caller knows them on the host: with them
-            the ``eager`` backend packs rows on devices that it may not wait for.
+            the ``eager`` and ``compile`` backends pack rows on devices that they may not wait for.
     """
 
     starts: Tensor

@@ -40,10 +40,9 @@ def latent_recursion(
 
     On the ``triton`` and ``native`` backends, and where ``net`` is a network of this package, the recursion
     is one chain of kernels with one autograd node; a mask then packs the valid positions, so that padding
-    costs nothing. The ``eager`` backend packs too where the lengths can be known without waiting for a
-    device: from a mask on the CPU, or a Packing with ``lengths``. Elsewhere, and under torch.compile, which
-    would compile again for other lengths, eager recursions run on the padded batch, as do those of the
-    ``compile`` backend.
+    costs nothing. The ``eager`` and ``compile`` backends pack too where the lengths can be known without
+    waiting for a device: from a mask on the CPU, or a Packing with ``lengths``. Elsewhere, and under an outer
+    torch.compile, which would compile again for other lengths, they run on the padded batch.
 
     Args:
         net: The tiny network; called as ``net(h)``, or ``net(h, mask=mask)`` where there is a mask.
