@@ -140,9 +140,12 @@ TOKENS: dict[str, Any] = {"mixer": "tokens"}
 def test_float32_meets_the_rule(
     options: dict[str, Any], n: int, T: int, masking: str, normed: bool, device: str
 ) -> None:
+    # Post-norm recursions amplify rounding errors of single rows: eager's own, over two seeds or four, differ
+    # by ten times.
+    seeds = 4 if options is PAPER else 2
     with launched("gemm_kernel", "weight_gradient_kernel"):
         hold_to_the_rule(
-            device, torch.float32, options=options, n=n, T=T, masking=masking, normed=normed, seeds=2
+            device, torch.float32, options=options, n=n, T=T, masking=masking, normed=normed, seeds=seeds
         )
 
 

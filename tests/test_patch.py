@@ -88,9 +88,15 @@ def test_swaps_what_computes_the_same(origin: Origin) -> None:
     report = patch(model)
     assert paths(report, "swapped") == expected, report
     assert isinstance(model.get_submodule(expected[0]), FusedModule)
-    torch.testing.assert_close(model(*inputs), before(*inputs), rtol=1e-4, atol=1e-5)
+    # In float32 a recursion amplifies rounding errors by as much as the CPU's matrix library has it.
+    model, before = model.double(), before.double()
+    for norm in before.modules():
+        if isinstance(norm, nn.RMSNorm) and norm.eps is None:
+            norm.eps = torch.finfo(torch.float32).eps  # what it was
+    inputs = tuple(given.double() if given.is_floating_point() else given for given in inputs)
+    torch.testing.assert_close(model(*inputs), before(*inputs), rtol=1e-6, atol=1e-6)
     for name, gradient in gradients(before, inputs).items():
-        torch.testing.assert_close(gradients(model, inputs)[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(gradients(model, inputs)[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_the_loops_run_on_fused_networks(origin: Origin) -> None:

@@ -139,7 +139,7 @@ def test_completions_are_scored_with_the_probabilities_they_were_sampled_with(
         request.getfixturevalue(kind), tmp_path, think=think, temperature=temperature, max_new_tokens=12
     )
     trainer = trainer_of(config)
-    model = trainer.model
+    model = trainer.model.double()
     drawn: dict[str, Tensor] = {}
     generate: Callable[..., Any] = model.generate
 
@@ -169,9 +169,11 @@ def test_completions_are_scored_with_the_probabilities_they_were_sampled_with(
         keep = scored["completion_ids"].shape[1]
         return trainer._get_per_token_logps_and_entropies(scorer, ids, attention, keep)[0][mask].detach()
 
-    torch.testing.assert_close(score(model), sampled, atol=2e-4, rtol=0)
+    # What generate() hands out is rounded to float32, and no more than that. In float32 the two ways through
+    # the decoder, with a cache and without, differ by up to 2e-4.
+    torch.testing.assert_close(score(model), sampled, atol=1e-5, rtol=0, check_dtype=False)
     with torch.no_grad():
-        torch.testing.assert_close(score(model), sampled, atol=2e-4, rtol=0)
+        torch.testing.assert_close(score(model), sampled, atol=1e-5, rtol=0, check_dtype=False)
     assert (score(functools.partial(model, use_trm=False)) - sampled).abs().max() > 0.05
 
 

@@ -38,9 +38,10 @@ def test_lengths(family: str, length: int) -> None:
     """From one row to more than a thread takes at a time (168), and weight gradients sum at once (512)."""
     # Over one position a norm is all but a sign: its gradient is what cancellation leaves, in few numbers.
     # With the paper's two norms nothing else is left, and two builds differ by more than the rule allows.
+    # Over two positions eight seeds differ as much from CPU to CPU.
     if family == "paper-tokens" and length == 1:
         pytest.skip("rounding errors alone")
-    hold_to_the_rule(family, 2, length, seeds=64 if length == 1 and "tokens" in family else SEEDS)
+    hold_to_the_rule(family, 2, length, seeds=64 if length <= 2 and "tokens" in family else SEEDS)
 
 
 @pytest.mark.parametrize("head", [5, 6, 7, 8, 10, 20, 32, 36, 64, 128])
@@ -53,7 +54,7 @@ def test_head_sizes(family: str, head: int) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(1, 1), (3, 3), (20, 1), (40, 4), (72, 3)])
 def test_widths_that_fill_no_vector(width: int, heads: int) -> None:
-    seeds = 64 if width == 1 else SEEDS  # three numbers a gradient
+    seeds = 512 if width == 1 else SEEDS  # three numbers a gradient
     hold_to_the_rule("seed", 3, 19, width=width, heads=heads, layers=2, seeds=seeds)
     if width // heads % 2 == 0:
         hold_to_the_rule("scratch", 3, 19, width=width, heads=heads, layers=2)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import random
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,9 @@ from llm_trm.models.puzzle.loading import load_puzzle
 from llm_trm.train.puzzle import PuzzleTrainer
 from llm_trm.train.puzzle_config import configure
 from llm_trm.train.puzzle_report import PuzzlePlan, PuzzleReport
+from tests.killing import check_kills
 from tests.puzzle import worker
 from tests.puzzle.toy import content_of, toy_config, write_toy
-
-KILLS = 4
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +101,7 @@ def test_killed_at_random_moments_ends_with_the_same_weights(toy: Path, tmp_path
         process.start()
         return process
 
-    def end(process: BaseProcess) -> None:
-        process.join(timeout=240)
-        assert process.exitcode == 0
-
-    end(start(tmp_path / "warm"))  # starts the server, which imports torch
-    begun = time.monotonic()
-    end(start(tmp_path / "undisturbed"))
-    duration = time.monotonic() - begun
-    undisturbed = content_of(tmp_path / "undisturbed")
-    chance = random.Random(0)
-    kills, process = 0, start(tmp_path / "killed")
-    while kills < KILLS:
-        process.join(timeout=chance.uniform(0.2 * duration, 0.8 * duration))
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-        process = start(tmp_path / "killed")
-    end(process)
-    assert kills > 0
-    assert content_of(tmp_path / "killed") == undisturbed
+    check_kills(start, content_of, tmp_path, kills=5)
 
 
 def test_refusals(toy: Path, tmp_path: Path) -> None:

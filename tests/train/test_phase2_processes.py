@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import random
 import socket
-import time
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,10 +14,9 @@ import torch
 
 from llm_trm.files import read_json, read_tensors
 from llm_trm.train.checkpoints import Checkpoints
+from tests.killing import check_kills, finished
 from tests.train import worker
 from tests.train.toy import content_of, write_toy
-
-KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +31,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("toy"))
 
 
-def finished(processes: list[BaseProcess]) -> list[int | None]:
-    for process in processes:
-        process.join(timeout=240)
-        process.kill()
-    return [process.exitcode for process in processes]
-
-
 def test_killed_at_random_moments_ends_with_the_same_weights(
     context: ForkServerContext, toy: Path, tmp_path: Path
 ) -> None:
@@ -51,28 +41,7 @@ def test_killed_at_random_moments_ends_with_the_same_weights(
         process.start()
         return process
 
-    assert finished([start(tmp_path / "warm")]) == [0]  # starts the server, which imports torch
-    begun = time.monotonic()
-    assert finished([start(tmp_path / "undisturbed")]) == [0]
-    duration = time.monotonic() - begun
-    undisturbed = content_of(tmp_path / "undisturbed")
-
-    chance = random.Random(0)
-    kills = runs = 0
-    process = start(tmp_path / "0")
-    while kills < KILLS:
-        process.join(timeout=chance.uniform(0.0, 0.5 * duration))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
-        else:
-            assert process.exitcode == 0
-            assert content_of(tmp_path / str(runs)) == undisturbed
-            runs += 1
-        process = start(tmp_path / str(runs))
-    assert finished([process]) == [0]
-    assert content_of(tmp_path / str(runs)) == undisturbed
+    check_kills(start, content_of, tmp_path, kills=20)
 
 
 def share(

@@ -1,0 +1,55 @@
+"""Runs in processes of their own, killed at random moments and resumed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+
+def finished(processes: list[BaseProcess]) -> list[int | None]:
+    """The exit codes of ``processes``, which have four minutes."""
+    for process in processes:
+        process.join(timeout=240)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def check_kills(
+    start: Callable[[Path], BaseProcess], content_of: Callable[[Path], Any], folder: Path, kills: int
+) -> None:
+    """Kill runs ``kills`` times; whatever was resumed must leave what an undisturbed run leaves.
+
+    A run that ends before its next kill is compared too, and another one is begun: no speed of the machine
+    can keep the kills from happening.
+
+    Args:
+        start: Starts a run into a folder, or goes on with the one there.
+        content_of: What a run left.
+        folder: Takes the runs.
+    """
+    assert finished([start(folder / "warm")]) == [0]  # starts the server, which imports torch
+    begun = time.monotonic()
+    assert finished([start(folder / "undisturbed")]) == [0]
+    duration = time.monotonic() - begun
+    undisturbed = content_of(folder / "undisturbed")
+
+    chance = random.Random(0)
+    killed = runs = 0
+    process = start(folder / "0")
+    while killed < kills:
+        process.join(timeout=chance.uniform(0.0, 0.5 * duration))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+        else:
+            assert process.exitcode == 0
+            assert content_of(folder / str(runs)) == undisturbed
+            runs += 1
+        process = start(folder / str(runs))
+    assert finished([process]) == [0]
+    assert content_of(folder / str(runs)) == undisturbed
