@@ -6,14 +6,33 @@
 
 namespace trm::TRM_ISA {
 
-// C [height, columns] (+)= A B for columns up to a multiple of W: panels, then one vector.
-template <bool Columns>
-TRM_INLINE void narrow_product(int height, int64_t depth, const float* a, ptrdiff_t lda, const float* b, ptrdiff_t ldb,
-                               int64_t columns, float* c, ptrdiff_t ldc, bool accumulate, Ahead ahead) {
+// A matrix [rows, columns] for columns up to a multiple of W: by panels, the last one perhaps one vector wide.
+struct NarrowPanels {
+    float* base;
+    int64_t rows, columns;
+
+    TRM_INLINE float* at(int64_t row, int64_t column) const {
+        return base + column * rows + row * lesser(kPanel, columns - column);  // column: of a panel's beginning
+    }
+    // Row `row` from `size` floats, filled up with zeros.
+    TRM_INLINE void put(int64_t row, const float* from, int64_t size) const {
+        for (int64_t c = 0; c < columns; c += kPanel) {
+            float* to = at(row, c);
+            for (int64_t e = c; e < lesser(columns, c + kPanel); e += W)
+                store(to + e - c, e + W <= size ? load(from + e) : load_first(from + e, static_cast<int>(size - e)));
+        }
+    }
+};
+
+// C [height, columns] (+)= A B, for `depth` rows of B from `row` on.
+template <Left A>
+TRM_INLINE void narrow_product(int height, int64_t depth, const float* a, ptrdiff_t lda, NarrowPanels b, int64_t row,
+                               float* c, ptrdiff_t ldc, bool accumulate, Ahead ahead) {
     int64_t n = 0;
-    for (; n + kPanel <= columns; n += kPanel)
-        tiles<kPanelVectors, Columns>.of_rows[height](depth, a, lda, {b + n, ldb, 0}, c + n, ldc, accumulate, ahead);
-    if (n < columns) tiles<1, Columns>.of_rows[height](depth, a, lda, {b + n, ldb, 0}, c + n, ldc, accumulate, ahead);
+    for (; n + kPanel <= b.columns; n += kPanel)
+        tiles<kPanelVectors, A>.of_rows[height](depth, a, lda, {b.at(row, n), 0}, c + n, ldc, accumulate, ahead);
+    if (n < b.columns)
+        tiles<1, A>.of_rows[height](depth, a, lda, {b.at(row, n), 0}, c + n, ldc, accumulate, ahead);
 }
 
 // Keys of one head as products read them: transposed, by panels of keys.
@@ -69,12 +88,16 @@ TRM_INLINE float soften(float* scores, int64_t length, float scale, float& top) 
 struct AttentionInput {
     const float* qkv;  // queries are read from here, by rows
     float* keys;       // by panels, of all heads
-    float* values;
+    float* values;     // likewise, by narrow panels
     int64_t all_keys, rows;
     const int64_t* first_key;
     float dropout;
     uint64_t seed;
     int64_t call;
+
+    NarrowPanels values_of(const Sizes& s, int64_t head, int64_t start, int64_t length) const {
+        return {values + (head * rows + start) * s.padded_head, length, s.padded_head};
+    }
 };
 
 // Attended values of rows [first, last) to `to` [last - first, width]; unless null, largest scores and inverse sums of
@@ -90,17 +113,17 @@ inline void attend(const Sizes& s, const Samples& samples, const AttentionInput&
         const ptrdiff_t ldscores = row_stride(length);
         for (int64_t head = 0; head < s.heads; ++head) {
             const float* keys = in.keys + (head * in.all_keys + in.first_key[part.sample]) * s.head;
-            const float* values = in.values + (head * in.rows + start) * s.padded_head;
+            const NarrowPanels values = in.values_of(s, head, start, length);
             // Those of the next head are fetched meanwhile.
             const int64_t count = tiles_of(part.last - part.first), ahead = head + 1 < s.heads;
             Ahead next_keys{keys + ahead * in.all_keys * s.head, (kPanel + count - 1) / count};
-            Ahead next_values{values + ahead * in.rows * s.padded_head, (s.padded_head + count - 1) / count};
+            Ahead next_values{values.base + ahead * in.rows * s.padded_head, (s.padded_head + count - 1) / count};
             for_tiles(part.last - part.first, [&](int64_t offset, int height) {
                 const int64_t row = part.first + offset;
                 const float* q = in.qkv + row * ldqkv + head * s.head;
                 for (int64_t p = 0; p < panels; ++p) {
                     const float* panel = keys + p * s.head * kPanel;
-                    tiles<kPanelVectors, false>.of_rows[height](s.head, q, ldqkv, {panel, kPanel, 0},
+                    tiles<kPanelVectors, Left::kByRows>.of_rows[height](s.head, q, ldqkv, {panel, 0},
                                                                 scratch.scores + p * kPanel, ldscores, false,
                                                                 next_keys);
                     next_keys.from += s.head * next_keys.step;
@@ -120,8 +143,8 @@ inline void attend(const Sizes& s, const Samples& samples, const AttentionInput&
                             store(weights + j, load(weights + j) * dropout.factor(j));
                     }
                 }
-                narrow_product<false>(height, length, scratch.scores, ldscores, values, s.padded_head, s.padded_head,
-                                      scratch.attended, s.padded_head, false, next_values);
+                narrow_product<Left::kByRows>(height, length, scratch.scores, ldscores, values, 0, scratch.attended,
+                                      s.padded_head, false, next_values);
                 next_values.from += length * next_values.step;
                 for (int i = 0; i < height; ++i) {
                     const float* from = scratch.attended + i * s.padded_head;
@@ -155,8 +178,8 @@ inline void share_keys(const Sizes& s, const Samples& samples, const AttentionIn
                     for (int64_t e = 0; e < s.head; ++e) to[e * kPanel] = k[head * s.head + e];
                 }
                 const float* v = k + s.width + head * s.head;
-                float* values = in.values + (head * in.rows + row) * s.padded_head;
-                for (int64_t i = 0; i < count; ++i) read_row<W>(v + i * ldqkv, s.head, values + i * s.padded_head);
+                const NarrowPanels values = in.values_of(s, head, start, samples.length(part.sample));
+                for (int64_t i = 0; i < count; ++i) values.put(key + i, v + i * ldqkv, s.head);
             }
             row += count;
         }
@@ -167,7 +190,7 @@ inline void share_keys(const Sizes& s, const Samples& samples, const AttentionIn
 struct AttentionScratch {
     float* keys;      // transposed, by panels
     float* values;    // likewise
-    float *query_rows, *key_rows, *grad_rows;  // [longest, padded head]
+    float *query_rows, *key_rows, *grad_rows;  // by narrow panels [longest, padded head]
     float *key_grad, *value_grad;              // [longest, padded head]
     float* query_grad;                         // [kTileRows, padded head]
     float *weights, *score_grad;               // [kChunkRows, longest]
@@ -207,27 +230,28 @@ inline void attend_backward(const Sizes& s, int64_t start, int64_t length, int64
     const int64_t size = s.head, padded = s.padded_head, keys = round_up(length, W);
     const float* qkv = in.qkv + start * ldqkv + head * size;
     const float* grad = in.grad + start * ldgrad + head * size;
+    const NarrowPanels query_rows{t.query_rows, length, padded}, key_rows{t.key_rows, length, padded},
+        grad_rows{t.grad_rows, length, padded};
     for (int64_t r = 0; r < length; ++r) {
         const float *q = qkv + r * ldqkv, *k = q + s.width, *v = k + s.width, *d = grad + r * ldgrad;
         if (r % W == 0) {
             turn_rows(k, ldqkv, length - r, size, key_at(t.keys, r, size));
             turn_rows(v, ldqkv, length - r, size, key_at(t.values, r, size));
         }
-        read_row<W>(q, size, t.query_rows + r * padded);
-        read_row<W>(k, size, t.key_rows + r * padded);
-        read_row<W>(d, size, t.grad_rows + r * padded);
+        query_rows.put(r, q, size);
+        key_rows.put(r, k, size);
+        grad_rows.put(r, d, size);
     }
     for (int64_t first = 0; first < length; first += kChunkRows) {
         const int64_t rows = lesser(kChunkRows, length - first);
         for_tiles(rows, [&](int64_t offset, int height) {
             float *weights = t.weights + offset * ldscores, *scores = t.score_grad + offset * ldscores;
-            const float* q = t.query_rows + (first + offset) * padded;
-            const float* d = t.grad_rows + (first + offset) * padded;
+            const float *q = qkv + (first + offset) * ldqkv, *d = grad + (first + offset) * ldgrad;
             for (int64_t p = 0; p < panels_of(length); ++p) {
                 const float *key = t.keys + p * size * kPanel, *value = t.values + p * size * kPanel;
-                tiles<kPanelVectors, false>.of_rows[height](size, q, padded, {key, kPanel, 0}, weights + p * kPanel,
+                tiles<kPanelVectors, Left::kByRows>.of_rows[height](size, q, ldqkv, {key, 0}, weights + p * kPanel,
                                                             ldscores, false, Ahead{q, 0});
-                tiles<kPanelVectors, false>.of_rows[height](size, d, padded, {value, kPanel, 0}, scores + p * kPanel,
+                tiles<kPanelVectors, Left::kByRows>.of_rows[height](size, d, ldgrad, {value, 0}, scores + p * kPanel,
                                                             ldscores, false, Ahead{q, 0});
             }
             for (int i = 0; i < height; ++i) {
@@ -249,18 +273,18 @@ inline void attend_backward(const Sizes& s, int64_t start, int64_t length, int64
                     }
                 }
             }
-            narrow_product<false>(height, length, scores, ldscores, t.key_rows, padded, padded, t.query_grad, padded,
-                                  false, Ahead{scores, 0});
+            narrow_product<Left::kByRows>(height, length, scores, ldscores, key_rows, 0, t.query_grad, padded, false,
+                                  Ahead{scores, 0});
             for (int i = 0; i < height; ++i) {
                 float* to = in.qkv_grad + (start + first + offset + i) * ldqkv + head * size;
                 write_row(t.query_grad + i * padded, size, to);
             }
         });
         for_tiles(length, [&](int64_t key, int height) {
-            narrow_product<true>(height, rows, t.weights + key, ldscores, t.grad_rows + first * padded, padded, padded,
+            narrow_product<Left::kByColumns>(height, rows, t.weights + key, ldscores, grad_rows, first,
                                  t.value_grad + key * padded, padded, first > 0, Ahead{t.weights, 0});
-            narrow_product<true>(height, rows, t.score_grad + key, ldscores, t.query_rows + first * padded, padded,
-                                 padded, t.key_grad + key * padded, padded, first > 0, Ahead{t.weights, 0});
+            narrow_product<Left::kByColumns>(height, rows, t.score_grad + key, ldscores, query_rows, first,
+                                 t.key_grad + key * padded, padded, first > 0, Ahead{t.weights, 0});
         });
     }
     for (int64_t r = 0; r < length; ++r) {

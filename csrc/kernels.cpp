@@ -270,28 +270,60 @@ void dropout_mask(const Recursion& recursion, int64_t call_block, int64_t head, 
     }
 }
 
-double fma_peak(double seconds, int threads) {
+// Independent multiply-adds in registers.
+struct MultiplyAdds {
+    static constexpr int kChains = 12, kRounds = 2048;
+    static constexpr double kOperations = 2.0 * W * kChains * kRounds;
+
+    MultiplyAdds() {
+        TRM_UNROLL for (int i = 0; i < kChains; ++i) kept[i] = splat(static_cast<float>(i));
+    }
+    void operator()() {
+        Vec sums[kChains];
+        TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = kept[i];
+        const Vec factor = splat(0.999f), term = splat(0.001f);
+        for (int k = 0; k < kRounds; ++k) {
+            TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
+            // Without a hold on them, the compiler would drop the sums.
+            TRM_UNROLL for (int i = 0; i < kChains; ++i) asm volatile("" : TRM_IN_REGISTER(sums[i]));
+        }
+        TRM_UNROLL for (int i = 0; i < kChains; ++i) kept[i] = sums[i];
+    }
+
+    Vec kept[kChains];
+};
+
+// The micro-kernel on what lies in the first-level cache.
+struct CachedTile {
+    static constexpr int kDeep = 4096 / kPanel;
+    static constexpr double kOperations = 2.0 * kTileRows * kPanel * kDeep;
+
+    CachedTile() {
+        for (float& element : a) element = 0.5f;
+        for (float& element : b) element = 0.25f;
+    }
+    void operator()() {
+        tiles<kPanelVectors, Left::kByRows>.of_rows[kTileRows](kDeep, a, kDeep, {b, 0}, c, kPanel, false, {b, 0});
+    }
+
+    alignas(64) float a[kTileRows * kDeep], b[kDeep * kPanel], c[kTileRows * kPanel];
+};
+
+template <class Work>
+double rate(double seconds, int threads) {
     constexpr int kMostThreads = 1024;
     double rates[kMostThreads] = {};
     on_threads(static_cast<int>(lesser(threads, kMostThreads)), [&](Team team) {
-        constexpr int kChains = 12, kRounds = 2048;
-        Vec sums[kChains];
-        TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = splat(static_cast<float>(i));
-        const Vec factor = splat(0.999f), term = splat(0.001f);
+        Work work;
         team.wait();
         const double start = omp_get_wtime();
         double now = start;
         int64_t rounds = 0;
-        while (now - start < seconds) {
-            for (int k = 0; k < kRounds; ++k) {
-                TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
-                // Without a hold on them, the compiler would drop the sums.
-                TRM_UNROLL for (int i = 0; i < kChains; ++i) asm volatile("" : TRM_IN_REGISTER(sums[i]));
-            }
-            rounds += kRounds;
-            now = omp_get_wtime();
+        for (; now - start < seconds; now = omp_get_wtime()) {
+            work();
+            ++rounds;
         }
-        rates[team.thread] = 2.0 * W * kChains * static_cast<double>(rounds) / (now - start) * 1e-9;
+        rates[team.thread] = Work::kOperations * static_cast<double>(rounds) / (now - start) * 1e-9;
     });
     double total = 0.0;
     for (const double rate : rates) total += rate;
@@ -301,6 +333,7 @@ double fma_peak(double seconds, int threads) {
 }  // namespace
 
 const Kernels table = {
-    TRM_NAME(TRM_ISA), W, packed_size, kept_size, workspace_size, pack, forward, backward, dropout_mask, fma_peak};
+    TRM_NAME(TRM_ISA), W,        packed_size, kept_size,    workspace_size,     pack,
+    forward,           backward, dropout_mask, rate<MultiplyAdds>, rate<CachedTile>};
 
 }  // namespace trm::TRM_ISA

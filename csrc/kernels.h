@@ -88,6 +88,8 @@ struct Kernels {
                          float* mask);
     // GF/s of independent multiply-adds in registers, on each of `threads` threads at once.
     double (*fma_peak)(double seconds, int threads);
+    // Of the micro-kernel on data in the first-level cache, likewise.
+    double (*tile_rate)(double seconds, int threads);
 };
 
 // The best instruction set that both this build and this machine have; `name`: a given one, or null if it lacks.

@@ -218,7 +218,7 @@ struct Shared {
     float* qkv;
     int64_t* first_key;  // of each sample, among Samples::keys
     float* keys[2];      // transposed, by panels of a sample's head: [H, keys / kPanel, E, kPanel]; used in turns
-    float* values[2];    // [H, R, padded head]
+    float* values[2];    // by narrow panels of a sample's head: [H, R, padded head]
     int64_t* counters;   // of chunks that threads take: two a block and call, one a call
 };
 

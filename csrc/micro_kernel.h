@@ -17,46 +17,72 @@ TRM_INLINE void fetch(const float* from, ptrdiff_t ld, int rows, int columns = k
         for (int c = 0; c < columns; c += 16) __builtin_prefetch(from + i * ld + c, 0, 3);
 }
 
-// B: rows of `ld` floats, its panels `panel` floats apart.
+// Where element (i, k) of A lies: kByRows: a[i * lda + k]; kByColumns: a[i + k * lda]; kPacked: a[i + k * M].
+enum class Left { kByRows, kByColumns, kPacked };
+
+// B: a panel, or two that are `distance` floats apart.
 struct Right {
     const float* at;
-    ptrdiff_t ld, panel;
+    ptrdiff_t distance;
 };
+
+// Rows of B that the micro-kernel's loop takes at a time. With AVX2 a row is 12 multiply-adds, 8 loads, and 6 more
+// operations to prefetch, move pointers and loop, which cost most where another thread of the core takes its share of
+// the issue slots: 4 rows at a time ran 16 to 22% faster there (Zen 3, weights of d 256 to 2,048), as fast on a quiet
+// core; 2 rows half of that, 8 no more. AVX-512 has 28 multiply-adds a row, and was as fast by 2 and 4 (139 GF/s); with
+// SSE, GCC spills sums then.
+constexpr int kUnrolled = W == 8 ? 4 : 1;
 
 // C [M, V W] (+)= A [M, K] B [K, V W].
 //   V: the vectors of a panel, of half of one or of two. Two panels take fewer loads and pointers for as many
 //     multiply-adds, which counts where another thread of the core takes its share of both (6 x 64 against 14 x 32
 //     floats, AVX-512, weights of d 256 to 1,024: 4 to 8% faster on a busy machine, 0 to 2% on a quiet one).
-//   Columns = false: A by rows, element (i, k) at a[i * lda + k]. Three rows share a pointer: fourteen pointers
-//     would not fit the registers, and lda, 2 lda are addressing modes.
-//   Columns = true: A by columns, element (i, k) at a[i + k * lda].
-// The loop over k is not unrolled: by two or four it runs as fast (139 GF/s, GCC 12, one AVX-512 core), and a compiler
-// that spills sums then would halve that (tests/native/test_build.py looks for spills).
+//   A by rows: three of them share a pointer; fourteen pointers would not fit the registers, and lda, 2 lda are
+//     addressing modes.
 //   ahead: fetched into the second-level cache meanwhile, spread over the loop: weights that come from the third level
-//     otherwise hold the tile up (104 to 114 against 136 GF/s at d 256 to 512, one core, AVX-512).
-template <int M, int V, bool Columns>
+//     otherwise hold the tile up (104 to 114 against 136 GF/s at d 256 to 512, one core, AVX-512). One fetch for
+//     kUnrolled rows is enough, by a single tile as by many.
+// GCC must not spill sums, which would halve the speed: tests/native/test_build.py looks.
+template <int M, int V, Left A>
 __attribute__((noinline)) void tile(int64_t depth, const float* a, ptrdiff_t lda, Right right, float* c, ptrdiff_t ldc,
                                     bool accumulate, Ahead ahead) {
     Vec sums[M][V];
     TRM_UNROLL for (int i = 0; i < M; ++i) TRM_UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Vec{};
-    constexpr int kPointers = Columns ? 1 : (M + 2) / 3;
+    constexpr int kPointers = A == Left::kByRows ? (M + 2) / 3 : 1;
+    // By columns, GCC would keep an offset for each element, most of them on the stack.
+    constexpr int kSteps = A == Left::kByColumns ? 1 : kUnrolled;
+    const ptrdiff_t next = A == Left::kByRows ? 1 : A == Left::kPacked ? M : lda;
     const float* rows[kPointers];
     TRM_UNROLL for (int g = 0; g < kPointers; ++g) rows[g] = a + 3 * g * lda;
+    constexpr ptrdiff_t kRow = lesser(V, kPanelVectors) * W;
     const float* b = right.at;
-    if (accumulate) fetch(c, ldc, M, V * W);
-#pragma GCC unroll 1
-    for (int64_t k = 0; k < depth; ++k) {
+    const auto step = [&](int u) {
         Vec columns[V];
         TRM_UNROLL for (int j = 0; j < V; ++j)
-            columns[j] = load(b + j / kPanelVectors * right.panel + j % kPanelVectors * W);
-        b += right.ld;
-        __builtin_prefetch(ahead.from, 0, 2);
-        ahead.from += ahead.step;
+            columns[j] = load(b + u * kRow + j / kPanelVectors * right.distance + j % kPanelVectors * W);
         TRM_UNROLL for (int i = 0; i < M; ++i) {
-            const Vec element = splat(Columns ? rows[0][i] : rows[i / 3][(i % 3) * lda]);
+            const float* row = A == Left::kByRows ? rows[i / 3] + (i % 3) * lda : rows[0] + i;
+            const Vec element = splat(row[u * next]);
             TRM_UNROLL for (int j = 0; j < V; ++j) sums[i][j] += element * columns[j];
         }
-        TRM_UNROLL for (int g = 0; g < kPointers; ++g) rows[g] += Columns ? lda : 1;
+    };
+    const auto move = [&](int steps) {
+        b += steps * kRow;
+        TRM_UNROLL for (int g = 0; g < kPointers; ++g) rows[g] += steps * next;
+    };
+    if (accumulate) fetch(c, ldc, M, V * W);
+    const float* const whole = b + depth / kSteps * kSteps * kRow;
+#pragma GCC unroll 1
+    while (b != whole) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += kSteps * ahead.step;
+        TRM_UNROLL for (int u = 0; u < kSteps; ++u) step(u);
+        move(kSteps);
+    }
+#pragma GCC unroll 1
+    for (int64_t left = depth % kSteps; left > 0; --left) {
+        step(0);
+        move(1);
     }
     // C is added last: a running sum over all parts of a long product would err more.
     if (accumulate) {
@@ -70,31 +96,31 @@ __attribute__((noinline)) void tile(int64_t depth, const float* a, ptrdiff_t lda
 using Tile = void (*)(int64_t depth, const float* a, ptrdiff_t lda, Right right, float* c, ptrdiff_t ldc,
                       bool accumulate, Ahead ahead);
 
-template <int V, bool Columns>
+template <int V, Left A>
 struct Tiles {
     static constexpr int kMost = V > kPanelVectors ? kWideRows : kTileRows;
     Tile of_rows[kMost + 1];
 
     template <int M>
     constexpr void fill() {
-        of_rows[M] = tile<M, V, Columns>;
+        of_rows[M] = tile<M, V, A>;
         if constexpr (M > 1) fill<M - 1>();
     }
     constexpr Tiles() : of_rows{} { fill<kMost>(); }
 };
 
 // The micro-kernel by a tile's height.
-template <int V, bool Columns>
-inline constexpr Tiles<V, Columns> tiles{};
+template <int V, Left A>
+inline constexpr Tiles<V, A> tiles{};
 
 // Panels that a tile takes where `left` are left, the most rows of such a tile, and its micro-kernel.
 constexpr int64_t panels_at_once(int64_t left) { return kWideRows > 0 && left > 1 ? 2 : 1; }
 constexpr int64_t most_rows(int64_t panels) { return panels > 1 ? kWideRows : kTileRows; }
-template <bool Columns>
+template <Left A>
 TRM_INLINE Tile tile_of(int64_t panels, int height) {
     if constexpr (kWideRows > 0)
-        if (panels > 1) return tiles<2 * kPanelVectors, Columns>.of_rows[height];
-    return tiles<kPanelVectors, Columns>.of_rows[height];
+        if (panels > 1) return tiles<2 * kPanelVectors, A>.of_rows[height];
+    return tiles<kPanelVectors, A>.of_rows[height];
 }
 
 constexpr int64_t tiles_of(int64_t rows, int64_t most = kTileRows) { return (rows + most - 1) / most; }

@@ -140,11 +140,12 @@ void dropout_mask(const Network& net, const trm::Recursion& recursion, int64_t c
     net.kernels->dropout_mask(recursion, call_block, head, first_row, rows, at<float>(mask));
 }
 
-double fma_peak(double seconds, int threads, const std::optional<std::string>& name) {
+template <auto Rate>
+double measure(double seconds, int threads, const std::optional<std::string>& name) {
     check_threads(threads);
     const trm::Kernels& kernels = find_kernels(name);
     nb::gil_scoped_release released;
-    return kernels.fma_peak(seconds, threads);
+    return (kernels.*Rate)(seconds, threads);
 }
 
 }  // namespace
@@ -157,7 +158,8 @@ NB_MODULE(_native, m) {
 
     m.def("instruction_sets", instruction_sets);
     m.def("default_instruction_set", [] { return find_kernels(std::nullopt).name; });
-    m.def("fma_peak", fma_peak, "seconds"_a, "threads"_a, "name"_a = nb::none());
+    m.def("fma_peak", measure<&trm::Kernels::fma_peak>, "seconds"_a, "threads"_a, "name"_a = nb::none());
+    m.def("tile_rate", measure<&trm::Kernels::tile_rate>, "seconds"_a, "threads"_a, "name"_a = nb::none());
 
     nb::class_<trm::Batch>(m, "Batch")
         .def(

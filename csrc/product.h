@@ -71,14 +71,14 @@ TRM_INLINE void product(int64_t rows, int64_t depth, const float* a, ptrdiff_t l
             const bool last = k + now == depth;
             for (int64_t p = p0, wide; p < p1; p += wide) {
                 wide = panels_at_once(p1 - p);
-                const Right right{b + (p * depth + k) * kPanel, kPanel, depth * kPanel};
-                NextPanels next(right.at + wide * right.panel, right.panel, now, wide, tiles_of(rows, most_rows(wide)));
+                const Right right{b + (p * depth + k) * kPanel, depth * kPanel};
+                NextPanels next(right.at + wide * right.distance, right.distance, now, wide, tiles_of(rows, most_rows(wide)));
                 const auto run = [&](int64_t first, int height) {
                     float* c = parts == 1 ? whole : partial + first * kPartialRow + (p - p0) * kPanel;
                     const ptrdiff_t ldc = parts == 1 ? wide * kPanel : kPartialRow;
                     if (last)
                         for (int64_t q = 0; q < wide; ++q) fetch_first(first, height, p + q);
-                    tile_of<false>(wide, height)(now, a + first * lda + k, lda, right, c, ldc, k > 0, next.share());
+                    tile_of<Left::kByRows>(wide, height)(now, a + first * lda + k, lda, right, c, ldc, k > 0, next.share());
                     if (!last) return;
                     for (int i = 0; i < height; ++i) {
                         for (int64_t q = 0; q < wide; ++q) {
@@ -145,10 +145,10 @@ inline void weight_gradient(int64_t group, int64_t rows, int64_t outputs, int64_
         for_tiles(count, pack, most);
         for (int64_t p = 0, wide; p < panels_of(inputs); p += wide) {
             wide = panels_at_once(panels_of(inputs) - p);
-            const Right right{x.at(k, p * kPanel), kPanel, x.rows * kPanel};
-            NextPanels next(right.at + wide * right.panel, right.panel, now, wide, tiles_of(count, most));
+            const Right right{x.at(k, p * kPanel), x.rows * kPanel};
+            NextPanels next(right.at + wide * right.distance, right.distance, now, wide, tiles_of(count, most));
             const auto run = [&](int64_t first, int height) {
-                tile_of<true>(wide, height)(now, scratch + first * kGradientDepth, height, right,
+                tile_of<Left::kPacked>(wide, height)(now, scratch + first * kGradientDepth, height, right,
                                             dw + (begin + first) * ldw + p * kPanel, ldw, add, next.share());
             };
             for_tiles(count, run, most);

@@ -5,10 +5,9 @@
 
 namespace trm::TRM_ISA {
 
-// Rows inside are filled up to a multiple of `Multiple` with zeros; rows of the caller end after `columns`.
-template <int Multiple = kPanel>
+// Rows inside are filled up to whole panels with zeros; rows of the caller end after `columns`.
 TRM_INLINE void read_row(const float* from, int64_t columns, float* to) {
-    const int64_t padded = round_up(columns, Multiple);
+    const int64_t padded = round_up(columns, kPanel);
     int64_t c = 0;
     for (; c + W <= columns; c += W) store(to + c, load(from + c));
     if (c < columns) {

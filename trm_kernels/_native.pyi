@@ -22,6 +22,13 @@ def fma_peak(seconds: float, threads: int, name: str | None = None) -> float:
         ValueError: Instruction set ``name`` is not here, or ``threads`` is less than 1.
     """
 
+def tile_rate(seconds: float, threads: int, name: str | None = None) -> float:
+    """GF/s of the micro-kernel on data in the first-level cache, likewise.
+
+    It takes twice the instructions of :func:`fma_peak` for as many multiply-adds, so that it tells when
+    another thread runs on the same core.
+    """
+
 class Batch:
     """``samples`` stretches of rows: sample s goes from row ``starts[s]`` to ``starts[s + 1]``.
 

@@ -106,6 +106,7 @@ def test_the_best_instruction_set_runs_unless_another_is_named(
         chosen = network(native, name)
         assert (chosen.instruction_set, chosen.vector) == (name, VECTORS[name])
         assert native.fma_peak(0.001, 1, name) > 0
+        assert native.tile_rate(0.001, 1, name) > 0
 
 
 def test_the_environment_names_the_instruction_set(
@@ -140,6 +141,7 @@ def test_wrong_arguments_are_refused(native: ModuleType) -> None:
         lambda: net.forward(batch, recursion, 0, 0, 0, 0, 0, 0),
         lambda: net.backward(batch, recursion, right, 0, 0, 0, 0, 0, 0, 0, 0, right, 0, -1),
         lambda: native.fma_peak(0.001, 0),
+        lambda: native.tile_rate(0.001, 0),
     ):
         with pytest.raises(ValueError, match="threads"):
             call()
@@ -203,13 +205,14 @@ def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, vectors: int, t
     found = re.search(rf"add_kernels\(\s*{name} (\d+) (\d+)([^)]*)\)", lines)
     assert found is not None
     rows = 6 if vectors == 4 else int(found[2])
+    lefts = ("kByRows", "kPacked") if vectors == 4 else ("kByRows", "kPacked", "kByColumns")
     source = tmp_path / "tile.cpp"
     source.write_text(
         f'#include "{ROOT}/csrc/micro_kernel.h"\n'
         + "".join(
-            f"template void trm::{name}::tile<{rows}, {vectors}, {columns}>(int64_t, const float*, "
-            f"ptrdiff_t, trm::{name}::Right, float*, ptrdiff_t, bool, trm::{name}::Ahead);\n"
-            for columns in ("false", "true")
+            f"template void trm::{name}::tile<{rows}, {vectors}, trm::{name}::Left::{left}>(int64_t, "
+            f"const float*, ptrdiff_t, trm::{name}::Right, float*, ptrdiff_t, bool, trm::{name}::Ahead);\n"
+            for left in lefts
         )
     )
     flags = ["-std=c++20", "-O3", "-ffp-contract=fast", "-Wno-psabi", *found[3].split()]
@@ -217,7 +220,7 @@ def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, vectors: int, t
     assembly = subprocess.run(
         [compiler, *flags, "-S", source, "-o", "-"], check=True, capture_output=True, text=True
     ).stdout
-    assert len(re.findall("^_ZN3trm.*tile.*:$", assembly, re.MULTILINE)) == 2
+    assert len(re.findall("^_ZN3trm.*tile.*:$", assembly, re.MULTILINE)) == len(lefts)
     # Below the stack or frame pointer; rbp may also hold any other address.
     stack = r"\(%rsp\)|-\d+\(%rbp\)"
     spills = [line for line in assembly.splitlines() if re.search("[xyz]mm", line) and re.search(stack, line)]
