@@ -235,7 +235,7 @@ def _time(ready: Mapping[str, _Ready], work: CpuCase, bursts: Bursts, seconds: f
             samples[name] += [sample for sample in timing.samples if isinstance(sample, Sample)]
         if all(len(bursts.quiet(samples[name])) >= MIN_QUIET for name in alive):
             break
-    bursts.raise_peak()
+    bursts.measure_peak()
     for name, entry in alive.items():
         _fill(entry.row, samples[name], work, bursts)
     medians = {name: entry.row.median_ms for name, entry in alive.items()}
