@@ -281,4 +281,12 @@ def _draw(axis: Any, panel: Sequence[Measurement]) -> None:
     axis.tick_params(axis="x", labelsize=8)
     handles, names = axis.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
-    axis.legend(unique.values(), unique.keys(), fontsize=7, loc="lower right")
+    # Below the axis, where no bar can lie under it.
+    axis.legend(
+        unique.values(),
+        unique.keys(),
+        fontsize=7,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.05),
+        ncols=len(unique),
+    )
