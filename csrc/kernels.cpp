@@ -336,7 +336,7 @@ double rate(double seconds, int threads) {
 }  // namespace
 
 const Kernels table = {
-    TRM_NAME(TRM_ISA), W,        packed_size, kept_size,    workspace_size,     pack,
-    forward,           backward, dropout_mask, rate<MultiplyAdds>, rate<CachedTile>};
+    TRM_NAME(TRM_ISA), W, packed_size, kept_size, workspace_size, pack, forward, backward, dropout_mask,
+    rate<MultiplyAdds>, rate<CachedTile>};
 
 }  // namespace trm::TRM_ISA

@@ -16,7 +16,7 @@ def default_instruction_set() -> str:
     """
 
 def fma_peak(seconds: float, threads: int, name: str | None = None) -> float:
-    """GF/s of independent multiply-adds in registers, on each of ``threads`` threads at once.
+    """GF/s of independent multiply-adds in registers, on each of ``threads`` threads at once, once warm.
 
     Raises:
         ValueError: Instruction set ``name`` is not here, or ``threads`` is less than 1.

@@ -170,7 +170,7 @@ def test_completions_are_scored_with_the_probabilities_they_were_sampled_with(
         return trainer._get_per_token_logps_and_entropies(scorer, ids, attention, keep)[0][mask].detach()
 
     # What generate() hands out is rounded to float32, and no more than that. In float32 the two ways through
-    # the decoder, with a cache and without, differ by up to 2e-4.
+    # the decoder, with a cache and without, differ by 2.1e-4 (Zen 3).
     torch.testing.assert_close(score(model), sampled, atol=1e-5, rtol=0, check_dtype=False)
     with torch.no_grad():
         torch.testing.assert_close(score(model), sampled, atol=1e-5, rtol=0, check_dtype=False)

@@ -38,11 +38,14 @@ def described(model: PreTrainedModel) -> dict[str, object]:
     return found
 
 
-def assert_same_tensors(a: PreTrainedModel, b: PreTrainedModel) -> None:
-    """Every bit of them. Outputs may differ by rounding: oneMKL's depend on how weights are aligned."""
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with its weights at multiples of 64 bytes, as torch has them; in a file they lie anywhere.
+
+    oneMKL's rounding depends on that (seen on Zen 3).
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,18 +56,16 @@ def test_round_trip(kind: str, reasoner: str, tmp_path: Path) -> None:
     model.config.window = "slide"
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = aligned(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
     assert type(loaded) is TRMForCausalLM and type(loaded.model.decoder) is type(decoder.base_model)
     assert described(loaded) == described(model)
-    assert_same_tensors(loaded, model)
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(loaded), logits(model))
     tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert tied == (kind == "smollm3")
-    backbone = AutoModel.from_pretrained(tmp_path).eval()
+    backbone = aligned(AutoModel.from_pretrained(tmp_path).eval())
     ids = torch.tensor([ROWS[0]])
     assert type(backbone) is TRMModel
-    states = [each(input_ids=ids)[0] for each in (backbone, model.model)]
-    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+    assert torch.equal(backbone(input_ids=ids)[0], model.model(input_ids=ids)[0])
 
 
 def test_a_new_model_from_its_configuration_is_initialised() -> None:
