@@ -14,6 +14,7 @@ from llm_trm.data.batch import Batch, Row
 from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
 from llm_trm.models.loading import ThinkingModel
+from llm_trm.upstream import cache_name
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -214,8 +215,8 @@ class ThoughtDecoder:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(): cache},
         )
         states: Tensor = output.last_hidden_state
         return states

@@ -21,6 +21,7 @@ from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import think_ids
 from llm_trm.models.loading import language_model_source, pretrained
 from llm_trm.models.tiny import END_THINK, THINK
+from llm_trm.upstream import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,7 +184,7 @@ class Speaker:
                     **options,
                 )
         written = made.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        steps = getattr(made.past_key_values, "steps", None)
+        steps = getattr(cache_of(made), "steps", None)
         thoughts: list[Any] = [[] for _ in written] if steps is None else steps.tolist()
         replies = [self._reply(*row) for row in zip(prompts, written, thoughts, strict=True)]
         return replies, clock[0]

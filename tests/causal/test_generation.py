@@ -11,6 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from llm_trm.errors import InputError
 from llm_trm.models.causal import TRMCache, TRMForCausalLM
+from llm_trm.upstream import cache_of
 from tests.causal.tiny import KINDS, REASONERS, ROWS, THINK, padded, tiny_decoder, tiny_trm
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
@@ -55,7 +56,7 @@ def test_logits_are_those_of_the_training_forward(kind: str, reasoner: str) -> N
     trained = model(input_ids=made.sequences, attention_mask=mask)
     written = torch.stack(made.logits, 1)
     torch.testing.assert_close(trained.logits[:, ids.shape[1] - 1 : -1], written, **EXACT)
-    steps = made.past_key_values.steps
+    steps = cache_of(made).steps
     # The token written last is not read any more; those that no script gave may be <think> too.
     assert torch.equal((steps > 0).sum(1), (made.sequences[:, :-1] == THINK).sum(1))
 
@@ -90,7 +91,7 @@ def test_without_the_recursion_it_writes_as_the_plain_model(kind: str) -> None:
     found = generate(tiny_trm(decoder=decoder), ids, mask, script=[[THINK]] * 5, use_trm=False)
     assert torch.equal(found.sequences, plain.sequences)
     assert torch.equal(torch.stack(found.logits), torch.stack(plain.logits))
-    assert type(found.past_key_values) is DynamicCache
+    assert type(cache_of(found)) is DynamicCache
 
 
 @pytest.mark.parametrize(
@@ -133,11 +134,11 @@ def test_a_conversation_goes_on_with_its_cache() -> None:
     first = generate(model, torch.tensor([ROWS[0]]), max_new_tokens=3)
     longer = torch.cat((first.sequences, torch.tensor([[9, THINK, 4]])), 1)
     expected = generate(model, longer)
-    found = generate(model, longer, past_key_values=first.past_key_values)
+    found = generate(model, longer, past_key_values=cache_of(first))
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **EXACT)
-    assert isinstance(found.past_key_values, TRMCache)
-    assert found.past_key_values.get_seq_length() == longer.shape[1] + 5
+    assert isinstance(cache_of(found), TRMCache)
+    assert cache_of(found).get_seq_length() == longer.shape[1] + 5
 
 
 def test_a_cache_moves_with_its_samples() -> None:
@@ -182,6 +183,10 @@ def test_refusals() -> None:
         model(input_ids=ids, past_key_values=thought, use_trm=False)
     with pytest.raises(InputError, match="cannot be cropped"):
         thought.crop(-1)
+    with pytest.raises(InputError, match="paged cache: use generate"):
+        model.generate_batch(ids.tolist(), max_new_tokens=2)
+    with pytest.raises(InputError, match="paged cache: use generate"):
+        model.generate(ids, cache_implementation="paged", max_new_tokens=2)
     with pytest.raises(InputError, match="StaticCache"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(ValueError, match="assisted generation is not supported"):

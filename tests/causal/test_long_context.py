@@ -25,6 +25,7 @@ SEVERAL = [
 
 _MEASURED = """
 import json, resource, sys, torch
+from llm_trm.upstream import cache_of
 from tests.causal.tiny import THINK, tiny_decoder, tiny_trm
 
 def peak():
@@ -42,7 +43,7 @@ options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": T
 model.generate(input_ids=ids[:, -2000:], **options)
 before = peak()
 made = model.generate(input_ids=ids, **options)
-thoughts = int((made.past_key_values.steps > 0).sum())
+thoughts = int((cache_of(made).steps > 0).sum())
 print(json.dumps({"megabytes": peak() - before, "thoughts": thoughts}))
 """
 

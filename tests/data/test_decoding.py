@@ -16,6 +16,7 @@ from llm_trm.data.decoding import Limits, Outcome, Thought, ThoughtDecoder
 from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
 from llm_trm.models.loading import ThinkingModel
+from llm_trm.upstream import cache_name
 
 PROBLEMS = 24
 LIMITS = Limits(prompt=100, thinking=30, answer=6)
@@ -139,7 +140,7 @@ def test_rows_leave_and_enter_the_batch(model: ThinkingModel) -> None:
     shapes = []
     hook = model.model.base_model.register_forward_pre_hook(
         lambda _, __, inputs: shapes.append(
-            (*inputs["input_ids"].shape, inputs["past_key_values"].get_seq_length(), inputs["attention_mask"])
+            (*inputs["input_ids"].shape, inputs[cache_name()].get_seq_length(), inputs["attention_mask"])
         ),
         with_kwargs=True,
     )

@@ -16,12 +16,8 @@ from llm_trm.models.causal.creation import (  # noqa: E402
     create_smollm_trm_model,
 )
 from llm_trm.models.causal.hidden_state import HiddenStateTRM  # noqa: E402
-from llm_trm.models.causal.modeling import (  # noqa: E402
-    TRMCausalLMOutput,
-    TRMForCausalLM,
-    TRMModel,
-    TRMModelOutput,
-)
+from llm_trm.models.causal.modeling import TRMForCausalLM, TRMModel  # noqa: E402
+from llm_trm.models.causal.outputs import TRMCausalLMOutput, TRMModelOutput  # noqa: E402
 from llm_trm.models.causal.tokens import add_think_tokens, think_ids  # noqa: E402
 from llm_trm.models.compression import LatentAttentionCompressor  # noqa: E402
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llm_trm.data.reasoning import IGNORED
 from llm_trm.errors import InputError, one_line
@@ -18,43 +16,15 @@ from llm_trm.models.causal.card import Carded
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.halting import halting_loss
 from llm_trm.models.causal.layout import Layout, lay_out, plain_layout
+from llm_trm.models.causal.outputs import TRMCausalLMOutput, TRMModelOutput
 from llm_trm.models.causal.passes import Passes, reads_in_portions
 from llm_trm.models.causal.reasoners import build_reasoner
+from llm_trm.upstream import cache_name, cache_of, either_cache
 
 #: Columns that the decoder reads at once where no gradient is recorded. A pass over c of them, C columns in,
 #: takes memory for a mask of c x C and for c rows of the widest layer: at 65,536 columns and SmolLM3's width
 #: of 11,008 in bfloat16, 0.2 GB and 0.07 GB, against 4.8 GB of keys and values.
 PREFILL_CHUNK = 1024
-
-
-@dataclass
-class TRMModelOutput(BaseModelOutputWithPast):
-    """States of the length of ``input_ids``, and what is known of the recursions.
-
-    Attributes:
-        trm_steps: Supervision steps of each ``<think>``, int32 [B, rounds]; 0 for samples that have fewer.
-            With its neighbours None where nobody thought.
-        halt_logits: Halting logits at the last step, [B, rounds].
-        reconstruction_error: Mean over recursions of the share of the context that the compressor lost.
-    """
-
-    trm_steps: Tensor | None = None
-    halt_logits: Tensor | None = None
-    reconstruction_error: Tensor | None = None
-
-
-@dataclass
-class TRMCausalLMOutput(CausalLMOutputWithPast):
-    """Logits of the length of ``input_ids``; see :class:`TRMModelOutput` for the rest.
-
-    Attributes:
-        halting_loss: Loss of the halting head, which ``loss`` holds with its weight.
-    """
-
-    trm_steps: Tensor | None = None
-    halt_logits: Tensor | None = None
-    reconstruction_error: Tensor | None = None
-    halting_loss: Tensor | None = None
 
 
 class TRMPreTrainedModel(PreTrainedModel):
@@ -135,11 +105,12 @@ class TRMModel(TRMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         use_trm: bool = True,
         keep: slice | Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> TRMModelOutput:
         """Read tokens, and think at every ``<think>``.
@@ -148,29 +119,31 @@ class TRMModel(TRMPreTrainedModel):
         the decoder reads it again after each round of thoughts: gradient checkpointing drops caches.
 
         Args:
-            input_ids: [B, L]; with ``past_key_values`` the new tokens only.
+            input_ids: [B, L]; with a cache the new tokens only.
             attention_mask: 1 at tokens, 0 at padding on either side, of all tokens seen so far [B, past + L].
             position_ids: With the recursion, none but those that count the tokens of ``attention_mask``.
-            past_key_values: The cache that an earlier call returned, or an empty one.
+            cache: The cache that an earlier call returned, or an empty one.
             inputs_embeds: Without the recursion only, which looks for ``<think>`` among ids.
             use_cache: Whether to return a cache.
             use_trm: False for the decoder alone.
             keep: The positions whose ``last_hidden_state`` to return; all by default.
+            past_key_values: ``cache`` by its name before transformers 5.24.
             **kwargs: For the decoder.
 
         Raises:
             InputError: Input that the recursion cannot work on.
         """
+        given = either_cache(cache, past_key_values)
         if not use_trm:
-            if isinstance(past_key_values, TRMCache):
+            if isinstance(given, TRMCache):
                 raise InputError("this cache holds soft tokens: continue with use_trm=True")
             output = self.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{cache_name(): given},
                 **kwargs,
             )
             if keep is not None:
@@ -185,7 +158,7 @@ class TRMModel(TRMPreTrainedModel):
             raise InputError(
                 "attentions have no place for soft tokens: output_attentions needs use_trm=False"
             )
-        cache = None if past_key_values is None else trm_cache(past_key_values)
+        cache = None if given is None else trm_cache(given)
         valid = self._valid(input_ids, attention_mask, cache)
         think = (input_ids == self.config.think_token_id) & valid
         first = cache is None or cache.past is None
@@ -214,9 +187,8 @@ class TRMModel(TRMPreTrainedModel):
         keep = keep.cpu() if isinstance(keep, Tensor) else keep
         return TRMModelOutput(
             last_hidden_state=passes.states(layout.outputs if keep is None else layout.outputs[:, keep]),
-            past_key_values=cache if returned else None,
             hidden_states=passes.layers(layout.outputs) or None,
-            **rounds,
+            **{**rounds, cache_name(): cache if returned else None},
         )
 
     def _chunk(self, layout: Layout) -> int | None:
@@ -423,7 +395,7 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -431,6 +403,7 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         use_trm: bool = True,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> TRMCausalLMOutput | tuple[Any, ...]:
         """Logits, and the loss of ``labels``; see :meth:`TRMModel.forward` for the other arguments.
@@ -442,11 +415,12 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
             num_items_in_batch: By what the sum of the loss is divided, instead of the number of labels here.
         """
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        given = either_cache(cache, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             use_trm=use_trm,
@@ -456,12 +430,12 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state)
         result = TRMCausalLMOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             trm_steps=outputs.trm_steps,
             halt_logits=outputs.halt_logits,
             reconstruction_error=outputs.reconstruction_error,
+            **{cache_name(): cache_of(outputs)},
         )
         if labels is not None:
             if logits.shape[:2] != labels.shape:
@@ -475,7 +449,7 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            if outputs.halt_logits is not None and past_key_values is None:
+            if outputs.halt_logits is not None and given is None:
                 loss = loss + self._halting(result, input_ids, attention_mask, labels, num_items_in_batch)
             result = TRMCausalLMOutput(**{**result, "loss": loss})
         return result if return_dict is not False else result.to_tuple()
@@ -509,10 +483,30 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         result = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(cache_name())
         if cache is not None and model_kwargs.get("use_trm", True):
-            model_kwargs["past_key_values"] = trm_cache(cache)
+            model_kwargs[cache_name()] = trm_cache(cache)
         return result
+
+    def generate(
+        self, *args: Any, cache: Cache | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """See :meth:`GenerationMixin.generate`; a cache is taken by either of its names."""
+        given = either_cache(cache, past_key_values)
+        if given is not None:
+            kwargs[cache_name()] = given
+        return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses; ``generate_batch`` comes here, too.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "continuous batching (generate_batch) has no room for soft tokens in its paged cache: use "
+            "generate, which takes padded batches"
+        )
 
 
 def _keep(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from llm_trm.errors import InputError
 from llm_trm.models.causal.cache import Past
+from llm_trm.upstream import cache_name
 
 #: Rotary frequencies that change with the length, and would differ between the keys of one cache.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -83,8 +84,8 @@ class Passes:
             inputs_embeds=embeddings,
             attention_mask=self._mask(embeddings),
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=self._cache is not None,
+            **{cache_name(): self._cache},
             **self._options,
         )
         return (output.last_hidden_state, *(getattr(output, "hidden_states", None) or ()))
@@ -128,8 +129,8 @@ class Passes:
             config=config,
             inputs_embeds=embeddings,
             attention_mask=past.valid,
-            past_key_values=self._cache,
             and_mask_function=sees,
+            **{cache_name(): self._cache},
         )
 
     def _triangle(self, embeddings: Tensor) -> Tensor | None:
