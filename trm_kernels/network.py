@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from trm_kernels import backends, prepared, reference
 from trm_kernels.config import NetworkConfig

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def versions() -> dict[str, str | None]:
 def run_record(device: torch.device, commit_name: str | None = None) -> dict[str, Any]:
     """What every line of a results file says about its run."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_name or commit(),
         "versions": versions(),
         "machine": {
