@@ -1,11 +1,12 @@
 """Locks the environments that .ci/run tests: ``python -m bench.lock``.
 
-constraints.txt is one tested set for every Python and platform that is served: the newest packages at the time of the
-lock, with markers where they differ, without local version tags. .ci/floors.txt is the lowest that pyproject.toml allows
-of each direct dependency, on the lowest Python. Both are resolved by uv, which takes them from PyPI.
+constraints.txt is one tested set for every Python and platform that is served: the newest packages at the
+time of the lock, with markers where they differ, without local version tags. .ci/floors.txt is the lowest
+that pyproject.toml allows of each direct dependency, on the lowest Python; .ci/floors-build.txt is the same
+of what builds the package. uv resolves them, from PyPI.
 
-Without ``--upgrade``, packages that constraints.txt names keep their versions. ``--check`` changes nothing: it fails
-unless every package installed here is in constraints.txt at its version.
+Without ``--upgrade``, packages that these files name keep their versions. ``--check`` changes nothing: it
+fails unless every package installed here is in constraints.txt at its version.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -26,6 +28,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 FLOORS = ROOT / ".ci" / "floors.txt"
+BUILD_FLOORS = ROOT / ".ci" / "floors-build.txt"
 LOWEST_PYTHON = "3.11"
 #: torch's newest release with a CPU build on the machines of .ci/run; the others bring 5 GB of CUDA packages.
 HELD = "torch==2.13.0"
@@ -41,15 +44,23 @@ UNLOCKED = {"llm-trm", "pip"}
 
 def floors() -> list[Requirement]:
     """Every direct dependency of the floors' environment, pinned to its lower bound in pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = _pyproject()["project"]
     optional = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for extra in FLOOR_EXTRAS for line in optional[extra])]
-    return [pinned for line in lines if (pinned := _to_its_floor(Requirement(line))) is not None]
+    wanted = [Requirement(line) for line in lines]
+    return [_to_its_floor(one) for one in wanted if one.name not in TOOLS | UNLOCKED]
 
 
-def _to_its_floor(requirement: Requirement) -> Requirement | None:
-    if requirement.name in TOOLS | UNLOCKED:
-        return None
+def build_floors() -> list[Requirement]:
+    """What builds the package, pinned to its lower bound in pyproject.toml."""
+    return [_to_its_floor(Requirement(line)) for line in _pyproject()["build-system"]["requires"]]
+
+
+def _pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _to_its_floor(requirement: Requirement) -> Requirement:
     bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
     if len(bounds) != 1:
         raise SystemExit(f"pyproject.toml: {requirement} needs one lower bound, which .ci/run can install")
@@ -100,15 +111,16 @@ def main() -> None:
         sys.exit("bench.lock needs uv: pip install -c constraints.txt -e '.[dev]'")
     extras = [option for extra in LOCKED_EXTRAS for option in ("--extra", extra)]
     upgrade = ["--upgrade"] if options.upgrade else []
-    _compile(CONSTRAINTS, "pyproject.toml", "--universal", *extras, *upgrade, "--constraints", "-", stdin=HELD)
-    _compile(FLOORS, "-", "--upgrade", "--python-platform", "x86_64-manylinux_2_28", stdin=_lines(floors()))
+    _compile(CONSTRAINTS, HELD, "pyproject.toml", *extras, "--constraints", "-", "--universal", *upgrade)
+    _compile(FLOORS, _lines(floors()), "-", "--python-platform", "x86_64-manylinux_2_28", *upgrade)
+    BUILD_FLOORS.write_text(_lines(build_floors()))
 
 
 def _lines(requirements: list[Requirement]) -> str:
     return "".join(f"{requirement}\n" for requirement in requirements)
 
 
-def _compile(output: Path, *arguments: str, stdin: str) -> None:
+def _compile(output: Path, stdin: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-annotate", *arguments]
     command += ["--python-version", LOWEST_PYTHON, "--output-file", str(output)]
     command += ["--custom-compile-command", "python -m bench.lock"]

@@ -24,6 +24,7 @@ from llm_trm.data.puzzles.sudoku import SHAPES, generate
 from llm_trm.data.puzzles.sudoku_splits import sudoku_info, sudoku_split
 from llm_trm.evaluate.puzzle import draw_puzzles, with_answers
 from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM, PuzzleTRMConfig, save_puzzle_model
+from tests.puzzle.toy import drawn_alike
 
 PUZZLES, MAX_STEPS = 12, 4
 #: Of 9 solved puzzles in 12, as R's prop.test(9, 12, correct = FALSE) gives it.
@@ -195,7 +196,7 @@ def test_tries_are_noisy_but_for_the_first_and_the_surest_counts(
 
 
 def test_noise_of_tries_repeats_with_the_seed(data: Path, tmp_path: Path) -> None:
-    undecided = model()
+    undecided = drawn_alike(model(), seed=0)
     torch.nn.init.normal_(undecided.q_head.weight)
     folder = save(undecided, tmp_path / "run", task="sudoku", rows=4, columns=4, data=str(data))
 

@@ -9,6 +9,7 @@ import torch
 
 from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit, write_puzzles
 from llm_trm.files import read_tensors
+from llm_trm.models.puzzle.paper import PuzzleTRM
 from llm_trm.train.checkpoints import Checkpoints
 from llm_trm.train.puzzle_config import PuzzleConfig
 
@@ -54,6 +55,21 @@ def toy_config(folder: Path, **options: Any) -> PuzzleConfig:
         "device": "cpu",
     }
     return PuzzleConfig(data=folder, **settings | options)
+
+
+@torch.no_grad()
+def drawn_alike(model: PuzzleTRM, seed: int) -> PuzzleTRM:
+    """``model`` with the same weights and initial states on every torch: who halts when depends on them.
+
+    trunc_normal_ draws other numbers in torch 2.11 than in 2.13; normal_ draws the same.
+    """
+    torch.manual_seed(seed)
+    for tensor in (*model.parameters(), model.y_init, model.z_init):
+        if tensor.ndim == 2:
+            tensor.normal_(std=tensor.shape[1] ** -0.5)
+        elif tensor is not model.q_head.bias:
+            tensor.normal_()
+    return model
 
 
 def content_of(output: Path) -> dict[str, list[float]]:
