@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -23,6 +24,22 @@ HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Where the package's own dependencies bring Triton, its absence is a failure and no reason to skip.
 EXPECTS_TRITON = platform.system() == "Linux" and platform.machine() == "x86_64"
+
+#: What lies below these leans on what torch, Triton, transformers and others may change: marker ``upstream``.
+#: .ci/run repeats it on the lowest versions that pyproject.toml allows, .ci/newest on the newest.
+UPSTREAM = (
+    "causal",
+    "data",
+    "evaluate",
+    "puzzle",
+    "train",
+    "benchmark/test_command.py",
+    "test_ahead_of_time.py",
+    "test_cli.py",
+    "test_compile.py",
+    "test_compiled_gradients.py",
+    "test_lock.py",
+)
 
 if not HAS_CUDA:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
@@ -62,8 +79,12 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, triton {triton}, device: {device}"
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest chooses by markers.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    upstream = [Path(__file__).parent / path for path in UPSTREAM]
     for item in items:
+        if any(item.path.is_relative_to(path) for path in upstream) and not item.get_closest_marker("slow"):
+            item.add_marker("upstream")
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if not (HAS_TRITON or EXPECTS_TRITON) and item.get_closest_marker("interpreter"):
