@@ -35,3 +35,14 @@ def either_cache(cache: Any, past_key_values: Any) -> Any:
     if cache is not None and past_key_values is not None:
         raise InputError("cache and past_key_values are two names of one argument: give one of them")
     return past_key_values if cache is None else cache
+
+
+def checkpointing_option() -> str:
+    """The argument of ``TrainingArguments`` that asks for gradient checkpointing.
+
+    ``"activation_checkpointing"`` where transformers has it, which warns of the older name.
+    """
+    from transformers import TrainingArguments
+
+    renamed = "activation_checkpointing"
+    return renamed if hasattr(TrainingArguments, renamed) else "gradient_checkpointing"

@@ -38,7 +38,7 @@ UPSTREAM = (
     "test_cli.py",
     "test_compile.py",
     "test_compiled_gradients.py",
-    "test_lock.py",
+    "test_private_names.py",
 )
 
 if not HAS_CUDA:

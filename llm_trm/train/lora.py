@@ -26,13 +26,13 @@ from llm_trm.train.lora_model import Trainee, build_trainee
 from llm_trm.train.lora_trainer import (
     KeepBest,
     LatentTrainer,
-    checkpointing_option,
     checkpoints,
     eval_losses,
     last_checkpoint,
     take_up_finished,
 )
 from llm_trm.train.tracking import json_tracker, require_tracker
+from llm_trm.upstream import checkpointing_option
 
 _logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trm.data.reasoning import IGNORED
@@ -186,12 +186,6 @@ def forget_tied(model: Any, load_result: Any) -> None:
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if model.config.tie_word_embeddings and set(load_result.missing_keys) <= tied:
         load_result.missing_keys.clear()
-
-
-def checkpointing_option() -> str:
-    """The argument that asks for gradient checkpointing, which transformers 5 renames."""
-    renamed = "activation_checkpointing"
-    return renamed if hasattr(TrainingArguments, renamed) else "gradient_checkpointing"
 
 
 class KeepBest(TrainerCallback):

@@ -27,6 +27,7 @@ from llm_trm.train.phase3_config import (
 )
 from llm_trm.train.rewards import correctness_reward, format_reward
 from llm_trm.train.tracking import finish_tracking, new_accelerator, start_tracking
+from llm_trm.upstream import checkpointing_option
 
 require("rl", "trl")
 
@@ -35,7 +36,6 @@ from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 
 from llm_trm.evaluate.language_model_modes import UNPENALISED, end_tokens  # noqa: E402
 from llm_trm.train.lora_trainer import (  # noqa: E402
-    checkpointing_option,
     checkpoints,
     last_checkpoint,
     take_up_finished,
