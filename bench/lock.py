@@ -105,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         if found := differences():
-            sys.exit("\n".join([*found, "constraints.txt is no longer whole: python -m bench.lock"]))
+            sys.exit("\n".join([*found, "this is not the environment of constraints.txt"]))
         return
     if importlib.util.find_spec("uv") is None:
         sys.exit("bench.lock needs uv: pip install -c constraints.txt -e '.[dev]'")
