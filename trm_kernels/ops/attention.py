@@ -70,12 +70,13 @@ def attention_kernel(
 ):
     tile, head, b, h = program(L, H, BLOCK_M)
     first, length = sample_rows(start_ptr, b, L, PACKED)
-    p_cos, p_sin = tables_of(cos_ptr, sin_ptr, first, E, ROTARY, PACKED)
+    if ROTARY:
+        cos_ptr, sin_ptr = tables_of(cos_ptr, sin_ptr, first, E, PACKED)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     p_q = qkv_ptr + first * row_stride + h * E
-    q = load_head(p_q, m, length, row_stride, p_cos, p_sin, E, BLOCK_E, ROTARY)  # [BM, BE]
+    q = load_head(p_q, m, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)  # [BM, BE]
     if HAS_BIAS:
         q = (q.to(ACC) + load_bias(bias_ptr + h * E, E, BLOCK_E, ACC)[None, :]).to(q.dtype)
 
@@ -92,8 +93,8 @@ def attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=ACC)
     for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)  # [BN]
-        k = load_head(p_q + H * E, n, length, row_stride, p_cos, p_sin, E, BLOCK_E, ROTARY)  # [BN, BE]
-        v = load_head(p_q + 2 * H * E, n, length, row_stride, p_cos, p_sin, E, BLOCK_E, False)
+        k = load_head(p_q + H * E, n, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)  # [BN, BE]
+        v = load_head(p_q + 2 * H * E, n, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, False)
         valid = n < length
         if HAS_MASK:
             valid = tl.load(mask_ptr + first + n, mask=valid, other=0) != 0

@@ -163,13 +163,14 @@ def attention_backward_kv_kernel(
 ):
     tile, head, b, h = program(L, H, BLOCK_N)
     first, length = sample_rows(start_ptr, b, L, PACKED)
-    p_cos, p_sin = tables_of(cos_ptr, sin_ptr, first, E, ROTARY, PACKED)
+    if ROTARY:
+        cos_ptr, sin_ptr = tables_of(cos_ptr, sin_ptr, first, E, PACKED)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     p_k = qkv_ptr + first * row_stride + H * E + h * E
-    k = load_head(p_k, n, length, row_stride, p_cos, p_sin, E, BLOCK_E, ROTARY)  # [BN, BE]
-    v = load_head(p_k + H * E, n, length, row_stride, p_cos, p_sin, E, BLOCK_E, False)
+    k = load_head(p_k, n, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)  # [BN, BE]
+    v = load_head(p_k + H * E, n, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, False)
 
     end = length
     in_n = n < length
@@ -183,7 +184,7 @@ def attention_backward_kv_kernel(
     for start in range(0, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)  # [BM]
         q, grad, lse, delta, through_bias = _load_query(
-            qkv_ptr, bias_ptr, grad_ptr, mask_ptr, p_cos, p_sin, lse_ptr, delta_ptr, through_ptr,
+            qkv_ptr, bias_ptr, grad_ptr, mask_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, through_ptr,
             m, first, length, h, R, H, E, BLOCK_E, HAS_BIAS, HAS_MASK, ROTARY, DROPOUT, ACC,
         )  # fmt: skip
         valid = (m < length)[:, None] & valid_n[None, :]
@@ -213,7 +214,7 @@ def attention_backward_kv_kernel(
         tl.store(p_columns, tl.sum(grad_k, axis=0), mask=in_e)
         tl.store(p_columns + H * E, tl.sum(grad_v, axis=0), mask=in_e)
     if ROTARY:
-        grad_k = rotate_back(grad_k, n, length, p_cos, p_sin, E, BLOCK_E)
+        grad_k = rotate_back(grad_k, n, length, cos_ptr, sin_ptr, E, BLOCK_E)
     if NORMED:
         rstd = _row_rstd(sumsq_ptr, first + n, in_n, H * E, eps, PARTS, PARTS_BLOCK, ACC)[:, None]
         grad_k *= rstd
@@ -267,12 +268,13 @@ def attention_backward_q_kernel(
 ):
     tile, head, b, h = program(L, H, BLOCK_M)
     first, length = sample_rows(start_ptr, b, L, PACKED)
-    p_cos, p_sin = tables_of(cos_ptr, sin_ptr, first, E, ROTARY, PACKED)
+    if ROTARY:
+        cos_ptr, sin_ptr = tables_of(cos_ptr, sin_ptr, first, E, PACKED)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     e = tl.arange(0, BLOCK_E)
     row_stride = 3 * H * E
     q, grad, lse, delta, through_bias = _load_query(
-        qkv_ptr, bias_ptr, grad_ptr, mask_ptr, p_cos, p_sin, lse_ptr, delta_ptr, through_ptr,
+        qkv_ptr, bias_ptr, grad_ptr, mask_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, through_ptr,
         m, first, length, h, R, H, E, BLOCK_E, HAS_BIAS, HAS_MASK, ROTARY, DROPOUT, ACC,
     )  # fmt: skip
     p_q = qkv_ptr + first * row_stride + h * E
@@ -283,8 +285,8 @@ def attention_backward_q_kernel(
     grad_q = tl.zeros((BLOCK_M, BLOCK_E), dtype=ACC)
     for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)  # [BN]
-        k = load_head(p_q + H * E, n, length, row_stride, p_cos, p_sin, E, BLOCK_E, ROTARY)
-        v = load_head(p_q + 2 * H * E, n, length, row_stride, p_cos, p_sin, E, BLOCK_E, False)
+        k = load_head(p_q + H * E, n, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)
+        v = load_head(p_q + 2 * H * E, n, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, False)
         valid_n = n < length
         if HAS_MASK:
             valid_n = tl.load(mask_ptr + first + n, mask=valid_n, other=0) != 0
@@ -303,14 +305,14 @@ def attention_backward_q_kernel(
     in_e = e < E
     if NORMED:
         # Loaded again: q holds the bias, which the norm's row never met.
-        stored_q = load_head(p_q, m, length, row_stride, p_cos, p_sin, E, BLOCK_E, ROTARY)
+        stored_q = load_head(p_q, m, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)
         dot = tl.sum(grad_q * stored_q.to(ACC), axis=1)
         tl.store(dots_ptr + (first + m) * (2 * H) + h, dot, mask=in_m)
     if HAS_BIAS:
         part = (b * tl.cdiv(L, BLOCK_M) + tile).to(tl.int64)
         tl.store(columns_ptr + part * (H * E) + h * E + e, tl.sum(grad_q, axis=0), mask=in_e)
     if ROTARY:
-        grad_q = rotate_back(grad_q, m, length, p_cos, p_sin, E, BLOCK_E)
+        grad_q = rotate_back(grad_q, m, length, cos_ptr, sin_ptr, E, BLOCK_E)
     if NORMED:
         grad_q *= _row_rstd(sumsq_ptr, first + m, in_m, H * E, eps, PARTS, PARTS_BLOCK, ACC)[:, None]
     p_grad = grad_qkv_ptr + (first + m)[:, None] * row_stride + h * E + e[None, :]

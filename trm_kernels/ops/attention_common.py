@@ -38,9 +38,12 @@ def sample_rows(start_ptr, b, L, PACKED: tl.constexpr):
 
 
 @triton.jit
-def tables_of(cos_ptr, sin_ptr, first, E: tl.constexpr, ROTARY: tl.constexpr, PACKED: tl.constexpr):
-    """RoPE tables that a sample's rows index: by position, or, packed, one row of the table a row."""
-    if ROTARY and PACKED:
+def tables_of(cos_ptr, sin_ptr, first, E: tl.constexpr, PACKED: tl.constexpr):
+    """RoPE tables that a sample's rows index: by position, or, packed, one row of the table a row.
+
+    Called only where there are tables: Triton 3.6 cannot return a None.
+    """
+    if PACKED:
         cos_ptr += first * (E // 2)
         sin_ptr += first * (E // 2)
     return cos_ptr, sin_ptr
