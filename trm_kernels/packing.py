@@ -48,8 +48,10 @@ class Rows:
         width = x.shape[-1]
         if not padded:
             return x.reshape(-1, width).index_select(0, self.index)[None]
-        rows = x.reshape(-1, width).index_select(0, self.place).view(self.batch, self.length, width)
-        return rows.masked_fill_(~self.mask[..., None], 0.0)
+        rows = x.reshape(-1, width).index_select(0, self.place)
+        # The view comes last: compiled by torch 2.11, an autograd.Function whose forward returns what it
+        # wrote in place has a gradient of zeros (not so by 2.10, 2.12 and 2.13).
+        return rows.masked_fill_(~self.mask.reshape(-1, 1), 0.0).view(self.batch, self.length, width)
 
 
 @dataclass(frozen=True)
