@@ -54,8 +54,10 @@ def test_every_configuration_compiles_within_limits(
     target: str, compiler_environment: dict[str, str]
 ) -> None:
     rows = run_script("ahead_of_time.py", compiler_environment, target)
-    kernels = {row["kernel"] for row in rows}
-    assert {"gemm_kernel", "attention_kernel", "attention_backward_q_kernel", "fold_kernel"} <= kernels
+    expected = {"gemm_kernel", "attention_kernel", "attention_backward_q_kernel"}
+    if not target.endswith("+tf32"):
+        expected.add("fold_kernel")  # multiplies no matrices, and so knows no TF32
+    assert expected <= {row["kernel"] for row in rows}
     wrong = [f"{row['configuration']}: {', '.join(faults(row))}" for row in rows if faults(row)]
     assert not wrong, "\n".join(wrong)
 
