@@ -112,8 +112,9 @@ class CudaCapturer:
         return reason
 
     def capturing(self) -> bool:
-        # A build without CUDA has no such function.
-        return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+        # Nothing is captured where CUDA is not in use, and asking there raises: in builds without it, and
+        # without a driver.
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
