@@ -31,6 +31,7 @@ UPSTREAM = (
     "causal",
     "data",
     "evaluate",
+    "ops",
     "puzzle",
     "train",
     "benchmark/test_command.py",
@@ -38,6 +39,7 @@ UPSTREAM = (
     "test_cli.py",
     "test_compile.py",
     "test_compiled_gradients.py",
+    "test_packing.py",
     "test_private_names.py",
 )
 
