@@ -85,13 +85,16 @@ def networks(
     family: str, mixer: str, length: int, dtype: torch.dtype, device: str, width: int = 32, heads: int = 2
 ) -> tuple[TinyRecursiveNetwork, TinyRecursiveNetwork, TinyRecursiveNetwork]:
     """The same network, its weights rounded to ``dtype``, on triton, on eager, and in float64."""
-    net = TinyRecursiveNetwork(width, 2, heads, family=family, mixer=mixer, seq_len=length)
+    # Of two token mixers of one position, the first has gradients that one seed decides in any pool: with two
+    # blocks of the paper's 4 of 20 pools of 32 broke the rule.
+    layers = 1 if mixer == "tokens" and length == 1 else 2
+    net = TinyRecursiveNetwork(width, layers, heads, family=family, mixer=mixer, seq_len=length)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-            if family == "paper" and mixer == "tokens":
-                # Its 256 inner units, the least there are, over a few tokens amplify rounding errors
-                # otherwise: at L = 2 pools of 128 seeds broke the rule as often as pools of 2.
+            if family == "paper":
+                # Its 256 inner units, the least there are, and its norms behind the sum amplify rounding
+                # errors otherwise: two tokens broke the rule as often in pools of 128 seeds as in pools of 2.
                 parameter.mul_(0.5)
     ours = net.to(device, dtype)
     eager, truth = copy.deepcopy(ours), copy.deepcopy(ours).double()
@@ -102,8 +105,8 @@ def networks(
 def seeds_for(length: int, mixer: str) -> int:
     """Seeds to pool: eight, but in the interpreter, at seconds a pass, four or two, or one long sequence.
 
-    A norm along one position is a step at zero, and a few inputs near it decide a gradient: of pools drawn
-    from 64 seeds 8% of those of 8 broke the rule, 1% of those of 16, and none of 400 of 32.
+    The gradients of a token mixer of one position differ by orders of magnitude from seed to seed, so that
+    few seeds decide a pool: 1 of 32 pools of 16 broke the rule, and none of 16 of 32.
     """
     if length == 1 and mixer == "tokens":
         return 32
@@ -132,7 +135,12 @@ GRID = pairwise(FAMILIES, DTYPES, LENGTHS, MASKS, STRIDES)
     ),
 )
 def test_outputs_and_gradients_meet_the_rule(
-    family: tuple[str, str], dtype: torch.dtype, length: int, masking: str, strides: str, device: str
+    family: tuple[str, str],
+    dtype: torch.dtype,
+    length: int,
+    masking: str,
+    strides: str,
+    device: str,
 ) -> None:
     name, mixer = family
     rule = ToleranceRule(dtype)
@@ -184,7 +192,7 @@ def test_any_width_and_head_size(data: st.DataObject, batch: int, length: int, h
 def test_a_deep_recursion_meets_the_rule(device: str) -> None:
     """Errors grow from step to step; they may not grow faster than eager's."""
     rule = ToleranceRule(torch.float32)
-    for seed in range(2):
+    for seed in range(4):
         torch.manual_seed(seed)
         nets = networks("paper", "attention", 9, torch.float32, device)
         states = [torch.randn(2, 9, 32, device=device) for _ in range(3)]
