@@ -39,6 +39,8 @@ UPSTREAM = (
     "test_cli.py",
     "test_compile.py",
     "test_compiled_gradients.py",
+    "test_graphs.py",
+    "test_packed_eager.py",
     "test_packing.py",
     "test_private_names.py",
 )
