@@ -35,6 +35,7 @@ UPSTREAM = (
     "puzzle",
     "train",
     "benchmark/test_command.py",
+    "native/test_build.py",
     "test_ahead_of_time.py",
     "test_cli.py",
     "test_compile.py",
