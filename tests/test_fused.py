@@ -94,7 +94,8 @@ def networks(
             parameter.add_(0.1 * torch.randn_like(parameter))
             if family == "paper":
                 # Its 256 inner units, the least there are, and its norms behind the sum amplify rounding
-                # errors otherwise: two tokens broke the rule as often in pools of 128 seeds as in pools of 2.
+                # errors otherwise: two tokens broke the rule as often in pools of 128 seeds as in pools of 2,
+                # and deep recursions with attention still in 1 of 6 pools of 16 (torch 2.13).
                 parameter.mul_(0.5)
     ours = net.to(device, dtype)
     eager, truth = copy.deepcopy(ours), copy.deepcopy(ours).double()
@@ -135,12 +136,7 @@ GRID = pairwise(FAMILIES, DTYPES, LENGTHS, MASKS, STRIDES)
     ),
 )
 def test_outputs_and_gradients_meet_the_rule(
-    family: tuple[str, str],
-    dtype: torch.dtype,
-    length: int,
-    masking: str,
-    strides: str,
-    device: str,
+    family: tuple[str, str], dtype: torch.dtype, length: int, masking: str, strides: str, device: str
 ) -> None:
     name, mixer = family
     rule = ToleranceRule(dtype)

@@ -15,9 +15,8 @@ MOVED_BEFORE = {"transformers", "trl", "peft", "datasets", "accelerate"}
 
 def _declared() -> list[Requirement]:
     project = tomllib.loads((lock.ROOT / "pyproject.toml").read_text())["project"]
-    extras = (line for extra in lock.LOCKED_EXTRAS for line in project["optional-dependencies"][extra])
-    other = (line for lines in project["optional-dependencies"].values() for line in lines)
-    lines = [*project["dependencies"], *extras, *other]
+    optional = (line for lines in project["optional-dependencies"].values() for line in lines)
+    lines = [*project["dependencies"], *optional]
     return [wanted for wanted in map(Requirement, lines) if wanted.name not in lock.UNLOCKED]
 
 
