@@ -73,8 +73,8 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     net = network(family, heads * head, heads, layers, length=length)
     if family == "paper-tokens" and length <= 3:
-        # Its 256 inner units amplify rounding errors over few tokens: 26 of 1,200 draws of one to three failed,
-        # none of 3,700 with weights of half the size, and none of 2,500 of 4 to 40 with whole ones.
+        # Its 256 inner units amplify rounding errors over few tokens: 26 of 1,200 draws of one to three
+        # failed, none of 3,700 with weights of half the size, and none of 2,500 of 4 to 40 with whole ones.
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.mul_(0.5)
