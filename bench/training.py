@@ -292,12 +292,15 @@ def run_case(
     device: torch.device,
     seconds: float,
     progress: Callable[[str], object] = lambda _: None,
+    *,
+    compare: bool = True,
 ) -> dict[str, Any]:
     """Check, in float32 and in the case's precision, and time one case.
 
     Args:
         seconds: Of the timed passes; at least three each are made.
         progress: Told what is begun.
+        compare: Whether the trainers are compared first.
 
     Returns:
         A line for a results file, run details aside: ``agreement`` of the checks, and for each of the
@@ -309,7 +312,7 @@ def run_case(
     """
     with tempfile.TemporaryDirectory() as folder:
         agreement: dict[str, float] = {}
-        for dtype in dict.fromkeys(("float32", case.dtype)):
+        for dtype in dict.fromkeys(("float32", case.dtype)) if compare else ():
             progress(f"check in {dtype}")
             found = check(replace(case, dtype=dtype), device, Path(folder) / dtype)
             agreement |= {f"{dtype} {name}": difference for name, difference in found.items()}

@@ -26,6 +26,9 @@ from trm_kernels.testing import ErrorPool
 #: Told what is being done now.
 Progress = Callable[[str], None]
 
+#: Told of a row when it was checked, and again when it was timed.
+OnRow = Callable[[Row], None]
+
 #: Called with a candidate before its timing: one that compiles or captures is no longer cold then.
 _CALLS_BEFORE_TIMING = 2
 
@@ -108,7 +111,9 @@ class CaseRun:
         seed: int,
         excluded: Mapping[str, str],
         group: Group,
+        on_row: OnRow,
     ) -> None:
+        self.on_row = on_row
         self.group = group
         self.seed = seed
         self.excluded = excluded
@@ -141,17 +146,21 @@ class CaseRun:
         # Eager goes first, asked for or not: the tolerance rule is stated in its error.
         eager = self._prepare("eager", state, inputs, truth)
         self.eager_status = eager.status
-        self.rows["eager"] = eager
+        self._add(eager)
         for name in sorted(names, key=_preparation_order):
             if name in self.excluded:
-                self.rows[name] = Row(name, "failed", self.excluded[name])
+                self._add(Row(name, "failed", self.excluded[name]))
             elif name != "eager":
-                self.rows[name] = self._prepare(name, state, inputs, truth)
+                self._add(self._prepare(name, state, inputs, truth))
         del truth
         self._time(
             {measured.row.backend: measured for measured in self.measured if measured.row.backend in names}
         )
         return self._result([self.rows[name] for name in names])
+
+    def _add(self, row: Row) -> None:
+        self.rows[row.backend] = row
+        self.on_row(row)
 
     def _result(self, rows: list[Row]) -> CaseResult:
         add_speedups(rows)
@@ -280,6 +289,7 @@ class CaseRun:
             row.tflops = measured[name].flops / timing.median * 1e-12
             if row.differs is None:
                 row.share = self.floor / timing.median
+            self.on_row(row)
 
 
 def _preparation_order(name: str) -> tuple[float, bool]:
@@ -304,6 +314,7 @@ def run_case(
     seed: int = 0,
     excluded: Mapping[str, str] | None = None,
     group: Group = "main",
+    on_row: OnRow = lambda _: None,
 ) -> CaseResult:
     """Measure candidates on a case; those that cannot run get a row that says why.
 
@@ -316,8 +327,9 @@ def run_case(
         seed: Of weights and inputs.
         excluded: Candidates that are known to break the device on this case, with the reason.
         group: What the result is filed under.
+        on_row: Told of each row as it comes, before the case is whole.
 
     Raises:
         DeviceLostError: A candidate left the device unusable for this process.
     """
-    return CaseRun(case, device, budget, progress, seed, excluded or {}, group).run(names)
+    return CaseRun(case, device, budget, progress, seed, excluded or {}, group, on_row).run(names)

@@ -27,21 +27,22 @@ LAUNCHERS: tuple[Callable[..., Any], ...] = (gemm, activation_gradient)
 _FIRST_WITH_FP8 = 90
 
 
-def record_cases(cases: Sequence[Case], target: Target) -> list[RecordedCall]:
+def record_cases(cases: Sequence[Case], target: Target, *, fp8: bool = True) -> list[RecordedCall]:
     """The calls that the cases make of launchers, one for each problem that a table tells apart.
 
     Of several calls of one problem the one with the most tensors stands for all: its epilogue does the most.
+    bfloat16 covers recursions in fp8, where the target has it, unless ``fp8`` is False.
     """
     found: dict[str, RecordedCall] = {}
     for case in cases:
-        for call in _calls(case, target):
+        for call in _calls(case, target, fp8):
             name = dispatch.key(call.problem)
             if name not in found or len(call.tensors) > len(found[name].tensors):
                 found[name] = call
     return list(found.values())
 
 
-def _calls(case: Case, target: Target) -> list[RecordedCall]:
+def _calls(case: Case, target: Target, fp8: bool) -> list[RecordedCall]:
     calls: list[RecordedCall] = []
     running: list[tuple[Callable[..., Any], Any, Any]] = []
 
@@ -62,7 +63,7 @@ def _calls(case: Case, target: Target) -> list[RecordedCall]:
         return call
 
     with _replaced(watch), record(target), chosen_by(choose), torch.no_grad():
-        _run(case, target)
+        _run(case, target, fp8)
     return calls
 
 
@@ -83,7 +84,7 @@ def _replaced(watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iter
             setattr(owner, name, launcher)
 
 
-def _run(case: Case, target: Target) -> None:
+def _run(case: Case, target: Target, fp8: bool) -> None:
     """One latent recursion of the case, without gradient, and for training with it and backward."""
     config = case.config()
     with torch.device("meta"):
@@ -107,7 +108,7 @@ def _run(case: Case, target: Target) -> None:
     )
     rest: Any = (parameters, [], None, *tensors, *numbers)
     recursion._recursion(state, state, state, *rest)
-    if case.dtype == "bfloat16" and target.kind == "cuda" and int(target.arch) >= _FIRST_WITH_FP8:
+    if fp8 and case.dtype == "bfloat16" and target.kind == "cuda" and int(target.arch) >= _FIRST_WITH_FP8:
         recursion._recursion(state, state, state, *rest[:-1], True)
     if case.mode != "forward":
         _, _, saved = recursion._recursion_saving(state, state, state, *rest)

@@ -1,0 +1,82 @@
+"""The command line of :mod:`bench.gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.gpu.cache import unpack
+from bench.gpu.plans import PLANS, within
+from bench.gpu.supervisor import Processes, Supervisor
+from bench.gpu.tables import tables
+from bench.pretend import python
+
+_DESCRIPTION = """\
+Do what only a GPU can show, in the order in which it tells the most, and stop at a hard limit.
+
+--plan first takes 470 s: a smoke test of every kind of recursion, forward passes and training steps against
+eager and torch.compile, tuning, the forward passes again, the puzzle trainer. --plan second takes 240 s: the
+device tests, what users type, trainers, and what is missing of the first.
+
+Appends to gpu.jsonl (results), rows.jsonl (each row as it comes), tuned.jsonl, crashes.jsonl, gpu-tests.txt
+and tables/ in the folder --out; started again, it goes on with what is missing for this commit and device.
+The exit code is 1 if anything was wrong: give the machine back and mend it.
+"""
+
+_EXAMPLES = """\
+examples:
+  python -m bench.gpu --plan first --out $OUT --commit $SHA --cache .gpu/sm_90.tar.xz 2>&1 | tee $OUT/gpu.log
+  python -m bench.gpu --plan second --out $OUT --commit $SHA --wall 220
+  python -m bench.pretend bench.gpu --plan first --out /tmp/out    without a GPU: to see that the plan runs
+"""
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--plan", choices=sorted(PLANS), default="first")
+    parser.add_argument("--out", type=Path, required=True, help="folder that results are appended in")
+    parser.add_argument("--commit", help="the commit that is measured (default: the checkout's)")
+    parser.add_argument(
+        "--wall", type=float, help="end after so many seconds at the latest (default: the plan's)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="Triton cache that python -m bench.precompile packed; it is unpacked first"
+    )
+    options = parser.parse_args()
+    if options.wall is not None and not 10 <= options.wall <= 86400:
+        parser.error("--wall must lie between 10 and 86400 seconds")
+    if options.cache is not None:
+        try:
+            folder, differences = unpack(options.cache)
+        except ValueError as error:
+            parser.error(f"--cache: {error}; make it again")
+        os.environ["TRITON_CACHE_DIR"] = str(folder)
+        for difference in differences:
+            print(f"the cache will not be hit: this machine has {difference}", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    # Part of the cache's keys; Triton 3.10 changes the default.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    plan = PLANS[options.plan]
+    if options.wall is not None:
+        plan = within(plan, options.wall)
+    # What this measures is what the heuristics and the run's own tables choose, on whatever machine.
+    host = Processes(python(), {"TRM_TABLES": str(tables(options.out.resolve()))})
+    sys.exit(Supervisor(plan, options.out.resolve(), options.commit or _commit(), host).run())
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

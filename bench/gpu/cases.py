@@ -1,0 +1,71 @@
+"""A case of the benchmark: every candidate checked against float64, then timed in turn."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from bench.gpu.child import PATIENCE, BrokenDeviceError, Context
+from llm_trm.benchmark.candidates import CANDIDATES, candidates_for
+from llm_trm.benchmark.results import CaseResult, Row
+from llm_trm.benchmark.runner import Budget, DeviceLostError, run_case
+from llm_trm.benchmark.table import footnotes, markdown_table, title
+from llm_trm.benchmark.workloads import Case
+
+#: What torch.compile is expected to take for a forward case, until it has been seen; then what it took.
+_compile_seconds = 10.0
+#: A candidate that compiles is given up after so long.
+_PATIENCE_COMPILE, _PATIENCE_MAX_AUTOTUNE = 60.0, 120.0
+
+
+def patience(doing: str) -> float:
+    """Seconds after which a step of a case is taken to hang."""
+    candidate = CANDIDATES.get(doing)
+    if candidate is None or candidate.compiles == 0.0:
+        return PATIENCE
+    return _PATIENCE_MAX_AUTOTUNE if candidate.compiles > 1.0 else _PATIENCE_COMPILE
+
+
+def run(context: Context) -> None:
+    """Measure the case, a line for each row as it comes and one for the whole."""
+    global _compile_seconds
+    gc.collect()  # graphs of the last case hang in cycles
+    torch.cuda.empty_cache()
+    argument = context.argument
+    case, group = Case(**argument["case"]), argument["group"]
+    device = torch.device("cuda")
+    names = argument["names"] or candidates_for(case, "cuda", group)
+    budget = Budget(context.left, argument["timed"], _compile_seconds, context.clock)
+
+    def on_row(row: Row) -> None:
+        context.line({"name": context.task.name} | _row(row), "rows.jsonl")
+
+    try:
+        result = run_case(
+            case,
+            device,
+            names,
+            budget,
+            lambda doing: context.doing(doing, patience(doing)),
+            excluded=context.excluded,
+            group=group,
+            on_row=on_row,
+        )
+    except DeviceLostError as error:
+        raise BrokenDeviceError(error.backend, str(error)) from error
+    finally:
+        _compile_seconds = budget.compile_seconds
+    context.line(result.to_json(), argument["file"])
+    _show(result)
+
+
+def _row(row: Row) -> dict[str, Any]:
+    """What a row says that is not empty."""
+    return {name: value for name, value in vars(row).items() if value not in (None, {}, 0)}
+
+
+def _show(result: CaseResult) -> None:
+    print(f"\n{title(result)}\n{markdown_table(result)}")
+    print("\n".join(footnotes(result)), flush=True)

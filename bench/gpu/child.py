@@ -1,0 +1,164 @@
+"""One process of a plan: takes tasks from stdin, does them in turn, and tells its supervisor how it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.plans import Task
+
+#: Names the file descriptor of the pipe that events are written to.
+EVENTS = "BENCH_GPU_EVENTS"
+#: A step that takes longer than this hangs, unless it says that it needs more.
+PATIENCE = 20.0
+
+#: One event of a child: what it is, and its details.
+Event = dict[str, Any]
+
+
+class BrokenDeviceError(RuntimeError):
+    """Nothing works on the device any more in this process, and ``culprit`` is to blame."""
+
+    def __init__(self, culprit: str, reason: str) -> None:
+        super().__init__(reason)
+        self.culprit = culprit
+
+
+@dataclass
+class Context:
+    """What a task is given.
+
+    Attributes:
+        task: The task itself.
+        ends: When it must have ended, on ``clock``.
+        emit: Sends an event to the supervisor.
+        out: Folder of the results; the supervisor writes the result files.
+        excluded: Candidates that broke the device in this task before, with the reason.
+        clock: Seconds.
+    """
+
+    task: Task
+    ends: float
+    emit: Callable[[Event], None]
+    out: Path
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def argument(self) -> dict[str, Any]:
+        """What the plan gave the task."""
+        return self.task.argument
+
+    @property
+    def left(self) -> float:
+        """Seconds until it must have ended."""
+        return self.ends - self.clock()
+
+    def doing(self, what: str, patience: float = PATIENCE) -> None:
+        """Say what is done next: if it takes longer than ``patience`` seconds, it is taken to hang."""
+        self.emit({"event": "doing", "what": what, "patience": patience})
+
+    def line(self, line: Mapping[str, Any], file: str = "gpu.jsonl") -> None:
+        """A line for a result file."""
+        self.emit({"event": "line", "line": dict(line), "file": file})
+
+
+#: Does one task; raises where it fails.
+Runner = Callable[[Context], None]
+
+
+def _runners() -> dict[str, Runner]:
+    from bench.gpu import cases, commands, probe, smollm3, trainers, tuning
+
+    return {
+        "probe": probe.run,
+        "smoke": probe.run_check,
+        "case": cases.run,
+        "tune": tuning.run,
+        "puzzle": trainers.run_puzzle,
+        "trainer": trainers.run_trainer,
+        "tests": commands.run_tests,
+        "command": commands.run_command,
+        "phase2": commands.run_phase2,
+        "smollm3": smollm3.run,
+    }
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    ends: float,
+    emit: Callable[[Event], None],
+    out: Path,
+    excluded: Mapping[str, Mapping[str, str]],
+    runners: Mapping[str, Runner],
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Do the tasks in turn, none with less time left than it needs; returns the exit code.
+
+    Args:
+        tasks: In order.
+        ends: When all of them must have ended, on ``clock``.
+        emit: Sends an event to the supervisor.
+        out: Folder of the results.
+        excluded: For each task, candidates that broke the device before.
+        runners: By kind of task.
+        clock: Seconds.
+    """
+    for task in tasks:
+        begun = clock()
+        if ends - begun < task.least:
+            reason = f"{max(ends - begun, 0.0):.0f} s are left, it needs {task.least:.0f}"
+            emit({"event": "skipped", "task": task.name, "reason": reason})
+            continue
+        emit({"event": "begin", "task": task.name})
+        until = min(ends, begun + task.seconds)
+        try:
+            runners[task.kind](Context(task, until, emit, out, excluded.get(task.name, {}), clock))
+        except BrokenDeviceError as error:
+            emit({"event": "broken", "task": task.name, "culprit": error.culprit, "reason": str(error)})
+            return 3
+        except Exception as error:  # the other tasks are worth more than an early end
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            emit({"event": "failed", "task": task.name, "reason": reason})
+        else:
+            emit({"event": "end", "task": task.name, "seconds": round(clock() - begun, 1)})
+    return 0
+
+
+def main() -> None:
+    """Read the request from stdin, and do it."""
+    begun = time.monotonic()
+    request = json.load(sys.stdin)
+    pipe = os.fdopen(int(os.environ[EVENTS]), "w", buffering=1)
+
+    def emit(event: Event) -> None:
+        print(json.dumps(event), file=pipe, flush=True)
+
+    from bench.gpu.cache import watch
+
+    seen = watch()
+    code = run_tasks(
+        [Task(**task) for task in request["tasks"]],
+        begun + request["seconds"],
+        emit,
+        Path(request["out"]),
+        request["excluded"],
+        _runners(),
+    )
+    emit({"event": "cache", "hits": sum(seen.hits.values()), "compiled": dict(seen.compiled)})
+    pipe.flush()
+    sys.stdout.flush()
+    # Not sys.exit: a device that hangs would keep the interpreter from ending.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

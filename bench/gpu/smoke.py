@@ -1,0 +1,339 @@
+"""Is it right on this device? One check an aspect, each a few seconds: what is wrong raises AssertionError.
+
+A result is held to the rule of :mod:`trm_kernels.testing`: error against float64 at most twice eager's in the
+same dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.fp8.emulation import EmulatedNetwork
+from trm_kernels import Packing, TinyRecursiveNetwork, deep_recursion, latent_recursion, reference
+from trm_kernels.averaging import ParameterAverage
+from trm_kernels.graphs import graphed
+from trm_kernels.optimizers import capturable_adamw
+from trm_kernels.testing import ToleranceRule, relative_error
+from trm_kernels.training import TrainingStep
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the checks run on.
+
+    Attributes:
+        length: No multiple of a tile, so that edges are masked.
+        n, T: Few, so that eager in float64 takes no time.
+    """
+
+    batch: int = 8
+    length: int = 97
+    width: int = 256
+    heads: int = 4
+    n: int = 2
+    T: int = 2
+
+
+#: The paper's length with its 16 puzzle positions, at phase 2's width.
+SIZES = Sizes()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where checks run.
+
+    Attributes:
+        device: A CUDA device; the tests use the CPU, with Triton's interpreter.
+        dtype: Of operands, and of the residual stream unless a check says otherwise.
+        repeats: How often the same is computed again.
+        steps: Training steps, plain and captured.
+    """
+
+    device: torch.device
+    sizes: Sizes = SIZES
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 20
+    steps: int = 10
+
+
+#: A check: returns figures worth keeping, raises AssertionError where a result is wrong.
+Check = Callable[[Setting], dict[str, Any]]
+
+#: x, y, z.
+States = tuple[Tensor, Tensor, Tensor]
+
+
+def _network(setting: Setting, family: str, **options: Any) -> TinyRecursiveNetwork:
+    """A network in float32 whose recursion is damped: a fresh one multiplies what was rounded."""
+    sizes = setting.sizes
+    if options.get("mixer") == "tokens":
+        options["seq_len"] = sizes.length
+    net = TinyRecursiveNetwork(sizes.width, 2, sizes.heads, family=family, **options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))  # ones and zeros hide errors
+            else:
+                parameter.mul_(0.5)
+    return net.to(setting.device)
+
+
+def _states(setting: Setting, dtype: torch.dtype) -> States:
+    sizes = setting.sizes
+    shape = sizes.batch, sizes.length, sizes.width
+    x, y, z = (torch.randn(shape, device=setting.device).to(dtype) for _ in range(3))
+    return x, y, z
+
+
+def _wide(states: States) -> States:
+    x, y, z = (state.double() for state in states)
+    return x, y, z
+
+
+def _mask(setting: Setting) -> Tensor:
+    """Samples of different lengths [B, L]."""
+    sizes = setting.sizes
+    lengths = torch.randint(1, sizes.length + 1, (sizes.batch, 1))
+    lengths[0] = sizes.length
+    return (torch.arange(sizes.length) < lengths).to(setting.device)
+
+
+def _found(net: TinyRecursiveNetwork, states: States, **options: Any) -> dict[str, Tensor]:
+    """New y and z of a deep recursion, and the gradients of everything that has one, by name."""
+    net.zero_grad(set_to_none=True)
+    x, y, z = leaves = tuple(state.detach().clone().requires_grad_() for state in states)
+    out = deep_recursion(net, x, y, z, **options)
+    directions = [torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in out]
+    torch.autograd.backward(out, directions)
+    found = {"new y": out[0].detach(), "new z": out[1].detach()}
+    found |= {name: leaf.grad for name, leaf in zip("xyz", leaves, strict=True) if leaf.grad is not None}
+    found |= {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    missing = {"x", *(name for name, _ in net.named_parameters())} - found.keys()
+    assert not missing, f"no gradient of {', '.join(sorted(missing))}"
+    return found
+
+
+def _errors(rule: ToleranceRule) -> dict[str, Any]:
+    """The largest error against float64, and eager's, after the rule was checked."""
+    rule.check()
+    worst = max(rule.pools.values(), key=lambda pools: pools[0].error)
+    return {"error": worst[0].error, "eager": worst[1].error}
+
+
+def _held_to_the_rule(
+    setting: Setting,
+    family: str,
+    *,
+    autocast: bool = False,
+    normed: bool = False,
+    masked: bool = False,
+    packed: bool = False,
+    memories: tuple[str, ...] = ("balanced",),
+    **network: Any,
+) -> dict[str, Any]:
+    """Outputs and gradients of a deep recursion on the ``triton`` backend, eager, and eager in float64."""
+    held = torch.float32 if autocast else setting.dtype
+    ours = _network(setting, family, **network).to(held)
+    eager, truth = copy.deepcopy(ours), copy.deepcopy(ours).double()
+    ours.backend, eager.backend, truth.backend = "triton", "eager", "eager"
+    options: dict[str, Any] = {"n": setting.sizes.n, "T": setting.sizes.T}
+    if masked or packed:
+        options["mask"] = _mask(setting)
+    norm = None
+    if normed:
+        norm = reference.RMSNorm(setting.sizes.width, 1e-6).to(setting.device, held)
+        nn.init.normal_(norm.weight, 1.0, 0.2)
+    states = _states(setting, held)
+    context = torch.autocast(setting.device.type, setting.dtype) if autocast else nullcontext()
+    wide = None if norm is None else copy.deepcopy(norm).double()
+    right = _found(truth, _wide(states), output_norm=wide, **options)
+    with context:
+        theirs = _found(eager, states, output_norm=norm, **options)
+    rule = ToleranceRule(setting.dtype)
+    for memory in memories:
+        given = options | ({"mask": Packing.of(options["mask"])} if packed else {})
+        with context:
+            mine = _found(ours, states, output_norm=norm, memory=memory, **given)
+        assert mine.keys() == right.keys()
+        for name, expected in right.items():
+            rule.add(f"{memory} {name}", mine[name], theirs[name], expected)
+    return _errors(rule)
+
+
+def _family(family: str, **network: Any) -> Check:
+    def check(setting: Setting) -> dict[str, Any]:
+        return _held_to_the_rule(setting, family, memories=("balanced", "fast", "small"), **network)
+
+    return check
+
+
+def _variant(family: str, **options: Any) -> Check:
+    def check(setting: Setting) -> dict[str, Any]:
+        return _held_to_the_rule(setting, family, **options)
+
+    return check
+
+
+def _dropout(setting: Setting) -> dict[str, Any]:
+    """The same seed draws the same numbers, forward and backward; another seed others; most weights stay."""
+    net = _network(setting, "seed", dropout=0.1).to(setting.dtype).train()
+    net.backend = "triton"
+    states = _states(setting, setting.dtype)
+    options: dict[str, Any] = {"n": setting.sizes.n, "T": 1}
+
+    def drawn(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        return _found(net, states, **options)
+
+    one, again, other = drawn(0), drawn(0), drawn(1)
+    for name, expected in one.items():
+        assert torch.equal(again[name], expected), f"the same seed gave another {name}"
+    assert (one["new y"] != other["new y"]).any(), "another seed gave the same output"
+    plain = _found(net.eval(), states, **options)["new y"]
+    change = relative_error(one["new y"], plain)
+    assert change < 1.0, f"dropout of 0.1 changed the output by {change:.2f} of its size"
+    return {"change": change}
+
+
+def _fp8(setting: Setting) -> dict[str, Any]:
+    """Recursions in fp8 agree with their emulation better than with full precision."""
+    net = _network(setting, "seed").to(setting.dtype).eval()
+    net.backend = "triton"
+    states = _states(setting, setting.dtype)
+    options: dict[str, Any] = {"n": setting.sizes.n, "T": setting.sizes.T}
+    with torch.no_grad():
+        found, _ = deep_recursion(net, *states, precision="fp8-nograd", **options)
+        emulated, _ = deep_recursion(EmulatedNetwork(net), *states, **options)
+        full, _ = deep_recursion(net, *states, **options)
+    against_emulation, against_full = relative_error(found, emulated), relative_error(found, full)
+    # bfloat16 rounds the stream in both, in another order; what e4m3 rounds is 16 times coarser.
+    assert against_emulation <= against_full / 2, (
+        f"{against_emulation:.3g} off its emulation, {against_full:.3g} off full precision"
+    )
+    assert against_full < 0.2, f"fp8 is {against_full:.3g} off full precision"
+    return {"emulation": against_emulation, "full": against_full}
+
+
+def _graph(setting: Setting) -> dict[str, Any]:
+    """Replays on new inputs and changed weights equal plain calls to the bit."""
+    net = _network(setting, "seed").to(setting.dtype).eval()
+    net.backend = "triton"
+    sizes = setting.sizes
+    replayed = graphed(net, n=sizes.n, T=sizes.T)
+    with torch.no_grad():
+        for call in range(6):
+            states = _states(setting, setting.dtype)
+            if call == 4:
+                for parameter in net.parameters():
+                    parameter.mul_(0.9)
+            found = replayed(*states)
+            expected = deep_recursion(net, *states, sizes.n, sizes.T)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one, other), f"call {call} differs from a plain one"
+    status = replayed.graphed.cache.status()
+    assert setting.device.type != "cuda" or status.replays > 0, f"never replayed: {status.fallbacks}"
+    return {"replays": status.replays}
+
+
+def _training(setting: Setting) -> dict[str, Any]:
+    """Training steps, captured, leave the parameters that plain ones leave, to the bit."""
+    start = _network(setting, "seed").train()
+    x, _, _ = _states(setting, torch.float32)
+    labels = torch.randint(11, x.shape[:2], device=setting.device)
+    head = torch.randn(11, setting.sizes.width, device=setting.device)
+
+    def trained(capture: bool) -> tuple[list[Tensor], Any]:
+        net = copy.deepcopy(start)
+        net.backend = "triton"
+        optimizer = capturable_adamw(net.parameters(), 1e-3)
+
+        def loss(y: Tensor, z: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logits = nn.functional.linear(y.float(), head)
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), {}
+
+        step = TrainingStep(
+            net,
+            loss,
+            optimizer,
+            n=setting.sizes.n,
+            T=setting.sizes.T,
+            clip_norm=1.0,
+            average=ParameterAverage(net.parameters(), 0.9),
+            autocast_dtype=setting.dtype,
+            max_steps=3,
+            capture=capture,
+        )
+        for _ in range(setting.steps):
+            step(x, labels)
+        return [parameter.detach() for parameter in net.parameters()], step.cache.status()
+
+    (plain, _), (captured, status) = trained(False), trained(True)
+    for one, other, before in zip(plain, captured, start.parameters(), strict=True):
+        assert torch.isfinite(one).all(), "a parameter is not finite"
+        assert (one != before).any(), "a parameter did not change"
+        assert torch.equal(one, other), "a captured step differs from a plain one"
+    assert setting.device.type != "cuda" or status.replays > 0, f"never replayed: {status.fallbacks}"
+    return {"replays": status.replays}
+
+
+def _repeats(setting: Setting) -> dict[str, Any]:
+    """The same step again and again, to the bit: what moves between runs is a race."""
+    net = _network(setting, "paper").to(setting.dtype)
+    net.backend = "triton"
+    states = _states(setting, setting.dtype)
+    options: dict[str, Any] = {"n": setting.sizes.n, "T": 1, "mask": _mask(setting)}
+    first = _found(net, states, **options)
+    for repeat in range(setting.repeats):
+        for name, tensor in _found(net, states, **options).items():
+            assert torch.equal(tensor, first[name]), f"repeat {repeat}: another {name}"
+    return {"repeats": setting.repeats}
+
+
+def _single(setting: Setting) -> dict[str, Any]:
+    """Without gradient: one network call, one latent recursion, and rows that are read alone."""
+    net = _network(setting, "seed").to(setting.dtype).eval()
+    eager, truth = copy.deepcopy(net), copy.deepcopy(net).double()
+    net.backend, eager.backend, truth.backend = "triton", "eager", "eager"
+    states = _states(setting, setting.dtype)
+    read = torch.zeros(setting.sizes.batch, 1, dtype=torch.long, device=setting.device)
+    rule = ToleranceRule(setting.dtype)
+
+    def results(net: TinyRecursiveNetwork, states: States) -> Iterator[tuple[str, Tensor]]:
+        yield "network", net(states[0])
+        y, z = latent_recursion(net, *states, setting.sizes.n)
+        yield "y", y
+        yield "z", z
+        yield "read", deep_recursion(net, *states, setting.sizes.n, setting.sizes.T, read=read)[0]
+
+    with torch.no_grad():
+        found = (results(n, s) for n, s in ((net, states), (eager, states), (truth, _wide(states))))
+        for (name, mine), (_, theirs), (_, expected) in zip(*found, strict=True):
+            rule.add(name, mine, theirs, expected)
+    return _errors(rule)
+
+
+#: By name, most telling first.
+CHECKS: dict[str, Check] = {
+    "seed": _family("seed"),
+    "paper": _family("paper"),
+    "paper-tokens": _family("paper", mixer="tokens"),
+    "scratch": _family("scratch"),
+    "scratch-tokens": _family("scratch", mixer="tokens"),
+    "inference": _single,
+    "autocast": _variant("seed", autocast=True),
+    "output norm": _variant("seed", normed=True),
+    "masked": _variant("paper", masked=True),
+    "packed": _variant("seed", packed=True, memories=("balanced", "small")),
+    "dropout": _dropout,
+    "fp8": _fp8,
+    "graph": _graph,
+    "training": _training,
+    "repeats": _repeats,
+}

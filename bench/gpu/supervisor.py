@@ -1,0 +1,357 @@
+"""Runs a plan in child processes, and ends each when its time is over: nothing on the device can stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.gpu.child import EVENTS, PATIENCE, Event
+from bench.gpu.plans import Plan, Stage, Task, excludable
+from llm_trm.benchmark.results import append, read
+
+#: A task's process is ended so many seconds after the task should have ended itself.
+GRACE = 5.0
+#: Importing torch, and the first call of CUDA.
+START_SECONDS = 40.0
+#: At the end of the plan, for the last lines.
+CLOSING_SECONDS = 1.0
+
+
+class Host(Protocol):
+    """Starts and ends child processes, and knows the time; tests put a double in its place."""
+
+    def clock(self) -> float:
+        """Seconds."""
+
+    def start(self, request: dict[str, Any]) -> int:
+        """Start a child on a request; returns its number."""
+
+    def next(self, timeout: float) -> tuple[int, Event] | None:
+        """The next event of any child, or None after ``timeout`` seconds. The last of a child is ``exit``."""
+
+    def kill(self, child: int) -> None:
+        """End a child and all that it started; no further event of it comes."""
+
+
+class Processes:
+    """Children as processes of their own.
+
+    Args:
+        prefix: The command that runs a module whose name follows.
+        environment: Beside the supervisor's own.
+    """
+
+    def __init__(self, prefix: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        self._prefix, self._environment = list(prefix), environment or {}
+        self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
+        self._running: dict[int, subprocess.Popen[str]] = {}
+        self._started = 0
+
+    def clock(self) -> float:
+        return time.monotonic()
+
+    def start(self, request: dict[str, Any]) -> int:
+        self._started += 1
+        number = self._started
+        reading, writing = os.pipe()
+        process = subprocess.Popen(
+            [*self._prefix, "bench.gpu.child"],
+            stdin=subprocess.PIPE,
+            text=True,
+            pass_fds=(writing,),
+            env=os.environ | self._environment | {EVENTS: str(writing), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        os.close(writing)
+        self._running[number] = process
+        threading.Thread(target=self._listen, args=(number, process, reading), daemon=True).start()
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it died at once, and its exit says so
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+        return number
+
+    def _listen(self, number: int, process: subprocess.Popen[str], reading: int) -> None:
+        with os.fdopen(reading) as lines:
+            for line in lines:
+                try:
+                    self._events.put((number, json.loads(line)))
+                except json.JSONDecodeError:
+                    continue  # cut by its end
+        self._events.put((number, {"event": "exit", "code": process.wait()}))
+
+    def next(self, timeout: float) -> tuple[int, Event] | None:
+        ends = time.monotonic() + timeout
+        while True:
+            try:
+                number, event = self._events.get(timeout=max(ends - time.monotonic(), 0.0))
+            except queue.Empty:
+                return None
+            if number in self._running:
+                if event["event"] == "exit":
+                    del self._running[number]
+                return number, event
+
+    def kill(self, child: int) -> None:
+        process = self._running.pop(child, None)
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@dataclass
+class _Child:
+    """A child that runs.
+
+    Attributes:
+        tasks: What it has not settled yet, the one it is at first.
+        doing: What it does now, and when that is taken to hang.
+    """
+
+    tasks: deque[Task]
+    due: float
+    doing: str = "starting"
+    begun: bool = False
+
+
+@dataclass
+class Outcome:
+    """What became of the tasks of a plan, by name, with the reason where there is one."""
+
+    done: list[str] = field(default_factory=list)
+    red: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+class Supervisor:
+    """One run of a plan.
+
+    Args:
+        plan: What to do.
+        out: Folder that results are appended in.
+        commit: The commit that is measured.
+        host: Starts children.
+        show: Prints a line.
+        patience: How much longer than on a GPU a step may take before it is taken to hang.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        commit: str,
+        host: Host,
+        show: Callable[[str], None] = lambda text: print(text, flush=True),
+        patience: float = 1.0,
+    ) -> None:
+        self._patience = patience
+        self.plan, self.out, self.commit, self.host, self.show = plan, out, commit, host, show
+        self.begun = host.clock()
+        self.outcome = Outcome()
+        self.record: dict[str, Any] = {"commit": commit}
+        self.hits = 0
+        self.compiled: Counter[str] = Counter()
+        self._excluded: dict[str, dict[str, str]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the plan began."""
+        return self.host.clock() - self.begun
+
+    def run(self) -> int:
+        """Run the plan; returns 0, 1 where a task was red, 2 where there is no GPU."""
+        for stage in self.plan.stages:
+            red = len(self.outcome.red)
+            until = min(stage.until, self.plan.wall - CLOSING_SECONDS)
+            self.show(f"== {self.seconds:.0f} s: {stage.name}, until {until:.0f} s")
+            self._stage(stage, until)
+            if stage.stops and len(self.outcome.red) > red:
+                self.show(f"{stage.name} is red: the plan ends here")
+                break
+        self._finish()
+        if "probe" in self.outcome.red:
+            return 2
+        return 1 if self.outcome.red else 0
+
+    def _stage(self, stage: Stage, until: float) -> None:
+        done = self._done_before()
+        pending = []
+        for task in stage.tasks:
+            if task.name in done:
+                self.show(f"already there: {task.name}")
+            else:
+                pending.append(task)
+        waiting = deque([[task] for task in pending] if stage.alone else [pending] if pending else [])
+        running: dict[int, _Child] = {}
+        while waiting or running:
+            left = until - self.seconds
+            if left <= 0:
+                break
+            while waiting and len(running) < stage.processes:
+                self._start(waiting.popleft(), left, running)
+            wait = min(left, *(child.due - self.seconds for child in running.values()))
+            found = self.host.next(max(wait, 0.0))
+            if found is None:
+                self._end_overdue(running, waiting)
+                continue
+            number, event = found
+            if number in running:
+                self._take(number, event, running, waiting)
+        for number, child in running.items():
+            self.host.kill(number)
+            for task in child.tasks:
+                at = f", at {child.doing}" if task is child.tasks[0] else ""
+                self._leave_out(task, f"cut off{at}")
+        for tasks in waiting:
+            for task in tasks:
+                self._leave_out(task, "no time was left")
+
+    def _start(self, tasks: list[Task], left: float, running: dict[int, _Child]) -> None:
+        names = {task.name for task in tasks}
+        request = {
+            "tasks": [asdict(task) for task in tasks],
+            "seconds": left,
+            "out": str(self.out),
+            "excluded": {name: reasons for name, reasons in self._excluded.items() if name in names},
+        }
+        number = self.host.start(request)
+        running[number] = _Child(deque(tasks), self.seconds + self._patience * START_SECONDS)
+
+    def _end_overdue(self, running: dict[int, _Child], waiting: deque[list[Task]]) -> None:
+        for number, child in list(running.items()):
+            if child.due <= self.seconds:
+                self.host.kill(number)
+                del running[number]
+                self._lost(child, child.doing, f"{child.doing} took too long", waiting)
+
+    def _take(
+        self, number: int, event: Event, running: dict[int, _Child], waiting: deque[list[Task]]
+    ) -> None:
+        child = running[number]
+        task = child.tasks[0] if child.tasks else None
+        match event["event"]:
+            case "begin":
+                assert task is not None
+                child.begun, child.doing, child.due = True, task.name, self.seconds + task.seconds + GRACE
+                self.show(f"-- {self.seconds:.0f} s: {task.name}")
+            case "doing":
+                child.doing, child.due = event["what"], self.seconds + self._patience * event["patience"]
+            case "line":
+                self._line(task, event["line"], event["file"])
+            case "end":
+                self.outcome.done.append(event["task"])
+                child.tasks.popleft()
+                child.begun, child.doing, child.due = (
+                    False,
+                    "next task",
+                    self.seconds + self._patience * PATIENCE,
+                )
+                self.show(f"   {event['task']}: {event['seconds']:.1f} s")
+            case "failed":
+                child.tasks.popleft()
+                child.begun, child.doing, child.due = (
+                    False,
+                    "next task",
+                    self.seconds + self._patience * PATIENCE,
+                )
+                self._red(event["task"], event["reason"])
+            case "skipped":
+                assert task is not None
+                child.tasks.popleft()
+                child.due = self.seconds + self._patience * PATIENCE
+                self._leave_out(task, event["reason"])
+            case "broken":
+                del running[number]
+                self.host.kill(number)
+                self._lost(child, event["culprit"], event["reason"], waiting)
+            case "cache":
+                self.hits += event["hits"]
+                self.compiled.update(event["compiled"])
+            case "exit":
+                del running[number]
+                if child.tasks:
+                    reason = f"its process ended with code {event['code']}, at {child.doing}"
+                    self._lost(child, child.doing, reason, waiting)
+
+    def _lost(self, child: _Child, culprit: str, reason: str, waiting: deque[list[Task]]) -> None:
+        """A child is gone: note who did it, and go on with the rest in a new one."""
+        task = child.tasks[0]
+        rest = list(child.tasks)
+        line = {"name": task.name, "culprit": culprit, "reason": reason}
+        append(self.out / "crashes.jsonl", self.record | line)
+        excluded = self._excluded.setdefault(task.name, {})
+        # A case goes on without the candidate; what else is lost, or lost twice at one place, is given up.
+        if child.begun and excludable(task, culprit) and culprit not in excluded:
+            excluded[culprit] = reason
+            self.show(f"again without {culprit}: {task.name} ({reason})")
+        else:
+            self._red(task.name, reason)
+            rest = rest[1:]
+        if rest:
+            waiting.appendleft(rest)
+
+    def _line(self, task: Task | None, line: dict[str, Any], file: str) -> None:
+        if line.get("name") == "probe":
+            self.record |= line.pop("record")
+        name = {} if task is None else {"task": task.name}
+        append(self.out / file, self.record | line | name)
+
+    def _red(self, name: str, reason: str) -> None:
+        self.outcome.red[name] = reason
+        append(self.out / "gpu.jsonl", self.record | {"name": name, "ok": False, "reason": reason})
+        self.show(f"RED {name}: {reason}")
+
+    def _leave_out(self, task: Task, reason: str) -> None:
+        self.outcome.left_out[task.name] = reason
+        self.show(f"left out: {task.name}: {reason}")
+
+    def _done_before(self) -> set[str]:
+        """Tasks that an earlier run has done whole, for this commit and device; the probe is never."""
+        return {
+            line["task"]
+            for file in ("gpu.jsonl", "tuned.jsonl")
+            for line in self._mine(self.out / file)
+            if "task" in line
+            and line["task"] not in ("probe", *self.outcome.done)
+            and line.get("ok", True)
+            and all(row["status"] != "skipped" for row in line.get("rows", ()))
+        }
+
+    def _mine(self, path: Path) -> Iterator[dict[str, Any]]:
+        device = self.record.get("machine", {}).get("device")
+        for line in read(path):
+            if line.get("commit") == self.commit and line.get("machine", {}).get("device") == device:
+                yield line
+
+    def _finish(self) -> None:
+        outcome = self.outcome
+        summary = {
+            "name": "plan",
+            "seconds": round(self.seconds, 1),
+            "done": outcome.done,
+            "red": outcome.red,
+            "left_out": outcome.left_out,
+            "cache": {"hits": self.hits, "compiled": dict(self.compiled)},
+        }
+        append(self.out / "gpu.jsonl", self.record | summary)
+        compiled = (
+            f": {', '.join(f'{n} {name}' for name, n in self.compiled.items())}" if self.compiled else ""
+        )
+        self.show(f"Triton's cache: {self.hits} hits, {self.compiled.total()} compiled{compiled}")
+        self.show(
+            f"== {self.seconds:.0f} s: {len(outcome.done)} done, {len(outcome.red)} red, "
+            f"{len(outcome.left_out)} left out"
+        )
+        for name, reason in outcome.red.items():
+            self.show(f"RED {name}: {reason}")

@@ -1,0 +1,59 @@
+"""``llm-trm tune`` within a plan: the products of the plan's cases, into a table among the results."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from bench.gpu.child import Context
+from bench.gpu.tables import tables
+from llm_trm.benchmark.environment import versions
+from llm_trm.benchmark.workloads import Case
+from llm_trm.tuning.compiling import ParallelCompiler
+from llm_trm.tuning.recording import record_cases
+from llm_trm.tuning.timing import measure_on
+from llm_trm.tuning.tuner import open_table, pending, tune
+from trm_kernels import dispatch
+from trm_kernels.ops._launch import target_of
+
+#: One product's candidates, compiled and timed.
+_PATIENCE = 40.0
+
+
+def run(context: Context) -> None:
+    """Tune the cases' products until the time is over, a line for each."""
+    target = target_of(torch.empty(0, device="cuda"))
+    cases = [Case(**case) for case in context.argument["cases"]]
+    path = tables(context.out) / f"{dispatch.slug(target.name)}.json"
+    table = open_table(path, target)
+    waiting = pending(record_cases(cases, target, fp8=False), table)
+    record = {"time": None, "commit": None, "versions": versions()}
+    context.doing("starting compilers", _PATIENCE)
+    written = 0
+    with ParallelCompiler(os.cpu_count()) as compiler:
+        measure = measure_on(torch.device("cuda"))
+        tuned = tune(
+            waiting,
+            target,
+            table,
+            path,
+            compiler,
+            measure,
+            record,
+            # The last product may begin just before the end.
+            budget=context.left - 10.0,
+            clock=context.clock,
+        )
+        for one in tuned:
+            context.doing(one.name, _PATIENCE)
+            entry = one.entry
+            line = {"name": f"tuned: {one.name}", "tried": one.tried, "dropped": one.dropped}
+            if entry is None:
+                line["reason"] = one.reason
+            else:
+                written += 1
+                line |= {"ms": entry.ms, "heuristic_ms": entry.heuristic_ms, "choice": str(entry.choice)}
+            print(line, flush=True)
+            context.line(line, "rows.jsonl")
+    context.line({"name": "tune", "products": len(waiting), "written": written})
