@@ -17,10 +17,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trm_kernels.streams import Shared
+
 Key = tuple[Any, ...]
 
 #: For each module, by the first entry of the key, so that calls of two precisions may take turns.
-_kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Key, list[Tensor]]]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Key, Shared]]] = WeakKeyDictionary()
 _changes = 0
 _watching = False
 
@@ -51,12 +53,12 @@ def _version(parameter: Tensor) -> object:
 
 
 def recall(module: nn.Module, key: Key) -> list[Tensor] | None:
-    """The matrices kept for ``module``, if nothing has changed since."""
+    """The matrices kept for ``module``, if nothing has changed since; on any stream, but in no capture."""
     found = _kept.get(module, {}).get(key[0])
-    return found[1] if found is not None and found[0] == key else None
+    return found[1].read() if found is not None and found[0] == key else None
 
 
 def keep(module: nn.Module, key: Key, matrices: list[Tensor]) -> None:
-    """Keep the matrices of ``module`` until something changes."""
+    """Keep the matrices of ``module``, made on the current stream, until something changes."""
     _watch()
-    _kept.setdefault(module, {})[key[0]] = key, matrices
+    _kept.setdefault(module, {})[key[0]] = key, Shared(matrices)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trm_kernels import reference
 from trm_kernels.config import NetworkConfig
+from trm_kernels.streams import Shared
 
 
 def tables(config: NetworkConfig, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,8 @@ def tables(config: NetworkConfig, length: int, x: Tensor) -> tuple[Tensor, Tenso
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter):
         return _make(*arguments)
-    return _cached(*arguments)
+    cos, sin = _cached(*arguments).read()
+    return cos, sin
 
 
 def _make(
@@ -34,9 +36,7 @@ def _make(
 
 
 @functools.lru_cache(maxsize=32)
-def _cached(
-    length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _cached(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Shared:
     # Tensors made in inference mode could not be saved for a later backward.
     with torch.inference_mode(False):
-        return _make(length, head_dim, theta, dtype, device)
+        return Shared(_make(length, head_dim, theta, dtype, device))

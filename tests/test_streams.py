@@ -1,0 +1,139 @@
+"""What one CUDA stream made and another reads: the reader waits, and the memory is held until it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, prepared, rotary, use_backend
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """Notes what it is given, in order."""
+
+    queue: list[object] = field(default_factory=list)
+
+    def record_event(self) -> tuple[FakeStream, int]:
+        """The event: all that this stream had been given by now."""
+        return self, len(self.queue)
+
+    def wait_event(self, event: tuple[FakeStream, int]) -> None:
+        self.queue.append(event)
+
+    def waits_for(self, work: object) -> bool:
+        """Whether what this stream is given next comes after ``work``."""
+        earlier = [maker.queue[:length] for maker, length in self.events()]
+        return work in self.queue or any(work in queue for queue in earlier)
+
+    def events(self) -> list[tuple[FakeStream, int]]:
+        return [item for item in self.queue if isinstance(item, tuple)]
+
+
+class FakeTensor:
+    """On a GPU that there is not, as far as :mod:`trm_kernels.streams` looks."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self.readers: list[FakeStream] = []
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.readers.append(stream)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FakeStream], None]]:
+    """Makes a stream the current one of every device."""
+
+    def use(stream: FakeStream) -> None:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+
+    yield use
+    prepared.forget()
+    rotary._cached.cache_clear()
+
+
+def kept(tensors: list[Any]) -> Callable[[], Any]:
+    module = nn.Linear(1, 1)
+    key = prepared.key_of(list(module.parameters()), "form")
+    prepared.keep(module, key, tensors)
+    return lambda: prepared.recall(module, key)
+
+
+def tables(tensors: list[Any]) -> Callable[[], Any]:
+    config = NetworkConfig(32, 1, 1, family="paper")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(rotary, "_make", lambda *_: tuple(tensors))
+    rotary._cached.cache_clear()
+
+    def read() -> list[Any]:
+        return list(rotary.tables(config, 5, torch.empty(1, 5, 32)))
+
+    read()
+    patch.undo()
+    return read
+
+
+@pytest.mark.parametrize("keep", [kept, tables])
+def test_another_stream_waits_for_the_one_that_made_them(
+    keep: Callable[[list[Any]], Callable[[], Any]], on: Callable[[FakeStream], None]
+) -> None:
+    maker, reader = FakeStream(["made"]), FakeStream()
+    tensors = [FakeTensor(), FakeTensor()]
+    on(maker)
+    recall = keep(tensors)
+    maker.queue.append("later work, which nobody has to wait for")
+    assert recall() == tensors
+    assert not maker.events() and not any(tensor.readers for tensor in tensors), "the maker waits for nothing"
+    on(reader)
+    assert recall() == tensors
+    assert reader.waits_for("made") and not reader.waits_for(maker.queue[-1])
+    assert all(tensor.readers == [reader] for tensor in tensors), "memory that the reader still reads is free"
+
+
+@pytest.mark.parametrize("keep", [kept, tables])
+def test_on_a_cpu_there_are_no_streams(
+    keep: Callable[[list[Any]], Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.cuda, "current_stream")
+    tensors = [torch.ones(2), torch.ones(2)]
+    assert all(ours is given for ours, given in zip(keep(tensors)(), tensors, strict=True))
+    prepared.forget()
+    rotary._cached.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["seed", "paper"])
+def test_gpu_two_streams_share_what_is_kept(family: str) -> None:
+    net = TinyRecursiveNetwork(256, 2, 4, family=family).cuda().eval()
+    x, y, z = (torch.randn(4, 64, 256, device="cuda") for _ in range(3))
+
+    def run() -> torch.Tensor:
+        with torch.no_grad(), use_backend("triton"):
+            return deep_recursion(net, x, y, z, 2, 1)[0]
+
+    expected = run()
+    for _ in range(10):
+        prepared.forget()
+        rotary._cached.cache_clear()
+        maker, reader = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(maker):
+            torch.cuda._sleep(50_000_000)
+            run()
+        with torch.cuda.stream(reader):
+            found = run()
+        prepared.forget()
+        rotary._cached.cache_clear()
+        with torch.cuda.stream(maker):
+            junk = [torch.full((256, 256), torch.nan, device="cuda") for _ in range(64)]
+        torch.cuda.synchronize()
+        assert torch.equal(found, expected)
+        del junk
