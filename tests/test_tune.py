@@ -167,6 +167,9 @@ def test_inputs_are_random_and_exceed_the_cache(calls: list[RecordedCall]) -> No
 
 
 _COMPILE = """
+import os
+if __name__ == "__mp_main__":  # what a worker sees before anything could import torch
+    print("worker", os.environ["CUDA_VISIBLE_DEVICES"], os.environ["HIP_VISIBLE_DEVICES"], flush=True)
 from tests.test_tune import CASE, TARGET, record_cases
 from llm_trm.tuning.compiling import ParallelCompiler
 from trm_kernels.ops.tiles import Choice, Tile, heuristic
@@ -175,10 +178,11 @@ if __name__ == "__main__":
     tiles = Tile(64, 64, 64, 4, 3), Tile(256, 256, 256, 8, 4)
     with ParallelCompiler(1) as compiler:
         print(compiler(call, [Choice("triton", tile) for tile in tiles], TARGET))
+    print("parent", os.environ["CUDA_VISIBLE_DEVICES"], "HIP_VISIBLE_DEVICES" in os.environ)
 """
 
 
-def test_candidates_are_compiled_in_other_processes(
+def test_candidates_are_compiled_in_other_processes_that_see_no_gpu(
     compiler_environment: dict[str, str], tmp_path: Path
 ) -> None:
     root = Path(__file__).parent.parent
@@ -188,12 +192,17 @@ def test_candidates_are_compiled_in_other_processes(
         **compiler_environment,
         "PYTHONPATH": str(root),
         "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "CUDA_VISIBLE_DEVICES": "0",
     }
+    environment.pop("HIP_VISIBLE_DEVICES", None)
     result = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, cwd=root
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.startswith("[None, '"), result.stdout
+    worker, refusals, parent = result.stdout.splitlines()
+    assert worker == "worker -1 -1"
+    assert refusals.startswith("[None, '")
+    assert parent == "parent 0 False", "the environment is as it was"
 
 
 def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from llm_trm.tuning.calls import RecordedCall, empty
@@ -73,6 +74,29 @@ def _fill_cache(launch: Launch, target: Target) -> None:
     )
 
 
+#: What hides GPUs from a process. HIP takes an empty value for none at all (ROCm/hip issue 3001).
+_HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
+
+
+@contextmanager
+def _gpus_hidden() -> Iterator[None]:
+    """In processes that are started inside no GPU is visible.
+
+    An import asks torch for the GPU, which would give each process a context on it, with memory that the
+    timing lacks. And a spawned process imports its parent's main module before it calls any initializer.
+    """
+    before = {name: os.environ.get(name) for name in _HIDDEN}
+    os.environ.update(_HIDDEN)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class ParallelCompiler:
     """Compiles candidates in worker processes; a context manager."""
 
@@ -89,7 +113,8 @@ class ParallelCompiler:
         self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, call: RecordedCall, choices: Sequence[Choice], target: Target) -> list[str | None]:
-        waiting = [self._pool.submit(refusal, call, choice, target) for choice in choices]
+        with _gpus_hidden():  # a pool that spawns starts its processes as work is submitted
+            waiting = [self._pool.submit(refusal, call, choice, target) for choice in choices]
         try:
             return [future.result() for future in waiting]
         except BrokenProcessPool as error:
