@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.cuda_double import FakeStream, FakeTensor
 from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, prepared, rotary, use_backend
-
-
-@dataclass(eq=False)
-class FakeStream:
-    """Notes what it is given, in order."""
-
-    queue: list[object] = field(default_factory=list)
-
-    def record_event(self) -> tuple[FakeStream, int]:
-        """The event: all that this stream had been given by now."""
-        return self, len(self.queue)
-
-    def wait_event(self, event: tuple[FakeStream, int]) -> None:
-        self.queue.append(event)
-
-    def waits_for(self, work: object) -> bool:
-        """Whether what this stream is given next comes after ``work``."""
-        earlier = [maker.queue[:length] for maker, length in self.events()]
-        return work in self.queue or any(work in queue for queue in earlier)
-
-    def events(self) -> list[tuple[FakeStream, int]]:
-        return [item for item in self.queue if isinstance(item, tuple)]
-
-
-class FakeTensor:
-    """On a GPU that there is not, as far as :mod:`trm_kernels.streams` looks."""
-
-    is_cuda = True
-    device = torch.device("cuda", 0)
-
-    def __init__(self) -> None:
-        self.readers: list[FakeStream] = []
-
-    def record_stream(self, stream: FakeStream) -> None:
-        self.readers.append(stream)
 
 
 @pytest.fixture

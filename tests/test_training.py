@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.graph_double import RecordingCapturer
 from trm_kernels import (
     GraphCache,
+    Packing,
     ParameterAverage,
     TinyRecursiveNetwork,
     TrainingStep,
     capturable_adamw,
     deep_recursion,
 )
-from trm_kernels.graphs import GraphFallbackWarning
+from trm_kernels.graphs import CaptureError, GraphFallbackWarning
 from trm_kernels.graphs import cache as cache_internals
 from trm_kernels.metrics import MetricBuffer
 
@@ -357,6 +358,49 @@ def test_a_failed_capture_trains_on() -> None:
     assert losses == expected
     assert_same(model, other)
     assert list(cache.status().fallbacks.values()) == [3, 7]
+
+
+def test_a_batch_is_written_after_streams_are_ordered() -> None:
+    """A replay on another stream may still read the one before."""
+    seen: list[Tensor] = []
+
+    class Ordering(RecordingCapturer):
+        def order(self, device: torch.device) -> None:
+            seen.append(fresh().clone())
+
+    model = Sorter()
+    step = step_of(model, adamw(model), cache=GraphCache(capturer=Ordering(traced=False)), warmup=1)
+
+    def fresh() -> Tensor:
+        (program,) = step._programs.values()
+        assert program.fresh[0] is not None
+        return program.fresh[0]
+
+    given = [batch[0] for batch, _ in zip(batches(), range(4), strict=False)]
+    train(step, 4)
+    assert len(seen) == 4, "warm-up and replays alike"
+    assert all(torch.equal(found, earlier) for found, earlier in zip(seen[1:], given, strict=False))
+
+
+def test_lengths_that_a_graph_would_keep_are_refused() -> None:
+    """A later batch may have more rows, which would be lost."""
+    model = Sorter()
+    capturer = RecordingCapturer(traced=False)
+    step = TrainingStep(
+        model.net,
+        model.loss,
+        adamw(model),
+        n=1,
+        T=1,
+        embed=model.embed,
+        mask=lambda tokens, labels, mask: Packing.of(mask, lengths=mask.sum(1).int().tolist()),
+        modules=[model],
+        cache=GraphCache(capturer=capturer),
+    )
+    step(*next(batches()))
+    capturer.is_capturing = True
+    with pytest.raises(CaptureError, match="would keep a batch's lengths"):
+        step(*next(batches()))
 
 
 def _not_capturable(model: Sorter) -> torch.optim.Optimizer:

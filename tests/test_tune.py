@@ -18,13 +18,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from llm_trm.benchmark.workloads import Case
 from llm_trm.cli import main
-from llm_trm.tuning import compiling
+from llm_trm.tuning import compiling, timing
 from llm_trm.tuning.calls import RecordedCall, empty, input_sets, random
 from llm_trm.tuning.candidates import candidates
 from llm_trm.tuning.recording import record_cases
 from llm_trm.tuning.timing import Times, measure_on
 from llm_trm.tuning.tuner import open_table, pending, tune
+from tests.cuda_double import FakeCuda
 from trm_kernels import dispatch, ops
+from trm_kernels.graphs import CaptureError, CudaCapturer
 from trm_kernels.ops import aot
 from trm_kernels.ops._launch import LAUNCHES, TARGETS, Launch, Target
 from trm_kernels.ops.tiles import Choice, Tile, choose, flaw, heuristic
@@ -156,6 +158,26 @@ def test_recorded_calls_run_again_with_a_choice(device: str) -> None:
         times = measure(call, [choice])
         assert times.ms and not times.failures, (call.problem, times.failures)
         assert sum(LAUNCHES.values()) > before
+
+
+def test_a_candidate_that_cannot_be_captured_does_not_spoil_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    capturer = CudaCapturer()
+    calls: list[object] = []
+
+    def fails() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+
+    choice = Choice("triton", Tile(64, 64, 64, 4, 3))
+    with pytest.raises(CaptureError, match="not permitted"):
+        timing._captured([fails], choice, capturer, device)
+    assert torch.cuda.current_stream() is cuda.default
+    replay = timing._captured([lambda: calls.append(None)], choice, capturer, device)
+    assert len(calls) == 32, "one warm-up and one capture of 16 calls each"
+    replay(0)
 
 
 def test_inputs_are_random_and_exceed_the_cache(calls: list[RecordedCall]) -> None:

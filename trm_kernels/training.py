@@ -41,6 +41,12 @@ class _Program:
     fresh: tuple[Tensor | None, ...]
     carry: Carry
 
+    def load(self, batch: tuple[Tensor | None, ...]) -> None:
+        """Copy ``batch`` into the static tensors."""
+        for own, tensor in zip(self.fresh, batch, strict=True):
+            if own is not None and tensor is not None:
+                own.copy_(tensor.detach(), non_blocking=True)
+
 
 class TrainingStep:
     """One supervision step: T - 1 recursions without gradient, one with, loss, backward, clip, update, EMA.
@@ -162,8 +168,7 @@ class TrainingStep:
     def __call__(self, *batch: Tensor | None) -> None:
         """Take one step; ``batch``: tensors [B, ...] on any device, of which halted slots take their rows."""
         with self.cache.lock, torch.enable_grad():
-            program = self._program(batch)
-            self._step(program)
+            self._step(self._program(batch), batch)
         self.metrics.count_step()
 
     def prepare(self, *batch: Tensor | None) -> Carry:
@@ -193,7 +198,7 @@ class TrainingStep:
         return next(reversed(self._programs.values())).carry
 
     def _program(self, batch: tuple[Tensor | None, ...]) -> _Program:
-        """The program for this shape of batch, with the batch in its static tensors."""
+        """The program for this shape of batch."""
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in batch)
         program = self._programs.get(shapes)
         if program is None:
@@ -206,18 +211,20 @@ class TrainingStep:
             while len(self._programs) > _MAX_SHAPES:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(shapes)
-        for own, tensor in zip(program.fresh, batch, strict=True):
-            if own is not None and tensor is not None:
-                own.copy_(tensor.detach(), non_blocking=True)
         return program
 
-    def _step(self, program: _Program) -> None:
+    def _step(self, program: _Program, batch: tuple[Tensor | None, ...]) -> None:
         capturer = self.cache.capturer
         if not self._capture or is_nested() or capturer.capturing():
+            program.load(batch)
             self._run(program)
             return
         device = program.carry.halted.device
         reason = self._refusal(device)
+        if reason is None:
+            # A replay on another stream may still read the batch before this one.
+            capturer.order(device)
+        program.load(batch)
         if reason is None:
             try:
                 self._replay(program, device)
@@ -256,7 +263,6 @@ class TrainingStep:
     def _replay(self, program: _Program, device: torch.device) -> None:
         """Replay the step, captured first if need be, or run it if it must warm up before that."""
         key = self._key(program, device)
-        self.cache.capturer.order(device)
         entry = self.cache.get(key)
         if entry is None:
             reason = self.cache.refused(key)
@@ -313,6 +319,8 @@ class TrainingStep:
             else:
                 y, z = carry.y, carry.z
             mask = None if self._mask is None else self._mask(*data)
+            if isinstance(mask, Packing) and mask.lengths is not None and self.cache.capturer.capturing():
+                raise CaptureError("a graph would keep a batch's lengths: give a Packing without them")
             y, z = deep_recursion(
                 self._net,
                 x,

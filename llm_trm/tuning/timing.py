@@ -10,6 +10,7 @@ import torch
 
 from llm_trm.benchmark.protocol import Call, Timer, interleave, synchronize, timer_for
 from llm_trm.tuning.calls import RecordedCall, input_sets, random
+from trm_kernels.graphs import Capturer, CudaCapturer
 from trm_kernels.ops.tiles import Choice, chosen_by
 
 #: Calls in one captured graph: enough that a replay costs nothing beside them.
@@ -49,10 +50,11 @@ def _measure(device: torch.device, timer: Timer, call: RecordedCall, choices: Se
     expected: dict[str, float] = {}
     names = {str(position): choice for position, choice in enumerate(choices)}
     repeats = _CALLS_A_GRAPH if cuda else 1
+    capturer = CudaCapturer()
     with torch.no_grad():
         for name, choice in names.items():
             try:
-                runs[name] = _captured(sets, choice) if cuda else _plain(sets, choice)
+                runs[name] = _captured(sets, choice, capturer, device) if cuda else _plain(sets, choice)
                 runs[name](0)
                 synchronize(device)
                 expected[name] = timer(runs[name], 0, 1)
@@ -74,17 +76,16 @@ def _plain(sets: Sequence[Callable[[], object]], choice: Choice) -> Call:
     return run
 
 
-def _captured(sets: Sequence[Callable[[], object]], choice: Choice) -> Call:
+def _captured(
+    sets: Sequence[Callable[[], object]], choice: Choice, capturer: Capturer, device: torch.device
+) -> Call:
     """A graph of calls that take the input sets in turn."""
-    graph = torch.cuda.CUDAGraph()
+
+    def run() -> None:
+        for index in range(_CALLS_A_GRAPH):
+            sets[index % len(sets)]()
+
+    # A capture that fails must not spoil those of the next candidates: torch's own context leaves its stream.
     with chosen_by(lambda problem, target: choice):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in sets[:2]:  # compiles, and makes what cuBLAS allocates on first use
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            for index in range(_CALLS_A_GRAPH):
-                sets[index % len(sets)]()
+        graph = capturer.capture(run, device, capturer.new_pool(), warmup=1)
     return lambda _: graph.replay()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,6 +14,10 @@ from torch import Tensor
 
 # Read once, like TRM_BACKEND: a change later in the process has no effect.
 _SETTING = os.environ.get("TRM_GRAPHS") or "1"
+
+#: While a stream is captured, no thread may synchronise its device or empty the allocator's cache: that
+#: fails, and may spoil the capture. So captures, releases and trims of all caches take turns.
+_ALONE = threading.RLock()
 
 
 class CaptureError(RuntimeError):
@@ -87,9 +92,10 @@ class _CudaGraph:
 
     def release(self) -> None:
         # A replay may still be under way, and its memory is about to be given to others.
-        torch.cuda.synchronize(self._device)
-        self.outputs = None
-        self._graph.reset()
+        with _ALONE:
+            torch.cuda.synchronize(self._device)
+            self.outputs = None
+            self._graph.reset()
 
 
 class CudaCapturer:
@@ -141,7 +147,8 @@ class CudaCapturer:
                         self.aside(function, device)
                 finally:
                     generator.set_state(state)
-            return self._capture(function, device, pool)
+            with _ALONE:
+                return self._capture(function, device, pool)
 
     def _capture(self, function: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         side = self._side(device)
@@ -182,7 +189,8 @@ class CudaCapturer:
             self._last[device] = current
 
     def trim(self) -> None:
-        torch.cuda.empty_cache()
+        with _ALONE:
+            torch.cuda.empty_cache()
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:

@@ -14,6 +14,7 @@ from trm_kernels.graphs.buckets import Bucket
 from trm_kernels.graphs.cache import Entry, GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.graphs.keys import ModuleWatch, ambient
+from trm_kernels.streams import Shared
 
 #: Pool memory that a function's own cache may hold.
 DEFAULT_MAX_BYTES = 8 << 30
@@ -28,6 +29,7 @@ class _Buffers:
 
     tensors: tuple[Tensor | None, ...]
     loaded: list[Shape]
+    shared: Shared
 
     @classmethod
     def allocate(cls, arguments: Arguments, shapes: Sequence[Shape]) -> _Buffers:
@@ -37,10 +39,11 @@ class _Buffers:
                 None if argument is None else torch.zeros(shape, dtype=argument.dtype, device=argument.device)
                 for argument, shape in zip(arguments, shapes, strict=True)
             )
-        return cls(tensors, [shape for shape in shapes])
+        return cls(tensors, [shape for shape in shapes], Shared([t for t in tensors if t is not None]))
 
     def load(self, arguments: Arguments) -> None:
         """Copy ``arguments`` in, zeros around them."""
+        self.shared.read()  # the function may be dropped while this stream's replay is still under way
         targets, sources = [], []
         for index, (buffer, argument) in enumerate(zip(self.tensors, arguments, strict=True)):
             if buffer is None or argument is None:
@@ -182,6 +185,8 @@ class GraphedFunction:
             axis: self._buckets[axis](size) if axis in self._buckets else size for axis, size in sizes.items()
         }
         device = next(tensor.device for tensor in tensors if tensor is not None)
+        # First of all: whatever was made for earlier calls, on whatever stream, is there from here on.
+        self.cache.capturer.order(device)
         cropped = {axis: size for axis, size in sizes.items() if size != padded[axis]}
         for index, axis in self._masks.items():
             if tensors[index] is None and axis in cropped:
@@ -201,7 +206,6 @@ class GraphedFunction:
             ambient(device),
             self._watch.key(),
         )
-        self.cache.capturer.order(device)
         entry = self.cache.get(key)
         if entry is None:
             entry = self._capture(key, tensors, static, shapes, device)

@@ -1,0 +1,130 @@
+"""A double of ``torch.cuda`` for captures: streams that note their work, and what a capture forbids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """Notes what it is given, in order."""
+
+    queue: list[object] = field(default_factory=list)
+
+    def record_event(self) -> tuple[FakeStream, int]:
+        """The event: all that this stream had been given by now."""
+        return self, len(self.queue)
+
+    def wait_event(self, event: tuple[FakeStream, int]) -> None:
+        self.queue.append(event)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(other.record_event())
+
+    def events(self) -> list[tuple[FakeStream, int]]:
+        return [item for item in self.queue if isinstance(item, tuple)]
+
+    def waits_for(self, work: object) -> bool:
+        """Whether what this stream is given next comes after ``work``."""
+        earlier = [maker.queue[:length] for maker, length in self.events()]
+        return work in self.queue or any(work in queue for queue in earlier)
+
+
+class FakeTensor:
+    """On a GPU that there is not, as far as :mod:`trm_kernels.streams` looks."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self.readers: list[FakeStream] = []
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.readers.append(stream)
+
+
+class FakeGraph:
+    """Captures nothing; counts."""
+
+    def __init__(self) -> None:
+        self.replays = self.resets = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+class FakeCuda:
+    """Takes the place of the functions of ``torch.cuda`` that captures call.
+
+    A capture is spoiled by whoever synchronises the device or empties the allocator's cache meanwhile, in any
+    thread, and these fail too.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.default = FakeStream()
+        self.local = threading.local()
+        self.captures: list[threading.Thread] = []
+        self.spoiled = False
+        for name in (
+            "current_stream", "stream", "synchronize", "empty_cache", "graph", "is_current_stream_capturing"
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: self.stream(self.current_stream()))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "default_generators", (torch.default_generator,))
+
+    def current_stream(self, device: object = None) -> FakeStream:
+        found: FakeStream = getattr(self.local, "stream", self.default)
+        return found
+
+    def is_current_stream_capturing(self) -> bool:
+        return threading.current_thread() in self.captures
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.local.stream = self.current_stream(), stream
+        try:
+            yield
+        finally:
+            self.local.stream = before
+
+    def synchronize(self, device: object = None) -> None:
+        if self.captures:
+            self.spoiled = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def empty_cache(self) -> None:
+        if self.captures:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    @contextmanager
+    def graph(self, graph: FakeGraph, *, stream: FakeStream, **options: Any) -> Iterator[None]:
+        self.synchronize()
+        self.local.stream = stream
+        thread = threading.current_thread()
+        self.captures.append(thread)
+        before = torch.cuda.current_stream()
+        try:
+            yield
+        finally:
+            self.captures.remove(thread)
+            if self.spoiled:
+                self.spoiled = False
+                # As torch: the stream stays the current one.
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.local.stream = before

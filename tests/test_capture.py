@@ -1,0 +1,145 @@
+"""What surrounds a capture, on a double of ``torch.cuda``: streams, threads, what is forbidden meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_double import FakeCuda, FakeStream, FakeTensor
+from trm_kernels import GraphCache, GraphedFunction
+from trm_kernels.graphs import CaptureError, CudaCapturer
+from trm_kernels.graphs.function import _Buffers
+from trm_kernels.streams import Shared
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def in_threads(*functions: Callable[[], object]) -> None:
+    """Run them at the same time; raises what one of them raises."""
+    errors: list[BaseException] = []
+
+    def guarded(function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def capture(capturer: CudaCapturer, function: Callable[[], object]) -> object:
+    return capturer.capture(function, DEVICE, capturer.new_pool(), warmup=0)
+
+
+def test_captures_of_two_caches_take_turns(cuda: FakeCuda) -> None:
+    """Each synchronises the device first, which would spoil the other."""
+    inside = threading.Event()
+
+    def function() -> None:
+        inside.set()
+        threading.Event().wait(0.05)  # long enough for the other thread to come along
+
+    def second() -> None:
+        inside.wait()
+        capture(CudaCapturer(), function)
+
+    in_threads(lambda: capture(CudaCapturer(), function), second)
+
+
+@pytest.mark.parametrize("disturb", ["release", "trim"])
+def test_a_capture_is_not_disturbed_by_another_cache(cuda: FakeCuda, disturb: str) -> None:
+    other = CudaCapturer()
+    captured = other.capture(lambda: None, DEVICE, other.new_pool(), warmup=0)
+    inside = threading.Event()
+
+    def function() -> None:
+        inside.set()
+        threading.Event().wait(0.05)
+
+    def evict() -> None:
+        inside.wait()
+        captured.release() if disturb == "release" else other.trim()
+
+    in_threads(lambda: capture(CudaCapturer(), function), evict)
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_says_why(cuda: FakeCuda) -> None:
+    capturer = CudaCapturer()
+
+    def waits() -> None:
+        torch.cuda.synchronize()
+
+    with pytest.raises(CaptureError, match="capturing failed: RuntimeError: operation not permitted"):
+        capture(capturer, waits)
+    assert torch.cuda.current_stream() is cuda.default
+    capture(capturer, lambda: None)
+
+
+def test_what_precedes_a_capture_runs_on_its_stream_between_earlier_and_later_work(cuda: FakeCuda) -> None:
+    capturer = CudaCapturer()
+    cuda.default.queue.append("earlier")
+    streams: list[FakeStream] = []
+
+    def function() -> None:
+        streams.append(torch.cuda.current_stream())  # type: ignore[arg-type]
+        assert streams[-1].waits_for("earlier")
+        streams[-1].queue.append("work")
+
+    capturer.capture(function, DEVICE, capturer.new_pool(), warmup=2)
+    assert len(streams) == 3 and len(set(streams)) == 1 and streams[0] is not cuda.default
+    assert cuda.default.waits_for("work")
+
+
+def test_streams_take_turns_on_what_a_cache_holds(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on what is made once for all of its calls, even where a call turns out to have no graph."""
+    monkeypatch.setattr(CudaCapturer, "unavailable", lambda self, device: None)
+    fast = GraphedFunction(
+        lambda x, mask: x * mask[..., None],
+        axes=("BL", "BL"),
+        buckets={"L": lambda size: 8},
+        masks={1: "L"},
+        cache=GraphCache(),
+    )
+
+    def note(work: str) -> Tensor:
+        stream: FakeStream = torch.cuda.current_stream()  # type: ignore[assignment]
+        stream.queue.append(f"{work} by {id(stream)}")
+        return torch.ones((), dtype=torch.uint8)
+
+    monkeypatch.setattr(fast, "_one", lambda device: note("ones"))
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda targets, sources: note("copied"))
+    first, second = FakeStream(), FakeStream()
+    for stream in (first, second):
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            fast(torch.ones(1, 5, 2), None)
+    assert second.waits_for(f"copied by {id(first)}")
+    waited = second.queue.index(second.events()[0])
+    assert waited < second.queue.index(f"ones by {id(second)}")
+
+
+def test_what_replays_read_is_held_for_every_stream(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function may be dropped while its last replay, on another stream than the first, is under way."""
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda targets, sources: None)
+    buffer = FakeTensor()
+    maker, other = FakeStream(), FakeStream()
+    with torch.cuda.stream(maker):  # type: ignore[arg-type]
+        buffers = _Buffers((None,), [()], Shared([buffer]))  # type: ignore[list-item]
+    for stream in (maker, other):
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            buffers.load((None,))
+    assert buffer.readers == [other]
