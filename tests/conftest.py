@@ -37,6 +37,7 @@ UPSTREAM = (
     "benchmark/test_command.py",
     "native/test_build.py",
     "test_ahead_of_time.py",
+    "test_capture_safety.py",
     "test_cli.py",
     "test_compile.py",
     "test_compiled_gradients.py",

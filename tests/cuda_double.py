@@ -74,6 +74,7 @@ class FakeCuda:
         self.default = FakeStream()
         self.local = threading.local()
         self.captures: list[threading.Thread] = []
+        self.abandoned: list[object] = []
         self.spoiled = False
         for name in (
             "current_stream", "stream", "synchronize", "empty_cache", "graph", "is_current_stream_capturing"
@@ -83,10 +84,12 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "device", lambda device: self.stream(self.current_stream()))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "default_generators", (torch.default_generator,))
+        # Missing in builds without CUDA.
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate_to_pool, raising=False)
 
     def current_stream(self, device: object = None) -> FakeStream:
         found: FakeStream = getattr(self.local, "stream", self.default)
@@ -111,6 +114,9 @@ class FakeCuda:
     def empty_cache(self) -> None:
         if self.captures:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def end_allocate_to_pool(self, device: int, pool: object) -> None:
+        self.abandoned.append(pool)
 
     @contextmanager
     def graph(self, graph: FakeGraph, *, stream: FakeStream, **options: Any) -> Iterator[None]:

@@ -87,6 +87,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(cuda: FakeCuda) -> 
     with pytest.raises(CaptureError, match="capturing failed: RuntimeError: operation not permitted"):
         capture(capturer, waits)
     assert torch.cuda.current_stream() is cuda.default
+    assert len(cuda.abandoned) == 1, "the allocator would go on recording"
     capture(capturer, lambda: None)
 
 

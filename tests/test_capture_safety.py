@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llm_trm.models.puzzle.losses import CellLoss, puzzle_loss
+from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig
+from llm_trm.models.sequence_trm import SequenceTRM
+from llm_trm.train.losses import Halting, HaltLoss, SupervisionLoss
 from tests.test_training import BATCH, LENGTH, Sorter
 from trm_kernels import (
+    JointOptimizer,
     Packing,
     ParameterAverage,
+    SparseSignSGD,
     TinyRecursiveNetwork,
     TrainingStep,
     capturable_adam_atan2,
     deep_recursion,
+    use_backend,
 )
 
 pytestmark = pytest.mark.interpreter
@@ -69,7 +76,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(op, "recursion_gradient", op._recursion_backward)
     monkeypatch.setattr(fused_checks, "refuses", lambda *_: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
-    with _launch.record(_launch.TARGETS["sm_90"]) as launches:
+    with use_backend("triton"), _launch.record(_launch.TARGETS["sm_90"]) as launches:
         yield launches
 
 
@@ -90,6 +97,15 @@ def test_the_watch_sees_what_a_capture_forbids() -> None:
         except (NotImplementedError, RuntimeError):  # there is no data
             pass
         assert watch.found, culprit
+
+
+def watched(step: TrainingStep, *batch: Tensor) -> list[str]:
+    """What a step does that a capture forbids."""
+    program = step._program(batch)
+    step._run(program)  # warms up
+    with Watch() as watch:
+        step._run(program)
+    return watch.found
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -116,12 +132,7 @@ def test_a_training_step(backend: str, packed: bool, recorded: list[Any]) -> Non
         skip_nonfinite=True,
     )
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=META)
-    program = step._program((tokens, tokens, torch.ones(BATCH, LENGTH, device=META)))
-    step._run(program)  # warms up
-    recorded.clear()
-    with Watch() as watch:
-        step._run(program)
-    assert not watch.found
+    assert not watched(step, tokens, tokens, torch.ones(BATCH, LENGTH, device=META))
     kernels = {launch.kernel.__name__ for launch in recorded}
     assert ({"weight_gradient_kernel", "attention_backward_q_kernel"} <= kernels) == (backend == "triton")
 
@@ -144,3 +155,56 @@ def test_a_recursion_without_gradient(
         deep_recursion(net, x, y, z, 2, 2, mask=mask, output_norm=norm, read=read)
     assert not watch.found
     assert any(launch.kernel.__name__ == "gemm_kernel" for launch in recorded) == (backend == "triton")
+
+
+@pytest.mark.parametrize("cell_loss", ["stablemax", "softmax"])
+def test_a_step_of_the_puzzle_recipe(cell_loss: CellLoss, recorded: list[Any]) -> None:
+    config = PuzzleTRMConfig(5, 6, 3, d_model=64, n_heads=2, puzzle_len=1, puzzle_dim=8)
+    with META:
+        model = PuzzleTRM(config).train()
+        model.puzzle_emb.allocate(BATCH)
+        rate = torch.empty((), device=META)
+        rows = SparseSignSGD([model.puzzle_emb], rate, capturable=True)
+    step = TrainingStep(
+        model.net,
+        lambda y, z, inputs, labels, puzzles: puzzle_loss(*model.heads(y), labels, cell_loss),
+        JointOptimizer([capturable_adam_atan2(model.parameters(), 1e-3), rows]),
+        n=1,
+        T=2,
+        embed=lambda inputs, labels, puzzles: model.embed(inputs, puzzles),
+        initial=model.initial,
+        clip_norm=1.0,
+        max_steps=4,
+        exploration=0.1,
+        skip_nonfinite=True,
+    )
+    tokens = torch.zeros(BATCH, 6, dtype=torch.uint8, device=META)
+    assert not watched(step, tokens, tokens, torch.zeros(BATCH, dtype=torch.int64, device=META))
+    assert recorded
+
+
+@pytest.mark.parametrize("halt", ["mse", "bce"])
+@pytest.mark.parametrize("leaves", ["none", "sample", "batch"])
+def test_a_step_of_phase_2(halt: HaltLoss, leaves: Halting, recorded: list[Any]) -> None:
+    with META:
+        model = SequenceTRM(64, 1, 2)
+        loss = SupervisionLoss(model.halt_logits, BATCH, halt=halt, leaves=leaves)
+
+    def mask(context: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        return model.extend_mask(mask) * ~loss.left[:, None]
+
+    step = TrainingStep(
+        model.net,
+        loss,
+        capturable_adam_atan2(model.parameters(), 1e-3),
+        n=1,
+        T=2,
+        output_norm=model.output_norm,
+        embed=lambda context, mask, target: model.embed(context),
+        mask=mask,
+        clip_norm=1.0,
+        skip_nonfinite=True,
+    )
+    context, target = torch.empty(BATCH, 7, 64, device=META), torch.empty(BATCH, 64, device=META)
+    assert not watched(step, context, torch.ones(BATCH, 7, dtype=torch.bool, device=META), target)
+    assert recorded
