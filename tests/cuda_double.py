@@ -67,7 +67,8 @@ class FakeCuda:
     """Takes the place of the functions of ``torch.cuda`` that captures call.
 
     A capture is spoiled by whoever synchronises the device or empties the allocator's cache meanwhile, in any
-    thread, and these fail too.
+    thread, and these fail too. The generator sleeps from the beginning of a capture to the end of one that
+    was not spoiled, as in torch 2.11.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +76,7 @@ class FakeCuda:
         self.local = threading.local()
         self.captures: list[threading.Thread] = []
         self.abandoned: list[object] = []
-        self.spoiled = False
+        self.spoiled = self.asleep = False
         for name in (
             "current_stream", "stream", "synchronize", "empty_cache", "graph", "is_current_stream_capturing"
         ):  # fmt: skip
@@ -115,6 +116,11 @@ class FakeCuda:
         if self.captures:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
+    def draw(self) -> None:
+        """Draw a random number outside of a capture."""
+        if self.asleep:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
     def end_allocate_to_pool(self, device: int, pool: object) -> None:
         self.abandoned.append(pool)
 
@@ -124,6 +130,7 @@ class FakeCuda:
         self.local.stream = stream
         thread = threading.current_thread()
         self.captures.append(thread)
+        self.asleep = True
         before = torch.cuda.current_stream()
         try:
             yield
@@ -133,4 +140,5 @@ class FakeCuda:
                 self.spoiled = False
                 # As torch: the stream stays the current one.
                 raise RuntimeError("operation failed due to a previous error during capture")
+            self.asleep = False
             self.local.stream = before

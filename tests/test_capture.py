@@ -15,7 +15,7 @@ from trm_kernels.graphs import CaptureError, CudaCapturer
 from trm_kernels.graphs.function import _Buffers
 from trm_kernels.streams import Shared
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cpu")  # of the few tensors that there are
 
 
 @pytest.fixture
@@ -61,6 +61,25 @@ def test_captures_of_two_caches_take_turns(cuda: FakeCuda) -> None:
     in_threads(lambda: capture(CudaCapturer(), function), second)
 
 
+def test_a_warm_up_draws_random_numbers_while_nobody_captures(cuda: FakeCuda) -> None:
+    inside = threading.Event()
+
+    def function() -> None:
+        inside.set()
+        threading.Event().wait(0.05)
+
+    def draws() -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            cuda.draw()
+
+    def second() -> None:
+        inside.wait()
+        capturer = CudaCapturer()
+        capturer.capture(draws, DEVICE, capturer.new_pool(), warmup=1)
+
+    in_threads(lambda: capture(CudaCapturer(), function), second)
+
+
 @pytest.mark.parametrize("disturb", ["release", "trim"])
 def test_a_capture_is_not_disturbed_by_another_cache(cuda: FakeCuda, disturb: str) -> None:
     other = CudaCapturer()
@@ -88,6 +107,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(cuda: FakeCuda) -> 
         capture(capturer, waits)
     assert torch.cuda.current_stream() is cuda.default
     assert len(cuda.abandoned) == 1, "the allocator would go on recording"
+    cuda.draw()
     capture(capturer, lambda: None)
 
 

@@ -163,7 +163,7 @@ def test_recorded_calls_run_again_with_a_choice(device: str) -> None:
 def test_a_candidate_that_cannot_be_captured_does_not_spoil_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    cuda, device = FakeCuda(monkeypatch), torch.device("cpu")
     capturer = CudaCapturer()
     calls: list[object] = []
 

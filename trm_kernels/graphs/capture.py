@@ -16,7 +16,8 @@ from torch import Tensor
 _SETTING = os.environ.get("TRM_GRAPHS") or "1"
 
 #: While a stream is captured, no thread may synchronise its device or empty the allocator's cache: that
-#: fails, and may spoil the capture. So captures, releases and trims of all caches take turns.
+#: fails, and may spoil the capture; and up to torch 2.11 at least none can draw random numbers on it. So
+#: captures with their warm-ups, releases and trims of all caches take turns.
 _ALONE = threading.RLock()
 
 
@@ -138,7 +139,7 @@ class CudaCapturer:
                 current.wait_stream(side)
 
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, warmup: int) -> Captured:
-        with torch.cuda.device(device):
+        with _ALONE, torch.cuda.device(device):
             if warmup:
                 generator = torch.cuda.default_generators[torch.cuda.current_device()]
                 state = generator.get_state()
@@ -147,8 +148,7 @@ class CudaCapturer:
                         self.aside(function, device)
                 finally:
                     generator.set_state(state)
-            with _ALONE:
-                return self._capture(function, device, pool)
+            return self._capture(function, device, pool)
 
     def _capture(self, function: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         side = self._side(device)
@@ -175,6 +175,7 @@ class CudaCapturer:
                     raise
         except Exception as error:
             _abandon(graph, device, pool)
+            _wake_generator(side, device)
             # The end of an invalidated capture raises too; what the function met came first.
             raise CaptureError(f"capturing failed: {describe(cause or error)}") from error
         return _CudaGraph(graph, outputs, torch.cuda.memory_reserved(device) - before, device)
@@ -212,6 +213,18 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
         torch._C._cuda_endAllocateToPool(device.index, pool)
     with contextlib.suppress(RuntimeError):
         graph.reset()
+
+
+def _wake_generator(side: torch.cuda.Stream, device: torch.device) -> None:
+    """Let random numbers be drawn again after a capture that failed.
+
+    In torch 2.11 the generator believes that the capture goes on, and the next draw outside of one raises
+    (``Offset increment outside graph capture``). The end of a capture that succeeds tells it otherwise.
+    """
+    with contextlib.suppress(RuntimeError), torch.cuda.stream(side):
+        number = torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"):
+            number.zero_()
 
 
 @contextlib.contextmanager
