@@ -35,8 +35,8 @@ def _unique(tensor: Tensor, *_: Any, return_inverse: bool = False, **__: Any) ->
 
 #: What is asked of a tensor without data -> the answer.
 _ANSWERS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.device.__get__: lambda tensor: DEVICE,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__: lambda tensor: True,
+    torch.Tensor.device.__get__: lambda tensor: DEVICE,
+    torch.Tensor.is_cuda.__get__: lambda tensor: True,  # type: ignore[attr-defined]
     _is_meta: lambda tensor: False,
     torch.Tensor.get_device: lambda tensor: 0,
     torch.Tensor.data_ptr: lambda tensor: 0,

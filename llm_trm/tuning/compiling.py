@@ -34,26 +34,23 @@ def refusal(call: RecordedCall, choice: Choice, target: Target) -> str | None:
     from trm_kernels.ops import aot
 
     try:
-        recorded = launches(call, choice, target)
-        for launch in recorded:
-            compiled = aot.compile_launch(launch, target)
+        for launch in launches(call, choice, target):
+            compiled = aot.inspect(_compiled(launch, target), target)
             if compiled.shared_memory > target.shared_memory:
                 return f"takes {compiled.shared_memory} bytes of shared memory"
             if compiled.spills_in_loop:
                 return f"spills in a loop, {compiled.stack} bytes a thread"
             if compiled.hazards:
                 return f"would race: {compiled.hazards[0]}"
-        for launch in recorded:
-            _fill_cache(launch, target)
     except Exception as error:  # a compiler fails in many ways, and every one means: not this candidate
         return f"does not compile: {type(error).__name__}: {str(error)[:200]}"
     return None
 
 
-def _fill_cache(launch: Launch, target: Target) -> None:
+def _compiled(launch: Launch, target: Target) -> Any:
     """Compile as a launch on the device would, so that Triton's cache on disk has it by then.
 
-    The launch's own key differs from that of an ahead-of-time compilation, so it takes Triton's own path with
+    A launch's own key differs from that of an ahead-of-time compilation, so it takes Triton's own path with
     a driver that only names the target.
     """
     from triton.backends.compiler import GPUTarget
@@ -72,7 +69,7 @@ def _fill_cache(launch: Launch, target: Target) -> None:
             return 0
 
     driver.set_active(Named())
-    launch.kernel.warmup(
+    return launch.kernel.warmup(
         *launch.args, grid=(1,), **launch.constants, num_warps=launch.warps, num_stages=launch.stages
     )
 

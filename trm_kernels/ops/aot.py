@@ -84,7 +84,11 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile one launch for ``target``."""
     gpu = GPUTarget(target.kind, target.arch, 32 if target.kind == "cuda" else 64)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(_source(launch), target=gpu, options=options)
+    return inspect(triton.compile(_source(launch), target=gpu, options=options), target)
+
+
+def inspect(compiled: Any, target: Target) -> Compiled:
+    """What the compiler made of a kernel that it has compiled for ``target``."""
     shared = compiled.metadata.shared
     found = tuple(hazards(compiled.asm["ttir"]))
     if target.kind != "cuda":
