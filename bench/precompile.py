@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".gpu/sm_90.tar.xz"), help="default: %(default)s")
     parser.add_argument("--plan", choices=sorted(PLANS), default="first")
     stages = sorted({stage.name for plan in PLANS.values() for stage in plan.stages} - {"probe"})
-    parser.add_argument("--leave-out", nargs="*", choices=stages, default=["trainer"], metavar="STAGE")
+    parser.add_argument("--leave-out", nargs="*", choices=stages, default=[], metavar="STAGE")
     parser.add_argument(
         "--folder",
         type=Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -29,7 +30,7 @@ def run_tests(context: Context) -> None:
     command = [sys.executable, "-m", "pytest", *context.argument["files"], "-m", "gpu or interpreter"]
     command += ["-v", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(_WORKERS)]  # most of their time is Triton compiling
+        command += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]  # most of their time is Triton compiling
     context.doing("pytest", context.left + 2 * _SUMMARY_SECONDS)
     with log.open("w") as file:
         code, seconds = _finished(command, context.left - _SUMMARY_SECONDS - 2.0, file)

@@ -1,0 +1,73 @@
+"""The smoke test of ``python -m bench.gpu``: green on right kernels, red on wrong ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu import smoke
+from bench.gpu.smoke import CHECKS, Setting, Sizes
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture
+def setting(device: str) -> Setting:
+    sizes = Sizes(batch=2, length=6, width=32, heads=2, n=1, T=2)
+    return Setting(torch.device(device), sizes, repeats=2, steps=2)
+
+
+@pytest.mark.filterwarnings("ignore:running without a CUDA graph")
+@pytest.mark.parametrize("name", CHECKS)
+def test_right_kernels_are_green(name: str, setting: Setting) -> None:
+    assert CHECKS[name](setting)
+
+
+def _spoilt(function: Any, spoil: Any) -> Any:
+    """``function`` with its tensors spoilt."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tuple(spoil(t) if isinstance(t, Tensor) else t for t in function(*args, **kwargs))
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["seed", "inference", "fp8"])
+def test_a_result_that_is_off_is_red(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = smoke.deep_recursion
+
+    def off(net: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = getattr(net, "backend", None) == "triton"
+        return _spoilt(real, lambda t: t * 1.05)(net, *args, **kwargs) if ours else real(net, *args, **kwargs)
+
+    monkeypatch.setattr(smoke, "deep_recursion", off)
+    with pytest.raises(AssertionError):
+        CHECKS[name](setting)
+
+
+@pytest.mark.parametrize("name", ["graph", "repeats", "dropout"])
+@pytest.mark.filterwarnings("ignore:running without a CUDA graph")
+def test_a_result_that_moves_is_red(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = smoke.deep_recursion, [0]
+
+    def moving(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return _spoilt(real, lambda t: t + 1e-2 * calls[0])(*args, **kwargs)
+
+    monkeypatch.setattr(smoke, "deep_recursion", moving)
+    with pytest.raises(AssertionError):
+        CHECKS[name](setting)
+
+
+def test_a_missing_gradient_is_red(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = smoke.deep_recursion
+
+    def cut(net: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return real(net, x.detach(), *args, **kwargs)
+
+    monkeypatch.setattr(smoke, "deep_recursion", cut)
+    with pytest.raises(AssertionError, match="no gradient of x"):
+        CHECKS["seed"](setting)
