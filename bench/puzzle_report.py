@@ -48,7 +48,7 @@ def latest(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     in_order = sorted(read(path), key=lambda line: line["time"])
-    return list({(line["device"], line["name"]): line for line in in_order}.values())
+    return list({(line.get("device"), line["name"]): line for line in in_order}.values())
 
 
 def _runs(lines: Sequence[Mapping[str, Any]]) -> str:

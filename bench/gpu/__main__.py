@@ -62,7 +62,6 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = str(folder)
         for difference in differences:
             print(f"the cache will not be hit: this machine has {difference}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     # Part of the cache's keys; Triton 3.10 changes the default.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     plan = PLANS[options.plan]

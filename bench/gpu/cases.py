@@ -57,7 +57,8 @@ def run(context: Context) -> None:
         raise BrokenDeviceError(error.backend, str(error)) from error
     finally:
         _compile_seconds = budget.compile_seconds
-    context.line(result.to_json(), argument["file"])
+    tuned = {"tuned": True} if argument["tuned"] else {}
+    context.line(result.to_json() | tuned, "tuned.jsonl" if tuned else "gpu.jsonl")
     _show(result)
 
 

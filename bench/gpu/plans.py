@@ -93,7 +93,7 @@ def measured(
         "group": group,
         "names": names,
         "timed": timed,
-        "file": "tuned.jsonl" if tuned else "gpu.jsonl",
+        "tuned": tuned,
     }
     title = case.name if group == "main" else f"{group}: {case.name}"
     return Task(f"{title}, tuned" if tuned else title, "case", argument, seconds, least)
@@ -249,6 +249,7 @@ PLANS = {"first": FIRST, "second": SECOND}
 
 
 def within(plan: Plan, wall: float) -> Plan:
-    """The plan within ``wall`` seconds: stages that would end later end then."""
-    stages = tuple(replace(stage, until=min(stage.until, wall)) for stage in plan.stages)
-    return Plan(stages, min(plan.wall, wall))
+    """The plan within ``wall`` seconds: stages end at it at the latest, and the last one lasts until then."""
+    *stages, last = plan.stages
+    cut = [replace(stage, until=min(stage.until, wall)) for stage in stages]
+    return Plan((*cut, replace(last, until=wall)), wall)

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,10 +157,14 @@ class Supervisor:
         patience: float = 1.0,
     ) -> None:
         self._patience = patience
+        out.mkdir(parents=True, exist_ok=True)
         self.plan, self.out, self.commit, self.host, self.show = plan, out, commit, host, show
         self.begun = host.clock()
         self.outcome = Outcome()
-        self.record: dict[str, Any] = {"commit": commit}
+        self.record: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit,
+        }
         self.hits = 0
         self.compiled: Counter[str] = Counter()
         self._excluded: dict[str, dict[str, str]] = {}

@@ -13,19 +13,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bench.puzzle_report
+import bench.report
 from bench.gpu import smoke
 from bench.gpu.child import BrokenDeviceError, Context, Event, run_tasks
 from bench.gpu.plans import CHECKS, FIRST, PLANS, Plan, Stage, Task, excludable, within
 from bench.gpu.supervisor import Processes, Supervisor
 from llm_trm.benchmark.candidates import CANDIDATES
+from llm_trm.benchmark.environment import run_record
 from llm_trm.benchmark.results import append, read
+from tests.benchmark.sample import sample_result
 
 DEVICE = {"machine": {"device": "Abacus"}}
 #: What a task may do, beside taking its time.
@@ -233,12 +239,26 @@ def test_a_run_goes_on_after_a_cut(tmp_path: Path) -> None:
     assert again.outcome.done == ["probe"] and len(host.requests) == 1
 
 
+def test_the_docs_are_drawn_from_what_a_plan_leaves(tmp_path: Path) -> None:
+    run(FIRST, tmp_path, {FIRST.stages[2].tasks[0].name: "hangs", "puzzle trainer": "fails"})
+    result = sample_result()
+    record = {"time": "2026-01-01", "commit": "abc"} | run_record(torch.device("cpu"), "abc")
+    append(tmp_path / "gpu.jsonl", record | result.to_json())
+    few = replace(result, rows=result.rows[:1])
+    append(tmp_path / "tuned.jsonl", record | few.to_json() | {"tuned": True})
+    (report,) = bench.report.load(tmp_path)
+    assert report.results == [result]
+    assert bench.puzzle_report.text(tmp_path)
+
+
 def test_the_wall_moves_all_ends(tmp_path: Path) -> None:
     plan = within(FIRST, 100.0)
     behaviours = {task.name: "slow" for task in plan.tasks if task.kind == "case"}
     supervisor, host, _ = run(plan, tmp_path, behaviours)
     assert host.now - 1000.0 <= 100.0
     assert supervisor.outcome.left_out
+    supervisor, host, _ = run(within(PLANS["second"], 86400.0), tmp_path / "long")
+    assert not supervisor.outcome.left_out and host.now - 1000.0 > PLANS["second"].wall
 
 
 def test_plans_are_sound() -> None:

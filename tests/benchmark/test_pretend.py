@@ -54,8 +54,6 @@ def _carried(plan: Plan, folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
     small = replace(FIRST_CASE, hidden_size=64, latents=32, heads=2, layers=1)
     check = next(task for task in FIRST.tasks if task.name == "smoke: graph")
     names = ("eager", "triton", "triton+graph", "triton-fp8+graph", "native")
@@ -74,8 +72,6 @@ def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_the_whole_plan_hits_the_cache_that_was_carried(name: str, tmp_path: Path) -> None:
     """Some minutes of two cores; the device tests themselves run in the interpreter, and not here."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
     left_out = ("rest", "tests")
     plan = unhurried(PLANS[name], left_out, os.cpu_count() or 1)
     summary = _carried(plan, tmp_path / "triton", tmp_path)
