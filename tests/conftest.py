@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests import faster_interpreter
+from tests import faster_interpreter, mended_interpreter
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,6 +53,7 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
     if HAS_TRITON:
         faster_interpreter.install()
+        mended_interpreter.install()
 # Triton 3.10 turns FP fusion off by default, and 3.9 warns about it: one meaning on every version.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 

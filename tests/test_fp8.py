@@ -12,31 +12,10 @@ from bench.fp8 import emulation
 from bench.fp8.emulation import EmulatedNetwork, product, quantise_rows
 from tests.ops.common import launched
 from trm_kernels import BackendError, TinyRecursiveNetwork, deep_recursion, latent_recursion
-from trm_kernels.ops import INTERPRET
 from trm_kernels.testing import relative_error
 
 FAMILIES = ("seed", "scratch", "paper")
 WIDTH, HEADS, BATCH, LENGTH = 32, 2, 2, 6
-
-
-@pytest.fixture(autouse=True)
-def conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter convert to e4m3 as the hardware does.
-
-    Its own conversion loses the carry of a significand that rounds up to the next power of two, every other
-    time: 124.01 becomes 64 (Triton 3.7.1).
-    """
-    if not INTERPRET:
-        return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    original = interpreter._convert_float
-
-    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if str(source) == "fp32" and str(target) == "fp8e4nv":
-            return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        return original(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def network(family: str, device: str, *, layers: int = 2) -> TinyRecursiveNetwork:

@@ -16,7 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.common import DTYPES, launched
-from trm_kernels import BackendError, TinyRecursiveNetwork, TransformerBlock, deep_recursion, use_backend
+from trm_kernels import (
+    BackendError,
+    TinyRecursiveNetwork,
+    TransformerBlock,
+    deep_recursion,
+    ops,
+    use_backend,
+)
 from trm_kernels.ops import INTERPRET
 from trm_kernels.ops._launch import LAUNCHES
 from trm_kernels.testing import LENGTHS, SEEDS, ToleranceRule, outputs_and_gradients
@@ -283,7 +290,7 @@ def test_fullgraph_compile_keeps_the_kernels(device: str) -> None:
     torch.testing.assert_close(out, net.forward_eager(x, mask), rtol=1e-4, atol=1e-5)
 
 
-def test_refusals_name_the_reason(device: str) -> None:
+def test_refusals_name_the_reason(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 4, 32, device=device)
 
     def reason(net: TinyRecursiveNetwork, x: Tensor = x) -> str:
@@ -317,6 +324,7 @@ def test_refusals_name_the_reason(device: str) -> None:
     unbiased.layers[0].self_attn.in_proj_bias = None
     assert "lacks a parameter" in reason(unbiased)
     if INTERPRET:
+        monkeypatch.setattr(ops, "INTERPRETS_BFLOAT16", False)  # as it is where no test has mended Triton's
         assert "bit patterns" in reason(copy.deepcopy(net).bfloat16(), x.bfloat16())
 
 

@@ -133,7 +133,7 @@ def refuses(module: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
     if ops.INTERPRET:
         if x.device.type != "cpu":
             return f"TRITON_INTERPRET=1 runs on CPU tensors, and the input is on {x.device}"
-        if torch.bfloat16 in (x.dtype, operand_dtype(x)):
+        if not ops.INTERPRETS_BFLOAT16 and torch.bfloat16 in (x.dtype, operand_dtype(x)):
             return "TRITON_INTERPRET=1 multiplies the bit patterns of bfloat16"
     elif x.device.type != "cuda":
         return f"the input is on {x.device}, the kernels run on a GPU"

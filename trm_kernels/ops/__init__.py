@@ -10,6 +10,8 @@ import torch
 
 #: Whether Triton runs its kernels in Python, on CPU tensors. Read once: Triton reads it at import too.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: Whether Triton's interpreter computes in bfloat16: by itself it multiplies bit patterns, our tests mend it.
+INTERPRETS_BFLOAT16 = False
 
 
 def _missing() -> str | None:
