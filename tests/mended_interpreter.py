@@ -1,9 +1,9 @@
 """Triton's interpreter with right numbers where its own are wrong.
 
-It rounds float32 to bfloat16 by cutting bits off, and computes with the bit patterns of bfloat16, in ``tl.dot``
-too. It converts float32 to e4m3 half up, and loses the carry into every odd exponent: 124.01 becomes 64. So do
-Triton 3.6, 3.7 and 3.9. ``tests/ops/test_mended_interpreter.py`` shows what comes out, and fails where a mend
-no longer reaches what it should.
+It rounds float32 to bfloat16 by cutting bits off, and computes with the bit patterns of bfloat16, ``tl.dot``
+included. It converts float32 to e4m3 half up, and loses the carry into every odd exponent: 124.01 becomes 64.
+So do Triton 3.6, 3.7 and 3.9. ``tests/ops/test_mended_interpreter.py`` shows what comes out, and fails where
+a mend no longer reaches what it should.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from bench.fp8 import emulation
 from bench.fp8.emulation import EmulatedNetwork, product, quantise_rows
 from tests.ops.common import launched
 from trm_kernels import BackendError, TinyRecursiveNetwork, deep_recursion, latent_recursion
-from trm_kernels.testing import relative_error
+from trm_kernels.testing import ToleranceRule, relative_error
 
 FAMILIES = ("seed", "scratch", "paper")
 WIDTH, HEADS, BATCH, LENGTH = 32, 2, 2, 6
@@ -84,6 +84,35 @@ class TestKernels:
             # A value between two of e4m3 may fall to either by the last bit of a sum: rarely.
             assert relative_error(one, other) < 0.1 * relative_error(one, exact)
             assert relative_error(one, exact) > 1e-3
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_beside_bfloat16_it_is_as_right_as_its_emulation(
+        self, family: str, autocast: bool, device: str
+    ) -> None:
+        """By the tolerance rule; the truth is the emulation in float32."""
+        rule = ToleranceRule(torch.bfloat16)
+        held = torch.float32 if autocast else torch.bfloat16
+        for seed in range(2):
+            torch.manual_seed(seed)
+            net = network(family, device)
+            if (
+                family == "paper"
+            ):  # or post-norm amplifies the rounding to fp8 until half of the result is noise
+                with torch.no_grad():
+                    for parameter in net.parameters():
+                        parameter.mul_(0.5)
+            net, inputs = net.to(held), [state.to(held) for state in states(device)]
+            context = torch.autocast(device, torch.bfloat16, enabled=autocast)
+            with torch.no_grad(), context, launched("quantise_rows_kernel"):
+                found = latent_recursion(net, *inputs, 1, precision="fp8-nograd")
+                emulated = latent_recursion(EmulatedNetwork(net), *inputs, 1)
+            with torch.no_grad():
+                wide = [state.float() for state in inputs]
+                truth = latent_recursion(EmulatedNetwork(net.float()), *wide, 1)
+            for name, *results in zip("yz", found, emulated, truth, strict=True):
+                rule.add(name, *results)
+        rule.check()
 
     def test_gradients_are_those_of_full_precision(self, device: str) -> None:
         net, (x, y, z) = network("seed", device, layers=1), states(device)

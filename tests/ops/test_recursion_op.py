@@ -186,10 +186,6 @@ def test_strides_of_parameters_and_states_do_not_matter(layout: str) -> None:
     agree(results_and_gradients(case.ours, strided), expected, 1e-12)
 
 
-def half_precision(device: str) -> torch.dtype:
-    return torch.bfloat16 if device == "cuda" else torch.float16
-
-
 def test_an_unnormalised_stream_beyond_float16_is_normalised_before_it_is_rounded(device: str) -> None:
     case = problem("seed", 0, dtype=torch.float32, device=device, packed=False)
     case = replace(case, operand=torch.float16, output_norm=False)
@@ -206,7 +202,7 @@ def test_backward_may_run_under_another_autocast_state(device: str) -> None:
     def gradient(autocast: bool) -> Tensor:
         leaf = leaves["y"].clone().requires_grad_()
         (out,) = case.ours({**leaves, "y": leaf})
-        with torch.autocast(device, half_precision(device), enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             out.sum().backward()
         assert leaf.grad is not None
         return leaf.grad

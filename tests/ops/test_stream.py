@@ -46,9 +46,9 @@ def test_sum_norm_and_row_sums(with_x: bool, weighted: bool, norm: bool, device:
         torch.testing.assert_close(normed, v)
 
 
-def test_row_sums_are_those_of_what_was_stored(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_row_sums_are_those_of_what_was_stored(dtype: torch.dtype, device: str) -> None:
     """In half precision the sum is rounded; the norm that reads it must see the rounded values."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float16
     x, y, z = case(device, dtype)
     stream, pair, _ = start(x, y, z, write_sumsq=True)
     assert stream is not None and stream.sumsq is not None and pair is not None
@@ -58,8 +58,8 @@ def test_row_sums_are_those_of_what_was_stored(device: str) -> None:
     assert torch.equal(stream.value, (pair.float() + z.float()).to(dtype))
 
 
-def test_a_copy_for_operands_is_rounded_once(device: str) -> None:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_for_operands_is_rounded_once(dtype: torch.dtype, device: str) -> None:
     x, y, z = case(device)
     place = torch.full((1, ROWS, WIDTH), float("nan"), dtype=dtype, device=device)
     stream, _, _ = start(x, y, z, write_copy=dtype, copy=place)
