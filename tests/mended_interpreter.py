@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Beside those of ``TensorHandle.data``: NumPy has no bfloat16, which is held as its bit pattern.
+#: What a ``TensorHandle`` holds. NumPy has no bfloat16: of that, bit patterns.
 Array = np.ndarray[Any, Any]
 
 
@@ -26,7 +26,7 @@ def widen(bits: Array) -> Array:
 
 def narrow(values: Array) -> Array:
     """float32 as bit patterns of bfloat16: to nearest, ties to even, overflow to infinity, NaN to NaN."""
-    bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)  # room for the carry
+    bits = values.view(np.uint32).astype(np.uint64)  # room for the carry
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
@@ -94,15 +94,9 @@ def _cast(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
 
 def _in_float32(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
     """Operands of bfloat16 are widened: their products are exact in float32, where they are summed."""
-    tl = interpreter.tl
-
-    def widened(argument: Any) -> Any:
-        if _is_bfloat16(argument, tl):
-            return interpreter.TensorHandle(widen(argument.data), tl.float32)
-        return argument
 
     def run(self: Any, *arguments: Any) -> Any:
-        return original(self, *map(widened, arguments))
+        return original(self, *(_widened(argument, interpreter) for argument in arguments))
 
     return run
 
@@ -110,11 +104,11 @@ def _in_float32(original: Callable[..., Any], interpreter: Any) -> Callable[...,
 def _rounded(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
     """Element by element in float32, rounded once, as GPUs do it; comparisons stay booleans."""
     tl, handle = interpreter.tl, interpreter.TensorHandle
-    wide = _in_float32(original, interpreter)
 
     def run(self: Any, *arguments: Any) -> Any:
-        out = wide(self, *arguments)
-        if not any(_is_bfloat16(argument, tl) for argument in arguments):
+        wide = [_widened(argument, interpreter) for argument in arguments]
+        out = original(self, *wide)
+        if all(one is other for one, other in zip(arguments, wide, strict=True)):
             return out
         if out.data.dtype == np.bool_:
             return handle(out.data, tl.int1)
@@ -134,6 +128,12 @@ def _refused(original: Callable[..., Any], interpreter: Any) -> Callable[..., An
         return original(self, *arguments)
 
     return run
+
+
+def _widened(argument: Any, interpreter: Any) -> Any:
+    if _is_bfloat16(argument, interpreter.tl):
+        return interpreter.TensorHandle(widen(argument.data), interpreter.tl.float32)
+    return argument
 
 
 def _is_bfloat16(argument: Any, tl: Any) -> bool:
