@@ -96,9 +96,8 @@ class TestKernels:
         for seed in range(2):
             torch.manual_seed(seed)
             net = network(family, device)
-            if (
-                family == "paper"
-            ):  # or post-norm amplifies the rounding to fp8 until half of the result is noise
+            if family == "paper":
+                # Or post-norm amplifies the rounding to fp8 until half of the result is noise.
                 with torch.no_grad():
                     for parameter in net.parameters():
                         parameter.mul_(0.5)
