@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> None:
     if options.wall is not None:
         plan = within(plan, options.wall)
     # What this measures is what the heuristics and the run's own tables choose, on whatever machine.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended, too
     host = Processes(python(), {"TRM_TABLES": str(tables(options.out.resolve()))})
     sys.exit(Supervisor(plan, options.out.resolve(), options.commit or _commit(), host).run())
 

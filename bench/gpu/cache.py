@@ -36,6 +36,13 @@ class Seen:
     compiled: Counter[str] = field(default_factory=Counter)
     launched: Callable[[], int] = lambda: 0
 
+    def take(self) -> tuple[int, dict[str, int]]:
+        """Hits, and what was compiled, since the last call."""
+        taken = self.hits.total(), dict(self.compiled)
+        self.hits.clear()
+        self.compiled.clear()
+        return taken
+
 
 def watch() -> Seen:
     """Count what this project's kernels find in Triton's cache, or have compiled, from now on."""

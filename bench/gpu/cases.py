@@ -14,6 +14,8 @@ from llm_trm.benchmark.runner import Budget, DeviceLostError, run_case
 from llm_trm.benchmark.table import footnotes, markdown_table, title
 from llm_trm.benchmark.workloads import Case
 
+#: Rows of this library: one that is wrong makes the task red, though its result is kept.
+_OURS = "triton"
 #: What torch.compile is expected to take for a forward case, until it has been seen; then what it took.
 _compile_seconds = 10.0
 #: A candidate that compiles is given up after so long.
@@ -29,7 +31,12 @@ def patience(doing: str) -> float:
 
 
 def run(context: Context) -> None:
-    """Measure the case, a line for each row as it comes and one for the whole."""
+    """Measure the case, a line for each row as it comes and one for the whole.
+
+    Raises:
+        AssertionError: A row of this library is wrong, or failed.
+        BrokenDeviceError: A candidate left the device unusable for this process.
+    """
     global _compile_seconds
     gc.collect()  # graphs of the last case hang in cycles
     torch.cuda.empty_cache()
@@ -60,6 +67,9 @@ def run(context: Context) -> None:
     tuned = {"tuned": True} if argument["tuned"] else {}
     context.line(result.to_json() | tuned, "tuned.jsonl" if tuned else "gpu.jsonl")
     _show(result)
+    bad = [row for row in result.rows if row.status in ("wrong", "failed") and row.backend.startswith(_OURS)]
+    if bad:
+        raise AssertionError("; ".join(f"{row.backend} {row.status}: {row.reason}" for row in bad))
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -139,12 +139,16 @@ def main() -> None:
     request = json.load(sys.stdin)
     pipe = os.fdopen(int(os.environ[EVENTS]), "w", buffering=1)
 
-    def emit(event: Event) -> None:
-        print(json.dumps(event), file=pipe, flush=True)
-
     from bench.gpu.cache import watch
 
     seen = watch()
+
+    def emit(event: Event) -> None:
+        if event["event"] in ("end", "failed", "broken"):
+            hits, compiled = seen.take()
+            print(json.dumps({"event": "cache", "hits": hits, "compiled": compiled}), file=pipe)
+        print(json.dumps(event), file=pipe, flush=True)
+
     code = run_tasks(
         [Task(**task) for task in request["tasks"]],
         begun + request["seconds"],
@@ -153,7 +157,6 @@ def main() -> None:
         request["excluded"],
         _runners(),
     )
-    emit({"event": "cache", "hits": sum(seen.hits.values()), "compiled": dict(seen.compiled)})
     pipe.flush()
     sys.stdout.flush()
     # Not sys.exit: a device that hangs would keep the interpreter from ending.

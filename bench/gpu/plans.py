@@ -139,14 +139,18 @@ CHECKS = (
     "repeats",
 )
 
-_PROBE = Stage("probe", 25.0, (Task("probe", "probe", {}, 25.0, 1.0),), stops=True)
+#: Without it nothing is known of the device, and nothing is measured.
+PROBE = "probe"
+#: A machine that was just started reads torch from its disk for the first time.
+_FIRST_IMPORT = 45.0
+_PROBE = Stage(PROBE, _FIRST_IMPORT, (Task(PROBE, "probe", {}, _FIRST_IMPORT, 1.0),), stops=True)
 
 FIRST = Plan(
     (
         _PROBE,
         Stage(
             "smoke",
-            75.0,
+            90.0,
             tuple(Task(f"smoke: {name}", "smoke", {"check": name}, 20.0, 5.0) for name in CHECKS),
             processes=5,
             alone=True,

@@ -203,7 +203,7 @@ def _dropout(setting: Setting) -> dict[str, Any]:
 
 
 def _fp8(setting: Setting) -> dict[str, Any]:
-    """Recursions in fp8 are as right as their emulation, by the rule; the truth is the emulation in float32."""
+    """Recursions in fp8 are as right as their emulation, by the rule; the truth is that one in float32."""
     from trm_kernels.ops._launch import LAUNCHES
 
     net = _network(setting, "seed").to(setting.dtype).eval()

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench.gpu.child import EVENTS, PATIENCE, Event
-from bench.gpu.plans import Plan, Stage, Task, excludable
+from bench.gpu.plans import PROBE, Plan, Stage, Task, excludable
 from llm_trm.benchmark.results import append, read
 
 #: A task's process is ended so many seconds after the task should have ended itself.
 GRACE = 5.0
 #: Importing torch, and the first call of CUDA.
-START_SECONDS = 40.0
+START_SECONDS = 60.0
 #: At the end of the plan, for the last lines.
 CLOSING_SECONDS = 1.0
 
@@ -184,8 +184,11 @@ class Supervisor:
             if stage.stops and len(self.outcome.red) > red:
                 self.show(f"{stage.name} is red: the plan ends here")
                 break
+            if PROBE in self.outcome.left_out:
+                self.show("the device did not answer: the plan ends here")
+                break
         self._finish()
-        if "probe" in self.outcome.red:
+        if PROBE in self.outcome.red or PROBE in self.outcome.left_out:
             return 2
         return 1 if self.outcome.red else 0
 
@@ -199,28 +202,38 @@ class Supervisor:
                 pending.append(task)
         waiting = deque([[task] for task in pending] if stage.alone else [pending] if pending else [])
         running: dict[int, _Child] = {}
+        left_out = self.outcome.left_out
+        before = len(left_out)
+        try:
+            self._until(until, stage.processes, waiting, running)
+        finally:
+            for number in running:
+                self.host.kill(number)
+        for child in running.values():
+            left_out |= {task.name: "no time was left" for task in child.tasks}
+            left_out[child.tasks[0].name] = f"cut off, at {child.doing}"
+        left_out |= {task.name: "no time was left" for tasks in waiting for task in tasks}
+        if len(left_out) > before:
+            name, reason = list(left_out.items())[before]
+            others = len(left_out) - before - 1
+            self.show(f"left out: {name}{f' and {others} more' if others else ''}: {reason}")
+
+    def _until(
+        self, until: float, processes: int, waiting: deque[list[Task]], running: dict[int, _Child]
+    ) -> None:
+        """Let children run until all tasks are settled or the time is over."""
         while waiting or running:
             left = until - self.seconds
             if left <= 0:
-                break
-            while waiting and len(running) < stage.processes:
+                return
+            while waiting and len(running) < processes:
                 self._start(waiting.popleft(), left, running)
             wait = min(left, *(child.due - self.seconds for child in running.values()))
             found = self.host.next(max(wait, 0.0))
             if found is None:
                 self._end_overdue(running, waiting)
-                continue
-            number, event = found
-            if number in running:
-                self._take(number, event, running, waiting)
-        for number, child in running.items():
-            self.host.kill(number)
-            for task in child.tasks:
-                at = f", at {child.doing}" if task is child.tasks[0] else ""
-                self._leave_out(task, f"cut off{at}")
-        for tasks in waiting:
-            for task in tasks:
-                self._leave_out(task, "no time was left")
+            elif found[0] in running:
+                self._take(*found, running, waiting)
 
     def _start(self, tasks: list[Task], left: float, running: dict[int, _Child]) -> None:
         names = {task.name for task in tasks}
@@ -255,27 +268,15 @@ class Supervisor:
             case "line":
                 self._line(task, event["line"], event["file"])
             case "end":
+                self._settled(child)
                 self.outcome.done.append(event["task"])
-                child.tasks.popleft()
-                child.begun, child.doing, child.due = (
-                    False,
-                    "next task",
-                    self.seconds + self._patience * PATIENCE,
-                )
                 self.show(f"   {event['task']}: {event['seconds']:.1f} s")
             case "failed":
-                child.tasks.popleft()
-                child.begun, child.doing, child.due = (
-                    False,
-                    "next task",
-                    self.seconds + self._patience * PATIENCE,
-                )
+                self._settled(child)
                 self._red(event["task"], event["reason"])
             case "skipped":
-                assert task is not None
-                child.tasks.popleft()
-                child.due = self.seconds + self._patience * PATIENCE
-                self._leave_out(task, event["reason"])
+                self._settled(child)
+                self.outcome.left_out[event["task"]] = event["reason"]
             case "broken":
                 del running[number]
                 self.host.kill(number)
@@ -288,6 +289,12 @@ class Supervisor:
                 if child.tasks:
                     reason = f"its process ended with code {event['code']}, at {child.doing}"
                     self._lost(child, child.doing, reason, waiting)
+
+    def _settled(self, child: _Child) -> None:
+        """The task that a child was at has an outcome."""
+        child.tasks.popleft()
+        child.begun, child.doing = False, "the end of a task"
+        child.due = self.seconds + self._patience * PATIENCE
 
     def _lost(self, child: _Child, culprit: str, reason: str, waiting: deque[list[Task]]) -> None:
         """A child is gone: note who did it, and go on with the rest in a new one."""
@@ -307,7 +314,7 @@ class Supervisor:
             waiting.appendleft(rest)
 
     def _line(self, task: Task | None, line: dict[str, Any], file: str) -> None:
-        if line.get("name") == "probe":
+        if line.get("name") == PROBE:
             self.record |= line.pop("record")
         name = {} if task is None else {"task": task.name}
         append(self.out / file, self.record | line | name)
@@ -317,10 +324,6 @@ class Supervisor:
         append(self.out / "gpu.jsonl", self.record | {"name": name, "ok": False, "reason": reason})
         self.show(f"RED {name}: {reason}")
 
-    def _leave_out(self, task: Task, reason: str) -> None:
-        self.outcome.left_out[task.name] = reason
-        self.show(f"left out: {task.name}: {reason}")
-
     def _done_before(self) -> set[str]:
         """Tasks that an earlier run has done whole, for this commit and device; the probe is never."""
         return {
@@ -328,7 +331,7 @@ class Supervisor:
             for file in ("gpu.jsonl", "tuned.jsonl")
             for line in self._mine(self.out / file)
             if "task" in line
-            and line["task"] not in ("probe", *self.outcome.done)
+            and line["task"] not in (PROBE, *self.outcome.done)
             and line.get("ok", True)
             and all(row["status"] != "skipped" for row in line.get("rows", ()))
         }
