@@ -111,7 +111,7 @@ class CaseRun:
         seed: int,
         excluded: Mapping[str, str],
         group: Group,
-        on_row: OnRow,
+        on_row: OnRow = lambda _: None,
     ) -> None:
         self.on_row = on_row
         self.group = group

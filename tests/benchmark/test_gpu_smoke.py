@@ -37,13 +37,17 @@ def _spoilt(function: Any, spoil: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["seed", "inference", "fp8"])
 def test_a_result_that_is_off_is_red(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = smoke.deep_recursion
+    def off(real: Any) -> Any:
+        spoilt = _spoilt(real, lambda tensor: tensor * 1.05)
 
-    def off(net: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = getattr(net, "backend", None) == "triton"
-        return _spoilt(real, lambda t: t * 1.05)(net, *args, **kwargs) if ours else real(net, *args, **kwargs)
+        def call(net: Any, *args: Any, **kwargs: Any) -> Any:
+            ours = getattr(net, "backend", None) == "triton"
+            return (spoilt if ours else real)(net, *args, **kwargs)
 
-    monkeypatch.setattr(smoke, "deep_recursion", off)
+        return call
+
+    for recursion in ("deep_recursion", "latent_recursion"):
+        monkeypatch.setattr(smoke, recursion, off(getattr(smoke, recursion)))
     with pytest.raises(AssertionError):
         CHECKS[name](setting)
 

@@ -14,6 +14,7 @@ from llm_trm.benchmark.models import ours
 from llm_trm.benchmark.steps import Inputs, make_inputs, make_state
 from llm_trm.benchmark.training import DeviceLoopStep, LoopStep
 from llm_trm.benchmark.workloads import Case
+from trm_kernels.graphs import cache as cache_internals
 from trm_kernels.testing import UNIT_ROUNDOFF
 
 CPU = torch.device("cpu")
@@ -105,7 +106,10 @@ def test_step_that_leaves_a_parameter_as_it_was_is_refused(inputs: Inputs) -> No
         step.check()
 
 
-def test_library_step_that_was_not_captured_is_no_result(inputs: Inputs) -> None:
+def test_library_step_that_was_not_captured_is_no_result(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_internals, "_WARNED", set())  # of each reason once a process
     step = LibraryStep(CASE, ours("eager")(CASE, make_state(CASE, CPU)), inputs, capture=True)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="not captured"):
         step.prepare()
