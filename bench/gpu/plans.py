@@ -186,8 +186,13 @@ FIRST = Plan(
 #: Device tests, most telling first: what only a GPU shows, then the tolerance grids of the kernels.
 TEST_FILES = (
     "tests/test_races.py",
+    "tests/test_streams.py",
     "tests/test_graphs.py",
     "tests/test_training.py",
+    "tests/test_halting.py",
+    "tests/puzzle/test_optimizers.py",
+    "tests/puzzle/test_augment.py",
+    "tests/benchmark/test_candidates.py",
     "tests/test_fused_recursion.py",
     "tests/ops/test_recursion_op.py",
     "tests/ops/test_attention.py",

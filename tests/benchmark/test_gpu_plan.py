@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,13 +27,14 @@ import bench.puzzle_report
 import bench.report
 from bench.gpu import smoke
 from bench.gpu.child import BrokenDeviceError, Context, Event, run_tasks
-from bench.gpu.plans import CHECKS, FIRST, PLANS, Plan, Stage, Task, excludable, within
+from bench.gpu.plans import CHECKS, FIRST, PLANS, TEST_FILES, Plan, Stage, Task, excludable, within
 from bench.gpu.supervisor import Processes, Supervisor
 from llm_trm.benchmark.candidates import CANDIDATES
 from llm_trm.benchmark.environment import run_record
 from llm_trm.benchmark.results import append, read
 from tests.benchmark.sample import sample_result
 
+ROOT = Path(__file__).parents[2]
 DEVICE = {"machine": {"device": "Abacus"}}
 #: What a task may do, beside taking its time.
 BEHAVIOURS = ("well", "slow", "fails", "hangs", "dies", "breaks", "overruns")
@@ -299,6 +301,13 @@ def test_plans_are_sound() -> None:
         for task in plan.tasks:
             if task.kind == "case":
                 assert set(task.argument["names"] or ()) <= set(CANDIDATES)
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^(pytestmark = |@)pytest\.mark\.gpu", path.read_text(), re.MULTILINE)
+    }
+    assert marked and marked <= set(TEST_FILES), "tests that only a GPU can run"
+    assert all((ROOT / name).is_file() for name in TEST_FILES)
     assert FIRST.wall <= 470 and PLANS["second"].wall <= 240
 
 
@@ -362,9 +371,7 @@ def _runs(pid: int) -> bool:
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench.gpu", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], env=environment
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
 
 
 @pytest.mark.skipif("os.path.exists('/dev/nvidia0')", reason="there is a GPU")
