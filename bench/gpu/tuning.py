@@ -8,12 +8,11 @@ import torch
 
 from bench.gpu.child import Context
 from bench.gpu.tables import tables
-from llm_trm.benchmark.environment import versions
 from llm_trm.benchmark.workloads import Case
 from llm_trm.tuning.compiling import ParallelCompiler
 from llm_trm.tuning.recording import record_cases
 from llm_trm.tuning.timing import measure_on
-from llm_trm.tuning.tuner import open_table, pending, tune
+from llm_trm.tuning.tuner import open_table, pending, this_run, tune
 from trm_kernels import dispatch
 from trm_kernels.ops._launch import target_of
 
@@ -28,7 +27,6 @@ def run(context: Context) -> None:
     path = tables(context.out) / f"{dispatch.slug(target.name)}.json"
     table = open_table(path, target)
     waiting = pending(record_cases(cases, target, fp8=False), table)
-    record = {"time": None, "commit": None, "versions": versions()}
     context.doing("starting compilers", _PATIENCE)
     written = 0
     with ParallelCompiler(os.cpu_count()) as compiler:
@@ -40,7 +38,7 @@ def run(context: Context) -> None:
             path,
             compiler,
             measure,
-            record,
+            this_run(),
             # The last product may begin just before the end.
             budget=context.left - 10.0,
             clock=context.clock,

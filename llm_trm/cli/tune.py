@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,17 +195,12 @@ def _tune(waiting: Sequence[RecordedCall], target: Target, table: Table, path: P
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from llm_trm.benchmark.environment import commit, versions
     from llm_trm.tuning.compiling import ParallelCompiler
     from llm_trm.tuning.timing import measure_on
+    from llm_trm.tuning.tuner import this_run
     from llm_trm.tuning.tuner import tune as run
 
     stderr = Console(stderr=True)
-    record = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-    }
     done = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -215,7 +209,7 @@ def _tune(waiting: Sequence[RecordedCall], target: Target, table: Table, path: P
     ):
         task = bar.add_task(target.name, total=len(waiting))
         measure = measure_on(torch.device("cuda"))
-        for tuned in run(waiting, target, table, path, compiler, measure, record, budget=budget):
+        for tuned in run(waiting, target, table, path, compiler, measure, this_run(), budget=budget):
             done.append(tuned)
             bar.update(task, advance=1, description=tuned.name)
     _print(done)

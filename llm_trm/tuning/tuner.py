@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llm_trm.benchmark.environment import commit, versions
 from llm_trm.tuning.calls import RecordedCall
 from llm_trm.tuning.candidates import candidates
 from llm_trm.tuning.compiling import Compiler
@@ -36,6 +38,15 @@ class Tuned:
     tried: int
     dropped: int
     reason: str = ""
+
+
+def this_run() -> dict[str, Any]:
+    """What a table's header says of the run that writes it."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+    }
 
 
 def open_table(path: Path, target: Target) -> Table:
@@ -76,7 +87,7 @@ def tune(
         calls: One for each problem.
         table: What was measured before; grows.
         path: Where it is written.
-        run: What the table's header says of this run (``time``, ``commit``, ``versions``).
+        run: What the table's header says of this run (:func:`this_run`).
         budget: Seconds after which no problem is begun.
     """
     begun = clock()
