@@ -17,7 +17,7 @@ import torch
 from bench.gpu.cache import FOLDER, made_with, pack, unpack
 from bench.gpu.child import Context, Event
 from bench.gpu.commands import run_tests
-from bench.gpu.plans import FIRST, PLANS, TUNED, Plan, Stage, Task, measured
+from bench.gpu.plans import FIRST, SECOND, TUNED, Plan, Stage, Task, measured
 from bench.gpu.smollm3 import SMOLLM3_3B, measure
 from bench.precompile import MOST_BYTES, fill, unhurried
 from llm_trm.benchmark.results import read
@@ -69,18 +69,26 @@ def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
-def test_the_whole_plan_hits_the_cache_that_was_carried(name: str, tmp_path: Path) -> None:
-    """Some minutes of two cores; the device tests themselves run in the interpreter, and not here."""
-    left_out = ("rest", "tests")
-    plan = unhurried(PLANS[name], left_out, os.cpu_count() or 1)
+def test_the_first_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
+    """All of it at its own sizes, tuning included: eight minutes of two cores."""
+    plan = unhurried(FIRST, processes=os.cpu_count() or 1)
     summary = _carried(plan, tmp_path / "triton", tmp_path)
-    if name == "first":
-        (table,) = (tmp_path / "two" / "tables").iterdir()
-        assert json.loads(table.read_text())["entries"]
-        tuned = list(read(tmp_path / "two" / "tuned.jsonl"))
-        assert [[row["backend"] for row in line["rows"]] for line in tuned] == [list(TUNED)] * 5
     assert set(summary["done"]) == {task.name for task in plan.tasks}
+    (table,) = (tmp_path / "two" / "tables").iterdir()
+    assert json.loads(table.read_text())["entries"]
+    tuned = list(read(tmp_path / "two" / "tuned.jsonl"))
+    assert [[row["backend"] for row in line["rows"]] for line in tuned] == [list(TUNED)] * 5
+    assert len([path for path in (tmp_path / "two").rglob("*") if path.is_file()]) <= 6, (
+        "8 come back, with the log"
+    )
+
+
+@pytest.mark.slow
+def test_the_second_plan_runs_to_its_end(tmp_path: Path) -> None:
+    """But for the device tests, which are no pretence's, and the cases of the benchmark."""
+    plan = unhurried(SECOND, ("tests", "rest"))
+    supervisor = fill(plan, tmp_path / "triton", tmp_path / "out")
+    assert supervisor.outcome.done == [task.name for task in plan.tasks]
 
 
 def test_device_tests_are_reported_by_name(tmp_path: Path) -> None:
