@@ -55,6 +55,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.wall is not None and not 10 <= options.wall <= 86400:
         parser.error("--wall must lie between 10 and 86400 seconds")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be a folder ({error.strerror}); name another")
     if options.cache is not None:
         try:
             folder, differences = unpack(options.cache)

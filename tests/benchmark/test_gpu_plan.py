@@ -388,9 +388,10 @@ def test_the_command_without_a_gpu_says_so(tmp_path: Path) -> None:
         (("--wall", "1"), "--wall"),
         (("--cache", "missing.tar.xz"), "missing.tar.xz is no cache"),
         (("--plan", "third"), "third"),
+        (("--out", "README.md"), "--out README.md cannot be a folder"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     done = _command("--out", str(tmp_path / "out"), *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.jsonl"))
