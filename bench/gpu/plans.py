@@ -214,7 +214,13 @@ SECOND = Plan(
             "commands",
             185.0,
             (
-                _command("llm-trm bench", "llm_trm", "bench", "--latents", "256", seconds=20.0, least=10.0),
+                # Without a budget it would compile for a minute a case.
+                _command(
+                    "llm-trm bench",
+                    *("llm_trm", "bench", "--latents", "256", "--budget", "16"),
+                    seconds=28.0,
+                    least=20.0,
+                ),
                 Task("phase 2", "phase2", {}, 30.0, 10.0),
                 Task("SmolLM3-3B", "smollm3", {}, 45.0, 15.0),
             ),
