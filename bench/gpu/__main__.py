@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-from bench.gpu.cache import unpack
+from bench.gpu.cache import FOLDER, unpack
 from bench.gpu.plans import PLANS, within
 from bench.gpu.supervisor import Processes, Supervisor
 from bench.gpu.tables import tables
 from bench.pretend import python
+from llm_trm.benchmark.environment import commit
 
 _DESCRIPTION = """\
 Do what only a GPU can show, in the order in which it tells the most, and stop at a hard limit.
@@ -30,7 +30,7 @@ The exit code is 1 if anything was wrong: give the machine back and mend it.
 _EXAMPLES = """\
 examples:
   python -m bench.gpu --plan first --out $OUT --commit $SHA --cache .gpu/sm_90.tar.xz 2>&1 | tee $OUT/gpu.log
-  python -m bench.gpu --plan second --out $OUT --commit $SHA --wall 220
+  python -m bench.gpu --plan second --out $OUT --commit $SHA --cache .gpu/sm_90.tar.xz --wall 220
   python -m bench.pretend bench.gpu --plan first --out /tmp/out    without a GPU: to see that the plan runs
 """
 
@@ -60,13 +60,9 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--out {options.out} cannot be a folder ({error.strerror}); name another")
     if options.cache is not None:
-        try:
-            folder, differences = unpack(options.cache)
-        except ValueError as error:
-            parser.error(f"--cache: {error}; make it again")
-        os.environ["TRITON_CACHE_DIR"] = str(folder)
-        for difference in differences:
-            print(f"the cache will not be hit: this machine has {difference}", flush=True)
+        _use_cache(options.cache)
+    elif FOLDER.is_dir():
+        os.environ["TRITON_CACHE_DIR"] = str(FOLDER)  # an earlier plan unpacked it
     # Part of the cache's keys; Triton 3.10 changes the default.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     plan = PLANS[options.plan]
@@ -75,12 +71,19 @@ def main() -> None:
     # What this measures is what the heuristics and the run's own tables choose, on whatever machine.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended, too
     host = Processes(python(), {"TRM_TABLES": str(tables(options.out.resolve()))})
-    sys.exit(Supervisor(plan, options.out.resolve(), options.commit or _commit(), host).run())
+    sys.exit(Supervisor(plan, options.out.resolve(), options.commit or commit() or "unknown", host).run())
 
 
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+def _use_cache(archive: Path) -> None:
+    """Unpack the cache; without it all is compiled anew, which is no reason to lose a device's minutes."""
+    try:
+        folder, differences = unpack(archive)
+    except ValueError as error:
+        print(f"no cache: {error}", flush=True)
+        return
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    for difference in differences:
+        print(f"the cache will not be hit: this machine has {difference}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A cache names its files by their absolute paths, and its keys hold the source, T
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -62,11 +63,14 @@ def watch() -> Seen:
 
 
 def made_with() -> dict[str, str]:
-    """What must be the same on both sides for the cache to be hit."""
+    """What must be the same on both sides for the cache to be hit: ``key`` is of Triton's own files."""
+    from triton.runtime.cache import triton_key
+
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "triton": importlib.metadata.version("triton"),
         "machine": platform.machine(),
+        "key": hashlib.sha256(triton_key().encode()).hexdigest()[:12],
     }
 
 

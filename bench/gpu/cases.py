@@ -59,6 +59,7 @@ def run(context: Context) -> None:
             excluded=context.excluded,
             group=group,
             on_row=on_row,
+            early_seconds=argument["timed"] / 4,
         )
     except DeviceLostError as error:
         raise BrokenDeviceError(error.backend, str(error)) from error

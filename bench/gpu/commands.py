@@ -28,7 +28,8 @@ def run_tests(context: Context) -> None:
     """The device tests of the named files: output to gpu-tests.txt, names of failures to a result line."""
     log = context.out / "gpu-tests.txt"
     command = [sys.executable, "-m", "pytest", *context.argument["files"], "-m", "gpu or interpreter"]
-    command += ["-v", "--tb=short", "-p", "no:cacheprovider"]
+    # Cut off, pytest prints no summary: so each failure is printed when it happens.
+    command += ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.failures_at_once"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]  # most of their time is Triton compiling
     context.doing("pytest", context.left + 2 * _SUMMARY_SECONDS)

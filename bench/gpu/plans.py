@@ -142,7 +142,7 @@ CHECKS = (
 #: Without it nothing is known of the device, and nothing is measured.
 PROBE = "probe"
 #: A machine that was just started reads torch from its disk for the first time.
-_FIRST_IMPORT = 45.0
+_FIRST_IMPORT = 90.0
 _PROBE = Stage(PROBE, _FIRST_IMPORT, (Task(PROBE, "probe", {}, _FIRST_IMPORT, 1.0),), stops=True)
 
 FIRST = Plan(
@@ -150,14 +150,14 @@ FIRST = Plan(
         _PROBE,
         Stage(
             "smoke",
-            90.0,
-            tuple(Task(f"smoke: {name}", "smoke", {"check": name}, 20.0, 5.0) for name in CHECKS),
+            130.0,
+            tuple(Task(f"smoke: {name}", "smoke", {"check": name}, 30.0, 5.0) for name in CHECKS),
             processes=5,
             alone=True,
             stops=True,
         ),
-        Stage("forward", 155.0, tuple(measured(case, SHIPPED, seconds=25.0) for case in _forward())),
-        Stage("steps", 260.0, tuple(measured(case, SHIPPED, seconds=50.0, least=15.0) for case in _steps())),
+        Stage("forward", 180.0, tuple(measured(case, SHIPPED, seconds=25.0) for case in _forward())),
+        Stage("steps", 275.0, tuple(measured(case, SHIPPED, seconds=50.0, least=15.0) for case in _steps())),
         Stage(
             "tune",
             360.0,
@@ -165,7 +165,7 @@ FIRST = Plan(
                 Task(
                     "tune",
                     "tune",
-                    {"cases": [case.to_json() for case in _forward()]},
+                    {"cases": [case.to_json() for case in (*_cases("latents", "forward"), *_forward())]},
                     100.0,
                     15.0,
                 ),
@@ -217,7 +217,7 @@ SECOND = Plan(
                 # Without a budget it would compile for a minute a case.
                 _command(
                     "llm-trm bench",
-                    *("llm_trm", "bench", "--latents", "256", "--budget", "16"),
+                    *("llm_trm", "bench", "--latents", "256", "--hidden-size", "256", "--budget", "16"),
                     seconds=28.0,
                     least=20.0,
                 ),

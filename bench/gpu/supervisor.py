@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -25,6 +26,8 @@ from llm_trm.benchmark.results import append, read
 GRACE = 5.0
 #: Importing torch, and the first call of CUDA.
 START_SECONDS = 60.0
+#: So many children in a row that never began a task, and the device is taken to hang.
+MOST_SILENT = 2
 #: At the end of the plan, for the last lines.
 CLOSING_SECONDS = 1.0
 
@@ -101,7 +104,7 @@ class Processes:
                 return None
             if number in self._running:
                 if event["event"] == "exit":
-                    del self._running[number]
+                    self.kill(number)  # what it started and did not end
                 return number, event
 
     def kill(self, child: int) -> None:
@@ -117,11 +120,15 @@ class _Child:
 
     Attributes:
         tasks: What it has not settled yet, the one it is at first.
-        doing: What it does now, and when that is taken to hang.
+        due: When what it does now is taken to hang.
+        ends: When its task is.
+        doing: What it does now.
+        begun: Whether it is at a task.
     """
 
     tasks: deque[Task]
     due: float
+    ends: float = math.inf
     doing: str = "starting"
     begun: bool = False
 
@@ -168,6 +175,7 @@ class Supervisor:
         self.hits = 0
         self.compiled: Counter[str] = Counter()
         self._excluded: dict[str, dict[str, str]] = {}
+        self._silent = 0
 
     @property
     def seconds(self) -> float:
@@ -184,11 +192,11 @@ class Supervisor:
             if stage.stops and len(self.outcome.red) > red:
                 self.show(f"{stage.name} is red: the plan ends here")
                 break
-            if PROBE in self.outcome.left_out:
+            if PROBE in self.outcome.left_out or self._silent >= MOST_SILENT:
                 self.show("the device did not answer: the plan ends here")
                 break
         self._finish()
-        if PROBE in self.outcome.red or PROBE in self.outcome.left_out:
+        if PROBE in self.outcome.red or PROBE in self.outcome.left_out or self._silent >= MOST_SILENT:
             return 2
         return 1 if self.outcome.red else 0
 
@@ -211,7 +219,8 @@ class Supervisor:
                 self.host.kill(number)
         for child in running.values():
             left_out |= {task.name: "no time was left" for task in child.tasks}
-            left_out[child.tasks[0].name] = f"cut off, at {child.doing}"
+            if child.tasks:
+                left_out[child.tasks[0].name] = f"cut off, at {child.doing}"
         left_out |= {task.name: "no time was left" for tasks in waiting for task in tasks}
         if len(left_out) > before:
             name, reason = list(left_out.items())[before]
@@ -224,7 +233,7 @@ class Supervisor:
         """Let children run until all tasks are settled or the time is over."""
         while waiting or running:
             left = until - self.seconds
-            if left <= 0:
+            if left <= 0 or self._silent >= MOST_SILENT:
                 return
             while waiting and len(running) < processes:
                 self._start(waiting.popleft(), left, running)
@@ -261,10 +270,12 @@ class Supervisor:
         match event["event"]:
             case "begin":
                 assert task is not None
-                child.begun, child.doing, child.due = True, task.name, self.seconds + task.seconds + GRACE
+                child.begun, child.doing = True, task.name
+                child.due = child.ends = self.seconds + task.seconds + GRACE
                 self.show(f"-- {self.seconds:.0f} s: {task.name}")
             case "doing":
-                child.doing, child.due = event["what"], self.seconds + self._patience * event["patience"]
+                child.doing = event["what"]
+                child.due = min(self.seconds + self._patience * event["patience"], child.ends)
             case "line":
                 self._line(task, event["line"], event["file"])
             case "end":
@@ -298,6 +309,9 @@ class Supervisor:
 
     def _lost(self, child: _Child, culprit: str, reason: str, waiting: deque[list[Task]]) -> None:
         """A child is gone: note who did it, and go on with the rest in a new one."""
+        if not child.tasks:
+            return  # it had done all, and could not end
+        self._silent = 0 if child.begun else self._silent + 1
         task = child.tasks[0]
         rest = list(child.tasks)
         line = {"name": task.name, "culprit": culprit, "reason": reason}

@@ -112,8 +112,10 @@ class CaseRun:
         excluded: Mapping[str, str],
         group: Group,
         on_row: OnRow = lambda _: None,
+        early_seconds: float = 0.0,
     ) -> None:
         self.on_row = on_row
+        self.early_seconds = early_seconds
         self.group = group
         self.seed = seed
         self.excluded = excluded
@@ -147,15 +149,17 @@ class CaseRun:
         eager = self._prepare("eager", state, inputs, truth)
         self.eager_status = eager.status
         self._add(eager)
+        early = self.early_seconds > 0.0
         for name in sorted(names, key=_preparation_order):
+            if early and CANDIDATES[name].compiles > 0.0:
+                early = False
+                self._time(names, self.early_seconds)
             if name in self.excluded:
                 self._add(Row(name, "failed", self.excluded[name]))
             elif name != "eager":
                 self._add(self._prepare(name, state, inputs, truth))
         del truth
-        self._time(
-            {measured.row.backend: measured for measured in self.measured if measured.row.backend in names}
-        )
+        self._time(names, self.budget.case_seconds)
         return self._result([self.rows[name] for name in names])
 
     def _add(self, row: Row) -> None:
@@ -212,7 +216,7 @@ class CaseRun:
             return Row(name, "failed", _first_line(error))
         if name == "eager":
             self.eager_seconds = seconds
-        if candidate.compiles == 1.0:
+        if candidate.compiles == 1.0 and not candidate.graph:  # a graph finds what was compiled before it
             self.budget.compile_seconds = max(first - seconds, 1.0) / graphs
         self.committed += MIN_ROUNDS * seconds
         return row
@@ -269,7 +273,10 @@ class CaseRun:
         synchronize(self.device)
         return time.perf_counter() - begin
 
-    def _time(self, measured: dict[str, _Measured]) -> None:
+    def _time(self, names: Sequence[str], seconds: float) -> None:
+        """Time those of ``names`` that are ready, in turn; ``seconds``: of rounds."""
+        ready = {one.row.backend: one for one in self.measured if one.row.status == "ok"}
+        measured = {name: ready[name] for name in names if name in ready}
         if not measured:
             return
         self.progress("timing " + ", ".join(measured))
@@ -277,7 +284,7 @@ class CaseRun:
             {name: candidate.step for name, candidate in measured.items()},
             timer_for(self.device),
             {name: candidate.seconds for name, candidate in measured.items()},
-            min(self.budget.case_seconds, self.budget.left),
+            min(seconds, self.budget.left),
         )
         for name, error in failures.items():
             self._require_device(name, error)
@@ -315,6 +322,7 @@ def run_case(
     excluded: Mapping[str, str] | None = None,
     group: Group = "main",
     on_row: OnRow = lambda _: None,
+    early_seconds: float = 0.0,
 ) -> CaseResult:
     """Measure candidates on a case; those that cannot run get a row that says why.
 
@@ -328,8 +336,11 @@ def run_case(
         excluded: Candidates that are known to break the device on this case, with the reason.
         group: What the result is filed under.
         on_row: Told of each row as it comes, before the case is whole.
+        early_seconds: Of timed rounds before the first candidate compiles: a run that is cut then has those.
 
     Raises:
         DeviceLostError: A candidate left the device unusable for this process.
     """
-    return CaseRun(case, device, budget, progress, seed, excluded or {}, group, on_row).run(names)
+    return CaseRun(case, device, budget, progress, seed, excluded or {}, group, on_row, early_seconds).run(
+        names
+    )

@@ -56,7 +56,7 @@ def _carried(plan: Plan, folder: Path, tmp_path: Path) -> dict[str, Any]:
 def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
     small = replace(FIRST_CASE, hidden_size=64, latents=32, heads=2, layers=1)
     check = next(task for task in FIRST.tasks if task.name == "smoke: graph")
-    names = ("eager", "triton", "triton+graph", "triton-fp8+graph", "native")
+    names = ("eager", "compile", "triton", "triton+graph", "triton-fp8+graph", "native")
     case = measured(small, names, seconds=25.0, timed=0.01)
     stages = (FIRST.stages[0], Stage("all", 300.0, (check, case)))
     summary = _carried(unhurried(Plan(stages, 470.0)), tmp_path / "triton", tmp_path)
@@ -65,7 +65,8 @@ def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
     statuses = {row["backend"]: row["status"] for row in line["rows"]}
     assert statuses == dict.fromkeys(names, "ok") | {"native": "not run"}
     rows = [row["backend"] for row in read(tmp_path / "two" / "rows.jsonl")]
-    assert rows.count("triton+graph") == 2, "once checked, once timed"
+    assert rows.count("triton+graph") == 3, "checked, timed before anything compiles, and timed beside all"
+    assert rows.count("compile") == 2
 
 
 @pytest.mark.slow
