@@ -163,6 +163,8 @@ def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
     """Why the modules inside ``module`` must be called one by one, or None."""
     if module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks:
         return "there are global module hooks, which fused kernels would skip"
+    if "forward_eager" in module.overridden or "blocks" in module.overridden:
+        return f"{type(module).__name__} computes something of its own (forward_eager or blocks)"
     layout = layout_name(module.config)
     one_dtype = not torch.is_autocast_enabled(x.device.type) and module.config.family != "paper"
     for block in module.blocks:
@@ -217,6 +219,8 @@ def refuses_recursion(
     """Why a recursion over a network that the kernels serve must call it step by step, or None."""
     if is_hooked(module):
         return "the network has hooks or a forward of its own, which a fused recursion would skip"
+    if module.overridden:
+        return f"{type(module).__name__} has a {min(module.overridden)} of its own, which would be skipped"
     if any(state.device != states[0].device for state in states):
         return "x, y and z are on different devices"
     if output_norm is not None and (reason := _refuses_norm(module.config, output_norm, states[0])):

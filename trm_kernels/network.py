@@ -10,12 +10,28 @@ from torch import Tensor, nn
 from trm_kernels import backends, prepared, reference
 from trm_kernels.config import NetworkConfig
 
+#: Methods that say what a module computes. Kernels read parameters and would never call them.
+_FUNCTION = ("__call__", "forward", "forward_eager", "blocks")
+
+
+def _is_foreign(kind: type, name: str) -> bool:
+    """Whether the method of this name comes from a class that is neither this package's nor torch's."""
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    return owner.__module__.partition(".")[0] not in ("trm_kernels", "torch")
+
 
 class FusedModule(nn.Module):
     """What the drop-in modules share: checks of the input, and the choice of a backend."""
 
     config: NetworkConfig
     backend: str | None
+    #: Methods that say what it computes, and that a class outside of this package has replaced.
+    overridden: frozenset[str] = frozenset()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Here rather than in each call: torch.compile reads it as a constant.
+        cls.overridden = frozenset(name for name in _FUNCTION if _is_foreign(cls, name))
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

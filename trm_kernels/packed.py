@@ -78,6 +78,8 @@ def refuses(net: FusedModule, states: Sequence[Tensor], mask: Tensor | Packing) 
         return "there is no padding" if valid.numel() == sum(lengths) else "there is nothing but padding"
     if is_hooked(net):
         return "the network has hooks or a forward of its own"
+    if net.overridden:
+        return f"{type(net).__name__} has a {min(net.overridden)} of its own"
     return refuses_modules(net, y)
 
 
