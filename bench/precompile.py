@@ -20,7 +20,6 @@ from bench import pretend
 from bench.gpu.cache import FOLDER, pack
 from bench.gpu.plans import PLANS, Plan
 from bench.gpu.supervisor import Processes, Supervisor
-from bench.gpu.tables import tables
 
 #: What is carried to a GPU machine beside the working tree.
 MOST_BYTES = 16 * 2**20
@@ -51,13 +50,7 @@ def unhurried(plan: Plan, leave_out: Iterable[str] = (), processes: int = 1) -> 
 
 def fill(plan: Plan, folder: Path, out: Path) -> Supervisor:
     """Run ``plan`` on a pretended GPU with Triton's cache in ``folder``; what it writes goes to ``out``."""
-    environment = {
-        "TRITON_CACHE_DIR": str(folder),
-        "TRITON_DEFAULT_FP_FUSION": "1",  # part of the keys
-        "TRM_TABLES": str(tables(out)),
-        pretend.VARIABLE: "1",
-    }
-    host = Processes([sys.executable, "-m", "bench.pretend"], environment)
+    host = Processes(pretend.COMMAND, {"TRITON_CACHE_DIR": str(folder)})
     supervisor = Supervisor(plan, out, "pretended", host, patience=_SLOWER)
     supervisor.run()
     return supervisor

@@ -176,10 +176,12 @@ class OurTrainer:
         return [rows[offsets[i] : offsets[i + 1]] for i in numbers], [targets[i] for i in numbers]
 
 
-def write_data(case: TrainingCase, pairs: Path, compressor: Path, seed: int) -> None:
+def write_data(
+    case: TrainingCase, pairs: Path, compressor: Path, seed: int, hidden_size: int | None = None
+) -> None:
     """Write random pairs for ``case``, and one to hold out, and a compressor of them."""
     generator = torch.Generator().manual_seed(seed)
-    hidden_size = case.width + 1  # a compressor must narrow
+    hidden_size = hidden_size or case.width + 1  # a compressor must narrow
     count = case.samples + 1
     lengths = torch.randint(-(-case.length // 3), case.length + 1, (count,), generator=generator).tolist()
     lengths[0] = case.length

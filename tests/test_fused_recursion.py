@@ -25,7 +25,7 @@ from trm_kernels.ops._launch import LAUNCHES
 from trm_kernels.ops.attention import dropout_keep
 from trm_kernels.ops.attention_common import Dropout
 from trm_kernels.ops.chain import Memory
-from trm_kernels.testing import ToleranceRule
+from trm_kernels.testing import ToleranceRule, recursion_and_gradients
 
 pytestmark = pytest.mark.interpreter
 LENGTH, WIDTH = 6, 16
@@ -62,27 +62,6 @@ def mask_of(kind: str, device: str) -> Tensor | None:
     return None if rows is None else torch.tensor(rows, device=device)
 
 
-def found(
-    net: TinyRecursiveNetwork,
-    norm: nn.Module | None,
-    inputs: list[Tensor],
-    directions: list[Tensor],
-    **options: Any,
-) -> dict[str, Tensor]:
-    """New y and z, and the gradients of everything that has one."""
-    net.zero_grad()
-    leaves = [state.detach().clone().requires_grad_() for state in inputs]
-    out = deep_recursion(net, *leaves, output_norm=norm, **options)
-    torch.autograd.backward(out, [d.to(o.dtype) for d, o in zip(directions, out, strict=True)])
-    results = dict(zip(("new y", "new z"), (o.detach() for o in out), strict=True))
-    results |= {name: leaf.grad for name, leaf in zip("xyz", leaves, strict=True) if leaf.grad is not None}
-    results |= {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
-    if norm is not None:
-        results["output norm"] = norm.weight.grad.clone()
-        norm.zero_grad()
-    return results
-
-
 def hold_to_the_rule(
     device: str,
     dtype: torch.dtype,
@@ -114,9 +93,11 @@ def hold_to_the_rule(
         results = []
         for net in (ours, eager):
             with torch.autocast(device, dtype) if autocast else nullcontext():
-                results.append(found(net, norm, inputs, directions, **schedule))
+                results.append(recursion_and_gradients(net, norm, inputs, directions, **schedule))
         wide = None if norm is None else copy.deepcopy(norm).double()
-        results.append(found(truth, wide, [state.double() for state in inputs], directions, **schedule))
+        results.append(
+            recursion_and_gradients(truth, wide, [state.double() for state in inputs], directions, **schedule)
+        )
         assert results[0].keys() == results[2].keys()
         for name in results[2]:
             rule.add(name, *(result[name] for result in results))

@@ -163,7 +163,7 @@ def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
     """Why the modules inside ``module`` must be called one by one, or None."""
     if module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks:
         return "there are global module hooks, which fused kernels would skip"
-    if "forward_eager" in module.overridden or "blocks" in module.overridden:
+    if module.overridden & {"forward_eager", "blocks"}:
         return f"{type(module).__name__} computes something of its own (forward_eager or blocks)"
     layout = layout_name(module.config)
     one_dtype = not torch.is_autocast_enabled(x.device.type) and module.config.family != "paper"
@@ -213,14 +213,21 @@ def is_hooked(child: nn.Module) -> bool:
     return bool(forward) or bool(backward) or "forward" in child.__dict__
 
 
+def refuses_skipping(module: FusedModule) -> str | None:
+    """Why a recursion has to call the network, or None if reading its blocks computes the same."""
+    if is_hooked(module):
+        return "the network has hooks or a forward of its own, which would be skipped"
+    if module.overridden:
+        return f"{type(module).__name__} has a {min(module.overridden)} of its own, which would be skipped"
+    return None
+
+
 def refuses_recursion(
     module: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
 ) -> str | None:
     """Why a recursion over a network that the kernels serve must call it step by step, or None."""
-    if is_hooked(module):
-        return "the network has hooks or a forward of its own, which a fused recursion would skip"
-    if module.overridden:
-        return f"{type(module).__name__} has a {min(module.overridden)} of its own, which would be skipped"
+    if (reason := refuses_skipping(module)) is not None:
+        return reason
     if any(state.device != states[0].device for state in states):
         return "x, y and z are on different devices"
     if output_norm is not None and (reason := _refuses_norm(module.config, output_norm, states[0])):

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from trm_kernels import reference
 from trm_kernels.compiled import run_rows as compiled_rows
 from trm_kernels.config import NetworkConfig
-from trm_kernels.fused_checks import block_parameters, is_hooked, refuses_modules
+from trm_kernels.fused_checks import block_parameters, refuses_modules, refuses_skipping
 from trm_kernels.network import FusedModule
 from trm_kernels.packed_attention import PackedAttention
 from trm_kernels.packing import Packing, Rows, read_positions
@@ -76,11 +76,7 @@ def refuses(net: FusedModule, states: Sequence[Tensor], mask: Tensor | Packing) 
         return f"the lengths are on {valid.device}, which nothing waits for: give a Packing with lengths"
     if sum(lengths) in (0, valid.numel()):
         return "there is no padding" if valid.numel() == sum(lengths) else "there is nothing but padding"
-    if is_hooked(net):
-        return "the network has hooks or a forward of its own"
-    if net.overridden:
-        return f"{type(net).__name__} has a {min(net.overridden)} of its own"
-    return refuses_modules(net, y)
+    return refuses_skipping(net) or refuses_modules(net, y)
 
 
 def _lengths(mask: Tensor | Packing) -> Sequence[int] | None:

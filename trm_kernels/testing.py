@@ -6,8 +6,9 @@ Used by the tests and by the benchmark, which refuses to print a speed beside a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,3 +115,37 @@ def outputs_and_gradients(
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, f"{name} received no gradient"
         yield name, parameter.grad
+
+
+def recursion_and_gradients(
+    net: nn.Module,
+    norm: nn.Module | None,
+    inputs: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    **options: Any,
+) -> dict[str, Tensor]:
+    """New y and z of a deep recursion, and the gradients of everything that has one, by name.
+
+    Args:
+        net: The network; its gradients are cleared first.
+        norm: The ``output_norm``, or None; its gradient is cleared afterwards.
+        inputs: x, y and z [B, L, D].
+        directions: Gradients of the new y and z.
+        **options: Of the recursion, n and T among them.
+    """
+    from trm_kernels.recursion import deep_recursion
+
+    net.zero_grad()
+    leaves = [state.detach().clone().requires_grad_() for state in inputs]
+    out = deep_recursion(net, *leaves, output_norm=norm, **options)  # type: ignore[arg-type]
+    torch.autograd.backward(out, [d.to(o.dtype) for d, o in zip(directions, out, strict=True)])
+    results = dict(zip(("new y", "new z"), (o.detach() for o in out), strict=True))
+    results |= {name: leaf.grad for name, leaf in zip("xyz", leaves, strict=True) if leaf.grad is not None}
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, f"{name} received no gradient"
+        results[name] = parameter.grad.clone()
+    if norm is not None:
+        weight: Any = norm.weight
+        results["output norm"] = weight.grad.clone()
+        norm.zero_grad()
+    return results

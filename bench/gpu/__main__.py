@@ -6,14 +6,8 @@ import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
-
-from bench.gpu.cache import FOLDER, unpack
-from bench.gpu.plans import PLANS, within
-from bench.gpu.supervisor import Processes, Supervisor
-from bench.gpu.tables import tables
-from bench.pretend import python
-from llm_trm.benchmark.environment import commit
 
 _DESCRIPTION = """\
 Do what only a GPU can show, in the order in which it tells the most, and stop at a hard limit.
@@ -37,6 +31,14 @@ examples:
 
 def main() -> None:
     """Parse the command line and run."""
+    # What these read takes half a minute from a cold disk, and is part of the plan's time.
+    begun = time.monotonic()
+    from bench.gpu.cache import FOLDER
+    from bench.gpu.plans import PLANS, within
+    from bench.gpu.supervisor import Processes, Supervisor
+    from bench.pretend import python
+    from llm_trm.benchmark.environment import commit
+
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=_DESCRIPTION,
@@ -55,27 +57,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.wall is not None and not 10 <= options.wall <= 86400:
         parser.error("--wall must lie between 10 and 86400 seconds")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {options.out} cannot be a folder ({error.strerror}); name another")
     if options.cache is not None:
         _use_cache(options.cache)
     elif FOLDER.is_dir():
         os.environ["TRITON_CACHE_DIR"] = str(FOLDER)  # an earlier plan unpacked it
-    # Part of the cache's keys; Triton 3.10 changes the default.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     plan = PLANS[options.plan]
     if options.wall is not None:
         plan = within(plan, options.wall)
-    # What this measures is what the heuristics and the run's own tables choose, on whatever machine.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended, too
-    host = Processes(python(), {"TRM_TABLES": str(tables(options.out.resolve()))})
-    sys.exit(Supervisor(plan, options.out.resolve(), options.commit or commit() or "unknown", host).run())
+    name = options.commit or commit() or "unknown"
+    try:
+        supervisor = Supervisor(plan, options.out.resolve(), name, Processes(python()), begun=begun)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be a folder ({error.strerror}); name another")
+    sys.exit(supervisor.run())
 
 
 def _use_cache(archive: Path) -> None:
     """Unpack the cache; without it all is compiled anew, which is no reason to lose a device's minutes."""
+    from bench.gpu.cache import unpack
+
     try:
         folder, differences = unpack(archive)
     except ValueError as error:

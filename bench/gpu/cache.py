@@ -13,7 +13,6 @@ import json
 import platform
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,10 @@ class Seen:
     Attributes:
         hits: How often a kernel was found in the cache, by its name; once a process and kernel.
         compiled: How often one had to be compiled.
-        launched: Kernels that were launched; the pretended driver counts them.
     """
 
     hits: Counter[str] = field(default_factory=Counter)
     compiled: Counter[str] = field(default_factory=Counter)
-    launched: Callable[[], int] = lambda: 0
 
     def take(self) -> tuple[int, dict[str, int]]:
         """Hits, and what was compiled, since the last call."""

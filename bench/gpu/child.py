@@ -147,7 +147,7 @@ def main() -> None:
         if event["event"] in ("end", "failed", "broken"):
             hits, compiled = seen.take()
             print(json.dumps({"event": "cache", "hits": hits, "compiled": compiled}), file=pipe)
-        print(json.dumps(event), file=pipe, flush=True)
+        print(json.dumps(event), file=pipe)
 
     code = run_tasks(
         [Task(**task) for task in request["tasks"]],
@@ -157,7 +157,6 @@ def main() -> None:
         request["excluded"],
         _runners(),
     )
-    pipe.flush()
     sys.stdout.flush()
     # Not sys.exit: a device that hangs would keep the interpreter from ending.
     os._exit(code)

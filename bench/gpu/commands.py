@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.gpu import verdicts
 from bench.gpu.child import Context
 from bench.pretend import python
 
@@ -28,23 +26,19 @@ def run_tests(context: Context) -> None:
     """The device tests of the named files: output to gpu-tests.txt, names of failures to a result line."""
     log = context.out / "gpu-tests.txt"
     command = [sys.executable, "-m", "pytest", *context.argument["files"], "-m", "gpu or interpreter"]
-    # Cut off, pytest prints no summary: so each failure is printed when it happens.
-    command += ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.failures_at_once"]
+    # Cut off, pytest prints no summary.
+    command += ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", verdicts.__name__]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]  # most of their time is Triton compiling
     context.doing("pytest", context.left + 2 * _SUMMARY_SECONDS)
     with log.open("w") as file:
         code, seconds = _finished(command, context.left - _SUMMARY_SECONDS - 2.0, file)
-    text = log.read_text(errors="replace")
-    # With -n the verdict stands before the name, without it behind.
-    before = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)", text)
-    behind = [
-        (verdict, name)
-        for name, verdict in re.findall(r"(tests/\S+)\s+(PASSED|FAILED|ERROR|SKIPPED)\b", text)
+    lines = log.read_text(errors="replace").splitlines()
+    said = [
+        line.removeprefix(verdicts.MARK).split(" ", 1) for line in lines if line.startswith(verdicts.MARK)
     ]
-    verdicts = {name: verdict for verdict, name in (*before, *behind)}
-    failed = sorted(name for name, verdict in verdicts.items() if verdict in ("FAILED", "ERROR"))
-    passed = sum(verdict == "PASSED" for verdict in verdicts.values())
+    failed = sorted({name for verdict, name in said if verdict == "failed"})
+    passed = len({name for _, name in said}) - len(failed)
     print(f"device tests: exit code {code}, {passed} passed, failed: {failed}", flush=True)
     line = {"name": "tests", "code": code, "passed": passed, "failed": failed, "seconds": seconds}
     context.line(line | {"ok": not failed})
@@ -86,34 +80,12 @@ def _run(context: Context, arguments: Sequence[str]) -> None:
 
 def run_phase2(context: Context) -> None:
     """``llm-trm train phase2`` at SmolLM3's width, on made-up pairs and an untrained compressor."""
+    from bench.training import TrainingCase, write_data
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_pairs(folder / "pairs", samples=128, width=2048)
-        make_compressor(folder / "compressor", width=2048)
+        case = TrainingCase(256, 256, batch=32, batches=4)
+        write_data(case, folder / "pairs", folder / "compressor", seed=0, hidden_size=2048)
         where = ["--data", str(folder / "pairs"), "--compressor", str(folder / "compressor")]
         size = ["--batch-size", "32", "--epochs", "1", "-o", str(folder / "run"), "--device", "cuda"]
         _run(context, ["llm_trm", "train", "phase2", *where, *size])
-
-
-def make_pairs(folder: Path, *, samples: int, width: int, longest: int = 256) -> None:
-    """Pairs of random contexts of different lengths, each leading to the direction of its mean."""
-    from llm_trm.data.pairs import RECORD, Pair, write_index, write_shard
-
-    folder.mkdir(parents=True)
-    chance = torch.Generator().manual_seed(0)
-    pairs = []
-    for index in range(samples):
-        length = int(torch.randint(longest // 4, longest + 1, (), generator=chance))
-        states = torch.randn(length, width, generator=chance)
-        record: dict[str, Any] = dict.fromkeys(RECORD) | {"index": index, "problem": str(index)}
-        pairs.append(Pair(states, states.mean(dim=0), record))
-    write_shard(folder, 0, pairs, {}, width, "bfloat16")
-    write_index(folder, 1, model="made up", seed=0, settings={})
-
-
-def make_compressor(folder: Path, *, width: int, compressed: int = 256) -> None:
-    """An untrained compressor."""
-    from llm_trm.models.compression import DimensionCompressor, save_compressor
-
-    torch.manual_seed(0)
-    save_compressor(DimensionCompressor(width, compressed), folder, model="made up")

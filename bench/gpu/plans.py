@@ -1,4 +1,4 @@
-"""What is done on a GPU, in which order, and how long it may take: no torch here.
+"""What is done on a GPU, in which order, and how long it may take.
 
 A machine is lent for 15 minutes. The first plan asks whether it is right, how fast it is, and what tuning
 brings; the second runs the device tests and what users type, and does not depend on the first.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_trm.benchmark.suites import Group, group_of, suite
+from llm_trm.benchmark.suites import Group, suite
 from llm_trm.benchmark.workloads import Case, Mode
 
 #: Rows of the first plan: the baselines, and what is shipped. The others are measured where time is left.
@@ -120,7 +120,7 @@ def _steps() -> list[Case]:
     return [paper, phase2_8, phase2_32]
 
 
-#: The names of ``smoke.CHECKS``, which imports torch.
+#: The names of ``smoke.CHECKS``: its imports are the children's, as a supervisor must hold no CUDA context.
 CHECKS = (
     "seed",
     "paper",
@@ -240,11 +240,11 @@ SECOND = Plan(
                     for case in _cases(name, "train")
                 ),
                 *(
-                    measured(case, group=group_of("peers"), seconds=120.0, timed=3.0)
+                    measured(case, group="peers", seconds=120.0, timed=3.0)
                     for case in suite("peers", "cuda", "bfloat16")
                 ),
                 *(
-                    measured(case, group=group_of("scaling"), seconds=45.0, timed=3.0)
+                    measured(case, group="scaling", seconds=45.0, timed=3.0)
                     for case in suite("scaling", "cuda", "bfloat16")
                 ),
                 *(

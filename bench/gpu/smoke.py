@@ -20,7 +20,7 @@ from trm_kernels import Packing, TinyRecursiveNetwork, deep_recursion, latent_re
 from trm_kernels.averaging import ParameterAverage
 from trm_kernels.graphs import graphed
 from trm_kernels.optimizers import capturable_adamw
-from trm_kernels.testing import ToleranceRule, relative_error
+from trm_kernels.testing import ToleranceRule, recursion_and_gradients, relative_error
 from trm_kernels.training import TrainingStep
 
 
@@ -105,18 +105,14 @@ def _mask(setting: Setting) -> Tensor:
     return (torch.arange(sizes.length) < lengths).to(setting.device)
 
 
-def _found(net: TinyRecursiveNetwork, states: States, **options: Any) -> dict[str, Tensor]:
-    """New y and z of a deep recursion, and the gradients of everything that has one, by name."""
-    net.zero_grad(set_to_none=True)
-    x, y, z = leaves = tuple(state.detach().clone().requires_grad_() for state in states)
-    out = deep_recursion(net, x, y, z, **options)
-    directions = [torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o).to(o.dtype) for o in out]
-    torch.autograd.backward(out, directions)
-    found = {"new y": out[0].detach(), "new z": out[1].detach()}
-    found |= {name: leaf.grad for name, leaf in zip("xyz", leaves, strict=True) if leaf.grad is not None}
-    found |= {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    missing = {"x", *(name for name, _ in net.named_parameters())} - found.keys()
-    assert not missing, f"no gradient of {', '.join(sorted(missing))}"
+def _found(
+    net: TinyRecursiveNetwork, states: States, output_norm: nn.Module | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Outputs and gradients of a deep recursion, by name, for one direction."""
+    shape, device = states[0].shape, states[0].device
+    direction = torch.linspace(-1, 1, shape.numel(), device=device).view(shape)
+    found = recursion_and_gradients(net, output_norm, states, [direction, direction], **options)
+    assert "x" in found, "no gradient of x"
     return found
 
 

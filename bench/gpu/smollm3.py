@@ -122,7 +122,7 @@ def _measured(line: dict[str, Any], name: str, device: torch.device) -> Iterator
 
 def build(settings: dict[str, Any], tokenizer: Any, device: torch.device) -> Any:
     """A decoder of these settings in bfloat16, its weights drawn on ``device``."""
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+    from transformers import AutoModelForCausalLM, SmolLM3Config
 
     config = SmolLM3Config(
         **settings,
@@ -130,10 +130,6 @@ def build(settings: dict[str, Any], tokenizer: Any, device: torch.device) -> Any
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return SmolLM3ForCausalLM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False)

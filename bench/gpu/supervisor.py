@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,11 +53,13 @@ class Processes:
 
     Args:
         prefix: The command that runs a module whose name follows.
-        environment: Beside the supervisor's own.
+        environment: Beside this process's own.
     """
 
-    def __init__(self, prefix: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        self._prefix, self._environment = list(prefix), environment or {}
+    def __init__(self, prefix: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self._prefix = list(prefix)
+        # Part of the keys of Triton's cache; Triton 3.10 changes the default.
+        self._environment = {"TRITON_DEFAULT_FP_FUSION": "1"} | os.environ | dict(environment or {})
         self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
         self._running: dict[int, subprocess.Popen[str]] = {}
         self._started = 0
@@ -69,12 +71,18 @@ class Processes:
         self._started += 1
         number = self._started
         reading, writing = os.pipe()
+        own = {
+            EVENTS: str(writing),
+            "PYTHONUNBUFFERED": "1",
+            # The heuristics and the run's own tables choose, on whatever machine.
+            "TRM_TABLES": str(Path(request["out"]) / "tables"),
+        }
         process = subprocess.Popen(
             [*self._prefix, "bench.gpu.child"],
             stdin=subprocess.PIPE,
             text=True,
             pass_fds=(writing,),
-            env=os.environ | self._environment | {EVENTS: str(writing), "PYTHONUNBUFFERED": "1"},
+            env=self._environment | own,
             start_new_session=True,
         )
         os.close(writing)
@@ -152,6 +160,7 @@ class Supervisor:
         host: Starts children.
         show: Prints a line.
         patience: How much longer than on a GPU a step may take before it is taken to hang.
+        begun: When the plan began, on the host's clock; now, unless given.
     """
 
     def __init__(
@@ -162,11 +171,12 @@ class Supervisor:
         host: Host,
         show: Callable[[str], None] = lambda text: print(text, flush=True),
         patience: float = 1.0,
+        begun: float | None = None,
     ) -> None:
         self._patience = patience
         out.mkdir(parents=True, exist_ok=True)
         self.plan, self.out, self.commit, self.host, self.show = plan, out, commit, host, show
-        self.begun = host.clock()
+        self.begun = host.clock() if begun is None else begun
         self.outcome = Outcome()
         self.record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bench import puzzle, training
@@ -14,30 +16,22 @@ _PATIENCE = 40.0
 
 def run_puzzle(context: Context) -> None:
     """The puzzle trainer's step; the compiled form takes too long here."""
-    case = puzzle.CASES["cuda"][context.argument["case"]]
-    seconds = min(context.argument["seconds"], context.left / 2)
-    line = puzzle.run_case(
-        case,
-        torch.device("cuda"),
-        seconds,
-        lambda what: context.doing(what, _PATIENCE),
-        compiled=False,
-        compare=not pretending(),  # made-up numbers agree with nothing
-    )
-    print(puzzle.describe(line), flush=True)
-    context.line(line)
+    _run(context, puzzle, compiled=False)
 
 
 def run_trainer(context: Context) -> None:
     """Phase 2's trainer."""
-    case = training.CASES["cuda"][context.argument["case"]]
-    seconds = min(context.argument["seconds"], context.left / 2)
-    line = training.run_case(
-        case,
+    _run(context, training)
+
+
+def _run(context: Context, module: Any, **options: Any) -> None:
+    line = module.run_case(
+        module.CASES["cuda"][context.argument["case"]],
         torch.device("cuda"),
-        seconds,
+        min(context.argument["seconds"], context.left / 2),
         lambda what: context.doing(what, _PATIENCE),
-        compare=not pretending(),
+        compare=not pretending(),  # made-up numbers agree with nothing
+        **options,
     )
-    print(training.describe(line), flush=True)
+    print(module.describe(line), flush=True)
     context.line(line)

@@ -7,7 +7,6 @@ import os
 import torch
 
 from bench.gpu.child import Context
-from bench.gpu.tables import tables
 from llm_trm.benchmark.workloads import Case
 from llm_trm.tuning.compiling import ParallelCompiler
 from llm_trm.tuning.recording import record_cases
@@ -24,7 +23,7 @@ def run(context: Context) -> None:
     """Tune the cases' products until the time is over, a line for each."""
     target = target_of(torch.empty(0, device="cuda"))
     cases = [Case(**case) for case in context.argument["cases"]]
-    path = tables(context.out) / f"{dispatch.slug(target.name)}.json"
+    path = dispatch.user_path(target.name)  # among the results: the supervisor sets TRM_TABLES
     table = open_table(path, target)
     waiting = pending(record_cases(cases, target, fp8=False), table)
     context.doing("starting compilers", _PATIENCE)

@@ -15,6 +15,8 @@ import sys
 
 #: Set in a process on the pretended GPU, for those that it starts.
 VARIABLE = "BENCH_PRETEND"
+#: Runs a module whose name follows on it.
+COMMAND = [sys.executable, "-m", "bench.pretend"]
 
 
 def pretending() -> bool:
@@ -24,4 +26,4 @@ def pretending() -> bool:
 
 def python() -> list[str]:
     """The command that runs a module whose name follows, on the pretended GPU where this process is on it."""
-    return [sys.executable, "-m", "bench.pretend"] if pretending() else [sys.executable, "-m"]
+    return COMMAND if pretending() else [sys.executable, "-m"]

@@ -341,6 +341,5 @@ def run_case(
     Raises:
         DeviceLostError: A candidate left the device unusable for this process.
     """
-    return CaseRun(case, device, budget, progress, seed, excluded or {}, group, on_row, early_seconds).run(
-        names
-    )
+    run = CaseRun(case, device, budget, progress, seed, excluded or {}, group, on_row, early_seconds)
+    return run.run(names)

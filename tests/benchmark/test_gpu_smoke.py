@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.gpu import smoke
 from bench.gpu.smoke import CHECKS, Setting, Sizes
+from trm_kernels import recursion
 
 pytestmark = pytest.mark.interpreter
 
@@ -24,6 +25,12 @@ def setting(device: str) -> Setting:
 @pytest.mark.parametrize("name", CHECKS)
 def test_right_kernels_are_green(name: str, setting: Setting) -> None:
     assert CHECKS[name](setting)
+
+
+def replace_recursion(monkeypatch: pytest.MonkeyPatch, deep_recursion: Any) -> None:
+    """Everywhere that checks call one, latent recursions included."""
+    for place in (smoke, recursion):
+        monkeypatch.setattr(place, "deep_recursion", deep_recursion)
 
 
 def _spoilt(function: Any, spoil: Any) -> Any:
@@ -46,8 +53,7 @@ def test_a_result_that_is_off_is_red(name: str, setting: Setting, monkeypatch: p
 
         return call
 
-    for recursion in ("deep_recursion", "latent_recursion"):
-        monkeypatch.setattr(smoke, recursion, off(getattr(smoke, recursion)))
+    replace_recursion(monkeypatch, off(smoke.deep_recursion))
     with pytest.raises(AssertionError):
         CHECKS[name](setting)
 
@@ -61,7 +67,7 @@ def test_a_result_that_moves_is_red(name: str, setting: Setting, monkeypatch: py
         calls[0] += 1
         return _spoilt(real, lambda t: t + 1e-2 * calls[0])(*args, **kwargs)
 
-    monkeypatch.setattr(smoke, "deep_recursion", moving)
+    replace_recursion(monkeypatch, moving)
     with pytest.raises(AssertionError):
         CHECKS[name](setting)
 
@@ -72,6 +78,6 @@ def test_a_missing_gradient_is_red(setting: Setting, monkeypatch: pytest.MonkeyP
     def cut(net: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return real(net, x.detach(), *args, **kwargs)
 
-    monkeypatch.setattr(smoke, "deep_recursion", cut)
+    replace_recursion(monkeypatch, cut)
     with pytest.raises(AssertionError, match="no gradient of x"):
         CHECKS["seed"](setting)
