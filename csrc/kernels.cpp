@@ -1,6 +1,7 @@
 // The recursion on one instruction set: the functions of kernels.h.
 
 #include "backward.h"
+#include "digest.h"
 
 #define TRM_TEXT(x) #x
 #define TRM_NAME(x) TRM_TEXT(x)
@@ -259,6 +260,20 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
     });
 }
 
+int64_t digest_size(const Span* spans, int64_t count) {
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < count; ++s) blocks += digest_blocks(spans[s]);
+    return 2 * greater(1, blocks);
+}
+
+void digest(const Span* spans, int64_t count, uint64_t* digests, int threads) {
+    digests[0] = digests[1] = 0;
+    on_threads(threads, [&](Team team) { digest_spans(spans, count, digests, team); });
+    uint64_t totals[2] = {};
+    for (int64_t i = 0; i < digest_size(spans, count); ++i) totals[i % 2] = Chains::fold(totals[i % 2], digests[i]);
+    for (int i = 0; i < 2; ++i) digests[i] = totals[i];
+}
+
 void dropout_mask(const Recursion& recursion, int64_t call_block, int64_t head, int64_t first_row, int64_t rows,
                   float* mask) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -336,7 +351,7 @@ double rate(double seconds, int threads) {
 }  // namespace
 
 const Kernels table = {
-    TRM_NAME(TRM_ISA), W, packed_size, kept_size, workspace_size, pack, forward, backward, dropout_mask,
-    rate<MultiplyAdds>, rate<CachedTile>};
+    TRM_NAME(TRM_ISA), W, packed_size, kept_size, workspace_size, pack, digest, digest_size, forward,
+    backward, dropout_mask, rate<MultiplyAdds>, rate<CachedTile>};
 
 }  // namespace trm::TRM_ISA

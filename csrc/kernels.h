@@ -41,6 +41,12 @@ struct Block {
 constexpr int kBlockTensors = 10;
 constexpr int64_t kMostBlocks = 64;
 
+// Memory of any content.
+struct Span {
+    const char* data;
+    int64_t bytes;
+};
+
 // A batch: `samples` stretches of rows, sample s from starts[s] to starts[s + 1].
 struct Batch {
     int64_t rows;           // R
@@ -75,6 +81,10 @@ struct Kernels {
 
     // Weights as the kernels read them: panels, norm weights folded in; `backward`: those of the backward too.
     void (*pack)(const Network&, const Block*, bool backward, float* packed, int threads);
+    // Two digests of all the spans go to `digests`, which holds digest_size() of them: the same for any number of
+    // threads and any instruction set.
+    void (*digest)(const Span* spans, int64_t count, uint64_t* digests, int threads);
+    int64_t (*digest_size)(const Span* spans, int64_t count);
     // `kept`: what the backward will read, or null. `z_out` is written if n > 0.
     void (*forward)(const Network&, const Batch&, const Recursion&, const float* packed, float* kept,
                     float* workspace, float* y_out, float* z_out, int threads);

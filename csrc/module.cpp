@@ -114,6 +114,24 @@ void pack(const Network& net, const std::vector<Address>& parameters, bool backw
     net.kernels->pack(net.shape, blocks.data(), backward, at<float>(packed), threads);
 }
 
+nb::tuple digest(const Network& net, const std::vector<Address>& addresses, const std::vector<int64_t>& bytes,
+                 int threads) {
+    check_threads(threads);
+    check(addresses.size() == bytes.size(), "there must be as many sizes as addresses");
+    std::vector<trm::Span> spans;
+    for (size_t i = 0; i < bytes.size(); ++i) {
+        check(bytes[i] >= 0, "sizes must not be negative");
+        spans.push_back({at<const char>(addresses[i]), bytes[i]});
+    }
+    const auto count = static_cast<int64_t>(spans.size());
+    std::vector<uint64_t> digests(static_cast<size_t>(net.kernels->digest_size(spans.data(), count)));
+    {
+        nb::gil_scoped_release released;
+        net.kernels->digest(spans.data(), count, digests.data(), threads);
+    }
+    return nb::make_tuple(digests[0], digests[1]);
+}
+
 void forward(const Network& net, const trm::Batch& batch, const trm::Recursion& recursion, Address packed,
              Address kept, Address workspace, Address y_out, Address z_out, int threads) {
     check_threads(threads);
@@ -196,6 +214,7 @@ NB_MODULE(_native, m) {
         .def("kept_size", kept_size, "batch"_a, "recursion"_a)
         .def("workspace_size", workspace_size, "batch"_a, "recursion"_a, "backward"_a, "threads"_a)
         .def("pack", pack, "parameters"_a, "backward"_a, "packed"_a, "threads"_a)
+        .def("digest", digest, "addresses"_a, "sizes"_a, "threads"_a)
         .def("forward", forward, "batch"_a, "recursion"_a, "packed"_a, "kept"_a, "workspace"_a, "y_out"_a,
              "z_out"_a, "threads"_a)
         .def("backward", backward, "batch"_a, "recursion"_a, "parameters"_a, "packed"_a, "kept"_a, "workspace"_a,

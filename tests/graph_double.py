@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trm_kernels.graphs import CaptureError
 from trm_kernels.graphs.cache import nested
@@ -98,3 +101,68 @@ class RecordingCapturer:
 
     def trim(self) -> None:
         self.trims += 1
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The tensor that an earlier op of a recording gave."""
+
+    number: int
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every op, with the memory that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[Any, Any, Any]] = []
+        self.results: dict[int, tuple[Tensor, _Result]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = self.named((args, kwargs or {}))
+        outputs = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and id(tensor) not in self.results:
+                self.results[id(tensor)] = tensor, _Result(len(self.results))
+        self.ops.append((op, given, self.named(outputs)))
+        return outputs
+
+    def named(self, tree: Any) -> Any:
+        """``tree`` with results of earlier ops by number, and other tensors as they lie in memory now."""
+        return tree_map_only(
+            Tensor, lambda t: self.results[id(t)][1] if id(t) in self.results else t.detach(), tree
+        )
+
+
+class LaunchingCapturer(RecordingCapturer):
+    """As strict as CUDA: a replay runs the ops that were captured, on the memory where they found it.
+
+    No Python of the function runs again, so that what it would have read of modules by then goes unseen.
+    """
+
+    def capture(
+        self, function: Callable[[], Any], device: torch.device, pool: object, warmup: int
+    ) -> RecordedGraph:
+        for _ in range(warmup):
+            function()
+        with _Recorder() as recorder:
+            outputs = recorder.named(function())
+        ops = recorder.ops  # alone: views among the results would hold the parameters
+
+        def replay() -> Any:
+            values: dict[_Result, Any] = {}
+
+            def value(result: _Result) -> Any:
+                return values[result]
+
+            for op, given, results in ops:
+                args, kwargs = tree_map_only(_Result, value, given)
+                for result, tensor in zip(
+                    tree_leaves(results), tree_leaves(op(*args, **kwargs)), strict=True
+                ):
+                    if isinstance(result, _Result):
+                        values[result] = tensor
+            return tree_map_only(_Result, value, outputs)
+
+        self.graphs.append(RecordedGraph(replay, _poisoned(replay()), self.nbytes[0]))
+        return self.graphs[-1]

@@ -25,7 +25,6 @@ from trm_kernels import (
     graph_status,
     graphed,
     graphs,
-    prepared,
 )
 from trm_kernels.graphs import cache as cache_internals
 from trm_kernels.graphs import capture as capture_internals
@@ -761,7 +760,6 @@ def test_gpu_a_parameter_update_between_replays_is_seen(gpu_cache: GraphCache, b
         elif change == "data":
             for parameter in net.parameters():
                 parameter.data.mul_(1.01)
-            prepared.forget()  # of which the plain path could not know; a graph needs no telling
         elif change == "load_state_dict":
             net.load_state_dict(gpu_network().state_dict())
         else:

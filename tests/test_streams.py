@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.cuda_double import FakeStream, FakeTensor
-from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, prepared, rotary, use_backend
+from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, frozen, rotary, use_backend
+from trm_kernels.freezing import Frozen
 
 
 @pytest.fixture
@@ -21,15 +21,14 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FakeStream], None]
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
 
     yield use
-    prepared.forget()
     rotary._cached.cache_clear()
 
 
 def kept(tensors: list[Any]) -> Callable[[], Any]:
-    module = nn.Linear(1, 1)
-    key = prepared.key_of(list(module.parameters()), "form")
-    prepared.keep(module, key, tensors)
-    return lambda: prepared.recall(module, key)
+    net = TinyRecursiveNetwork(32, 1, 1).eval()
+    promise, weights = Frozen(net), list(net.parameters())
+    promise.matrices(net, weights, "form", lambda: tensors)
+    return lambda: promise.matrices(net, weights, "form", lambda: [])
 
 
 def tables(tensors: list[Any]) -> Callable[[], Any]:
@@ -70,7 +69,6 @@ def test_on_a_cpu_there_are_no_streams(
     monkeypatch.delattr(torch.cuda, "current_stream")
     tensors = [torch.ones(2), torch.ones(2)]
     assert all(ours is given for ours, given in zip(keep(tensors)(), tensors, strict=True))
-    prepared.forget()
     rotary._cached.cache_clear()
 
 
@@ -86,16 +84,15 @@ def test_gpu_two_streams_share_what_is_kept(family: str) -> None:
 
     expected = run()
     for _ in range(10):
-        prepared.forget()
         rotary._cached.cache_clear()
         maker, reader = torch.cuda.Stream(), torch.cuda.Stream()
         torch.cuda.synchronize()
-        with torch.cuda.stream(maker):
-            torch.cuda._sleep(50_000_000)
-            run()
-        with torch.cuda.stream(reader):
-            found = run()
-        prepared.forget()
+        with frozen(net):
+            with torch.cuda.stream(maker):
+                torch.cuda._sleep(50_000_000)
+                run()
+            with torch.cuda.stream(reader):
+                found = run()
         rotary._cached.cache_clear()
         with torch.cuda.stream(maker):
             junk = [torch.full((256, 256), torch.nan, device="cuda") for _ in range(64)]

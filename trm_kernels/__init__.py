@@ -5,6 +5,7 @@ from trm_kernels.averaging import ParameterAverage
 from trm_kernels.backends import BackendError, Selection, use_backend
 from trm_kernels.carry import Carry
 from trm_kernels.config import NetworkConfig
+from trm_kernels.freezing import FrozenError, frozen
 from trm_kernels.graphs import GraphCache, GraphedFunction, GraphedRecursion, graph_status, graphed
 from trm_kernels.halting import AsyncCount, HaltingResult, halting_recursion
 from trm_kernels.network import TinyRecursiveNetwork, TransformerBlock
@@ -22,6 +23,7 @@ __all__ = [
     "AsyncCount",
     "BackendError",
     "Carry",
+    "FrozenError",
     "GraphCache",
     "GraphedFunction",
     "GraphedRecursion",
@@ -41,6 +43,7 @@ __all__ = [
     "capturable_adam_atan2",
     "capturable_adamw",
     "deep_recursion",
+    "frozen",
     "graph_status",
     "graphed",
     "halting_recursion",

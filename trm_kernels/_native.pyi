@@ -122,6 +122,15 @@ class Network:
             ValueError: ``parameters`` has another length.
         """
 
+    def digest(self, addresses: list[int], sizes: list[int], threads: int) -> tuple[int, int]:
+        """Two 64-bit digests of memory: ``sizes[i]`` bytes at each ``addresses[i]``, in this order.
+
+        The same for any number of threads and any instruction set. A change of one 32-bit word changes both.
+
+        Raises:
+            ValueError: There are more or fewer sizes than addresses, or one is negative.
+        """
+
     def forward(
         self,
         batch: Batch,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import prepared, reference, rotary
+from trm_kernels import freezing, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.fused_checks import block_parameters, layout_name, operand_dtype
 from trm_kernels.network import FusedModule
@@ -20,26 +20,25 @@ if TYPE_CHECKING:
 def _matrices(
     module: FusedModule, parameters: list[Tensor], layout: str, operand: torch.dtype, *, fp8: bool
 ) -> list[Tensor]:
-    """The matrices that the kernels read: kept in inference, made here in training."""
+    """The matrices that the kernels read: made here, but once for a network that is frozen.
+
+    A call cannot tell whether the weights are still those that matrices were made of: reading them all on the
+    device and waiting for the answer would take longer than to fold them.
+    """
     from trm_kernels.ops.layouts import LAYOUTS, prepare
     from trm_kernels.ops.quantise import FP8
 
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return []  # launches cannot be traced, and tensors may hold no data: the op makes them itself
-    # A captured graph must fold again on every replay, as the weights may change between replays.
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    keeps = not (torch.is_grad_enabled() or module.training or capturing)
-    with torch.no_grad():
-        if not keeps:
+
+    def make() -> list[Tensor]:
+        with torch.no_grad():
             return prepare(LAYOUTS[layout], parameters, operand, fp8=fp8)
-        key = prepared.key_of(parameters, FP8 if fp8 else operand)
-        matrices = prepared.recall(module, key)
-        if matrices is None:
-            # Tensors made in inference mode could not be saved for a later backward.
-            with torch.inference_mode(False):
-                matrices = prepare(LAYOUTS[layout], parameters, operand, fp8=fp8)
-            prepared.keep(module, key, matrices)
-        return matrices
+
+    if torch.is_grad_enabled():
+        return make()
+    kept = freezing.matrices(module, parameters, FP8 if fp8 else operand, make)
+    return make() if kept is None else kept
 
 
 class _Applied:

@@ -118,7 +118,7 @@ def _named_parameters(block: nn.Module, layout: str) -> Iterator[tuple[str, Tens
     for path, names in _READ[layout]:
         parameters = _submodule(block, path)._parameters
         for name in names.split():
-            yield path, parameters[name]
+            yield path, parameters.get(name)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from trm_kernels import fused_checks, native_module, prepared, reference, rotary
+from trm_kernels import freezing, fused_checks, native_module, native_weights, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.first_order import first_order
 from trm_kernels.fused_checks import (
@@ -174,7 +174,7 @@ class _Call:
         self.records = with_gradients and any(tensor.requires_grad for tensor in given)
         self.packing = _packing(mask)
         self._lay_rows()
-        self.packed = self._pack()
+        self.packed = self._packed()
 
     def _lay_rows(self) -> None:
         """Fill in rows (R) and the tensors that describe them; they live as long as this object."""
@@ -320,22 +320,23 @@ class _Call:
             found += [norm1, *mixer, norm2, *both.chunk(2), down]
         return found
 
+    def _packed(self) -> Tensor:
+        """The packed weights: made for this call in training, else kept while the weights are the same."""
+        if self.records or torch.is_grad_enabled() or self.net.training:
+            return self._pack()
+        form = "native", self.dtype
+        kept = freezing.matrices(self.net, self.parameters, form, lambda: [self._pack()])
+        if kept is not None:
+            return kept[0]
+        return native_weights.recall(self.net, self.parameters, form, self.kernels, self._pack)
+
     def _pack(self) -> Tensor:
-        """The packed weights: kept between calls in inference, made for this one in training."""
-        keeps = not (self.records or torch.is_grad_enabled() or self.net.training)
-        if keeps:
-            key = prepared.key_of(self.parameters, ("native", self.dtype))
-            if (known := prepared.recall(self.net, key)) is not None:
-                return known[0]
-        # Tensors made in inference mode could not be saved for a later backward.
-        with torch.inference_mode(False), torch.no_grad():
-            size = self.kernels.packed_size(self.records)
-            packed = torch.empty(size, dtype=torch.float32) if keeps else take(size)
+        size = self.kernels.packed_size(self.records)
+        packed = take(size)
+        with torch.no_grad():
             tensors = self.block_tensors(self.parameters)
             threads = native_module.threads(size // self.shape[2])
             self.kernels.pack(_addresses(tensors), self.records, packed.data_ptr(), threads)
-        if keeps:
-            prepared.keep(self.net, key, [packed])
         return packed
 
 

@@ -75,15 +75,15 @@ def network(config: NetworkConfig) -> object:
     )
 
 
-def threads(rows: int) -> int:
-    """Threads for a call on ``rows`` rows: those of torch, but no more than there is work for.
+#: Rows for which a further thread is worth its start and the barriers.
+_FEWEST_ROWS = 8
+
+
+def threads(amount: int, fewest: int = _FEWEST_ROWS) -> int:
+    """Threads for a call on ``amount`` rows: those of torch, but each with ``fewest`` at least.
 
     One in a forked child: the threads of torch's OpenMP stay in the parent, and waiting for them never ends.
     """
     if _in_forked_child:
         return 1
-    return max(1, min(torch.get_num_threads(), rows // _FEWEST_ROWS))
-
-
-#: Rows for which a further thread is worth its start and the barriers.
-_FEWEST_ROWS = 8
+    return max(1, min(torch.get_num_threads(), amount // fewest))

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from trm_kernels import backends, prepared, reference
+from trm_kernels import backends, freezing, reference
 from trm_kernels.config import NetworkConfig
 
 #: Methods that say what a module computes. Kernels read parameters and would never call them.
@@ -80,18 +80,19 @@ class FusedModule(nn.Module):
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"expected a mask {list(x.shape[:2])}, got {list(mask.shape)}")
 
-    # Each of these may come with other weights than those of the matrices kept for inference.
+    # Each of these may come with other weights.
     def train(self, mode: bool = True) -> Self:
-        """See :meth:`torch.nn.Module.train`."""
-        prepared.forget()
+        """See :meth:`torch.nn.Module.train`; raises FrozenError inside :func:`~trm_kernels.frozen`."""
+        if mode:
+            freezing.refuse(self, "train()")
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda()
-        prepared.forget()
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda(), share_memory()
+        freezing.refuse(self, "moving or casting it")
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        prepared.forget()
+        freezing.refuse(self, "load_state_dict()")
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -15,20 +15,20 @@ class Shared:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        first = self._tensors[0]
+        self.tensors = list(tensors)
+        first = self.tensors[0]
         self._maker = torch.cuda.current_stream(first.device) if first.is_cuda else None
         self._made = None if self._maker is None else self._maker.record_event()
 
     def read(self) -> list[Tensor]:
         """The tensors, for work that the current stream gets from now on."""
         if self._maker is None or self._made is None:
-            return self._tensors
-        current = torch.cuda.current_stream(self._tensors[0].device)
+            return self.tensors
+        current = torch.cuda.current_stream(self.tensors[0].device)
         if current != self._maker:
             current.wait_event(self._made)
-            for tensor in self._tensors:
+            for tensor in self.tensors:
                 # Dropped while this stream's work is still queued, its memory would go to the maker's stream
                 # at once.
                 tensor.record_stream(current)
-        return self._tensors
+        return self.tensors

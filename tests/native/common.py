@@ -16,7 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import NetworkConfig, Packing, TinyRecursiveNetwork, deep_recursion, native_module, prepared
+from trm_kernels import (
+    NetworkConfig,
+    Packing,
+    TinyRecursiveNetwork,
+    deep_recursion,
+    native_module,
+    native_weights,
+)
 from trm_kernels.testing import SEEDS, ToleranceRule
 
 if (_reason := native_module.unavailable()) is not None:
@@ -76,7 +83,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
     def forget() -> None:
         native_module.network.cache_clear()
-        prepared.forget()
+        native_weights.forget()
 
     with mock.patch.dict(os.environ, {"TRM_NATIVE_ISA": name}):
         forget()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +96,50 @@ def test_saved_tensor_hooks_see_what_is_kept() -> None:
     straight = torch.autograd.grad(latent_recursion(net, x, y, z, 2)[0].sum(), parameters)
     assert len(seen) >= 2 + len(parameters)
     assert all(torch.equal(a, b) for a, b in zip(moved, straight, strict=True))
+
+
+#: What a hook may give back in a saved tensor's place: other names of the same memory.
+ALIASES: dict[str, Callable[[Tensor], Any]] = {
+    "detach": lambda tensor: tensor.detach(),
+    "a view": lambda tensor: tensor.view_as(tensor),
+    "data": lambda tensor: tensor.data,
+    "a storage": lambda tensor: (tensor.untyped_storage(), tensor.shape, tensor.dtype),
+    "numpy": lambda tensor: tensor.detach().numpy(),
+}
+
+
+def _back(packed: Any) -> Tensor:
+    if isinstance(packed, tuple):
+        storage, shape, dtype = packed
+        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return packed if isinstance(packed, Tensor) else torch.from_numpy(packed)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_hooks_may_keep_saved_tensors_under_other_names(alias: str) -> None:
+    net, (x, y, z) = network(), states(2, 5)
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(latent_recursion(net, x, y, z, 2)[0].sum(), parameters)
+    native_buffers.release()
+    with torch.autograd.graph.saved_tensors_hooks(ALIASES[alias], _back):
+        out = latent_recursion(net, x, y, z, 2)[0].sum()
+    latent_recursion(net, x + 1.0, y, z, 2)[0].sum().backward()  # takes whatever lies ready
+    found = torch.autograd.grad(out, parameters)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    del out, found
+    assert ready() > 0, "and the memory comes back"
+
+
+def test_a_buffer_comes_back_with_the_last_name_of_its_memory() -> None:
+    buffer = native_buffers.take(100)
+    names = [buffer.detach(), buffer[3:7], buffer.numpy()[1:], buffer.untyped_storage()]
+    address = buffer.data_ptr()
+    del buffer
+    while names:
+        assert ready() == 0
+        names.pop()
+    assert ready() == 1
+    assert native_buffers.take(90).data_ptr() == address and address % 64 == 0
 
 
 def test_states_may_change_after_the_forward() -> None:

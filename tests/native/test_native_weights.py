@@ -1,4 +1,4 @@
-"""Weights that the ``native`` backend keeps packed between calls: every change of them is seen."""
+"""Weights that the ``native`` backend keeps packed between calls, for as long as they stay the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.native.common import MIXERS, network
-from trm_kernels import TinyRecursiveNetwork, latent_recursion, native, prepared
+from trm_kernels import TinyRecursiveNetwork, latent_recursion, native, native_weights
 
 
 @pytest.fixture
@@ -108,21 +108,54 @@ def test_a_change_of_the_weights_is_seen(change: str, family: str, packs: list[i
     assert len(packs) == 2, "by networks and by recursions, once more"
 
 
-def test_an_optimizer_of_something_else_costs_a_packing_and_no_more(packs: list[int]) -> None:
-    """Whose parameters those are cannot be seen from the hook."""
+def test_an_optimizer_of_something_else_costs_no_packing(packs: list[int]) -> None:
     net, x = network().eval(), torch.randn(2, 5, 16)
     other = nn.Linear(2, 2)
     with torch.no_grad():
         before = net(x)
     by_optimizer(torch.optim.SGD)(other)  # type: ignore[arg-type]
     with torch.no_grad():
-        assert torch.equal(net(x), before) and torch.equal(net(x), before)
+        assert torch.equal(net(x), before)
+    assert len(packs) == 1
+
+
+def test_the_same_weights_elsewhere_cost_no_packing(packs: list[int]) -> None:
+    net, x = network().eval(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        before = net(x)
+        net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
+        assert torch.equal(net(x), before)
+    assert len(packs) == 1
+
+
+def test_weights_that_do_not_lie_in_one_piece_are_packed_every_time(packs: list[int]) -> None:
+    net, x = network().eval(), torch.randn(2, 5, 16)
+    weight = net.layers[0].self_attn.out_proj.weight
+    weight.data = weight.data.T
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(net(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
+            weight.data.add_(0.1)
     assert len(packs) == 2
+
+
+def test_new_weights_take_the_memory_of_the_old(packs: list[int]) -> None:
+    """Fresh pages would cost more than the packing itself."""
+    net, x = network().eval(), torch.randn(2, 5, 16)
+    addresses = set()
+    with torch.no_grad():
+        for _ in range(5):
+            net(x)
+            ((_, packed),) = native_weights._kept[net].values()
+            addresses.add(packed.data_ptr())
+            del packed
+            in_place(net)
+    assert len(packs) == 5 and len(addresses) == 1
 
 
 def test_training_and_gradients_never_keep(packs: list[int]) -> None:
     net, x = network(), torch.randn(2, 5, 16)
-    prepared.forget()
+    native_weights.forget()
     for mode in (True, False):
         net.train(mode)
         net(x)
@@ -130,11 +163,11 @@ def test_training_and_gradients_never_keep(packs: list[int]) -> None:
     with torch.no_grad():
         net.train()
         net(x)
-    assert len(packs) == 5 and not prepared._kept
+    assert len(packs) == 5 and not native_weights._kept
     net.eval()
     with torch.no_grad():
         net(x)
-    assert len(prepared._kept) == 1
+    assert len(native_weights._kept) == 1
 
 
 def test_a_training_loop_sees_every_step() -> None:
@@ -172,10 +205,10 @@ def test_copies_do_not_share_and_do_not_linger(packs: list[int]) -> None:
         torch.testing.assert_close(copied(x), copied.forward_eager(x), rtol=1e-4, atol=1e-5)
         assert not torch.equal(copied(x), before)
     gc.collect()
-    kept = len(prepared._kept)
+    kept = len(native_weights._kept)
     del copied
     gc.collect()
-    assert len(prepared._kept) == kept - 1
+    assert len(native_weights._kept) == kept - 1
 
 
 def test_the_papers_two_precisions_take_turns(packs: list[int]) -> None:

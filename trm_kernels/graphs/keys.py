@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
-from trm_kernels import backends
+from trm_kernels import backends, freezing
 from trm_kernels.graphs.capture import CaptureError
+from trm_kernels.network import FusedModule
 
 #: How many states of its modules a watch remembers, to find their graphs again.
 _STATES = 256
@@ -42,9 +43,9 @@ def storage(tensor: Tensor) -> tuple[Hashable, ...]:
 class ModuleWatch:
     """Notices changes to modules that a captured graph would not.
 
-    A graph reads parameters where they lay when it was captured: new values in place are seen, new storage
-    (``.to()``, ``load_state_dict(assign=True)``, another parameter or submodule in its place) is not. Python
-    that runs around a module's forward is not seen either.
+    A graph reads parameters where they lay when it was captured: new values in place are seen. New storage
+    (``.to()``, ``load_state_dict(assign=True)``, another parameter or submodule in its place) is not, nor is
+    the same in another order (``weight.data = weight.data.T``), nor Python around a module's forward.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -52,6 +53,7 @@ class ModuleWatch:
         self._numbers: dict[tuple[Hashable, ...], int] = {}
         self._latest: tuple[tuple[Hashable, ...], int] = ((), -1)
         self._count = 0
+        self._names = {"weight", "bias"}
         self._scan()
 
     def _scan(self) -> None:
@@ -61,6 +63,8 @@ class ModuleWatch:
         self._stores: list[dict[str, Any]] = [
             store for module in seen for store in (module._parameters, module._buffers)
         ]
+        self._networks = [module for module in seen if isinstance(module, FusedModule)]
+        self._names.update(*(module._parameters for module in seen))
         self._children = self._child_ids()
 
     def _child_ids(self) -> list[int]:
@@ -74,7 +78,9 @@ class ModuleWatch:
         """Changes whenever a graph that was captured with these modules no longer computes what they do.
 
         Raises:
-            CaptureError: A parameter or buffer has no storage of its own to watch (sharded, quantised).
+            CaptureError: A parameter or buffer has no storage of its own to watch (sharded, quantised), or a
+                plain tensor has taken a parameter's place.
+            FrozenError: A network is frozen, and its weights are no longer what they were.
         """
         # On every call, so without walking the tree, and with the loops in C: a tenth of the time.
         if self._child_ids() != self._children:
@@ -88,7 +94,10 @@ class ModuleWatch:
             *[module.training for module in self._modules],
             *map(Tensor.data_ptr, tensors),
             *map(Tensor.numel, tensors),
+            *map(Tensor.stride, tensors),
             *map(_KIND, tensors),
+            # While a network is frozen, graphs read what was made of its weights.
+            *map(freezing.number, self._networks),
         )
         latest, number = self._latest
         if state != latest:
@@ -98,11 +107,20 @@ class ModuleWatch:
 
     def _number(self, state: tuple[Hashable, ...]) -> int:
         if state not in self._numbers:
+            self._refuse_plain_tensors()
             if len(self._numbers) >= _STATES:
                 self._numbers.clear()  # numbers are not used again
             self._numbers[state] = self._count
             self._count += 1
         return self._numbers[state]
+
+    def _refuse_plain_tensors(self) -> None:
+        # One that follows it would go unseen: looking through all attributes on every call takes too long.
+        for module in self._modules:
+            for name in self._names & vars(module).keys():
+                if isinstance(vars(module)[name], Tensor):
+                    kind = type(module).__name__
+                    raise CaptureError(f"{name} of a {kind} is a plain tensor, no parameter or buffer")
 
     def requires_grad(self) -> bool:
         """Whether any parameter does."""

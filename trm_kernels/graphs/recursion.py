@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
+from trm_kernels.freezing import Frozen
 from trm_kernels.graphs.buckets import Bucket, eighths
 from trm_kernels.graphs.cache import GraphCache
 from trm_kernels.graphs.function import GraphedFunction
@@ -32,6 +34,8 @@ class GraphedRecursion:
         length: How the length is rounded up; None keeps it, and ``"auto"`` rounds it for a network that takes
             a mask.
         modules: Modules that ``net`` and ``output_norm`` read, where these are plain functions.
+        frozen: Whether the networks keep their weights, so that no replay has to fold them again:
+            :func:`~trm_kernels.frozen`, until :meth:`thaw` or as long as this object lives.
         clone, cache: As for :class:`~trm_kernels.graphs.GraphedFunction`.
         **options: Further options of :func:`~trm_kernels.deep_recursion`.
 
@@ -53,6 +57,7 @@ class GraphedRecursion:
         batch: Bucket | None = eighths,
         length: Bucket | str | None = "auto",
         modules: Iterable[nn.Module] = (),
+        frozen: bool = False,
         clone: bool = True,
         cache: GraphCache | None = None,
         **options: Any,
@@ -69,10 +74,11 @@ class GraphedRecursion:
         self.n, self.T = n, T
         self._net, self._output_norm, self._options = net, output_norm, options
         buckets = {axis: bucket for axis, bucket in (("B", batch), ("L", length)) if bucket is not None}
-        read = [module for module in (net, output_norm) if isinstance(module, nn.Module)]
+        read = [module for module in (net, output_norm, *modules) if isinstance(module, nn.Module)]
+        self._promise = finalize(self, Frozen(*read).open().close) if frozen else None
         self.graphed = GraphedFunction(
             self._recursion,
-            modules=[*read, *modules],
+            modules=read,
             axes=("BL", "BL", "BL", "BL"),
             out_axes=("BL", "BL"),
             buckets=buckets,
@@ -87,6 +93,11 @@ class GraphedRecursion:
         """Run n T net calls without gradient: x, y, z [B, L, D], mask [B, L] or None; gives (y, z)."""
         with torch.no_grad():
             return self.graphed(x, y, z, mask)
+
+    def thaw(self) -> None:
+        """End what ``frozen=True`` began: from here on calls compute with the weights as they are."""
+        if self._promise is not None:
+            self._promise()
 
     def _recursion(self, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return deep_recursion(

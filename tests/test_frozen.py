@@ -1,0 +1,287 @@
+"""Frozen networks: what kernels read of them is made once, and whatever may change them is stopped."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.graph_double import LaunchingCapturer
+from trm_kernels import (
+    FrozenError,
+    GraphCache,
+    TinyRecursiveNetwork,
+    deep_recursion,
+    freezing,
+    frozen,
+    graphed,
+    native,
+    reference,
+)
+from trm_kernels.ops._launch import LAUNCHES
+
+
+def build(device: str = "cpu", backend: str | None = None) -> TinyRecursiveNetwork:
+    return TinyRecursiveNetwork(16, 1, 1, backend=backend).to(device).eval()
+
+
+def folds_of(net: TinyRecursiveNetwork, x: Tensor) -> int:
+    """Launches of the fold in one call without gradient."""
+    before = LAUNCHES["fold_kernel"]
+    with torch.no_grad():
+        net(x)
+    return LAUNCHES["fold_kernel"] - before
+
+
+def close(net: TinyRecursiveNetwork, x: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
+
+
+def step(net: TinyRecursiveNetwork) -> None:
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(net.parameters(), lr=0.1).step()
+
+
+#: What raises at once.
+STOPPED: dict[str, Callable[[TinyRecursiveNetwork], object]] = {
+    "an optimizer's step": step,
+    "load_state_dict": lambda net: net.load_state_dict(net.state_dict()),
+    "load_state_dict, assigned": lambda net: net.load_state_dict(net.state_dict(), assign=True),
+    "train": lambda net: net.train(),
+    "to": lambda net: net.to(torch.float64),
+    "half": lambda net: net.half(),
+    "share_memory": lambda net: net.share_memory(),
+    "a module around it, to": lambda net: nn.Sequential(net).double(),
+    "a module around it, train": lambda net: nn.Sequential(net).train(),
+}
+
+
+@pytest.mark.parametrize("what", STOPPED)
+def test_what_may_change_the_weights_is_stopped(what: str) -> None:
+    net = build()
+    before = copy.deepcopy(net.state_dict())
+    with frozen(net):
+        with pytest.raises(FrozenError, match=r"frozen network: do it outside of trm_kernels\.frozen"):
+            STOPPED[what](net)
+        assert not net.training
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    STOPPED[what](net)
+
+
+def in_place(net: TinyRecursiveNetwork) -> None:
+    with torch.no_grad():
+        net.layers[0].norm1.weight.add_(0.5)
+
+
+def other_storage(net: TinyRecursiveNetwork) -> None:
+    """A new storage may lie where the old one would, were it not held."""
+    weight = net.layers[0].norm1.weight
+    weight.data = torch.full_like(weight, 2.0)
+
+
+def other_parameter(net: TinyRecursiveNetwork) -> None:
+    weight = net.layers[0].norm1.weight
+    del net.layers[0].norm1.weight
+    net.layers[0].norm1.weight = nn.Parameter(torch.full_like(weight, 2.0))
+
+
+def change_places(net: TinyRecursiveNetwork) -> None:
+    block = net.layers[0]
+    block.norm1.weight, block.norm2.weight = block.norm2.weight, block.norm1.weight
+
+
+def load_a_block(net: TinyRecursiveNetwork) -> None:
+    net.layers[0].load_state_dict({name: value + 0.3 for name, value in net.layers[0].state_dict().items()})
+
+
+#: What the next call sees.
+SEEN = (in_place, other_storage, other_parameter, change_places, load_a_block)
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("change", SEEN)
+def test_the_next_call_says_that_weights_have_changed(change: Callable[..., None], backend: str) -> None:
+    net, x = build(backend=backend), torch.randn(1, 3, 16)
+    with torch.no_grad(), frozen(net):
+        net(x)
+        change(net)
+        with pytest.raises(FrozenError, match="frozen network"):
+            net(x)
+        with pytest.raises(FrozenError, match="frozen network"):
+            deep_recursion(net, x, x, x, 1, 1)
+    close(net, x)
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_functional_call_with_other_weights_is_refused(backend: str) -> None:
+    net, x = build(backend=backend), torch.randn(1, 3, 16)
+    replaced = {"layers.0.mlp.0.weight": torch.randn(64, 16)}
+    with torch.no_grad(), frozen(net), pytest.raises(FrozenError, match="other weights"):
+        torch.func.functional_call(net, replaced, (x,))
+
+
+@pytest.mark.interpreter
+def test_triton_folds_once_while_frozen_and_else_in_every_call(device: str) -> None:
+    net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
+    assert (folds_of(net, x), folds_of(net, x)) == (2, 2), "one matrix a sublayer"
+    for _ in range(2):
+        with frozen(net):
+            assert (folds_of(net, x), folds_of(net, x)) == (2, 0)
+            close(net, x)
+        in_place(net)
+        assert folds_of(net, x) == 2
+        close(net, x)
+
+
+def test_native_packs_and_reads_once_while_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = build(backend="native"), torch.randn(1, 3, 16)
+    packs: list[object] = []
+    pack = native._Call._pack
+    monkeypatch.setattr(native._Call, "_pack", lambda call: packs.append(call) or pack(call))
+    monkeypatch.delattr("trm_kernels.native_weights._digest")
+    with torch.no_grad(), frozen(net):
+        expected = net.forward_eager(x)
+        for _ in range(3):
+            torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(packs) == 1
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_gradients_are_recorded_as_ever(backend: str) -> None:
+    net, x = build(backend=backend), torch.randn(1, 3, 16)
+    expected = torch.autograd.grad(net.forward_eager(x).sum(), list(net.parameters()))
+    with frozen(net):
+        with torch.inference_mode():
+            net(x)
+        found = torch.autograd.grad(net(x).sum(), list(net.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.interpreter
+def test_operand_dtypes_are_told_apart(device: str) -> None:
+    net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
+    with torch.no_grad(), frozen(net):
+        net(x)
+        with torch.autocast(device, torch.bfloat16):
+            narrow = net(x)
+        assert not torch.equal(narrow, net(x))
+        close(net, x)
+
+
+@pytest.mark.interpreter
+def test_what_was_made_in_inference_mode_serves_training(device: str) -> None:
+    net, x = build(device, "triton").requires_grad_(False), torch.randn(1, 3, 16, device=device)
+    with frozen(net):
+        with torch.inference_mode():
+            net(x)
+        leaf = x.clone().requires_grad_()
+        net(leaf).sum().backward()
+    assert leaf.grad is not None
+
+
+@pytest.mark.interpreter
+def test_a_capture_reads_what_was_made_before_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a capture matrices would lie in its memory, and be folded anew by every replay."""
+    if device == "cuda":
+        pytest.skip("capturing for real: test_graphs.py")
+    net, x = build(device, "triton"), torch.randn(1, 3, 16)
+    with frozen(net):
+        monkeypatch.setattr(freezing, "_is_capturing", lambda weight: True)
+        assert (folds_of(net, x), folds_of(net, x)) == (2, 2)
+        monkeypatch.setattr(freezing, "_is_capturing", lambda weight: False)
+        assert folds_of(net, x) == 2
+        monkeypatch.setattr(freezing, "_is_capturing", lambda weight: True)
+        assert folds_of(net, x) == 0
+
+
+@pytest.mark.interpreter
+def test_compiled_calls_read_the_weights_of_their_time(device: str) -> None:
+    net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)
+        in_place(net)
+        torch.testing.assert_close(compiled(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_that_was_captured_frozen_is_not_replayed_after_it() -> None:
+    net, cache = build(backend="eager"), GraphCache(capturer=LaunchingCapturer())
+    fast, states = graphed(net, 1, 1, cache=cache), torch.randn(3, 1, 3, 16).unbind()
+
+    def right() -> None:
+        expected = deep_recursion(net, *states, 1, 1, with_gradients=False)[0]
+        torch.testing.assert_close(fast(*states)[0], expected)
+
+    right()
+    for captures in (2, 3):
+        with frozen(net):
+            right()
+            right()
+            assert cache.status().captures == captures
+            in_place(net)
+            with pytest.raises(FrozenError, match="written to"):
+                fast(*states)
+        right()
+        assert cache.status().captures == captures, "the first graph serves again"
+
+
+def test_graphed_takes_the_promise_and_gives_it_back() -> None:
+    net, cache = build(backend="eager"), GraphCache(capturer=LaunchingCapturer())
+    states = torch.randn(3, 1, 3, 16).unbind()
+    fast = graphed(net, 1, 1, frozen=True, cache=cache)
+    fast(*states)
+    with pytest.raises(FrozenError, match="without frozen=True"):
+        net.train()
+    fast.thaw()
+    in_place(net)
+    expected = deep_recursion(net, *states, 1, 1, with_gradients=False)[0]
+    torch.testing.assert_close(fast(*states)[0], expected)
+    fast = graphed(net, 1, 1, frozen=True, cache=cache)
+    del fast
+    gc.collect()
+    net.train()
+
+
+def test_promises_nest_and_end_with_their_block() -> None:
+    inner, outer = build(), nn.ModuleList([build(), build()])
+    outer.append(inner)
+    with frozen(outer):
+        with frozen(inner), pytest.raises(FrozenError):
+            inner.train()
+        with pytest.raises(FrozenError):
+            inner.train()
+        copy.deepcopy(inner).train()
+        step(build())
+    with pytest.raises(ZeroDivisionError), frozen(inner):
+        _ = 1 / 0
+    step(inner)
+    outer.train()
+    assert not freezing._promises
+
+
+def test_what_cannot_be_frozen_is_said() -> None:
+    with pytest.raises(ValueError, match="training mode cannot be frozen"), frozen(build().train()):
+        pass
+    with pytest.raises(ValueError, match="no network of trm_kernels in this Linear"), frozen(nn.Linear(2, 2)):
+        pass
+    with pytest.raises(ValueError, match="nothing to freeze"):
+        graphed(reference.TinyRecursiveNetwork(build().config), 1, 1, frozen=True)
+
+
+@pytest.mark.gpu
+def test_gpu_a_frozen_graph_computes_the_same() -> None:
+    net = TinyRecursiveNetwork(64, 2, 2, backend="triton").cuda().eval()
+    states = torch.randn(3, 2, 16, 64, device="cuda").unbind()
+    plain = graphed(net, 2, 2, cache=GraphCache())(*states)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        fast = graphed(net, 2, 2, frozen=True, cache=GraphCache())
+        for _ in range(3):
+            for ours, theirs in zip(fast(*states), plain, strict=True):
+                assert torch.equal(ours, theirs)

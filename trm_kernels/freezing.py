@@ -1,0 +1,197 @@
+"""Networks whose weights are declared frozen: what kernels read of them is made once, for all calls.
+
+Everywhere else a call computes with the weights as they are. No pointer, version or hook tells of every write
+to them (``.data``, NumPy's views, other processes, kernels of others), so a promise takes their place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from trm_kernels.streams import Shared
+
+if TYPE_CHECKING:
+    from trm_kernels.network import FusedModule
+
+
+class FrozenError(RuntimeError):
+    """Something would change weights that were declared frozen, or has changed them."""
+
+
+_REMEDY = "do it outside of trm_kernels.frozen(), or without frozen=True"
+
+#: For each network what was made of it, by the promise that covers it; the latest promise last.
+_promises: dict[nn.Module, list[Frozen]] = {}
+_numbers = count(1)
+_lock = threading.RLock()
+
+
+class Frozen:
+    """A promise that the networks inside ``modules`` keep their weights, from :meth:`open` to :meth:`close`.
+
+    Args:
+        modules: Networks of this package, or modules that hold some, in evaluation mode.
+
+    Raises:
+        ValueError: There is no network of this package in them, or one is in training mode.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        from trm_kernels.network import FusedModule
+
+        inner = {net: None for module in modules for net in module.modules()}
+        self.networks = [net for net in inner if isinstance(net, FusedModule)]
+        if not self.networks:
+            kinds = ", ".join(type(module).__name__ for module in modules) or "module"
+            raise ValueError(f"nothing to freeze: there is no network of trm_kernels in this {kinds}")
+        if any(net.training for net in self.networks):
+            raise ValueError("a network in training mode cannot be frozen: call eval() first")
+        #: In the keys of graphs, which read matrices where they lie.
+        self.number = next(_numbers)
+        # The tensors are held, and their memory too, should `.data` get another: so no other tensor can be
+        # given their ids or their addresses.
+        self._weights = {
+            id(weight): (weight, weight.detach(), _version(weight))
+            for net in self.networks
+            for weight in net.parameters()
+        }
+        self._made: dict[tuple[nn.Module, Hashable], tuple[list[int], Shared]] = {}
+        self._hook: Any = None
+
+    def open(self) -> Frozen:
+        """Begin."""
+        with _lock:
+            for net in self.networks:
+                _promises.setdefault(net, []).append(self)
+            self._hook = register_optimizer_step_pre_hook(self._refuse_step)
+        return self
+
+    def close(self) -> None:
+        """End, and drop what was made."""
+        with _lock:
+            for net in self.networks if self._hook is not None else ():
+                _promises[net].remove(self)
+                if not _promises[net]:
+                    del _promises[net]
+            if self._hook is not None:
+                self._hook.remove()
+            self._hook = None
+            self._made.clear()
+
+    def matrices(
+        self, net: nn.Module, parameters: Sequence[Tensor], form: Hashable, make: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """What :func:`matrices` gives where a promise covers ``net``."""
+        self.check(parameters)
+        names = [*map(id, parameters)]
+        with _lock:
+            found = self._made.get((net, form))
+            if found is None:
+                if _is_capturing(parameters[0]):
+                    return make()  # in the graph's memory, and anew on every replay
+                # Tensors made in inference mode could not be saved for a later backward.
+                with torch.inference_mode(False), torch.no_grad():
+                    found = self._made[net, form] = names, Shared(make())
+        if found[0] != names:
+            raise FrozenError(f"weights of a frozen network have changed places: {_REMEDY}")
+        # What was made before a capture is there: a capture begins when its device has nothing left to do.
+        return found[1].tensors if _is_capturing(parameters[0]) else found[1].read()
+
+    def check(self, weights: Iterable[Tensor]) -> None:
+        """Raise FrozenError for weights that were not frozen, or that something tells of a write to."""
+        for weight in weights:
+            found = self._weights.get(id(weight))
+            if found is None:
+                raise FrozenError(f"a frozen network has been given other weights: {_REMEDY}")
+            _, memory, version = found
+            if weight.data_ptr() != memory.data_ptr() or _version(weight) != version:
+                raise FrozenError(f"the weights of a frozen network have been written to: {_REMEDY}")
+
+    def _refuse_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if any(id(weight) in self._weights for group in optimizer.param_groups for weight in group["params"]):
+            raise FrozenError(f"an optimizer's step would change a frozen network: {_REMEDY}")
+
+
+def matrices(
+    net: nn.Module, parameters: Sequence[Tensor], form: Hashable, make: Callable[[], list[Tensor]]
+) -> list[Tensor] | None:
+    """What ``make`` makes of the weights of ``net``, once while it is frozen; None where it is not.
+
+    Args:
+        parameters: The weights that it is made of.
+        form: What is made of them.
+
+    Raises:
+        FrozenError: The weights are not those, or not as, they were when they were frozen.
+    """
+    promise = _promise(net)
+    return None if promise is None else promise.matrices(net, parameters, form, make)
+
+
+def number(net: nn.Module) -> int:
+    """Which promise covers ``net``; 0 for none. A number is never used again.
+
+    Raises:
+        FrozenError: As for :func:`matrices`.
+    """
+    promise = _promise(net)
+    if promise is None:
+        return 0
+    promise.check(net.parameters())
+    return promise.number
+
+
+def refuse(net: FusedModule, what: str) -> None:
+    """Raise FrozenError where ``net`` is frozen and ``what`` may change its weights."""
+    if _promise(net) is not None:
+        raise FrozenError(f"{what} would change a frozen network: {_REMEDY}")
+
+
+def _promise(net: nn.Module) -> Frozen | None:
+    found = _promises.get(net) if _promises else None
+    return found[-1] if found else None
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Serve networks whose weights do not change: what kernels read of them is made once, not in every call.
+
+    Without it a call computes with the weights as they are, however they were changed. Inside, whoever may
+    change them is stopped: an optimizer's step, ``load_state_dict``, ``train()`` and ``.to()`` raise at
+    once; other parameters in their place and writes that torch counts raise in the next call. Writes that
+    torch does not count (``.data``, NumPy, other processes) are what the promise is about. It holds in the
+    whole process, and only calls without gradient make use of it.
+
+    Args:
+        module: A network of this package, or a module that holds some, in evaluation mode.
+
+    Raises:
+        ValueError: There is no network of this package in it, or one is in training mode.
+        FrozenError: Inside: something would change the weights, or has changed them.
+
+    Example:
+        >>> with torch.no_grad(), frozen(net):
+        ...     answers = [net(x) for x in questions]
+    """
+    promise = Frozen(module).open()
+    try:
+        yield
+    finally:
+        promise.close()
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _version(weight: Tensor) -> int | None:
+    # Tensors made in inference mode count no versions.
+    return None if weight.is_inference() else weight._version
