@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cpu_report, latent_report, puzzle_report, training_report
+from bench import cpu_report, latent_report, puzzle_report, training_report, weights
 from llm_trm.benchmark.plot import plot, plot_scaling
 from llm_trm.benchmark.results import CaseResult, read
 from llm_trm.benchmark.suites import Group
@@ -165,7 +165,9 @@ def main(root: Path = ROOT) -> None:
     documents = {
         root / "docs" / "benchmarks.md": details(reports),
         root / "docs" / "training.md": training_report.text(root / "bench" / "results"),
-        root / "docs" / "cpu.md": cpu_report.text(root / "bench" / "results"),
+        root / "docs" / "cpu.md": "\n\n".join(
+            filter(None, (report.text(root / "bench" / "results") for report in (cpu_report, weights)))
+        ),
         root / "docs" / "latent.md": latent_report.text(root / "bench" / "results"),
         root / "docs" / "puzzles.md": puzzle_report.text(root / "bench" / "results"),
         root / "README.md": summary(reports),
