@@ -16,10 +16,10 @@ from trm_kernels import (
     GraphCache,
     TinyRecursiveNetwork,
     deep_recursion,
-    freezing,
     frozen,
     graphed,
     native,
+    prepared,
     reference,
 )
 from trm_kernels.ops._launch import LAUNCHES
@@ -193,11 +193,11 @@ def test_a_capture_reads_what_was_made_before_it(device: str, monkeypatch: pytes
         pytest.skip("capturing for real: test_graphs.py")
     net, x = build(device, "triton"), torch.randn(1, 3, 16)
     with frozen(net):
-        monkeypatch.setattr(freezing, "_is_capturing", lambda weight: True)
+        monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
         assert (folds_of(net, x), folds_of(net, x)) == (2, 2)
-        monkeypatch.setattr(freezing, "_is_capturing", lambda weight: False)
+        monkeypatch.setattr(prepared, "_is_capturing", lambda weight: False)
         assert folds_of(net, x) == 2
-        monkeypatch.setattr(freezing, "_is_capturing", lambda weight: True)
+        monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
         assert folds_of(net, x) == 0
 
 
@@ -263,7 +263,7 @@ def test_promises_nest_and_end_with_their_block() -> None:
         _ = 1 / 0
     step(inner)
     outer.train()
-    assert not freezing._promises
+    assert not prepared._promises
 
 
 def test_what_cannot_be_frozen_is_said() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda_double import FakeStream, FakeTensor
 from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, frozen, rotary, use_backend
-from trm_kernels.freezing import Frozen
+from trm_kernels.prepared import Frozen
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import freezing, reference, rotary
+from trm_kernels import prepared, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.fused_checks import block_parameters, layout_name, operand_dtype
 from trm_kernels.network import FusedModule
@@ -37,7 +37,7 @@ def _matrices(
 
     if torch.is_grad_enabled():
         return make()
-    kept = freezing.matrices(module, parameters, FP8 if fp8 else operand, make)
+    kept = prepared.matrices(module, parameters, FP8 if fp8 else operand, make)
     return make() if kept is None else kept
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from trm_kernels import freezing, fused_checks, native_module, native_weights, reference, rotary
+from trm_kernels import fused_checks, native_module, native_weights, prepared, reference, rotary
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.first_order import first_order
 from trm_kernels.fused_checks import (
@@ -325,7 +325,7 @@ class _Call:
         if self.records or torch.is_grad_enabled() or self.net.training:
             return self._pack()
         form = "native", self.dtype
-        kept = freezing.matrices(self.net, self.parameters, form, lambda: [self._pack()])
+        kept = prepared.matrices(self.net, self.parameters, form, lambda: [self._pack()])
         if kept is not None:
             return kept[0]
         return native_weights.recall(self.net, self.parameters, form, self.kernels, self._pack)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from trm_kernels import backends, freezing, reference
+from trm_kernels import backends, prepared, reference
 from trm_kernels.config import NetworkConfig
 
 #: Methods that say what a module computes. Kernels read parameters and would never call them.
@@ -84,15 +84,15 @@ class FusedModule(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """See :meth:`torch.nn.Module.train`; raises FrozenError inside :func:`~trm_kernels.frozen`."""
         if mode:
-            freezing.refuse(self, "train()")
+            prepared.refuse(self, "train()")
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda(), share_memory()
-        freezing.refuse(self, "moving or casting it")
+        prepared.refuse(self, "moving or casting it")
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        freezing.refuse(self, "load_state_dict()")
+        prepared.refuse(self, "load_state_dict()")
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import weights
-from trm_kernels import freezing, native_module
+from trm_kernels import native_module, prepared
 
 pytestmark = pytest.mark.skipif(native_module.unavailable() is not None, reason="no native kernels")
 
@@ -20,7 +20,7 @@ def test_it_times_every_candidate_and_draws_them(tmp_path: Path, capsys: pytest.
     assert line["threads"] == 1 and set(line["ms"]["16"]) == set(weights.KINDS)
     for medians in line["ms"]["16"].values():
         assert set(medians) == set(weights.CANDIDATES)
-    assert not freezing._promises
+    assert not prepared._promises
     assert weights.text(tmp_path) in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from trm_kernels import (
     TinyRecursiveNetwork,
     deep_recursion,
     native_module,
-    native_weights,
+    prepared,
 )
 from trm_kernels.testing import SEEDS, ToleranceRule
 
@@ -83,7 +83,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
     def forget() -> None:
         native_module.network.cache_clear()
-        native_weights.forget()
+        prepared.forget()
 
     with mock.patch.dict(os.environ, {"TRM_NATIVE_ISA": name}):
         forget()

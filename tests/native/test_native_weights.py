@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.native.common import MIXERS, network
-from trm_kernels import TinyRecursiveNetwork, latent_recursion, native, native_weights
+from trm_kernels import TinyRecursiveNetwork, latent_recursion, native, native_weights, prepared
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_new_weights_take_the_memory_of_the_old(packs: list[int]) -> None:
 
 def test_training_and_gradients_never_keep(packs: list[int]) -> None:
     net, x = network(), torch.randn(2, 5, 16)
-    native_weights.forget()
+    prepared.forget()
     for mode in (True, False):
         net.train(mode)
         net(x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
-from trm_kernels import backends, freezing
+from trm_kernels import backends, prepared
 from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.network import FusedModule
 
@@ -97,7 +97,7 @@ class ModuleWatch:
             *map(Tensor.stride, tensors),
             *map(_KIND, tensors),
             # While a network is frozen, graphs read what was made of its weights.
-            *map(freezing.number, self._networks),
+            *map(prepared.number, self._networks),
         )
         latest, number = self._latest
         if state != latest:

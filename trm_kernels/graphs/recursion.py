@@ -10,10 +10,10 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from trm_kernels.freezing import Frozen
 from trm_kernels.graphs.buckets import Bucket, eighths
 from trm_kernels.graphs.cache import GraphCache
 from trm_kernels.graphs.function import GraphedFunction
+from trm_kernels.prepared import Frozen
 from trm_kernels.recursion import Network, deep_recursion
 
 

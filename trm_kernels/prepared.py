@@ -1,4 +1,4 @@
-"""Networks whose weights are declared frozen: what kernels read of them is made once, for all calls.
+"""What kernels read of weights, prepared once for all calls of a network that is declared frozen.
 
 Everywhere else a call computes with the weights as they are. No pointer, version or hook tells of every write
 to them (``.data``, NumPy's views, other processes, kernels of others), so a promise takes their place.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from trm_kernels import native_weights
 from trm_kernels.streams import Shared
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ class Frozen:
     def _refuse_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if any(id(weight) in self._weights for group in optimizer.param_groups for weight in group["params"]):
             raise FrozenError(f"an optimizer's step would change a frozen network: {_REMEDY}")
+
+
+def forget() -> None:
+    """Give the memory of weights that the ``native`` backend keeps packed back; no result depends on it."""
+    native_weights.forget()
 
 
 def matrices(
