@@ -131,5 +131,5 @@ def build(settings: dict[str, Any], tokenizer: Any, device: torch.device) -> Any
         eos_token_id=tokenizer.eos_token_id,
     )
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     return model.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ _SECONDS_BETWEEN_LINES = 30.0
     help="Of the stored states. [default: the model's, bf16 on CUDA and fp32 elsewhere]",
 )
 @click.option("--fresh", is_flag=True, help="Start over, and remove the pairs that --output holds.")
+@trust_option
 @device_option
 @click.pass_context
 def datagen(
@@ -142,6 +144,7 @@ def datagen(
     shard_size: int,
     dtype: str | None,
     fresh: bool,
+    trust_remote_code: bool,
     device: str,
 ) -> None:
     """Let a language model think about problems, and keep its hidden states before and after.
@@ -187,6 +190,7 @@ def datagen(
         dtype=None if dtype is None else _DTYPES[dtype],
         device=chosen,
         fresh=fresh,
+        trust_remote_code=trust_remote_code,
     )
     is_main = launched_processes().is_main
     try:

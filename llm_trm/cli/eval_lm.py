@@ -125,6 +125,7 @@ def lm(
     output: Path | None,
     plot: Path | None,
     write_card: bool,
+    trust_remote_code: bool,
     device: str,
 ) -> None:
     """Let a language model answer the same problems at once, after thinking, and after a recursion.
@@ -169,7 +170,7 @@ def lm(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=160, highlight=False)  # a pipe has no width
-    speakers, missing = load_speakers(modes, checkpoint, model, where)
+    speakers, missing = load_speakers(modes, checkpoint, model, where, trust_remote_code=trust_remote_code)
     _tell_missing(missing, modes, named=_named(context, "modes"))
     if "latent" in speakers:
         _tell_trained(speakers["latent"].model, data, split)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.output import output_file
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     metavar="FILE",
     help="JSON file for the figures.",
 )
+@trust_option
 @device_option
 def phase2(
     checkpoint: Path,
@@ -89,6 +91,7 @@ def phase2(
     no_baselines: bool,
     allow_training_data: bool,
     output: Path | None,
+    trust_remote_code: bool,
     device: str,
 ) -> None:
     """Measure how well a recursion predicts the state after thinking, on pairs it has not seen.
@@ -132,7 +135,7 @@ def phase2(
                 "--train-data, or pass --no-baselines"
             )
     require_evaluable(pairs, by, fitted_on)
-    head = load_head(model or pairs.model, where, compressor.d_model)
+    head = load_head(model or pairs.model, where, compressor.d_model, trust_remote_code=trust_remote_code)
     steps = max_steps or facts["max_steps"]
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

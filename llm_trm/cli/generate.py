@@ -98,6 +98,7 @@ def generate(
     batch_size: int,
     output: Path | None,
     verbose: bool,
+    trust_remote_code: bool,
     device: str,
 ) -> None:
     """Answer QUESTION, the questions of a file, or those that you type.
@@ -130,7 +131,7 @@ def generate(
         raise InputError("the question is empty: ask something")
     import torch
 
-    speaker = _speaker(mode, checkpoint, model, where)
+    speaker = _speaker(mode, checkpoint, model, where, trust_remote_code)
     # All before the first is answered, and before a file is written anew: one may be too long.
     prompts = [speaker.encode(asked) for asked in questions]
     torch.manual_seed(seed)
@@ -141,12 +142,14 @@ def generate(
             _answer(speaker, questions, prompts, decoding, batch_size, written, verbose=verbose)
 
 
-def _speaker(mode: Mode | None, checkpoint: str | None, model: str | None, device: Any) -> Speaker:
+def _speaker(
+    mode: Mode | None, checkpoint: str | None, model: str | None, device: Any, trust_remote_code: bool
+) -> Speaker:
     from llm_trm.errors import InputError
     from llm_trm.evaluate.language_model_modes import load_speakers
 
     wanted: Sequence[Mode] = [mode] if mode else ["latent"] if checkpoint else ["think", "no-think"]
-    speakers, missing = load_speakers(wanted, checkpoint, model, device)
+    speakers, missing = load_speakers(wanted, checkpoint, model, device, trust_remote_code=trust_remote_code)
     if not speakers:
         raise InputError("; ".join(f"mode {name} cannot run: {reason}" for name, reason in missing.items()))
     speaker = next(iter(speakers.values()))

@@ -14,8 +14,18 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 DEFAULT_CHECKPOINT = Path("runs/lora")
 
 
+#: ``--trust-remote-code``, of every command that loads a language model.
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python files that a language model brings, if it needs them. They can do whatever you can: "
+    "read them first.",
+)
+
+
 def model_options(command: _Command) -> _Command:
-    """``--checkpoint`` and ``--model``."""
+    """``--checkpoint``, ``--model`` and ``--trust-remote-code``."""
+    command = trust_option(command)
     command = click.option(
         "--model",
         metavar="NAME",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_trm.cli.device import resolve_device
+from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.run_options import run_options
 
 if TYPE_CHECKING:
@@ -203,6 +204,7 @@ _OF_REASONER = {
     "--log-every", type=_COUNT, default=10, show_default=True, help="Updates between logged metrics."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, held-out part and order.")
+@trust_option
 @run_options
 def lora(device: str, **options: Any) -> None:
     """Teach a language model to write <think>, recur there in latent space, and answer.

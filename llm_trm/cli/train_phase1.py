@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.language_model_options import trust_option
 
 if TYPE_CHECKING:
     from llm_trm.train.phase1_config import Phase1Config
@@ -152,6 +153,7 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
     help="Folder of the compressors: 1a and 1b in it, or d32/1a and so on of a sweep.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace compressors that other settings made.")
+@trust_option
 @device_option
 def phase1(
     model: str,
@@ -178,6 +180,7 @@ def phase1(
     keep_states: bool,
     output: Path,
     overwrite: bool,
+    trust_remote_code: bool,
     device: str,
 ) -> None:
     """Train a compressor of a frozen language model's hidden states, to lose as little as it can.
@@ -224,6 +227,7 @@ def phase1(
         states=states,
         keep_states=keep_states,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     _run(config)
 

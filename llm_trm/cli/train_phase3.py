@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from llm_trm.cli.device import resolve_device
+from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.run_options import run_options
 from llm_trm.cli.world_options import world_options
 
@@ -126,6 +127,7 @@ _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
     help="Steps between checkpoints; the last three are kept.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of problems, order and completions.")
+@trust_option
 @run_options
 @click.pass_context
 def phase3(context: click.Context, /, device: str, **options: Any) -> None:

@@ -41,6 +41,7 @@ class DataGenConfig:
         dtype: Of the stored states, a key of :data:`llm_trm.data.pairs.DTYPES`; None for the model's own.
         device: Where the model runs.
         fresh: Start over in a folder that holds another run's pairs.
+        trust_remote_code: Run the Python files that the language model brings, if it needs them.
     """
 
     output: Path
@@ -56,6 +57,7 @@ class DataGenConfig:
     dtype: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     fresh: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -134,7 +136,11 @@ class ThinkingDataGenerator:
         maker = None
         if missing:
             # Before anything is removed: a model that cannot be loaded costs nobody their pairs.
-            model = self._model or load_thinking_model(config.model, processes.place(config.device))
+            model = self._model or load_thinking_model(
+                config.model,
+                processes.place(config.device),
+                trust_remote_code=config.trust_remote_code,
+            )
             maker = _ShardMaker(config, model, questions, dtype)
         if processes.is_main:
             begin(folder, settings, fresh=config.fresh)

@@ -211,6 +211,8 @@ def load_speakers(
     checkpoint: str | Path | None,
     model: str | None,
     device: torch.device | str = "cpu",
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[Mode, Speaker], dict[Mode, str]]:
     """Models for the modes that can run, and why the others cannot.
 
@@ -224,13 +226,16 @@ def load_speakers(
         checkpoint: Of a model with a recursion, as :func:`load_latent_model` takes it.
         model: The plain language model; None for the checkpoint's.
         device: Where they run.
+        trust_remote_code: Run the Python files that a language model brings, if it needs them.
 
     Raises:
         InputError: A model that cannot be loaded, or neither of the two.
     """
     if checkpoint is None and model is None:
         raise InputError("name a model with a recursion by --checkpoint, or a plain one by --model")
-    latent = None if checkpoint is None else load_latent_model(checkpoint, device)
+    latent = None
+    if checkpoint is not None:
+        latent = load_latent_model(checkpoint, device, trust_remote_code=trust_remote_code)
     speakers: dict[Mode, Speaker] = {}
     missing: dict[Mode, str] = {}
     plain: Speaker | str | None = None
@@ -247,7 +252,7 @@ def load_speakers(
                 )
             continue
         if plain is None:
-            plain = _plain_speaker(latent, model, device)
+            plain = _plain_speaker(latent, model, device, trust_remote_code)
         reason = plain if isinstance(plain, str) else _why_not(plain) if mode == "think" else None
         if reason is not None:
             missing[mode] = reason
@@ -270,11 +275,13 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {int(end) for end in (*own, tokenizer.eos_token_id) if end is not None}
 
 
-def _plain_speaker(latent: LatentModel | None, name: str | None, device: torch.device | str) -> Speaker | str:
+def _plain_speaker(
+    latent: LatentModel | None, name: str | None, device: torch.device | str, trust_remote_code: bool
+) -> Speaker | str:
     """The plain language model, or why there is none."""
     if latent is not None and latent.has_adapters and name is None:
         assert latent.base is not None
-        tokenizer = _tokenizer(latent.base)
+        tokenizer = _tokenizer(latent.base, trust_remote_code)
         return Speaker("no-think", latent.base, latent.model, tokenizer, prompt_form(tokenizer), True)
     name = name or (latent.base if latent is not None else None)
     if name is None:
@@ -283,15 +290,23 @@ def _plain_speaker(latent: LatentModel | None, name: str | None, device: torch.d
     if (Path(name) / ADAPTERS_FILE).exists():
         raise InputError(f"--model {name} holds adapters, and no plain model: name it by --checkpoint")
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    tokenizer = _tokenizer(name)
-    model = pretrained(AutoModelForCausalLM, name, language_model_source(name), dtype=dtype)
+    tokenizer = _tokenizer(name, trust_remote_code)
+    model = pretrained(
+        AutoModelForCausalLM,
+        name,
+        language_model_source(name),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     if isinstance(model, TRMForCausalLM):
         raise InputError(f"--model {name} is a model with a recursion: name it by --checkpoint")
     return Speaker("no-think", name, model.to(device).eval(), tokenizer, prompt_form(tokenizer))
 
 
-def _tokenizer(name: str) -> Any:
-    tokenizer = pretrained(AutoTokenizer, name, language_model_source(name))
+def _tokenizer(name: str, trust_remote_code: bool) -> Any:
+    tokenizer = pretrained(
+        AutoTokenizer, name, language_model_source(name), trust_remote_code=trust_remote_code
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -290,15 +290,18 @@ def group_labels(values: Sequence[Any]) -> list[str]:
     return [label(value) for value in values]
 
 
-def load_head(name: str, device: torch.device, hidden_size: int) -> torch.nn.Module:
+def load_head(
+    name: str, device: torch.device, hidden_size: int, *, trust_remote_code: bool = False
+) -> torch.nn.Module:
     """The head of the language model ``name``, in float32; the rest of the model is let go.
 
-    States of pair files are normalised, so that the head alone makes logits of them.
+    States of pair files are normalised, so that the head alone makes logits of them. Python files that the
+    model brings run for ``trust_remote_code`` alone.
 
     Raises:
         InputError: No such model, or one of another width than ``hidden_size``.
     """
-    model = load_thinking_model(name, device)
+    model = load_thinking_model(name, device, trust_remote_code=trust_remote_code)
     if model.hidden_size != hidden_size:
         raise InputError(
             f"model {name} has states of width {model.hidden_size}, but those of the pairs have "

@@ -22,6 +22,10 @@ ARITHMETIC = "arithmetic"
 _ARITHMETIC_FOLDER = Path(__file__).parent / "arithmetic"
 
 
+class UntrustedCodeError(InputError):
+    """A model needs Python code that it brings, and nobody has said that it may run."""
+
+
 @dataclass(frozen=True)
 class ThinkingModel:
     """A frozen causal language model, its tokenizer, and the tokens that its thinking lies between.
@@ -50,7 +54,11 @@ class ThinkingModel:
 
 
 def load_thinking_model(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> ThinkingModel:
     """Load a language model for reading its states.
 
@@ -59,6 +67,7 @@ def load_thinking_model(
             ``"HuggingFaceTB/SmolLM3-3B"``.
         device: Where it runs.
         dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
+        trust_remote_code: Run the Python files that the model brings, if it needs them.
 
     Raises:
         InputError: No such model, or one without a chat template or ``<think>`` and ``</think>`` tokens.
@@ -70,14 +79,15 @@ def load_thinking_model(
     source = language_model_source(name)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    tokenizer = pretrained(AutoTokenizer, name, source)
+    trusted = {"trust_remote_code": trust_remote_code}
+    tokenizer = pretrained(AutoTokenizer, name, source, **trusted)
     think, end_think = (_tag(tokenizer, tag, name) for tag in (THINK, END_THINK))
     if not tokenizer.chat_template:
         raise InputError(f"model {name}: its tokenizer has no chat template; use an instruction-tuned model")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = pretrained(AutoModelForCausalLM, name, source, dtype=dtype).to(device).eval()
+    model = pretrained(AutoModelForCausalLM, name, source, dtype=dtype, **trusted).to(device).eval()
     return ThinkingModel(name, model.requires_grad_(False), tokenizer, think, end_think)
 
 
@@ -86,16 +96,34 @@ def language_model_source(name: str) -> str:
     return str(_ARITHMETIC_FOLDER) if name == ARITHMETIC else name
 
 
-def pretrained(kind: Any, name: str, source: str, **options: Any) -> Any:
+def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """``kind.from_pretrained(source)``, quietly.
+
+    Python files that come with a model run for ``trust_remote_code`` alone. transformers is always told:
+    otherwise it asks on standard input, where the next question may stand, and takes a ``y`` for a yes.
 
     Raises:
         InputError: There is no such model; ``name`` is what the user calls it.
+        UntrustedCodeError: It needs code of its own.
     """
+    from transformers import AutoConfig
+
+    described = not Path(source).is_dir() or (Path(source) / "config.json").exists()
     try:
         with no_bars():
-            return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+            if kind is not AutoConfig and described:
+                # First, since a tokenizer would warn of a type that it does not know.
+                AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise UntrustedCodeError(
+                f"model {name} brings Python code of its own, which was not run: read its .py files, and "
+                "pass --trust-remote-code if you trust them"
+            ) from error
+        # Code of ours that does not import is no fault of the model.
+        if isinstance(error, ImportError) and not trust_remote_code:
+            raise
         raise InputError(
             f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
             f"model on the hub, or {ARITHMETIC!r}"

@@ -15,7 +15,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 #: What may change when a run is resumed.
 _FREE = {
     *("output", "resume", "overwrite", "device", "track", "patience", "keep", "log_every", "merge"),
-    *("gradient_checkpointing",),
+    *("gradient_checkpointing", "trust_remote_code"),
 }
 #: Settings that one kind of reasoner has.
 _OF_ONE_KIND = {"num_latents": "latents", "d_compressed": "sequence", "soft_tokens": "sequence"}
@@ -65,6 +65,7 @@ class LoraTrainingConfig:
         overwrite: Replace a run in ``output``.
         track: Where metrics go.
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        trust_remote_code: Run the Python files that the language model brings, if it needs them.
 
     Raises:
         InputError: Settings that contradict each other.
@@ -108,6 +109,7 @@ class LoraTrainingConfig:
     overwrite: bool = False
     track: Track | None = None
     device: str = "cpu"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:

@@ -57,10 +57,18 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
         raise InputError(
             f"--model {config.model} holds adapters, and no plain model: name the language model itself"
         )
-    tokenizer = pretrained(AutoTokenizer, config.model, source)
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = pretrained(AutoTokenizer, config.model, source, **trusted)
     form = prompt_form(tokenizer, config.prompt_form)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    language_model = pretrained(AutoModelForCausalLM, config.model, source, dtype=dtype)
+    language_model = pretrained(AutoModelForCausalLM, config.model, source, dtype=dtype, **trusted)
+    if type(language_model).__module__.startswith("transformers_modules.") and (
+        config.merge or not config.lora
+    ):
+        raise InputError(
+            f"model {config.model} needs Python code of its own, which a whole model that is saved would "
+            "lack: save adapters, without --merge and --no-lora"
+        )
     added = add_think_tokens(tokenizer, language_model)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

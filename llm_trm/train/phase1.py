@@ -91,7 +91,9 @@ class CompressorPretrainer:
             InputError: Bad texts, states, sizes or files; nothing was overwritten.
         """
         config = self.config
-        model = load_thinking_model(config.model, self.accelerator.device)
+        model = load_thinking_model(
+            config.model, self.accelerator.device, trust_remote_code=config.trust_remote_code
+        )
         width = model.hidden_size
         sizes = self._sizes(width)
         corpora = {stage: self._corpus(stage, model) for stage in config.stages}

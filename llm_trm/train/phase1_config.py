@@ -50,6 +50,7 @@ class Phase1Config:
         track: Where the curves go (:mod:`llm_trm.train.tracking`).
         states: Folder of the computed states; ``output/states``.
         keep_states: Whether they stay for the next run.
+        trust_remote_code: Run the Python files that the language model brings, if it needs them.
         overwrite: Replace compressors that other settings made.
 
     Raises:
@@ -80,6 +81,7 @@ class Phase1Config:
     track: Track | None = None
     states: Path | None = None
     keep_states: bool = True
+    trust_remote_code: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -71,7 +71,9 @@ def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Ph
     accelerator = new_accelerator(
         config.track, config.output, device=config.device, resumed_at=start if checkpoint else None
     )
-    latent = load_latent_model(config.checkpoint, arguments.device, trainable=True)
+    latent = load_latent_model(
+        config.checkpoint, arguments.device, trainable=True, trust_remote_code=config.trust_remote_code
+    )
     callback = _Callback(report, accelerator)
     trainer = make_trainer(config, arguments, latent, problems, [callback])
     if trainer.is_world_process_zero():

@@ -16,7 +16,10 @@ from llm_trm.train.tracking import Track
 ThinkBy = Literal["prompt", "model"]
 
 #: Settings of a run that another may change when it goes on.
-_FREE = {"output", "resume", "overwrite", "track", "device", "log_every", "save_every", "eval_every"}
+_FREE = {
+    *("output", "resume", "overwrite", "track", "device", "log_every", "save_every", "eval_every"),
+    *("trust_remote_code",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Phase3Config:
         track: Where metrics go.
         resume: Go on from the last checkpoint in ``output``.
         overwrite: Replace the run in ``output``.
+        trust_remote_code: Run the Python files that the language model brings, if it needs them.
 
     Raises:
-        InputError: Both of the last two.
+        InputError: Both ``resume`` and ``overwrite``.
     """
 
     checkpoint: str
@@ -80,6 +84,7 @@ class Phase3Config:
     track: Track | None = None
     resume: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:

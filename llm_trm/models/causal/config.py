@@ -150,7 +150,14 @@ def _decoder_config(given: PretrainedConfig | dict[str, Any] | None) -> Any:
         config = given
     else:
         settings = dict(given or {})
-        config = AutoConfig.for_model(settings.pop("model_type", "smollm3"), **settings)
+        kind = settings.pop("model_type", "smollm3")
+        try:
+            config = AutoConfig.for_model(kind, **settings)
+        except ValueError as error:
+            raise InputError(
+                f"the decoder is of the type {kind!r}, which transformers does not know: a language model "
+                "that brings code of its own can be kept as adapters alone"
+            ) from error
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise InputError(f"a {config.model_type} model is no decoder of text alone, and cannot be wrapped")
     unknown = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS

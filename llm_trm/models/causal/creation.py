@@ -29,6 +29,7 @@ def create_smollm_trm_model(
     lora_dropout: float = 0.1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A language model that recurs at ``<think>``, ready to be trained; its tokenizer is ``model.tokenizer``.
 
@@ -40,6 +41,7 @@ def create_smollm_trm_model(
         trm_kwargs: Further settings of :class:`TRMConfig`.
         device: Where the model goes; CUDA if there is any.
         dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
+        trust_remote_code: Run the Python files that the language model brings, if it needs them.
 
     Returns:
         A :class:`TRMForCausalLM`, within a ``PeftModel`` if ``use_lora``.
@@ -52,8 +54,9 @@ def create_smollm_trm_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     source = language_model_source(model_name)
-    tokenizer = pretrained(AutoTokenizer, model_name, source)
-    language_model: Any = pretrained(AutoModelForCausalLM, model_name, source, dtype=dtype)
+    trusted = {"trust_remote_code": trust_remote_code}
+    tokenizer = pretrained(AutoTokenizer, model_name, source, **trusted)
+    language_model: Any = pretrained(AutoModelForCausalLM, model_name, source, dtype=dtype, **trusted)
     added = add_think_tokens(tokenizer, language_model.to(device))
     think, end_think = think_ids(tokenizer)
     settings = {"num_latents": num_latents, **(trm_kwargs or {})}

@@ -114,6 +114,7 @@ def load_latent_model(
     dtype: torch.dtype | None = None,
     *,
     trainable: bool = False,
+    trust_remote_code: bool = False,
 ) -> LatentModel:
     """Load what :func:`save_latent_model` wrote, here or on the hub.
 
@@ -122,6 +123,7 @@ def load_latent_model(
         device: Where the model goes.
         dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
         trainable: Whether the reasoner, and nothing else, is to be trained further.
+        trust_remote_code: Run the Python files that its base or its tokenizer brings, if it needs them.
 
     Raises:
         InputError: No such model, a model without a recursion, or adapters whose base cannot be found.
@@ -129,12 +131,12 @@ def load_latent_model(
     source = _snapshot(str(name))
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     known = read_json(source / FACTS_FILE, _REMEDY) if (source / FACTS_FILE).exists() else {}
-    tokenizer = pretrained(AutoTokenizer, str(name), str(source))
+    tokenizer = pretrained(AutoTokenizer, str(name), str(source), trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if (source / ADAPTERS_FILE).exists():
-        model = _with_adapters(source, known, tokenizer, device, dtype)
+        model = _with_adapters(source, known, tokenizer, device, dtype, trust_remote_code)
     else:
         kind = read_json(source / _CONFIG_FILE, _REMEDY).get("model_type")
         if kind != TRMConfig.model_type:
@@ -143,7 +145,8 @@ def load_latent_model(
                 f"{name}`"
             )
         with no_bars():
-            model = TRMForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+            model = TRMForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        model = model.to(device)
     model.requires_grad_(False)
     if trainable:
         _train_reasoner(model)
@@ -155,7 +158,12 @@ def load_latent_model(
 
 
 def _with_adapters(
-    folder: Path, known: dict[str, Any], tokenizer: Any, device: torch.device | str, dtype: torch.dtype
+    folder: Path,
+    known: dict[str, Any],
+    tokenizer: Any,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> Any:
     require("train", "peft")
     from peft import PeftModel
@@ -165,9 +173,13 @@ def _with_adapters(
     if not known.get("base") or not known.get("settings"):
         raise InputError(f"{folder} holds adapters, and no {FACTS_FILE} that names their base: {_REMEDY}")
     base = known["base"]
-    language_model = pretrained(AutoModelForCausalLM, base, language_model_source(base), dtype=dtype).to(
-        device
-    )
+    language_model = pretrained(
+        AutoModelForCausalLM,
+        base,
+        language_model_source(base),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    ).to(device)
     if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
         language_model.resize_token_embeddings(len(tokenizer))
     model = TRMForCausalLM.wrap(language_model, **known["settings"])

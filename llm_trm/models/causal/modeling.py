@@ -82,7 +82,7 @@ class TRMModel(TRMPreTrainedModel):
     def __init__(self, config: TRMConfig, decoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.prefill_chunk: int | None = PREFILL_CHUNK
-        self.decoder: Any = AutoModel.from_config(config.text_config) if decoder is None else decoder
+        self.decoder: Any = _new_decoder(config.text_config) if decoder is None else decoder
         embeddings: Any = self.decoder.get_input_embeddings()
         self.reasoner: Any = build_reasoner(config, embeddings.embedding_dim)
         if not config.trains_halting:
@@ -507,6 +507,11 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
             "continuous batching (generate_batch) has no room for soft tokens in its paged cache: use "
             "generate, which takes padded batches"
         )
+
+
+def _new_decoder(config: Any) -> Any:
+    # Not left open: transformers would ask on standard input whether code that the settings name may run.
+    return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _keep(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from llm_trm.errors import InputError
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.creation import LORA_TARGETS
 from llm_trm.models.causal.modeling import PREFILL_CHUNK, TRMForCausalLM
-from llm_trm.models.loading import language_model_source, pretrained
+from llm_trm.models.loading import UntrustedCodeError, language_model_source, pretrained
 
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 #: Numbers that a block of the recursion keeps for each row and each of its d columns. Measured: 12.5 by the
@@ -93,7 +93,12 @@ def decoder_config(name: str) -> Any:
     """
     if name == SMOLLM3:
         return AutoConfig.for_model("smollm3", max_position_embeddings=65536)
-    return pretrained(AutoConfig, name, language_model_source(name))
+    try:
+        return pretrained(AutoConfig, name, language_model_source(name))
+    except UntrustedCodeError as error:
+        raise InputError(
+            f"model {name} brings Python code of its own, which is not run for a plan: name another"
+        ) from error
 
 
 def make_plan(config: TRMConfig, settings: PlanSettings) -> Plan:

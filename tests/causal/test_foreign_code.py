@@ -1,0 +1,142 @@
+"""Python files that come with a model run when somebody says so, and never by a line of standard input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from transformers import dynamic_module_utils
+
+from llm_trm.cli import main
+from llm_trm.data.questions import load_solved
+from llm_trm.errors import InputError
+from llm_trm.models.causal.loading import FACTS_FILE, load_latent_model, save_latent_model
+from llm_trm.models.loading import load_thinking_model
+from tests.causal.lora_world import write_language_model, write_rows
+from tests.causal.saved import latent_model, save
+
+_CODE = """
+from pathlib import Path
+
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+Path({marker!r}).touch()
+
+
+class ForeignConfig(SmolLM3Config):
+    model_type = "foreign"
+
+
+class ForeignForCausalLM(SmolLM3ForCausalLM):
+    config_class = ForeignConfig
+"""
+_TINY = ("--steps", "1", "-n", "1", "-T", "1", "--supervision-steps", "1", "--layers", "1")
+#: Commands that load a language model, with the arguments of a short run.
+COMMANDS = {
+    "generate": ("generate", "--max-new-tokens", "2", "1+1"),
+    "generate from stdin": ("generate", "--max-new-tokens", "2"),
+    "datagen": ("datagen", "--num-samples", "2", "--max-new-tokens", "4", "-o", "pairs"),
+    "phase1": ("train", "phase1", "--text", "text.txt", "--stage", "1a", "--epochs", "1", "-o", "phase1"),
+    "lora": ("train", "lora", "--data", "rows.jsonl", *_TINY, "-o", "lora"),
+    "eval lm": ("eval", "lm", "--mode", "think", "--num-samples", "2", "--max-new-tokens", "2"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "marker"
+
+
+def make_foreign(folder: Path, marker: Path) -> Path:
+    """Let ``folder`` need a Python file beside it, which leaves ``marker`` where it runs."""
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": auto_map}))
+    (folder / "foreign.py").write_text(_CODE.format(marker=str(marker)))
+    return folder
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, marker: Path) -> Path:
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{n}+{n}" for n in range(60)))
+    # A name of its own for each test: transformers remembers code by the folder's name.
+    return make_foreign(write_language_model(tmp_path / f"model_{tmp_path.name}"), marker)
+
+
+def run(*arguments: str | Path) -> Result:
+    words = [*map(str, arguments), "--device", "cpu"]
+    return CliRunner().invoke(main, words, input="y\n", prog_name="llm-trm")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_of_a_model_runs_for_the_flag_alone(command: str, foreign: Path, marker: Path) -> None:
+    refused = run(*COMMANDS[command], "--model", foreign)
+    assert not marker.exists()
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.output
+    assert f"model {foreign} brings Python code of its own" in refused.stderr
+    assert "--trust-remote-code" in refused.stderr
+    trusted = run(*COMMANDS[command], "--model", foreign, "--trust-remote-code")
+    assert marker.exists() and trusted.exit_code == 0, trusted.output
+
+
+def test_heads_that_eval_phase2_reads(foreign: Path, marker: Path) -> None:
+    with pytest.raises(InputError, match="brings Python code of its own"):
+        load_thinking_model(str(foreign))
+    assert not marker.exists()
+    assert load_thinking_model(str(foreign), trust_remote_code=True).hidden_size == 32 and marker.exists()
+
+
+def test_plans_read_no_code(foreign: Path, marker: Path) -> None:
+    result = CliRunner().invoke(main, ["env", "--plan", "--model", str(foreign)], input="y\n")
+    assert result.exit_code == 2 and "is not run for a plan" in result.stderr and not marker.exists()
+
+
+def test_base_of_adapters(foreign: Path, marker: Path, tmp_path: Path) -> None:
+    adapters = save(latent_model(), tmp_path / "adapters")
+    base = tmp_path / f"base_{tmp_path.name}"
+    shutil.copytree(Path(load_thinking_model("arithmetic").model.name_or_path), base)
+    facts = adapters / FACTS_FILE
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "base": str(make_foreign(base, marker))}))
+    refused = run("generate", "--checkpoint", adapters, "1+1", "--max-new-tokens", "2")
+    assert refused.exit_code == 2 and "brings Python code of its own" in refused.stderr
+    assert not marker.exists()
+    trusted = run("generate", "--checkpoint", adapters, "1+1", "--trust-remote-code")
+    assert marker.exists() and trusted.exit_code == 0, trusted.output
+    # A whole model would have nothing to be loaded by.
+    whole = run("train", "lora", "--data", "rows.jsonl", "--model", foreign, "--merge", "--trust-remote-code")
+    assert whole.exit_code == 2 and "without --merge and --no-lora" in whole.stderr
+
+
+def test_code_beside_a_model_of_this_project(marker: Path, tmp_path: Path) -> None:
+    model = latent_model().merge_and_unload()
+    model.tokenizer = load_thinking_model("arithmetic").tokenizer
+    whole = tmp_path / f"whole_{tmp_path.name}"
+    save_latent_model(model, model.tokenizer, whole, base="arithmetic", prompt_form="chat")
+    config = json.loads((whole / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part["auto_map"] = {"AutoConfig": "foreign.ForeignConfig", "AutoModel": "foreign.ForeignForCausalLM"}
+    (whole / "config.json").write_text(json.dumps(config))
+    (whole / "foreign.py").write_text(_CODE.format(marker=str(marker)))
+    (whole / "custom_generate").mkdir()
+    (whole / "custom_generate" / "generate.py").write_text(_CODE.format(marker=str(marker)))
+    assert load_latent_model(whole).model.config.think_token_id is not None
+    assert not marker.exists()
+
+
+def test_scripts_of_data_sets(marker: Path) -> None:
+    script = Path("owner/name/name.py")
+    script.parent.mkdir(parents=True)
+    script.write_text(_CODE.format(marker=str(marker)))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_solved("owner/name")
+    assert not marker.exists()
