@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.errors import InputError, one_line
+from llm_trm.text import parse_json, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def read_json(path: Path, remedy: str) -> Any:
     """The content of a JSON file; InputError, ending in ``remedy``, if it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:

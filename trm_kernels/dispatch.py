@@ -212,7 +212,7 @@ def read(path: Path, target: Target) -> Table:
         TableError: The file is unreadable, no table of this format, or another device's.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise TableError(f"{path} cannot be read: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
+from llm_trm.text import read_lines
 
 #: Candidates that others are compared with, where they ran.
 BASELINES = ("original", "eager", "compile", "eager+graph", "compile+graph", "official+compile")
@@ -127,10 +128,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a results file; a last line that was cut short is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            yield line
+    for text in read_lines(path, only_text=True):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        yield line

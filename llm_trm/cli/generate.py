@@ -187,6 +187,7 @@ def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, 
     from transformers import TextStreamer
 
     from llm_trm.errors import InputError
+    from llm_trm.text import is_text
 
     # With it input() edits lines and remembers them; Windows has none.
     with suppress(ImportError):
@@ -200,7 +201,12 @@ def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, 
         except (EOFError, KeyboardInterrupt):
             click.echo()
             return
+        except UnicodeDecodeError:
+            asked = "\udcff"
         if not asked:
+            continue
+        if not is_text(asked):
+            click.echo("llm-trm: error: the line is not text in UTF-8: type it again", err=True)
             continue
         # Whoever types has time to read how the answer comes about.
         streamer = TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -271,23 +277,22 @@ def _is_terminal() -> bool:
 def _questions(question: str | None, file: Path | None) -> list[str]:
     from llm_trm.data.problems import read_questions
     from llm_trm.errors import InputError, one_line
+    from llm_trm.text import is_text, lines_of, read_stdin, read_text
 
     if question is not None:
-        return [question]
+        if not is_text(question):
+            raise InputError(f"the question {question!a} is not text in UTF-8: ask it in UTF-8")
+        return ["\n".join(lines_of(question))]
     if file is not None and file.suffix in (".jsonl", ".json"):
         found = [asked.text for asked in read_questions(file)]
     else:
         name = "standard input" if file is None or str(file) == "-" else str(file)
         try:
-            if file is None or str(file) == "-":
-                text = sys.stdin.read()
-            else:
-                # A byte order mark is what some editors write.
-                text = file.read_text(encoding="utf-8-sig")
+            text = read_stdin() if file is None or str(file) == "-" else read_text(file)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else one_line(error)
             raise InputError(f"{name} cannot be read ({reason}): name a text file in UTF-8") from error
-        found = [line.strip() for line in text.splitlines() if line.strip()]
+        found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
         raise InputError(f"{file or 'standard input'} holds no question: write one on each line")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,11 +135,11 @@ def solve(
 def _read(file: Path) -> tuple[str, str]:
     """The text of a file, and what to call it."""
     from llm_trm.errors import InputError, one_line
+    from llm_trm.text import read_stdin, read_text
 
     name = "standard input" if str(file) == "-" else str(file)
     try:
-        # A byte order mark is what some editors write.
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+        text = read_stdin() if str(file) == "-" else read_text(file)
     except FileNotFoundError:
         raise InputError(
             f"{name} does not exist: name a text file of puzzles, or - for standard input"

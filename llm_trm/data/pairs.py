@@ -29,6 +29,7 @@ from torch import Tensor
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors, write_text
+from llm_trm.text import parse_json, read_lines
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -374,7 +375,7 @@ def _read_shard(folder: Path, entry: ShardEntry, hidden_size: int) -> PairShard:
 
 def _read_records(path: Path, samples: int) -> list[dict[str, Any]]:
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [parse_json(line) for line in read_lines(path)]
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): {_REMEDY}") from error
     if len(records) != samples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count as count_up
@@ -13,6 +12,7 @@ from typing import Any
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.errors import InputError
 from llm_trm.extras import require
+from llm_trm.text import parse_json, read_lines, read_text
 
 ARITHMETIC = "arithmetic"
 #: Columns of a local file, the first that is there.
@@ -167,17 +167,16 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"line {number}", _parsed(f"{path}, line {number}", line)
+        for number, line in enumerate(read_lines(path), 1):
+            if line.strip():
+                yield f"line {number}", _parsed(f"{path}, line {number}", line)
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        records = _parsed(str(path), path.read_text(encoding="utf-8"))
+        records = _parsed(str(path), read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(records, list):
@@ -195,7 +194,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 def _parsed(place: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error}): mend the file") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -18,6 +17,7 @@ from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.models.loading import ThinkingModel
 from llm_trm.models.tiny import END_THINK, THINK
+from llm_trm.text import parse_json, read_lines
 
 _QUESTION = ("question", "problem")
 #: What the model said comes before what it should have said: pair files have both.
@@ -136,10 +136,10 @@ def _paragraphs(path: Path) -> Iterator[str]:
         if line.strip():
             block.append(line)
         elif block:
-            yield "".join(block).strip()
+            yield "\n".join(block).strip()
             block = []
     if block:
-        yield "".join(block).strip()
+        yield "\n".join(block).strip()
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -147,19 +147,20 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"{path} line {number}", json.loads(line)
-        except ValueError:
-            raise InputError(f"{path} line {number} is not JSON: mend or remove the line") from None
+            yield f"{path} line {number}", parse_json(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path} line {number} is not JSON ({one_line(error)}): mend or remove the line"
+            ) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        yield from read_lines(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: name a .txt or .jsonl file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: convert it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): name another file") from error
 

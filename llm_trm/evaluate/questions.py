@@ -16,6 +16,7 @@ from torch import Tensor
 from llm_trm.data.puzzles import maze, sudoku
 from llm_trm.data.puzzles.dataset import Task
 from llm_trm.errors import InputError
+from llm_trm.text import lines_of
 
 _REMEDY = (
     "give a Sudoku of 16, 36 or 81 cells (digits, and 0 . _ - * for blanks), or the rows of a maze "
@@ -83,23 +84,23 @@ def read_questions(text: str, source: str) -> list[Question]:
     Raises:
         InputError: It holds something else; the message says where.
     """
-    if text.lstrip()[:1] in ("{", "["):
+    lines = lines_of(text)
+    if text.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
         raise InputError(
             f"{source} looks like JSON, as ARC tasks are, which only `llm-trm eval puzzle` takes: {_REMEDY}"
         )
     if not text.strip():
         raise InputError(f"{source} holds no puzzle: {_REMEDY}")
     if re.search("[#SG]", text):
-        return [_maze(block, where) for block, where in _mazes(text, source)]
-    return [_sudoku(cells, where) for cells, where in _sudokus(text, source)]
+        return [_maze(block, where) for block, where in _mazes(lines, source)]
+    return [_sudoku(cells, where) for cells, where in _sudokus(lines, source)]
 
 
-def _mazes(text: str, source: str) -> Iterator[tuple[str, str]]:
-    lines = text.split("\n")
+def _mazes(lines: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
     begin = 0
     for number, line in enumerate([*lines, ""]):
         # A line of spaces is a row of open cells.
-        if line.strip("\r"):
+        if line:
             continue
         if begin < number:
             yield "\n".join(lines[begin:number]), source if len(lines) == 1 else f"{source}, line {begin + 1}"
@@ -119,8 +120,8 @@ def _maze(text: str, where: str) -> Question:
     return Question("maze", rows, columns, torch.from_numpy(grid.reshape(-1)))
 
 
-def _sudokus(text: str, source: str) -> Iterator[tuple[str, str]]:
-    lines = [(number, "".join(line.split())) for number, line in enumerate(text.splitlines(), 1)]
+def _sudokus(texts: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
+    lines = [(number, "".join(line.split())) for number, line in enumerate(texts, 1)]
     blocks: list[list[tuple[int, str]]] = [[]]
     for number, line in lines:
         if line:

@@ -17,6 +17,7 @@ from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
 from llm_trm.models.loading import no_bars
 from llm_trm.models.tiny import THINK
+from llm_trm.text import read_lines
 from llm_trm.train.phase3_config import (
     Accuracy,
     Phase3Config,
@@ -297,7 +298,7 @@ def _keep_completions(path: Path, until: int) -> None:
     import json
 
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in read_lines(path, only_text=True) if path.exists() else ():
         try:
             if json.loads(line)["step"] <= until:
                 kept.append(line + "\n")

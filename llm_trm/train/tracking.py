@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import write_text
+from llm_trm.text import read_lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,7 +130,7 @@ def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
 def _lines_until(path: Path, step: int) -> str:
     """The whole lines of ``path`` up to ``step``; a line that a crash cut short is left out."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in read_lines(path, only_text=True) if path.exists() else ():
         try:
             at = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from llm_trm.data.puzzles.maze import MazeGrid, parse_maze, solution_fault
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
+from llm_trm.text import parse_json, read_lines
 
 #: Names of the two columns; the first pair is the hub's.
 _COLUMNS = (("question", "answer"), ("maze", "solution"))
@@ -36,8 +36,8 @@ def read_mazes(path: Path) -> Mazes:
         return _mazes(str(path), readers[path.suffix](path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: name a .csv or .jsonl file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: convert it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}): name another file") from error
 
@@ -67,17 +67,16 @@ def load_mazes(dataset: str, split: str) -> Mazes:
 
 
 def _csv_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        yield from csv.DictReader(lines)
+    # The newlines belong to cells that have several lines.
+    yield from csv.DictReader(f"{line}\n" for line in read_lines(path))
 
 
 def _json_records(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for row, line in enumerate((line for line in lines if line.strip()), 1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise InputError(f"{path}, row {row} is not JSON: mend or remove the line") from None
+    for row, line in enumerate((line for line in read_lines(path) if line.strip()), 1):
+        try:
+            yield parse_json(line)
+        except ValueError:
+            raise InputError(f"{path}, row {row} is not JSON: mend or remove the line") from None
 
 
 def _mazes(source: str, records: Iterator[Any] | list[Any]) -> Mazes:

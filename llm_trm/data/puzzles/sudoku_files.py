@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import repeat
@@ -17,6 +16,7 @@ from llm_trm.data.puzzles.sudoku import BLANKS, SHAPES, Shape, shape_of
 from llm_trm.data.puzzles.sudoku_rows import Progress, SudokuRows, row_error, untracked
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
+from llm_trm.text import parse_json, read_lines
 
 #: Names of columns, in lower case.
 _PUZZLE_COLUMNS = ("puzzle", "puzzles", "quiz", "quizzes", "question")
@@ -55,10 +55,10 @@ def read_sudoku_file(path: Path) -> SudokuRows:
             first.
     """
     try:
-        # newline="" as csv wants it; a byte order mark is what spreadsheets write.
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = _json_rows(path, lines) if path.suffix == ".jsonl" else _csv_rows(path, lines)
-            return _collected(str(path), rows)
+        # The newlines belong to cells that have several lines.
+        lines = (f"{line}\n" for line in read_lines(path))
+        rows = _json_rows(path, lines) if path.suffix == ".jsonl" else _csv_rows(path, lines)
+        return _collected(str(path), rows)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {_FILE}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -129,7 +129,7 @@ def _text(grid: Any, name: str) -> str:
         # Nearly all are like this, and it takes a quarter of the time.
         if len(parts := grid.split()) == 1:
             return parts[0]
-        lines = ["".join(line.split()) for line in grid.splitlines()]
+        lines = ["".join(line.split()) for line in grid.split("\n")]
         lines = [line for line in lines if line]
     elif not isinstance(grid, list):
         raise InputError(f"the {name} is {grid!r}, which is no grid: give a string or a list")
@@ -207,7 +207,7 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
 def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
     for number, line in enumerate((line for line in lines if line.strip()), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict):
                 raise InputError(f"no JSON object: {_COLUMNS}")
             row = _Row(*(record[name] if name else None for name in _columns(tuple(record))))

@@ -136,7 +136,7 @@ def write_card(
 ) -> bool:
     """Write the card alone; returns False, and does nothing, if there is one of somebody's own."""
     path = folder / CARD_FILE
-    if path.exists() and not _replaceable(path.read_text(encoding="utf-8")):
+    if path.exists() and not _replaceable(path.read_text(encoding="utf-8", errors="replace")):
         return False
     write_text(path, card(model, evaluation, name=name, folder=folder))
     return True

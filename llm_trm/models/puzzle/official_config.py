@@ -10,6 +10,7 @@ from llm_trm.data.puzzles.dataset import Task
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import write_text
 from llm_trm.models.puzzle.paper import PuzzleTRMConfig
+from llm_trm.text import read_text
 
 CONFIG_FILE = "all_config.yaml"
 
@@ -48,7 +49,7 @@ def read_config(checkpoint: Path) -> tuple[dict[str, Any], str]:
     except ImportError:
         return {}, f"; {path} says them, but reading it needs PyYAML: pip install pyyaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
         architecture = dict(content["arch"])
         return {**_translate(architecture), **_own(content.get(_OWN) or {})}, ""
     except KeyError as error:
@@ -127,7 +128,7 @@ def write_config(checkpoint: Path, config: PuzzleTRMConfig, facts: dict[str, Any
     if not path.exists():
         write_text(path, text)
         return True
-    if path.read_text(encoding="utf-8") == text:
+    if path.read_bytes() == text.encode():
         return False
     said, unreadable = read_config(checkpoint)
     mine = {**vars(config), **facts}
