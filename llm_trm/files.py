@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.errors import InputError, one_line
@@ -79,6 +79,22 @@ def read_json(path: Path, remedy: str) -> Any:
         raise InputError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
+
+
+def named_in(folder: Path, name: Any, index: Path, remedy: str) -> Path:
+    """What ``index`` calls ``name``, a file or a folder below ``folder``.
+
+    A link there may lead anywhere: the hub's cache is made of links, and whoever keeps data on another disk
+    makes one. An index, which comes with data from elsewhere, may not.
+
+    Raises:
+        InputError: It is no name, an absolute one, or one that leads out of ``folder`` by ``..``.
+    """
+    known = isinstance(name, str) and "\0" not in name
+    paths = (PurePosixPath(name), PureWindowsPath(name)) if known else ()
+    if not all(path.parts and not path.anchor and ".." not in path.parts for path in paths) or not known:
+        raise InputError(f"{index} names {name!r:.200}, which is no file below {folder}: {remedy}")
+    return folder / name
 
 
 def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import read_json, read_tensors, write_json, write_tensors, write_text
+from llm_trm.files import named_in, read_json, read_tensors, write_json, write_tensors, write_text
 from llm_trm.text import parse_json, read_lines
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
             f"{hidden_size}: use pairs and a model that belong together"
         )
     for entry in files.entries:
+        for name in (entry.file, entry.metadata):
+            named_in(path, name, index_path, _REMEDY)
         _check(path, entry, files)
     return files
 

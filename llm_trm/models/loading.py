@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llm_trm.data.lessons import question_prompt
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
+from llm_trm.files import named_in, read_json
 from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
     """
     from transformers import AutoConfig
 
-    described = not Path(source).is_dir() or (Path(source) / "config.json").exists()
+    folder = Path(source)
+    if folder.is_dir():
+        require_own_files(folder)
+    described = not folder.is_dir() or (folder / "config.json").exists()
     try:
         with no_bars():
             if kind is not AutoConfig and described:
@@ -128,6 +132,34 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
             f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
             f"model on the hub, or {ARITHMETIC!r}"
         ) from error
+
+
+def require_own_files(folder: Path) -> None:
+    """Check what the files of a model's folder name, which transformers follows wherever it leads.
+
+    Raises:
+        InputError: One is broken, or names a file outside the folder.
+    """
+    remedy = "load a model whose files all lie in its own folder"
+
+    def entries(path: Path, key: str) -> Any:
+        content = read_json(path, remedy) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds no JSON object: {remedy}")
+        return content.get(key)
+
+    named: list[tuple[Path, Any]] = []
+    for path in sorted(folder.glob("*.index.json")):
+        weights = entries(path, "weight_map")
+        if not isinstance(weights, dict):
+            raise InputError(f"{path} is no index of weights: {remedy}")
+        named += [(path, name) for name in dict.fromkeys(map(str, weights.values()))]
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    if (name := entries(config, "transformers_weights")) is not None:
+        named.append((config, name))
+    named += [(tokenizer, name) for name in entries(tokenizer, "fast_tokenizer_files") or ()]
+    for path, name in named:
+        named_in(folder, name, path, remedy)
 
 
 @contextmanager

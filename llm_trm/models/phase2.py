@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.errors import InputError
-from llm_trm.files import read_json
+from llm_trm.files import named_in, read_json
 from llm_trm.models.compression import DimensionCompressor, load_compressor
 from llm_trm.models.sequence_trm import SequenceTRM, load_sequence_trm
 
@@ -47,8 +47,10 @@ def best_checkpoint(folder: Path) -> Path:
     Raises:
         InputError: There is none.
     """
-    index = read_json(folder / INDEX_FILE, _REMEDY)
+    path = folder / INDEX_FILE
+    index = read_json(path, _REMEDY)
     try:
-        return folder / CHECKPOINTS_FOLDER / (index["best"] or index["last"])
+        name = index["best"] or index["last"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / INDEX_FILE} is no index of checkpoints: {_REMEDY}") from error
+        raise InputError(f"{path} is no index of checkpoints: {_REMEDY}") from error
+    return named_in(folder / CHECKPOINTS_FOLDER, name, path, _REMEDY)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.errors import InputError
-from llm_trm.files import publish, read_json, write_json
+from llm_trm.files import named_in, publish, read_json, write_json
 from llm_trm.models.phase2 import CHECKPOINTS_FOLDER, INDEX_FILE
 
 _START_OVER = "start over with --overwrite"
@@ -107,6 +107,13 @@ class Checkpoints:
         index = read_json(self._index_path, _START_OVER)
         if not isinstance(index, dict) or not {"last", "best", "kept"} <= index.keys():
             raise InputError(f"{self._index_path} is no index of checkpoints: {_START_OVER}")
+        try:
+            names = _named(index) | {index["best"]} - {None}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{self._index_path} is no index of checkpoints: {_START_OVER}") from error
+        for name in names:
+            if named_in(self._folder, name, self._index_path, _START_OVER).name != name:
+                raise InputError(f"{self._index_path} is no index of checkpoints: {_START_OVER}")
         return index
 
 

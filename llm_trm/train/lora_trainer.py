@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trm.data.reasoning import IGNORED
+from llm_trm.models.loading import require_own_files
 from llm_trm.train.curriculum import StagedOrder
 from llm_trm.train.distillation import state_distance, states_at, teacher_states
 from llm_trm.train.lora_metrics import sample_measures, summary
@@ -204,6 +205,12 @@ class KeepBest(TrainerCallback):
         self._keep, self._patience, self._share = keep, patience, share
         self.stopped = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The Trainer's state has a path, which is another's where the run was moved, and may lead anywhere.
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
@@ -270,6 +277,12 @@ def take_up_finished(trainer: Any, checkpoint: Path, folder: Path, best: bool) -
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest one that was written to its end: the Trainer's state is its last file."""
+    """The newest one that was written to its end: the Trainer's state is its last file.
+
+    Raises:
+        InputError: A checkpoint's index of weights names files outside it.
+    """
     whole = [path for path in checkpoints(folder) if (path / _STATE_FILE).exists()]
+    for path in whole:
+        require_own_files(path)
     return whole[-1] if whole else None
