@@ -38,7 +38,8 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     PATH is a folder with one JSON file a task, such a file, or a *_challenges.json file of the ARC Prize with
     the *_solutions.json file beside it. The colours but black are permuted, the grids turned and mirrored;
     each task under each symmetry has a puzzle identifier of its own, and arc.json says which. The pairs that
-    show a task's rule are always learned from. A task of --evaluation that is in PATH too is held out.
+    show a task's rule are always learned from. A task of --evaluation that is in PATH too, under its name or
+    another, is held out.
 
     \b
     Examples:
@@ -48,6 +49,7 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.arc_files import is_labelled, merged, read_tasks
     from llm_trm.data.puzzles.arc_folder import write_arc
+    from llm_trm.data.puzzles.arc_overlap import learnable, without_tests_of_others
     from llm_trm.data.puzzles.arc_splits import plan_tasks
     from llm_trm.files import writable_folder
 
@@ -58,6 +60,12 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     learned = [task for task in tasks if task.name not in names]
     if both := len(tasks) - len(learned) if evaluation else 0:
         click.echo(f"held out, since --evaluation has them too: {both} of PATH", err=True)
+    learned, twins = learnable(tested, learned)
+    if twins:
+        click.echo(f"held out, since --evaluation has them under other names: {_such_as(twins)}", err=True)
+    tested, shown = without_tests_of_others(tested)
+    if shown:
+        click.echo(f"demonstrations left out, since they test another task: {_such_as(shown)}", err=True)
     with progress_bar("tasks", len(tested) + len(learned)) as progress:
         plan = plan_tasks(tested, learned, augment, seed, progress)
     sizes = plan.sizes
@@ -83,3 +91,7 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     with progress_bar("pairs", sum(sizes.values())) as progress:
         write_arc(output, plan, facts, progress)
     click.echo(f"written to {output}")
+
+
+def _such_as(pairs: list[tuple[str, str]]) -> str:
+    return f"{len(pairs)}, such as {pairs[0][0]} ({pairs[0][1]})"

@@ -74,7 +74,7 @@ def maze(
 
     Mazes are generated, unless --input or --dataset says where to read them. A generated one has a single
     shortest path, and none of them, trained on or held out, is another one turned or mirrored. Of a file,
-    mazes drawn by --seed are held out.
+    mazes drawn by --seed are held out; of a data set its test split, and what equals it is not trained on.
 
     \b
     Examples:
@@ -146,11 +146,18 @@ def _of_file(path: Path, num_samples: int | None, test_samples: int, seed: int) 
 
 def _of_hub(dataset: str, num_samples: int | None, test_samples: int | None, seed: int) -> dict[str, Mazes]:
     from llm_trm.data.puzzles.maze_files import load_mazes
+    from llm_trm.data.puzzles.maze_generation import symmetry_class
+    from llm_trm.errors import InputError
 
-    return {
-        split: _drawn(load_mazes(dataset, split), count, seed)
-        for split, count in (("train", num_samples), ("test", test_samples))
-    }
+    test = _drawn(load_mazes(dataset, "test"), test_samples, seed)
+    held_out = {symmetry_class(maze) for maze, _ in test}
+    mazes = load_mazes(dataset, "train")
+    train = [(maze, answer) for maze, answer in mazes if symmetry_class(maze) not in held_out]
+    if not train:
+        raise InputError(f"every training maze of {dataset} is held out: lower --test-samples")
+    if len(train) < len(mazes):
+        click.echo(f"not trained on, since they are held out: {len(mazes) - len(train)} mazes", err=True)
+    return {"train": _drawn(train, num_samples, seed), "test": test}
 
 
 def _drawn(mazes: Mazes, count: int | None, seed: int) -> Mazes:

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from llm_trm.cli.data_arc import arc
 from llm_trm.cli.data_maze import maze
+from llm_trm.data.puzzles.arc import FIRST_COLOUR
 from llm_trm.data.puzzles.arc_folder import read_arc
 from llm_trm.data.puzzles.dataset import read_info, read_split
 from llm_trm.data.puzzles.maze import default_min_path, format_maze, shortest_path, solution_fault
@@ -165,6 +166,76 @@ def test_arc_without_evaluation_holds_out_the_tests_of_all(tmp_path: Path) -> No
     result = run(arc, folder, folder, "--augment", 0, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "tasks: 2, with their symmetries 2; 2 pairs to train on, 2 held out" in result.output
+
+
+def learned_questions(folder: Path) -> set[int]:
+    """Which numbers of :func:`task` are learned, of tasks without symmetries."""
+    found = read_split(folder, "train").inputs
+    return {number for number in range(2, 10) if bool((found == number + FIRST_COLOUR).any())}
+
+
+def shuffled(content: dict[str, Any]) -> dict[str, Any]:
+    """The same task with a test in front, and a demonstration among the tests."""
+    pairs = [*content["train"], *content["test"]]
+    return {"train": pairs[-1:], "test": pairs[:-1]}
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        lambda content: content,
+        shuffled,
+        # Its tests are others: it is the task that is held out all the same.
+        lambda content: {**content, "test": task(9, 9)["test"]},
+        # It has one test in common with it.
+        lambda content: {**task(9, 9), "test": content["test"][-1:]},
+    ],
+    ids=["same", "shuffled", "other tests", "one test"],
+)
+@pytest.mark.parametrize("solved", [True, False])
+def test_arc_holds_out_a_task_under_another_name(twin: Any, solved: bool, tmp_path: Path) -> None:
+    asked = task(4, 5, 6)
+    learned = tasks(tmp_path / "learned", a=task(2, 3), copy=twin(asked))
+    if not solved:
+        asked["test"] = [{"input": pair["input"]} for pair in asked["test"]]
+    tested = tasks(tmp_path / "tested", original=asked)
+    result = run(arc, learned, "--evaluation", tested, "--augment", 0, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    words = "held out, since --evaluation has them under other names: 1, such as copy (original)"
+    assert words in result.stderr
+    assert learned_questions(tmp_path / "out") == {2, 3, 4}
+    assert {entry[0] for entry in read_arc(tmp_path / "out").identifiers if entry} == {"a", "original"}
+
+
+def test_arc_shows_no_test_of_another_task(tmp_path: Path) -> None:
+    folder = tasks(tmp_path / "tasks", a=task(2, 3), b=shuffled(task(2, 3)), c=task(7, 8))
+    result = run(arc, folder, "--augment", 0, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "demonstrations left out, since they test another task: 2, such as a (b)" in result.stderr
+    assert learned_questions(tmp_path / "out") == {7}
+    assert len(read_split(tmp_path / "out", "test")) == 3
+
+
+def test_mazes_of_a_data_set_that_are_held_out_are_not_trained_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    drawn = generate_mazes(5, 5, {"test": 3, "train": 4}, min_path=3)
+    twin = [(np.rot90(each), np.rot90(answer)) for each, answer in drawn["test"][:2]]
+    splits = {"test": drawn["test"], "train": [*twin, *drawn["train"]]}
+
+    def load_dataset(name: str, split: str, streaming: bool) -> Any:
+        return iter([{"question": one_line(each), "answer": one_line(way)} for each, way in splits[split]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    result = run(maze, "--dataset", "some/mazes", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "not trained on, since they are held out: 2 mazes" in result.stderr
+    trained = {format_maze(each) for each, _ in grids(tmp_path / "out", "train")}
+    assert trained == {format_maze(each) for each, _ in drawn["train"]}
+    splits["train"] = twin
+    with pytest.raises(InputError, match="every training maze of some/mazes is held out"):
+        run(maze, "--dataset", "some/mazes", "-o", tmp_path / "other")
 
 
 def test_arc_says_what_is_missing(tmp_path: Path) -> None:

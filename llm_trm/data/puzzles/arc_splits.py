@@ -95,7 +95,7 @@ class ArcPlan:
             random = _stream(self.seed, task.name, "translation")
             # At once: a draw of its own for each corner would take longer than the encoding.
             draws = random.random((len(group), len(pairs), 2)).tolist()
-            kept = random.integers(len(pairs), size=len(group)).tolist()
+            kept = random.integers(max(1, len(pairs)), size=len(group)).tolist()
             for transform, shares, still in zip(group, draws, kept, strict=True):
                 for place, (pair, share) in enumerate(zip(pairs, shares, strict=True), written):
                     moves = translate and place - written != still
