@@ -99,6 +99,7 @@ def puzzle(
     from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.arc_vote import ArcBallot
     from llm_trm.data.puzzles.dataset import read_info
+    from llm_trm.evaluate.puzzle_data import check_puzzles
     from llm_trm.evaluate.puzzle_modes import Mode, evaluate_mode, require_fitting
     from llm_trm.models.puzzle.loading import load_puzzle
 
@@ -109,6 +110,8 @@ def puzzle(
     info = read_info(folder)
     require_fitting(model, facts, info, folder)
     split, key = _test_puzzles(folder, info, samples, seed)
+    if note := check_puzzles(model, facts, folder, split):
+        click.echo(note, err=True)
     model, split = model.to(where), split.to(where)
     steps = inference_steps or model.config.max_steps
     modes = [

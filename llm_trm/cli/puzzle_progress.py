@@ -38,6 +38,10 @@ class ConsoleReport(PuzzleReport):
             f"evaluate on; {plan.parameters:,} parameters, {plan.steps} steps of {plan.batch_size} samples "
             f"on {plan.device}."
         )
+        if plan.repeated:
+            self._console.print(
+                f"{plan.repeated} test puzzles are trained on too: what is measured is not only of others."
+            )
         if plan.start:
             self._console.print(f"Going on behind step {plan.start}.")
         self._begun, self._first = time.monotonic(), plan.start

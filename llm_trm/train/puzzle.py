@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llm_trm.data.puzzles.augment import augmentation
-from llm_trm.data.puzzles.dataset import read_info, read_split
+from llm_trm.data.puzzles.dataset import read_info, read_split, repeated
 from llm_trm.errors import InputError
 from llm_trm.evaluate.puzzle import PuzzleScore, draw_puzzles, score, with_answers
 from llm_trm.files import writable_folder, write_json
@@ -235,6 +235,11 @@ class PuzzleTrainer:
             )
 
     def _restore(self, progress: PuzzleProgress) -> None:
+        if "train" not in progress.settings.get("data", {}):
+            raise InputError(
+                f"{self.config.output} was begun before checkpoints said what is in their data, and "
+                f"{self.config.data} may hold other puzzles now: start over with --overwrite"
+            )
         require_same_settings(self.config.output, progress.settings, self.settings)
         folder = self.checkpoints.last
         tensors = restore_training(folder, self.model, self.average, self.optimizer)
@@ -263,25 +268,23 @@ class PuzzleTrainer:
 
     def _read_data(self) -> None:
         config, data = self.config, self.config.data
-        training = read_split(data, "train").to(self.device)
+        training, test = read_split(data, "train"), with_answers(read_split(data, "test"))
         if not len(training):
             raise InputError(
                 f"{data} has no training puzzles: make some with `llm-trm data {self.info.task}`"
             )
+        self._digests = {"train": training.digest(), "test": test.digest()}
+        # `llm-trm data arc` sees to it that no test of ARC is learned; a question may come twice there.
+        self._repeated = 0 if self.info.task == "arc" else repeated(test, training)
         # Not the first ones: those of ARC are the copies of one task. The same for every seed.
-        held_out = draw_puzzles(with_answers(read_split(data, "test")), config.eval_samples, seed=0)
+        held_out = draw_puzzles(test, config.eval_samples, seed=0)
         self.held_out = held_out.to(self.device)
         symmetries = augmentation(self.info) if config.augment else None
-        self.feed = Feed(training, config.batch_size, config.seed, symmetries)
+        self.feed = Feed(training.to(self.device), config.batch_size, config.seed, symmetries)
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run's data must share with the run's."""
-        split = self.feed.split
-        return {
-            "task": self.info.task,
-            "puzzles": len(split),
-            "tokens": int(split.inputs.sum()) + int(split.labels.sum()),
-        }
+        return {"task": self.info.task, "puzzles": len(self.feed.split), **self._digests}
 
     def _build(self) -> None:
         config, info = self.config, self.info
@@ -378,6 +381,7 @@ class PuzzleTrainer:
             grid=(self.info.rows, self.info.columns),
             training=len(self.feed.split),
             evaluated=len(self.held_out),
+            repeated=self._repeated,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             steps=self.config.steps,
             batch_size=self.config.batch_size,

@@ -16,6 +16,7 @@ class PuzzlePlan:
         task: Of the puzzles.
         grid: Rows and columns.
         training, evaluated: Puzzles.
+        repeated: Test puzzles that are training puzzles too.
         parameters: Numbers of the model that the paper counts.
         steps: Of the whole run.
         batch_size: Samples in flight.
@@ -27,6 +28,7 @@ class PuzzlePlan:
     grid: tuple[int, int]
     training: int
     evaluated: int
+    repeated: int
     parameters: int
     steps: int
     batch_size: int

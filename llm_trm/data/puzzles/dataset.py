@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +66,14 @@ class PuzzleSplit:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def digest(self) -> str:
+        """A short fingerprint of every number in it, in its place."""
+        content = hashlib.sha256()
+        for tensor in (self.inputs, self.labels, self.puzzles):
+            content.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            content.update(tensor.cpu().contiguous().numpy().data)
+        return content.hexdigest()[:16]
+
     def to(self, device: torch.device) -> PuzzleSplit:
         """The same on ``device``."""
         return PuzzleSplit(self.inputs.to(device), self.labels.to(device), self.puzzles.to(device))
@@ -117,6 +126,16 @@ def read_split(folder: Path, name: str) -> PuzzleSplit:
         raise InputError(f"{path} has no {error}: {_REMEDY}") from None
     _check(read_info(folder), split, str(path))
     return split
+
+
+def repeated(split: PuzzleSplit, learned: PuzzleSplit) -> int:
+    """How many puzzles of ``split`` ask what one of ``learned`` asks, cell by cell."""
+    if split.inputs.shape[1:] != learned.inputs.shape[1:]:
+        return 0
+    asked = [row.tobytes() for row in split.inputs.cpu().numpy()]
+    wanted = set(asked)
+    found = {question for row in learned.inputs.cpu().numpy() if (question := row.tobytes()) in wanted}
+    return sum(question in found for question in asked)
 
 
 def _check(info: PuzzleInfo, split: PuzzleSplit, what: str) -> None:

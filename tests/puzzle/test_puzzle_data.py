@@ -1,0 +1,187 @@
+"""Data that a model was trained on is known by its content: what changed since is refused, or said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from llm_trm.cli import main
+from llm_trm.data.puzzles.dataset import PuzzleSplit, read_info, read_split, repeated, write_puzzles
+from llm_trm.errors import InputError
+from llm_trm.train.checkpoints import Checkpoints
+from llm_trm.train.puzzle import PuzzleTrainer
+from tests.puzzle.toy import toy_config, write_toy
+
+#: A model without embeddings of puzzles.
+PLAIN = {"puzzle_dim": 0, "puzzle_len": 0}
+
+
+def rewrite(folder: Path, change: Callable[[PuzzleSplit], PuzzleSplit]) -> None:
+    """Write the training puzzles of ``folder`` anew."""
+    splits = {"train": change(read_split(folder, "train")), "test": read_split(folder, "test")}
+    write_puzzles(folder, read_info(folder), splits)
+
+
+def reordered(split: PuzzleSplit) -> PuzzleSplit:
+    return PuzzleSplit(split.inputs.flip(0), split.labels.flip(0), split.puzzles.flip(0))
+
+
+def renumbered(split: PuzzleSplit) -> PuzzleSplit:
+    return PuzzleSplit(split.inputs, split.labels, 4 - split.puzzles)
+
+
+def swapped(split: PuzzleSplit) -> PuzzleSplit:
+    """Two cells of a question change places: other puzzles, with the count and the sum that they had."""
+    inputs = split.inputs.clone()
+    inputs[:, :2] = inputs[:, :2].flip(1)
+    return PuzzleSplit(inputs, split.labels, split.puzzles)
+
+
+CHANGES = pytest.mark.parametrize("change", [reordered, renumbered, swapped])
+
+
+@CHANGES
+def test_digests_see_every_place(change: Callable[[PuzzleSplit], PuzzleSplit], tmp_path: Path) -> None:
+    split = read_split(write_toy(tmp_path), "train")
+    assert split.digest() == read_split(tmp_path, "train").digest()
+    assert change(split).digest() != split.digest()
+    assert change(change(split)).digest() == split.digest()
+
+
+def test_repeated_questions() -> None:
+    learned = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.uint8)
+    asked = torch.tensor([[3, 4], [2, 1], [3, 4]], dtype=torch.uint8)
+    splits = [PuzzleSplit(inputs, inputs, torch.zeros(3, dtype=torch.int32)) for inputs in (asked, learned)]
+    assert repeated(*splits) == 2 and repeated(splits[1], splits[1]) == 3
+    wide = PuzzleSplit(asked.reshape(2, 3), asked.reshape(2, 3), torch.zeros(2, dtype=torch.int32))
+    assert repeated(wide, splits[1]) == 0
+
+
+def trained(folder: Path, **options: object) -> Path:
+    """A run of three steps on the toy in ``folder``."""
+    PuzzleTrainer(toy_config(folder, steps=3, eval_every=3, **options)).train()
+    return folder / "run"
+
+
+def make_old(run: Path) -> None:
+    """Let the checkpoints of a run say as little of their data as they did before there were digests."""
+    data = read_split(run.parent, "train")
+    tokens = int(data.inputs.sum()) + int(data.labels.sum())
+    folder = Checkpoints(run).last
+    for path in (folder / "state.json", folder / "puzzle_trm.json"):
+        content = json.loads(path.read_text())
+        settings = content["settings"] if "settings" in content else content["facts"]["settings"]
+        settings["data"] = {"task": "arc", "puzzles": len(data), "tokens": tokens}
+        path.write_text(json.dumps(content))
+
+
+@CHANGES
+def test_a_run_goes_on_with_its_own_data_alone(
+    change: Callable[[PuzzleSplit], PuzzleSplit], tmp_path: Path
+) -> None:
+    trained(write_toy(tmp_path))
+    resumed = toy_config(tmp_path, steps=6, eval_every=3, resume=True)
+    settings = PuzzleTrainer(toy_config(tmp_path, steps=3, eval_every=3, resume=True)).settings
+    assert len(settings["data"]["train"]) == 16
+    rewrite(tmp_path, change)
+    for config in (resumed, toy_config(tmp_path, steps=3, eval_every=3, resume=True)):
+        with pytest.raises(InputError, match=r"data was .* and is .*--overwrite"):
+            PuzzleTrainer(config)
+
+
+def test_a_run_goes_on_with_its_own_tests(tmp_path: Path) -> None:
+    trained(write_toy(tmp_path))
+    splits = {"train": read_split(tmp_path, "train"), "test": reordered(read_split(tmp_path, "test"))}
+    write_puzzles(tmp_path, read_info(tmp_path), splits)
+    with pytest.raises(InputError, match="data was"):
+        PuzzleTrainer(toy_config(tmp_path, steps=3, eval_every=3, resume=True))
+
+
+def test_runs_of_before_are_begun_anew(tmp_path: Path) -> None:
+    make_old(trained(write_toy(tmp_path)))
+    with pytest.raises(InputError, match=r"was begun before checkpoints said what .*--overwrite"):
+        PuzzleTrainer(toy_config(tmp_path, steps=3, eval_every=3, resume=True))
+
+
+def evaluate(run: Path, *arguments: str | Path) -> Result:
+    words = ["eval", "puzzle", "--device", "cpu", "--halting", "--checkpoint", *map(str, (run, *arguments))]
+    return CliRunner().invoke(main, words, prog_name="llm-trm")
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not result.stdout, result.output
+    for word in words:
+        assert word in result.stderr
+
+
+def mazes(folder: Path) -> Path:
+    """The toy under the name of a kind that is evaluated without a key of its own, as ARC's is not."""
+    info = replace(read_info(write_toy(folder)), task="maze")
+    write_puzzles(folder, info, {name: read_split(folder, name) for name in ("train", "test")})
+    return folder
+
+
+@CHANGES
+def test_embeddings_belong_to_the_puzzles_of_training(
+    change: Callable[[PuzzleSplit], PuzzleSplit], tmp_path: Path
+) -> None:
+    data = mazes(tmp_path / "data")
+    run = trained(data)
+    shutil.copytree(data, tmp_path / "copy")
+    for arguments in ((), ("--data", tmp_path / "copy")):
+        result = evaluate(run, *arguments)
+        assert result.exit_code == 0 and not result.stderr, result.output
+    rewrite(data, change)
+    refused(evaluate(run), "other training puzzles", "--data")
+    refused(evaluate(run, "--data", data), "other training puzzles")
+    assert evaluate(run, "--data", tmp_path / "copy").exit_code == 0
+    rewrite(data, change)
+    make_old(run)
+    refused(evaluate(run), "may have them in another order", "train it again")
+
+
+def test_puzzles_written_anew_may_be_those_of_training(tmp_path: Path) -> None:
+    data = mazes(tmp_path / "data")
+    run = trained(data, **PLAIN)
+    result = evaluate(run)
+    assert result.exit_code == 0 and not result.stderr, result.output
+    other = mazes(tmp_path / "other")
+    learned = read_split(data, "train")
+    # Five puzzles and one of them again, and four that were not trained on.
+    inputs = torch.cat((learned.inputs[:5], learned.inputs[:1], learned.inputs.flip(1)[5:9]))
+    mixed = PuzzleSplit(inputs, learned.labels[:10], learned.puzzles[:10])
+    write_puzzles(other, read_info(other), {"train": read_split(other, "test"), "test": mixed})
+    result = evaluate(run, "--data", other)
+    assert result.exit_code == 0, result.output
+    assert "6 of 10 test puzzles are among those that the model was trained on" in result.stderr
+    make_old(run)
+    assert evaluate(run).exit_code == 0
+    rewrite(data, swapped)
+    shutil.rmtree(run)
+    run = trained(data, **PLAIN)
+    rewrite(data, reordered)
+    refused(evaluate(run), "other puzzles than when the model was trained", "write it as it was")
+    result = evaluate(run, "--data", other)
+    assert result.exit_code == 0 and "was written anew: nobody can tell" in result.stderr
+    (data / "dataset.json").unlink()
+    result = evaluate(run, "--data", other)
+    assert result.exit_code == 0 and "is gone: nobody can tell" in result.stderr
+
+
+def test_training_says_which_tests_it_repeats(tmp_path: Path) -> None:
+    data = mazes(tmp_path / "data")
+    learned = read_split(data, "train")
+    test = PuzzleSplit(learned.inputs[:4], learned.labels[:4], learned.puzzles[:4])
+    write_puzzles(data, read_info(data), {"train": learned, "test": test})
+    words = ["train", "puzzle", "--data", str(data), "-o", str(tmp_path / "run"), "--steps", "2"]
+    sizes = ["--d-model", "16", "--heads", "2", "--layers", "1", "--batch-size", "4", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*words, *sizes, "--no-augment"])
+    assert result.exit_code == 0, result.output
+    assert "4 test puzzles are trained on too" in result.output
