@@ -115,7 +115,7 @@ def phase2(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from llm_trm.data.pairs import open_pairs
-    from llm_trm.evaluate.held_out import require_held_out
+    from llm_trm.evaluate.held_out import require_held_out, shared_problems
     from llm_trm.evaluate.phase2 import evaluate_phase2, load_head, require_evaluable
     from llm_trm.models.phase2 import load_phase2
 
@@ -124,7 +124,7 @@ def phase2(
     pairs = open_pairs(data, compressor.d_model)
     trained_on = _training_pairs(facts, compressor.d_model)
     if not allow_training_data:
-        require_held_out(pairs, facts.get("pairs", {}), trained_on)
+        require_held_out(pairs, facts.get("pairs", {}), trained_on, otherwise="pass --allow-training-data")
     fitted_on = None
     if not no_baselines:
         fitted_on = trained_on if train_data is None else open_pairs(train_data, compressor.d_model)
@@ -133,6 +133,11 @@ def phase2(
                 f"the baselines need the pairs that {checkpoint} was trained on, and "
                 f"{facts.get('data') or 'it does not say where they are'} is not there: name pairs with "
                 "--train-data, or pass --no-baselines"
+            )
+        if not allow_training_data and (shared := shared_problems(pairs, fitted_on)):
+            raise click.UsageError(
+                f"{shared} of the {pairs.samples} problems in {data} are in {fitted_on.folder}, which the "
+                "baselines are fitted on: name others with --train-data, or pass --allow-training-data"
             )
     require_evaluable(pairs, by, fitted_on)
     head = load_head(model or pairs.model, where, compressor.d_model, trust_remote_code=trust_remote_code)

@@ -38,6 +38,11 @@ class ConsoleReport(Phase2Report):
             f"{plan.parameters:,} parameters; {plan.epochs} epochs of {plan.batches} batches of "
             f"{plan.batch_size}, {plan.updates} updates; {plan.device}"
         )
+        if plan.repeated:
+            self._console.print(
+                f"{plan.repeated} of those held out are of problems that are trained on too: hold out others "
+                "with --val-data"
+            )
         epoch, batch = plan.start
         if (epoch, batch) != (0, 0):
             self._console.print(f"resuming at epoch {epoch + 1}, batch {batch + 1}")

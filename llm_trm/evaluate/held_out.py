@@ -10,29 +10,40 @@ from llm_trm.errors import InputError
 if TYPE_CHECKING:
     from llm_trm.data.pairs import PairFiles
 
-_REMEDY = "generate pairs of other problems (llm-trm datagen --split test), or pass --allow-training-data"
+_REMEDY = "generate pairs of other problems (llm-trm datagen --split test)"
 #: Of the settings of pair files: a fingerprint of all problems that were asked.
 _PROBLEMS = "problems_sha256"
 
 
 def require_held_out(
-    pairs: PairFiles, training_settings: Mapping[str, Any], training: PairFiles | None = None
+    pairs: PairFiles,
+    training_settings: Mapping[str, Any],
+    training: PairFiles | None = None,
+    *,
+    otherwise: str,
 ) -> None:
     """Raise InputError if problems of ``pairs`` were trained on.
 
     Args:
         training_settings: The settings of the training pairs, as the checkpoint has them; may be empty.
         training: The training pairs, if they are at hand: then problem is compared with problem.
+        otherwise: What else than making other pairs puts it right, for the message.
     """
     fingerprint = pairs.settings.get(_PROBLEMS)
     if fingerprint is not None and fingerprint == training_settings.get(_PROBLEMS):
-        raise InputError(f"{pairs.folder} holds the problems that the model was trained on: {_REMEDY}")
+        raise InputError(
+            f"{pairs.folder} holds the problems that the model is trained on: {_REMEDY}, or {otherwise}"
+        )
     if training is None:
         return
-    seen = {record["problem"] for record in training.records()}
-    shared = sum(record["problem"] in seen for record in pairs.records())
-    if shared:
+    if shared := shared_problems(pairs, training):
         raise InputError(
             f"{pairs.folder}: {shared} of its {pairs.samples} problems are in {training.folder}, which the "
-            f"model was trained on: {_REMEDY}"
+            f"model is trained on: {_REMEDY}, or {otherwise}"
         )
+
+
+def shared_problems(pairs: PairFiles, training: PairFiles) -> int:
+    """How many of ``pairs`` are of a problem that ``training`` has too."""
+    seen = {record["problem"] for record in training.records()}
+    return sum(record["problem"] in seen for record in pairs.records())

@@ -29,9 +29,11 @@ def check_puzzles(model: PuzzleTRM, facts: Mapping[str, Any], folder: Path, spli
     """
     trained = (facts.get("settings") or {}).get("data")
     source = None if facts.get("data") is None else Path(str(facts["data"]))
+    numbered = bool(model.config.puzzle_dim) and model.config.num_puzzles > 1
     if trained is None or source is None:
-        return None
-    if model.config.puzzle_dim and model.config.num_puzzles > 1:
+        unknown = f"the model does not say what it was trained on: {folder} may number puzzles otherwise"
+        return unknown if numbered else None
+    if numbered:
         if "train" not in trained:
             raise InputError(
                 "the model is of a time when checkpoints did not say which puzzle has which embedding, and "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_trm.data.pairs import PairFiles, open_pairs
 from llm_trm.errors import InputError
+from llm_trm.evaluate.held_out import require_held_out
 from llm_trm.files import writable_folder, write_json
 from llm_trm.models.compression import (
     DimensionCompressor,
@@ -78,6 +79,8 @@ class TRMSequenceTrainer:
         compressor, facts = self._load_compressor()
         pairs = self._open(config.data, compressor)
         held_out_pairs = self._open(config.val_data, compressor) if config.val_data else None
+        if held_out_pairs is not None:
+            require_held_out(held_out_pairs, pairs.settings, pairs, otherwise="leave --val-data out")
         writable_folder(config.output)
         self.accelerator = new_accelerator(
             config.track,
@@ -409,8 +412,12 @@ class TRMSequenceTrainer:
         if held_out_pairs is None:
             held_out = contexts
             training, self.validated = split(len(contexts), config.val_fraction, config.seed)
+            problems = [record["problem"] for record in pairs.records()]
+            learned = {problems[number] for number in training}
+            self._repeated = sum(problems[number] in learned for number in self.validated)
         else:
             held_out = read_contexts(held_out_pairs, self.compressor, self.device)
+            self._repeated = 0
             training, self.validated = [*range(len(contexts))], [*range(len(held_out))]
             if not self.validated:
                 raise InputError(f"{config.val_data} has no samples: name others, or leave --val-data out")
@@ -446,6 +453,7 @@ class TRMSequenceTrainer:
         return Phase2Plan(
             training=len(self.order.samples),
             held_out=len(self.validated),
+            repeated=self._repeated,
             width=self.contexts.width,
             parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             batches=len(self.order),

@@ -15,6 +15,7 @@ class Phase2Plan:
 
     Attributes:
         training, held_out: Samples.
+        repeated: Held-out samples of a problem that is trained on too.
         width: D'.
         parameters: Trainable numbers of the model.
         batches: Of an epoch.
@@ -27,6 +28,7 @@ class Phase2Plan:
 
     training: int
     held_out: int
+    repeated: int
     width: int
     parameters: int
     batches: int

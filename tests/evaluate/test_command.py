@@ -127,6 +127,15 @@ def test_training_data_is_refused_unless_allowed(shared: World, tmp_path: Path) 
     assert shared.evaluate("--allow-training-data", "-o", str(output), data=copy).exit_code == 0
 
 
+def test_baselines_are_not_fitted_on_what_is_evaluated(shared: World, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shared.test.folder, copy)
+    for folder in (shared.test.folder, copy):
+        result = shared.evaluate("--train-data", str(folder))
+        one_line(result, "9 of the 9 problems", str(folder), "which the baselines are fitted on")
+    assert shared.evaluate("--train-data", str(copy), "--allow-training-data").exit_code == 0
+
+
 def test_training_data_is_known_by_its_fingerprint_where_it_is_gone(tmp_path: Path) -> None:
     world = World(tmp_path)
     settings = world.train.settings | {"problems_sha256": "0123"}

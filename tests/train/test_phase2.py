@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_trm.cli.phase2_progress import ConsoleReport
 from llm_trm.errors import InputError
 from llm_trm.files import read_tensors
 from llm_trm.models.compression import load_compressor
@@ -244,6 +247,35 @@ def test_pairs_that_are_held_out_by_name(toy: Path, tmp_path: Path) -> None:
     assert len(run.order.samples) == 40
     assert len(run.validated) == len(run.held_out) == 10
     run.train()
+
+
+def test_pairs_that_are_trained_on_are_not_held_out(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy / "pairs", tmp_path / "copy")
+    # The same, and twenty more.
+    write_pairs(tmp_path / "some", count=60)
+    for folder, count in (("copy", 40), ("some", 40)):
+        with pytest.raises(InputError, match=rf"{count} of its \d+ problems are in .*leave --val-data out"):
+            trainer(toy, tmp_path / "run", val_data=tmp_path / folder)
+    (tmp_path / "link").symlink_to(toy / "pairs")
+    for folder in (toy / "pairs", tmp_path / "link"):
+        with pytest.raises(InputError, match="trained on"):
+            trainer(toy, tmp_path / "run", val_data=folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_that_come_twice_are_told(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer(toy, tmp_path / "once")._plan().repeated == 0
+    for path in write_pairs(tmp_path / "pairs").glob("*.jsonl"):
+        records = [{**json.loads(line), "problem": "1+1"} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plan = trainer(toy, tmp_path / "run", data=tmp_path / "pairs")._plan()
+    assert plan.repeated == plan.held_out == 8
+    with ConsoleReport() as report:
+        report.begin(plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 of those held out are of problems that are trained on too" in said
 
 
 @pytest.mark.parametrize(("width", "heads"), [(12, 1), (16, 2), (24, 2), (32, 4), (64, 8), (4, 1)])

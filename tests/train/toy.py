@@ -24,7 +24,7 @@ def write_pairs(folder: Path, count: int = 40, width: int = WIDTH, shards: int =
     for index in range(count):
         states = torch.randn(3 + index % 7, width, generator=chance)
         target = states.mean(dim=0)
-        record: dict[str, Any] = dict.fromkeys(RECORD) | {"index": index, "problem": str(index)}
+        record: dict[str, Any] = dict.fromkeys(RECORD) | {"index": index, "problem": f"{index} of {seed}"}
         pairs.append(Pair(states, target / target.norm() * width**0.5, record))
     for number in range(shards):
         write_shard(folder, number, pairs[number::shards], {}, width, "float32")
