@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def lm(
     speakers, missing = load_speakers(modes, checkpoint, model, where, trust_remote_code=trust_remote_code)
     _tell_missing(missing, modes, named=_named(context, "modes"))
     if "latent" in speakers:
-        _tell_trained(speakers["latent"].model, data, split)
+        _tell_trained(speakers["latent"].model, data, split, [question.text for question in asked])
     limit = max_new_tokens or (_FEW_TOKENS if data == _ARITHMETIC else _MANY_TOKENS)
     batches = -(-len(questions) // batch_size) * len(speakers)
     with memory_advice(), progress_bar("batches", batches) as advance:
@@ -238,17 +239,30 @@ def _tell_missing(missing: Mapping[Mode, str], modes: list[Mode], *, named: bool
         click.echo(f"left out {mode}: {reason}", err=True)
 
 
-def _tell_trained(model: Any, data: str, split: str) -> None:
-    """Say so where the problems are those that the model was trained on, as far as its folder tells."""
+def _tell_trained(model: Any, data: str, split: str, asked: list[str]) -> None:
+    """Say so where problems are among those that the model was trained on, as far as its folder tells."""
+    from llm_trm.data.problems import read_questions
+    from llm_trm.errors import InputError
     from llm_trm.models.causal.card import about
 
     facts = about(model).facts
-    trained = {str(facts.get("data")), str(facts.get("phase3", {}).get("dataset"))}
+    sources = (str(facts.get("data")), str(facts.get("phase3", {}).get("dataset")))
+    trained = {name.strip() for source in sources for name in source.split(",")}
     files = {Path(name).resolve() for name in trained if name.endswith((".json", ".jsonl"))}
-    for name in (name.strip() for name in data.split(",")):
+    named = {name.strip() for name in data.split(",")}
+    for name in sorted(named):
         local = name.endswith((".json", ".jsonl"))
         if Path(name).resolve() in files if local else name in trained and split == "train":
             click.echo(f"{name} is what the model was trained on, not held out from it", err=True)
+    for file in sorted(files - {Path(name).resolve() for name in named}):
+        # Gone, or no longer what it was: then nobody can tell.
+        with suppress(InputError):
+            learned = {question.text for question in read_questions(file)}
+            if shared := sum(text in learned for text in asked):
+                click.echo(
+                    f"{shared} of the {len(asked)} problems are in {file}, which the model was trained on",
+                    err=True,
+                )
 
 
 def _require_card(checkpoint: str | None, modes: list[Mode]) -> None:

@@ -224,6 +224,23 @@ def test_problems_of_the_training_are_not_passed_off_as_others(tmp_path: Path) -
         assert result.exit_code == 0 and ("what the model was trained on" in result.stderr) is told
 
 
+def test_problems_of_training_are_told_under_another_name(tmp_path: Path) -> None:
+    learned, copy, other = (tmp_path / f"{name}.jsonl" for name in ("learned", "copy", "other"))
+    learned.write_text("".join(f'{{"question": "{n}+1", "answer": "{n + 1}"}}\n' for n in range(4)))
+    copy.write_text("".join(reversed(learned.read_text().splitlines(keepends=True)[1:])))
+    other.write_text('{"question": "9-1", "answer": "8"}\n{"problem": "2+1", "solution": "3"}\n')
+    trained = save(latent_model(), tmp_path / "lora", data=str(learned))
+    common = ("--checkpoint", str(trained), "--mode", "latent", "--max-new-tokens", "4", "--data")
+    for data, words in ((copy, "3 of the 3 problems are in"), (other, "1 of the 2 problems are in")):
+        result = run(*common, str(data))
+        assert result.exit_code == 0 and f"{words} {learned}" in result.stderr, result.output
+    rewarded = save(latent_model(), tmp_path / "both", data="gsm8k", phase3={"dataset": f"gsm8k, {learned}"})
+    result = run("--checkpoint", str(rewarded), *common[2:], str(copy))
+    assert f"3 of the 3 problems are in {learned}" in result.stderr
+    learned.unlink()
+    assert "trained on" not in run(*common, str(copy)).stderr
+
+
 def test_modes_that_cannot_run_say_why(folder: Path, tmp_path: Path) -> None:
     decoder = tiny_decoder(vocab_size=262)
     tokenizer = tiny_tokenizer()
