@@ -117,6 +117,20 @@ def test_base_of_adapters(foreign: Path, marker: Path, tmp_path: Path) -> None:
     assert whole.exit_code == 2 and "without --merge and --no-lora" in whole.stderr
 
 
+def test_modules_that_adapters_name(marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = save(latent_model(), tmp_path / "adapters")
+    described = adapters / "adapter_config.json"
+    named = {"megatron_config": {"a": 1}, "megatron_core": "megatron.core.foreign"}
+    described.write_text(json.dumps({**json.loads(described.read_text()), **named}))
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "foreign.py").write_text(_CODE.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(tmp_path)
+    refused = run("generate", "--checkpoint", adapters, "1+1")
+    assert refused.exit_code == 2 and "adapters of Megatron" in refused.stderr, refused.output
+    assert not marker.exists()
+
+
 def test_code_beside_a_model_of_this_project(marker: Path, tmp_path: Path) -> None:
     model = latent_model().merge_and_unload()
     model.tokenizer = load_thinking_model("arithmetic").tokenizer

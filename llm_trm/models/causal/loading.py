@@ -172,6 +172,11 @@ def _with_adapters(
 
     if not known.get("base") or not known.get("settings"):
         raise InputError(f"{folder} holds adapters, and no {FACTS_FILE} that names their base: {_REMEDY}")
+    if read_json(folder / ADAPTERS_FILE, _REMEDY).get("megatron_config"):
+        # peft imports whatever module megatron_core names beside it.
+        raise InputError(
+            f"{folder / ADAPTERS_FILE} describes adapters of Megatron, which are not loaded: {_REMEDY}"
+        )
     base = known["base"]
     language_model = pretrained(
         AutoModelForCausalLM,
