@@ -112,6 +112,25 @@ def test_base_of_adapters(foreign: Path, marker: Path, tmp_path: Path) -> None:
     assert not marker.exists()
     trusted = run("generate", "--checkpoint", adapters, "1+1", "--trust-remote-code")
     assert marker.exists() and trusted.exit_code == 0, trusted.output
+    marker.unlink()
+    rewarded = (
+        "train",
+        "phase3",
+        "--checkpoint",
+        adapters,
+        "-o",
+        "phase3",
+        "--steps",
+        "1",
+        "--eval-samples",
+        "2",
+    )
+    sizes = ("--group-size", "2", "--batch-size", "2", "--max-new-tokens", "2")
+    refused = run(*rewarded, *sizes)
+    assert refused.exit_code == 2 and "brings Python code of its own" in refused.stderr
+    assert not marker.exists()
+    trusted = run(*rewarded, *sizes, "--trust-remote-code", "--overwrite")
+    assert trusted.exit_code == 0, trusted.output
     # A whole model would have nothing to be loaded by.
     whole = run("train", "lora", "--data", "rows.jsonl", "--model", foreign, "--merge", "--trust-remote-code")
     assert whole.exit_code == 2 and "without --merge and --no-lora" in whole.stderr
