@@ -13,3 +13,8 @@ class InputError(ValueError):
 def one_line(error: Exception, longest: int | None = 200) -> str:
     """What ``error`` says, on one line of at most ``longest`` characters, if that is not None."""
     return " ".join(str(error).split())[:longest]
+
+
+def shortened(question: str, longest: int = 40) -> str:
+    """``question`` as an error message quotes it."""
+    return repr(question) if len(question) <= longest else f"{question[:longest]!r}..."

@@ -234,7 +234,7 @@ def _figures(speaker: Speaker, reply: Reply, seconds: float, batch: int) -> str:
 
 
 def _warn(reply: Reply, asked: str | None, decoding: Decoding) -> None:
-    from llm_trm.evaluate.language_model_modes import shortened
+    from llm_trm.errors import shortened
 
     if not reply.finished:
         which = "the answer" if asked is None else f"the answer to {shortened(asked)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ class ThinkingDataGenerator:
                 trust_remote_code=config.trust_remote_code,
             )
             maker = _ShardMaker(config, model, questions, dtype)
+            maker.check(missing)
         if processes.is_main:
             begin(folder, settings, fresh=config.fresh)
         processes.wait()
@@ -229,11 +230,22 @@ class _ShardMaker:
         size = self._config.shard_size
         return range(number * size, min((number + 1) * size, len(self._questions)))
 
+    def check(self, numbers: Sequence[int]) -> None:
+        """Refuse questions of these shards that cannot be asked, before any is.
+
+        Raises:
+            InputError: See :meth:`ThinkingModel.encode`.
+        """
+        for number in numbers:
+            self._tokens(self.problems(number))
+
+    def _tokens(self, indices: range) -> list[list[int]]:
+        return self._model.encode([self._questions[index].text for index in indices])
+
     def make(self, number: int, report: Callable[[Outcome], None]) -> None:
         """Generate shard ``number`` and write it; ``report`` gets each outcome when it is there."""
         indices = self.problems(number)
-        prompts = [self._model.prompt(self._questions[index].text) for index in indices]
-        tokens = self._model.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        tokens = self._tokens(indices)
         pairs: list[Pair] = []
         failures: dict[str, list[int]] = {}
         for index, outcome in self._decoder.run(dict(zip(indices, tokens, strict=True)), report).items():

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llm_trm.data.passages import Passage, encode, joined, surroundings, text
 from llm_trm.errors import InputError
+from llm_trm.models.tiny import THINK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
-def reasoning_text(question: str, answer: str, *, think: bool = True) -> str:
-    """``Question: {question}``, a line break, and ``Answer: <think> {answer}``."""
-    return f"Question: {question}\nAnswer: {'<think> ' if think else ''}{answer}"
+def reasoning_text(question: str, answer: str, *, think: bool = True) -> Passage:
+    """``Question: {question}``, a line break, and ``Answer: <think> {answer}``, the two being text."""
+    tag = (THINK, " ") if think else ()
+    return joined("Question: ", text(question), "\nAnswer: ", *tag, text(answer))
 
 
 class ReasoningDataset(Dataset[dict[str, Tensor]]):
@@ -29,7 +32,8 @@ class ReasoningDataset(Dataset[dict[str, Tensor]]):
     Args:
         data: Items with ``question`` and ``answer``; an answer may be empty.
         tokenizer: Has a padding token.
-        max_length: Tokens of every item; longer ones are cut at the end.
+        max_length: Tokens of every item; longer ones are cut at the end. An end token that the tokenizer adds
+            stands behind whole answers alone.
         add_think_token: Whether ``<think>`` stands before the answer.
 
     Raises:
@@ -57,9 +61,16 @@ class ReasoningDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels``: int64 [max_length]; labels of padding are -100."""
         item = self.data[index]
-        text = reasoning_text(str(item["question"]), str(item["answer"]), think=self.add_think_token)
-        encoded = self.tokenizer(text, max_length=self.max_length, padding="max_length", truncation=True)
-        ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
+        answer = str(item["answer"])
+        passage = reasoning_text(str(item["question"]), answer, think=self.add_think_token)
+        begun, ended = surroundings(self.tokenizer)
+        whole = begun + encode(self.tokenizer, [passage])[0]
+        if answer and len(whole) + len(ended) <= self.max_length:
+            whole += ended
+        padded = self.tokenizer.pad(
+            {"input_ids": whole[: self.max_length]}, padding="max_length", max_length=self.max_length
+        )
+        ids, mask = torch.tensor(padded["input_ids"]), torch.tensor(padded["attention_mask"])
         # By the mask, not by the id: a tokenizer may pad with its end token.
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from llm_trm.data.arithmetic import World
-from llm_trm.errors import InputError, one_line
+from llm_trm.data.lessons import answer_at_once, opens_thought
+from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
+from llm_trm.errors import InputError, one_line, shortened
 from llm_trm.extras import require
 from llm_trm.models.loading import ThinkingModel
 from llm_trm.models.tiny import END_THINK, THINK
@@ -70,13 +72,15 @@ def arithmetic_texts(model: ThinkingModel, seed: int, *, thinking: bool) -> Iter
         index += 1
 
 
-def solved_text(model: ThinkingModel, question: str, thinking: str | None, answer: str) -> str:
-    """The chat in which ``model`` is asked ``question`` and answers, after ``thinking`` if there is any."""
+def solved_text(model: ThinkingModel, question: str, thinking: str | None, answer: str) -> Passage:
+    """The chat in which ``model`` is asked ``question`` and answers, after ``thinking`` if there is any.
+
+    All three are text, whatever tokens they name.
+    """
     prompt = model.prompt(question, thinking=thinking is not None)
-    # Some chat templates end the prompt in the opening tag.
-    opened = prompt.rstrip().endswith(THINK)
-    trace = "" if thinking is None else f"{'' if opened else THINK}{thinking}{END_THINK}"
-    return f"{prompt}{trace}{answer}{model.tokenizer.eos_token or ''}"
+    opened = "" if opens_thought(model.tokenizer, "chat") else THINK
+    trace = () if thinking is None else (opened, text(thinking), END_THINK)
+    return joined(prompt, *trace, answer_at_once(model.tokenizer, answer))
 
 
 def tokenised(
@@ -107,12 +111,14 @@ def tokenised(
     bos = model.tokenizer.bos_token
     pieces: list[tuple[bytes, Tensor]] = []
     total = 0
-    for text in texts:
-        # Chat templates write the token that begins a text themselves.
-        written = bool(bos) and text.startswith(str(bos))
-        ids = model.tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"]
+    for source_text in texts:
+        (ids,) = encode(model.tokenizer, [source_text])
+        # A chat template has written the token that begins a text, or left it out.
+        chat = isinstance(source_text, Passage) or (bool(bos) and source_text.startswith(str(bos)))
+        if not chat:
+            ids = surroundings(model.tokenizer)[0] + ids
         tokens = torch.tensor(ids[: num_tokens - total], dtype=torch.int32)
-        key = hashlib.sha256(text.encode()).digest()
+        key = hashlib.sha256(source_text.encode()).digest()
         pieces += [(key, piece) for piece in tokens.split(max_length) if len(piece)]
         total += len(tokens)
         if total >= num_tokens:
@@ -193,13 +199,13 @@ def _text_of(record: Any, where: str, model: ThinkingModel, thinking: bool) -> s
         if thinking and not isinstance(trace, str):
             raise InputError(f'{where} has no "thinking": stage 1b needs the worked trace of every problem')
         return solved_text(model, question, trace if thinking else None, answer or "")
-    text = _first(record, ("text", "content"))
-    if text is None:
+    whole = _first(record, ("text", "content"))
+    if whole is None:
         raise InputError(
             f"{where} has the columns {', '.join(map(repr, record)) or '(none)'}: needed are 'text', or "
             f"'messages', or 'question' and 'answer'{' and thinking' * thinking}"
         )
-    return text
+    return whole
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -218,6 +224,28 @@ def _chat(turns: list[Any], where: str, model: ThinkingModel) -> str:
         raise InputError(
             f'{where}: the turns of a chat need "role" and "content", or "from" and "value"'
         ) from None
-    text = model.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(text, str)
-    return text
+    rendered = model.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(rendered, str)
+    return Passage(rendered, _said_by_others(rendered, messages, where, model))
+
+
+def _said_by_others(
+    rendered: str, messages: list[dict[str, Any]], where: str, model: ThinkingModel
+) -> tuple[tuple[int, int], ...]:
+    """Where in a chat others speak than the model: that is text. Its own turns hold the tags of thinking."""
+    names = control_tokens(model.tokenizer).values()
+    texts, place = [], 0
+    for message in messages:
+        said, own = message["content"], message["role"] == "assistant"
+        if not isinstance(said, str) or not (said := said.strip()):
+            continue
+        found = rendered.find(said, place)
+        if found >= 0:
+            place = found + len(said)
+            texts += [] if own else [(found, place)]
+        elif not own and any(name in said for name in names):
+            raise InputError(
+                f"{where}: {shortened(said)} names a token, and the chat template does not render it as it "
+                "is: take the record out, or write it in other words"
+            )
+    return tuple(texts)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llm_trm.data.lessons import question_prompt
-from llm_trm.models.tiny import END_THINK
+from llm_trm.data.lessons import encode_prompts, question_prompt
+from llm_trm.data.passages import own_token
+from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,11 +37,6 @@ class Accuracy:
         return self.correct / max(self.total, 1)
 
 
-def answer_of(text: str) -> str:
-    """What a model says after it has thought: the text behind the last ``</think>``, or all of it."""
-    return text.rpartition(END_THINK)[2].strip()
-
-
 def answer_tokens(
     prompt: Sequence[int],
     written: Sequence[int],
@@ -63,6 +59,14 @@ def answer_tokens(
     if begun > closed and not open_ended:
         return None
     return list(written)[max(max(begun, closed) + 1 - len(prompt), 0) :]
+
+
+def answer_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], written: Sequence[int]) -> str:
+    """The text of :func:`answer_tokens`, in a chat; empty if the thinking was never closed."""
+    think, end_think = (own_token(tokenizer, tag) for tag in (THINK, END_THINK))
+    tags = None if think is None or end_think is None else (think, end_think)
+    said = answer_tokens(prompt, written, tags) or []
+    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
 def own_answer(text: str) -> tuple[str, bool]:
@@ -90,24 +94,26 @@ def accuracy(
     """Greedy exact-match accuracy on ``problems``.
 
     Args:
-        tokenizer: With left padding and a chat template that takes ``enable_thinking``.
+        tokenizer: With ``<think>`` and ``</think>``, and a chat template.
         thinking: Whether the model is to think first.
         max_new_tokens: Where an answer that does not end is cut, and counted as wrong.
     """
+    ends = {tokenizer.eos_token_id}
     correct = generated = 0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         prompts = [
-            question_prompt(tokenizer, problem.question, "chat", thinking=thinking) for problem in batch
+            question_prompt(tokenizer, problem.question, "chat", thinking=thinking, recurs=False)
+            for problem in batch
         ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        inputs = inputs.to(model.device)
-        length = inputs["input_ids"].shape[1]
+        inputs = encode_prompts(tokenizer, prompts, "chat").to(model.device)
+        given: Any = inputs["input_ids"]
+        length = given.shape[1]
         # Typed as Any: transformers' own annotation of generate loses its type.
         generate: Any = model.generate
         out = generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
-        ends = {tokenizer.eos_token_id}
-        generated += sum(written_length(row, ends)[0] for row in out.tolist())
-        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-        correct += sum(answer_of(text) == problem.answer for text, problem in zip(texts, batch, strict=True))
+        for asked, row, problem in zip(given.tolist(), out.tolist(), batch, strict=True):
+            written = row[: written_length(row, ends)[0]]
+            generated += len(written)
+            correct += answer_of(tokenizer, asked, written) == problem.answer
     return Accuracy(correct, len(problems), generated / max(len(problems), 1))

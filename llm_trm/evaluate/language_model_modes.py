@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm_trm.data.lessons import PromptForm, encode_prompt, prompt_form, question_prompt
-from llm_trm.errors import InputError
+from llm_trm.data.templates import chat_template
+from llm_trm.errors import InputError, shortened
 from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
 from llm_trm.models.causal.card import inner
 from llm_trm.models.causal.loading import ADAPTERS_FILE, LatentModel, load_latent_model
@@ -64,8 +65,13 @@ class Decoding:
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise InputError("--top-p must be over 0 and at most 1, and --top-k not negative")
 
-    def config(self, pad: int, ends: set[int]) -> GenerationConfig:
-        """For ``generate``; says everything, or the model's own settings would fill the gaps."""
+    def config(self, pad: int, ends: set[int], never: Sequence[int] = ()) -> GenerationConfig:
+        """For ``generate``; says everything, or the model's own settings would fill the gaps.
+
+        Args:
+            pad, ends: Ids of the padding token, and of tokens that end what is written.
+            never: Ids of tokens that are not written.
+        """
         drawn = self.temperature > 0
         # Only where something is drawn: transformers warns of it elsewhere.
         options: dict[str, Any] = {"min_p": 0.0} if drawn else {}
@@ -79,6 +85,7 @@ class Decoding:
             top_k=self.top_k if drawn else 50,
             pad_token_id=pad,
             eos_token_id=sorted(ends) or None,
+            suppress_tokens=list(never) or None,
             return_dict_in_generate=True,
             **UNPENALISED,
             **options,
@@ -145,10 +152,16 @@ class Speaker:
         """The tokens of a prompt.
 
         Raises:
-            InputError: They do not fit the context.
+            InputError: They do not fit the context; or see :func:`question_prompt`, :func:`encode_prompt`.
         """
-        text = question_prompt(self.tokenizer, question, self.form, thinking=self.mode != "no-think")
-        prompt = encode_prompt(self.tokenizer, text, self.form)
+        asked = question_prompt(
+            self.tokenizer,
+            question,
+            self.form,
+            thinking=self.mode != "no-think",
+            recurs=self.mode == "latent",
+        )
+        prompt = encode_prompt(self.tokenizer, asked, self.form)
         if self.context is not None and len(prompt) >= self.context:
             raise InputError(
                 f"the question {shortened(question)} makes a prompt of {len(prompt)} tokens, and {self.name} "
@@ -179,7 +192,9 @@ class Speaker:
                 made = model.generate(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
-                    generation_config=decoding.config(int(self.tokenizer.pad_token_id), self.ends),
+                    generation_config=decoding.config(
+                        int(self.tokenizer.pad_token_id), self.ends, self._unwritten()
+                    ),
                     streamer=streamer,
                     **options,
                 )
@@ -188,6 +203,13 @@ class Speaker:
         thoughts: list[Any] = [[] for _ in written] if steps is None else steps.tolist()
         replies = [self._reply(*row) for row in zip(prompts, written, thoughts, strict=True)]
         return replies, clock[0]
+
+    def _unwritten(self) -> list[int]:
+        """``<think>``, where the model is to answer at once and the prompt does not keep it from thinking."""
+        tags = _tags(self.tokenizer)
+        if self.mode != "no-think" or tags is None:
+            return []
+        return [] if self.form == "chat" and chat_template(self.tokenizer).silences else [tags[0]]
 
     def _reply(self, prompt: list[int], written: list[int], steps: list[int]) -> Reply:
         length, finished = written_length(written, self.ends)
@@ -262,11 +284,6 @@ def load_speakers(
     return speakers, missing
 
 
-def shortened(question: str, longest: int = 40) -> str:
-    """``question`` as an error message quotes it."""
-    return repr(question) if len(question) <= longest else f"{question[:longest]!r}..."
-
-
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that end what ``model`` writes: its own and the tokenizer's, with which answers end in training."""
     config = getattr(model, "generation_config", None)
@@ -318,8 +335,8 @@ def _why_not(plain: Speaker) -> str | None:
         return f"{plain.name} has no chat template, and so no way to be told to think"
     if _tags(plain.tokenizer) is None:
         return f"{plain.name} has no {THINK} and {END_THINK}, between which it would think"
-    asked = [question_prompt(plain.tokenizer, "?", plain.form, thinking=on) for on in (False, True)]
-    if asked[0] == asked[1]:
+    template = chat_template(plain.tokenizer)
+    if not (template.switches or template.opens) or template.thinking.closes:
         return f"the chat template of {plain.name} does not turn thinking on or off (enable_thinking)"
     return None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_trm.data.lessons import question_prompt
+from llm_trm.data.lessons import encode_each, question_prompt
+from llm_trm.data.passages import Passage, own_token
+from llm_trm.data.templates import chat_template
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.files import named_in, read_json
@@ -49,9 +51,17 @@ class ThinkingModel:
         """Width D of its hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
-    def prompt(self, question: str, *, thinking: bool = True) -> str:
+    def prompt(self, question: str, *, thinking: bool = True) -> Passage:
         """``question`` as the user's turn of a chat, up to where the model begins to write."""
-        return question_prompt(self.tokenizer, question, "chat", thinking=thinking)
+        return question_prompt(self.tokenizer, question, "chat", thinking=thinking, recurs=False)
+
+    def encode(self, questions: Sequence[str]) -> list[list[int]]:
+        """Tokens of the :meth:`prompt` of each question.
+
+        Raises:
+            InputError: The chat template changes a question, or it names a token that cannot be written out.
+        """
+        return encode_each(self.tokenizer, [self.prompt(question) for question in questions], "chat")
 
 
 def load_thinking_model(
@@ -71,7 +81,8 @@ def load_thinking_model(
         trust_remote_code: Run the Python files that the model brings, if it needs them.
 
     Raises:
-        InputError: No such model, or one without a chat template or ``<think>`` and ``</think>`` tokens.
+        InputError: No such model, or one without ``<think>`` and ``</think>`` tokens or without a chat
+            template that holds the question and lets it think.
     """
     require("train", "transformers")
     import torch
@@ -85,6 +96,7 @@ def load_thinking_model(
     think, end_think = (_tag(tokenizer, tag, name) for tag in (THINK, END_THINK))
     if not tokenizer.chat_template:
         raise InputError(f"model {name}: its tokenizer has no chat template; use an instruction-tuned model")
+    chat_template(tokenizer).require_thinking()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -177,10 +189,12 @@ def no_bars() -> Iterator[None]:
 
 
 def _tag(tokenizer: PreTrainedTokenizerBase, tag: str, name: str) -> int:
-    found = tokenizer.encode(tag, add_special_tokens=False)
-    if len(found) != 1:
+    found = own_token(tokenizer, tag)
+    if found is None:
+        count = len(tokenizer.encode(tag, add_special_tokens=False))
         raise InputError(
-            f"model {name}: {tag} is {len(found)} tokens of its vocabulary, not one; use a model that thinks "
-            f"between {THINK} and {END_THINK}, for instance HuggingFaceTB/SmolLM3-3B"
+            f"model {name}: {tag} is {f'{count} tokens' if count > 1 else 'no token'} of its vocabulary, not "
+            f"one; use a model that thinks between {THINK} and {END_THINK}, for instance "
+            "HuggingFaceTB/SmolLM3-3B"
         )
-    return int(found[0])
+    return found

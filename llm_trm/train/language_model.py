@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llm_trm.data.arithmetic import World
-from llm_trm.data.lessons import question_prompt
+from llm_trm.data.lessons import encode_prompt, question_prompt
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import END, END_THINK, THINK, tiny_language_model, tiny_tokenizer
 
@@ -66,10 +66,10 @@ class Lessons(Dataset[dict[str, list[int]]]):
         config = self._config
         problem = config.world.problem("train", config.seed, index)
         thinks = random.Random(f"thinks/{config.seed}/{index}").random() < config.thinking_share
-        prompt = question_prompt(self._tokenizer, problem.question, "chat", thinking=thinks)
+        prompt = question_prompt(self._tokenizer, problem.question, "chat", thinking=thinks, recurs=False)
         trace = f"{THINK}{problem.thinking}{END_THINK}" if thinks else ""
         # Prompts carry no label. An empty trace is prompt: a model that learned to write it would not think.
-        asked = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        asked = encode_prompt(self._tokenizer, prompt, "chat")
         said = self._tokenizer(f"{trace}{problem.answer}{END}", add_special_tokens=False)["input_ids"]
         return {"input_ids": asked + said, "labels": [_NO_LABEL] * len(asked) + said}
 

@@ -9,16 +9,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llm_trm.data.lessons import PromptForm, answer_tail, question_prompt, response
+from llm_trm.data.lessons import (
+    PromptForm,
+    answer_at_once,
+    answer_tail,
+    encode_each,
+    opens_thought,
+    question_prompt,
+    response,
+)
+from llm_trm.data.passages import encode
 from llm_trm.data.questions import Solved
 from llm_trm.data.reasoning import IGNORED
+from llm_trm.errors import InputError, shortened
+from llm_trm.models.tiny import THINK
 from llm_trm.train.curriculum import thinking_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Lesson = dict[str, Any]
-_TOGETHER = 10_000
 
 
 class Lessons(Dataset[Lesson]):
@@ -34,6 +44,9 @@ class Lessons(Dataset[Lesson]):
         form: How they are put.
         stages: The curriculum's last stage, in which no thinking is written.
         teacher: Whether to give the written thinking beside.
+
+    Raises:
+        InputError: A question that is to be answered at once, where every prompt opens a thought.
     """
 
     def __init__(
@@ -47,8 +60,15 @@ class Lessons(Dataset[Lesson]):
     ) -> None:
         self.solved, self._tokenizer, self._form, self._stages = list(solved), tokenizer, form, stages
         self._teacher = teacher
+        at_once = next((row for row in self.solved if not row.thinks), None)
+        if at_once is not None and opens_thought(tokenizer, form):
+            raise InputError(
+                f"the chat template ends every prompt in {THINK}, and the question "
+                f"{shortened(at_once.question)} has think false: take such rows out, or choose the plain "
+                "prompt form"
+            )
         prompts = [question_prompt(tokenizer, row.question, form) for row in self.solved]
-        self._asked = self._tokens(prompts, special=form == "plain")
+        self._asked = encode_each(tokenizer, prompts, form)
         self._tails: list[list[int]] | None = None
         self._said: dict[int | None, list[tuple[list[int], int]]] = {}
 
@@ -96,11 +116,13 @@ class Lessons(Dataset[Lesson]):
             texts = [self._text(row, stage) for row in self.solved]
             if self._tails is None:
                 tails = [answer_tail(self._tokenizer, row.answer, self._form) for row in self.solved]
-                self._tails = self._tokens(tails)
+                self._tails = encode(self._tokenizer, tails)
             # Where nothing is thought, all is answer, though its first token may be one without the space.
             self._said[stage] = [
                 (whole, len(whole) - _common_end(whole, tail) if row.thinks else 0)
-                for row, whole, tail in zip(self.solved, self._tokens(texts), self._tails, strict=True)
+                for row, whole, tail in zip(
+                    self.solved, encode(self._tokenizer, texts), self._tails, strict=True
+                )
             ]
         return self._said[stage]
 
@@ -108,16 +130,9 @@ class Lessons(Dataset[Lesson]):
         if stage is None and not (row.thinks and row.thinking):
             return ""
         if not row.thinks:
-            return answer_tail(self._tokenizer, row.answer, self._form).removeprefix(" ")
+            return answer_at_once(self._tokenizer, row.answer)
         left = row.thinking if stage is None else thinking_left(row.thinking, stage, self._stages)
         return response(self._tokenizer, row.answer, self._form, thinking=left)
-
-    def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        found: list[list[int]] = []
-        for start in range(0, len(texts), _TOGETHER):
-            part = texts[start : start + _TOGETHER]
-            found += self._tokenizer(part, add_special_tokens=special)["input_ids"]
-        return found
 
 
 def _common_end(whole: list[int], tail: list[int]) -> int:

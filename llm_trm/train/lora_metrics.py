@@ -66,7 +66,9 @@ def summary(measures: np.ndarray[Any, Any]) -> dict[str, float]:
     """
     of = {name: measures[:, place].astype(float) for place, name in enumerate(_COLUMNS)}
     total = {name: values.sum() for name, values in of.items()}
-    wants, plain = of["wants_think"] > 0, (of["labelled"] > 0) & (of["wants_think"] == 0)
+    wants, thought = of["wants_think"] > 0, of["thoughts"] > 0
+    # Where the prompt ends in the tag, it is neither wanted nor needless.
+    plain = (of["labelled"] > 0) & ~wants & ~thought
     tokens = total["think_tokens"] + total["answer_tokens"]
     shares = {
         "loss": (total["think_loss"] + total["answer_loss"], tokens),
@@ -76,7 +78,7 @@ def summary(measures: np.ndarray[Any, Any]) -> dict[str, float]:
         "think_rate": (of["writes_think"][wants].sum(), wants.sum()),
         "needless_think_rate": (of["writes_think"][plain].sum(), plain.sum()),
         "trm_steps": (total["steps"], total["thoughts"]),
-        "halting_loss": ((of["halting_loss"] * wants).sum(), wants.sum()),
+        "halting_loss": ((of["halting_loss"] * thought).sum(), thought.sum()),
         "reconstruction_error": (np.nansum(of["lost"]), np.isfinite(of["lost"]).sum()),
     }
     return {name: float(sum_ / count) for name, (sum_, count) in shares.items() if count}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.grading import is_correct
-from llm_trm.data.lessons import question_prompt
+from llm_trm.data.lessons import encode_each, opens_thought, question_prompt
 from llm_trm.data.problems import Question, load_questions
 from llm_trm.data.questions import fingerprint
 from llm_trm.errors import InputError
@@ -115,18 +115,31 @@ def make_trainer(
     """The trainer of a run, which has not begun."""
     from datasets import Dataset
 
-    judged = latent.tokenizer, latent.prompt_form, _tags(latent), end_tokens(latent.model, latent.tokenizer)
+    tokenizer, form = latent.tokenizer, latent.prompt_form
+    judged = tokenizer, form, _tags(latent), end_tokens(latent.model, tokenizer)
     rewards = [correctness_reward(*judged), format_reward(*judged)]
+    opened = opens_thought(tokenizer, form)
+    if opened and config.think == "model":
+        raise InputError(
+            f"the chat template of {latent.name} ends every prompt in {THINK}, which with --think model the "
+            "model would have to write: leave --think out"
+        )
+    given = THINK if config.think == "prompt" and not opened else ""
+    encoded: dict[str, list[int]] = {}
 
     def rows(questions: list[Question]) -> Dataset:
-        given = THINK if config.think == "prompt" else ""
+        asked = [question_prompt(tokenizer, question.text, form) for question in questions]
+        prompts = [f"{prompt}{given}" for prompt in asked]
+        # The tag apart: a tokenizer may join it with what stands before it.
+        tag = [_tags(latent)[0]] if given else []
+        encoded.update(
+            (prompt, ids + tag)
+            for prompt, ids in zip(prompts, encode_each(tokenizer, asked, form), strict=True)
+        )
         return Dataset.from_list(
             [
-                {
-                    "prompt": question_prompt(latent.tokenizer, question.text, latent.prompt_form) + given,
-                    "answer": question.answer,
-                }
-                for question in questions
+                {"prompt": prompt, "answer": question.answer}
+                for prompt, question in zip(prompts, questions, strict=True)
             ]
         )
 
@@ -138,6 +151,7 @@ def make_trainer(
         rows(problems.held_out),
         # Those that were measured of older weights are left behind.
         {name: fact for name, fact in latent.facts.items() if name not in ("held_out", "held_out_loss")},
+        encoded,
         callbacks,
     )
     trainer.remove_callback(PrinterCallback)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from llm_trm.data.lessons import encode_prompt
 from llm_trm.evaluate.language_model_modes import UNPENALISED
 from llm_trm.models.causal.loading import LatentModel, save_latent_model
-from llm_trm.models.tiny import THINK
 from llm_trm.train.lora_trainer import forget_tied
 from llm_trm.train.rewards import Reward
 from trm_kernels import NetworkConfig
@@ -67,6 +66,7 @@ class LatentGRPOTrainer(GRPOTrainer):
         args: TRL's settings. Its ``beta`` is the weight of the divergence from the model as it is now.
         train_dataset, eval_dataset: Of rows with ``prompt`` and ``answer``.
         facts: Kept beside the weights, also an attribute.
+        encoded: Tokens of the prompts, of which TRL hands on the text alone.
         callbacks: Of transformers.
     """
 
@@ -85,9 +85,10 @@ class LatentGRPOTrainer(GRPOTrainer):
         train_dataset: Any,
         eval_dataset: Any,
         facts: dict[str, Any],
+        encoded: Mapping[str, list[int]],
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self._latent, self.facts = latent, facts
+        self._latent, self.facts, self._encoded = latent, facts, encoded
         prepare(latent.model)
         self._trained = {name for name, weight in latent.model.named_parameters() if weight.requires_grad}
         beta, args.beta = args.beta, 0.0
@@ -197,14 +198,10 @@ class LatentGRPOTrainer(GRPOTrainer):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Tokens as in training: TRL would add special tokens to what a chat template has written."""
+        """Tokens as in training: TRL would add special tokens, and read those that a question names."""
         form = self._latent.prompt_form
-        think: Any = self._latent.config.think_token_id
-        encoded = []
-        for prompt in prompts:
-            ids = encode_prompt(self._tokenizer, prompt.removesuffix(THINK), form)
-            encoded.append([*ids, think] if prompt.endswith(THINK) else ids)
-        return encoded, None, {}
+        known = self._encoded
+        return [known.get(one) or encode_prompt(self._tokenizer, one, form) for one in prompts], None, {}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

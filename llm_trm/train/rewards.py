@@ -64,7 +64,7 @@ def format_reward(
     think, end_think = tags
 
     def well_formed(prompt: str, ids: Sequence[int]) -> bool:
-        given = prompt.endswith(THINK)
+        given = _opens(prompt)
         begins = given or (bool(ids) and ids[0] == think)
         thoughts = list(ids).count(think) + given
         closings = list(ids).count(end_think)
@@ -80,6 +80,11 @@ def format_reward(
     return format
 
 
+def _opens(prompt: str) -> bool:
+    # A chat template that opens the thought may add a line break.
+    return prompt.rstrip().endswith(THINK)
+
+
 def _answer(
     tokenizer: PreTrainedTokenizerBase,
     form: PromptForm,
@@ -88,7 +93,7 @@ def _answer(
     ids: Sequence[int],
 ) -> tuple[str, bool]:
     """What stands behind the thinking, empty if nothing does; whether the next question follows it."""
-    given = [tags[0]] if prompt.endswith(THINK) else []
+    given = [tags[0]] if _opens(prompt) else []
     said = answer_tokens(given, ids, tags, open_ended=form == "plain")
     text, asks_itself = str(tokenizer.decode(said or [], skip_special_tokens=True)), False
     if form == "plain":

@@ -91,5 +91,12 @@ def test_command_refuses_in_one_line(tmp_path) -> None:
 
 
 def test_answer_is_what_follows_the_trace() -> None:
-    assert answer_of("<think>1+1=2</think>2") == "2"
-    assert answer_of(" 7 ") == "7"
+    tokenizer = tiny.tiny_tokenizer()
+
+    def answer(written: str, prompt: str = "") -> str:
+        return answer_of(tokenizer, *(tokenizer.encode(text) for text in (prompt, written)))
+
+    assert answer("<think>1+1=2</think>2") == "2"
+    assert answer(" 7 ") == "7"
+    assert answer("7", prompt="<think></think>") == "7"
+    assert answer("1+1=2", prompt="<think>") == ""

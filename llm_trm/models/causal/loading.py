@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_trm.data.lessons import PromptForm
-from llm_trm.errors import InputError
+from llm_trm.data.lessons import PromptForm, prompt_form
+from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.files import read_json
 from llm_trm.models.causal.card import EVALUATION_FILE, About, about, inner, read_evaluation, write_about
@@ -135,6 +135,7 @@ def load_latent_model(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    form = _form(str(name), tokenizer, known)
     if (source / ADAPTERS_FILE).exists():
         model = _with_adapters(source, known, tokenizer, device, dtype, trust_remote_code)
     else:
@@ -150,11 +151,21 @@ def load_latent_model(
     model.requires_grad_(False)
     if trainable:
         _train_reasoner(model)
-    form: PromptForm = known.get("prompt_form") or ("chat" if tokenizer.chat_template else "plain")
     base, facts = known.get("base"), known.get("facts", {})
     # Figures of a model that is about to be trained are out of date.
     inner(model).about = About(base, form, facts, None if trainable else read_evaluation(source))
     return LatentModel(str(name), model.eval(), tokenizer, base, form, facts)
+
+
+def _form(name: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> PromptForm:
+    """How questions were put in training; InputError if they no longer can be."""
+    try:
+        return prompt_form(tokenizer, known.get("prompt_form"))
+    except InputError as error:
+        raise InputError(
+            f"{name} was trained on prompts that its tokenizer no longer makes ({one_line(error)}): bring "
+            "back the tokenizer's files, or train again"
+        ) from error
 
 
 def _with_adapters(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from llm_trm.data.passages import own_token
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import END_THINK, THINK
 
@@ -25,7 +26,7 @@ def add_think_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     """
     from llm_trm.models.causal.config import TRMConfig
 
-    added = [tag for tag in (THINK, END_THINK) if _token(tokenizer, tag) is None]
+    added = [tag for tag in (THINK, END_THINK) if own_token(tokenizer, tag) is None]
     # Thinking is part of what a model says: its tags survive skip_special_tokens, as in SmolLM3's tokenizer.
     tokenizer.add_tokens(added, special_tokens=False)
     before = _rows(model)
@@ -50,15 +51,8 @@ def think_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     Raises:
         InputError: One of them is no single token.
     """
-    think, end_think = (_token(tokenizer, tag) for tag in (THINK, END_THINK))
+    think, end_think = (own_token(tokenizer, tag) for tag in (THINK, END_THINK))
     if think is None or end_think is None:
         missing = THINK if think is None else END_THINK
         raise InputError(f"{missing} is no single token: call add_think_tokens(tokenizer, model)")
     return think, end_think
-
-
-def _token(tokenizer: PreTrainedTokenizerBase, tag: str) -> int | None:
-    """The id of ``tag`` if it is one token, and its own: what is not known may be one unknown token."""
-    ids = tokenizer.encode(tag, add_special_tokens=False)
-    own = tokenizer.get_vocab().get(tag)
-    return own if ids == [own] else None
