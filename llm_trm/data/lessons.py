@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from llm_trm.data.passages import Passage, encode, joined, surroundings, text
+from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
 from llm_trm.data.reasoning import IGNORED
 from llm_trm.data.templates import chat_prompt, chat_template
 from llm_trm.errors import InputError
@@ -61,6 +63,18 @@ def question_prompt(
     if form == "plain":
         return joined("Question: ", text(question), "\nAnswer: ")
     return chat_prompt(tokenizer, question, thinking=thinking, recurs=recurs)
+
+
+def prompts_fingerprint(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
+    """Of what decides which tokens a question becomes, but for the date, which some chat templates write."""
+    decides = [
+        form,
+        tokenizer.chat_template if form == "chat" else surroundings(tokenizer)[0],
+        sorted(control_tokens(tokenizer).items()),
+        tokenizer.bos_token,
+        encode(tokenizer, [f"Is 1 < 2?\n{THINK}"]),
+    ]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def opens_thought(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.errors import InputError
 from llm_trm.extras import require
+from llm_trm.models.tiny import END_THINK, THINK
 from llm_trm.text import parse_json, read_lines, read_text
 
 ARITHMETIC = "arithmetic"
@@ -209,5 +210,19 @@ def _question(place: str, record: dict[str, Any]) -> Question:
     text = record[column]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: {column!r} is {text!r:.40} and no text: mend the file")
-    answer = next((record[name] for name in ANSWER_COLUMNS if record.get(name) is not None), None)
-    return Question(text, None if answer is None else str(answer), record)
+    answer = next((str(record[name]) for name in ANSWER_COLUMNS if record.get(name) is not None), None)
+    require_untagged(place, "answer", answer or "")
+    return Question(text, answer, record)
+
+
+def require_untagged(place: str, what: str, value: str) -> None:
+    """Refuse an answer, or reasoning, with the tags of thinking in it: they are written around it.
+
+    Raises:
+        InputError: ``value`` holds one.
+    """
+    if tag := next((tag for tag in (THINK, END_THINK) if tag in value), None):
+        raise InputError(
+            f"{place}: the {what} holds {tag}: write what is thought, without the tags, in a column "
+            "thinking, and the answer alone in the answer, or take the row out"
+        )

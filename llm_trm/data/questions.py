@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_trm.data.problems import ANSWER_COLUMNS, HUB, QUESTION_COLUMNS, read_records
+from llm_trm.data.problems import ANSWER_COLUMNS, HUB, QUESTION_COLUMNS, read_records, require_untagged
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
-from llm_trm.models.tiny import END_THINK, THINK
 
 #: Columns of written reasoning, the first that is there.
 THINKING_COLUMNS = ("thinking", "reasoning")
@@ -109,12 +108,8 @@ def _solved(place: str, row: dict[str, Any], whole_answers: bool) -> Solved:
     if thinking is None and not whole_answers and _MARK in answer:
         thinking, _, answer = answer.rpartition(_MARK)
         thinking, answer = thinking.strip(), answer.strip()
-    for what, value in (("answer", answer), ("thinking", thinking or "")):
-        if tag := next((tag for tag in (THINK, END_THINK) if tag in value), None):
-            raise InputError(
-                f"{place}: the {what} holds {tag}: write what is thought, without the tags, in a column "
-                "thinking, and the answer alone in the answer, or take the row out"
-            )
+    require_untagged(place, "answer", answer)
+    require_untagged(place, "thinking", thinking or "")
     thinks = row.get("think", True)
     if not isinstance(thinks, bool):
         raise InputError(f"{place}: think is {thinks!r:.40}: write true or false")

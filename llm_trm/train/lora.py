@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_trm.data.lessons import prompts_fingerprint
 from llm_trm.data.questions import Solved, fingerprint, load_solved
 from llm_trm.errors import InputError
 from llm_trm.extras import require
@@ -366,7 +367,12 @@ def _facts_writer(config: LoraTrainingConfig, trainee: Trainee) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if state.is_world_process_zero and folder.is_dir():
-                known = About(config.model, trainee.form, {"training": config.record()})
+                known = About(
+                    config.model,
+                    trainee.form,
+                    {"training": config.record()},
+                    prompts=prompts_fingerprint(trainee.tokenizer, trainee.form),
+                )
                 inner(trainee.model).about = known
                 write_about(trainee.model, folder)
                 trainee.tokenizer.save_pretrained(folder)

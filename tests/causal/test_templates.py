@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from llm_trm.cli import main
 from llm_trm.data.lessons import encode_prompt, lesson, prompt_form, question_prompt
-from llm_trm.data.problems import Question
+from llm_trm.data.problems import Question, read_questions
 from llm_trm.data.questions import Solved, load_solved
 from llm_trm.data.reasoning import ReasoningDataset
 from llm_trm.data.texts import read_texts, tokenised
@@ -271,6 +271,9 @@ def test_rows_with_tags_of_their_own(rows: dict[str, str], words: str, tmp_path:
     with pytest.raises(InputError, match=words) as refused:
         load_solved(str(path))
     assert "\n" not in str(refused.value)
+    if "thinking" not in words:
+        with pytest.raises(InputError, match=words):
+            list(read_questions(path))
     assert load_solved(str(write_rows(path, [{"question": NAMES, "answer": "</s>"}])))[0].question == NAMES
 
 
@@ -401,6 +404,10 @@ def test_a_run_from_training_to_evaluation(tmp_path: Path) -> None:
     assert latent.model(batch["input_ids"]).trm_steps.shape[1] == 1
     (reply,), _ = speaker.reply([asked], Decoding(3))
     assert len(reply.steps) == 1
+    latent.tokenizer.chat_template = chats.GLM
+    latent.tokenizer.save_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match=r"no longer makes \(they would have other tokens\)"):
+        load_latent_model(tmp_path / "run")
     latent.tokenizer.chat_template = None
     latent.tokenizer.save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "chat_template.jinja").unlink(missing_ok=True)
@@ -445,3 +452,42 @@ def test_questions_in_rewarded_training(tmp_path: Path) -> None:
             config.checkpoint, tmp_path / "other", group_size=4, batch_size=8, think="model"
         )
         make_trainer(config, grpo_arguments(config), latent, problems, [])
+
+
+def test_what_a_model_was_trained_to_be_asked(tmp_path: Path) -> None:
+    """A saved model says which prompts it knows, and is not asked by others."""
+    pytest.importorskip("peft")
+    from tests.causal.saved import latent_model, save
+
+    folder = save(latent_model(), tmp_path / "run")
+    assert load_latent_model(folder).prompt_form == "chat"
+    facts = folder / "latent.json"
+    known = json.loads(facts.read_text())
+    other, more = tiny_tokenizer(), tiny_tokenizer()
+    other.chat_template = chats.QWEN3
+    more.add_tokens(["<|im_start|>"], special_tokens=True)
+    for spoiled in (other, more):
+        spoiled.save_pretrained(folder)
+        with pytest.raises(InputError, match="they would have other tokens"):
+            load_latent_model(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert load_latent_model(folder).prompt_form == "chat"
+    # Models of before did not say.
+    facts.write_text(json.dumps({name: fact for name, fact in known.items() if name != "prompts"}))
+    assert load_latent_model(folder).prompt_form == "chat"
+    facts.write_text(json.dumps({**known, "prompt_form": "poem"}))
+    with pytest.raises(InputError, match="must be one of chat, plain, not 'poem'"):
+        load_latent_model(folder)
+
+
+def test_pairs_are_not_replaced_where_a_question_cannot_be_asked(tmp_path: Path) -> None:
+    cut = chats.QWEN3.replace("message.content", "(message.content | truncate(40, true))")
+    model = str(save_chat_model(tmp_path / "lm", chat_tokenizer(cut)))
+    short = write_rows(tmp_path / "short.jsonl", [{"question": "1+1"}])
+    long = write_rows(tmp_path / "long.jsonl", [{"question": "1+1"}, {"question": "1+" * 40 + "1"}])
+    common = ("datagen", "--model", model, "-o", str(tmp_path / "pairs"), "--max-new-tokens", "4")
+    assert run(*common, "--dataset", str(short), "--device", "cpu").exit_code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
+    result = run(*common, "--dataset", str(long), "--fresh", "--device", "cpu")
+    assert refused_in_one_line(result, "does not render the question", "1+1+1")
+    assert {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == before

@@ -50,12 +50,15 @@ class About:
         facts: Of the training: settings, figures.
         evaluation: What ``llm-trm eval lm`` measured, with ``reasoner``, the :func:`fingerprint` of the
             weights that it measured.
+        prompts: :func:`~llm_trm.data.lessons.prompts_fingerprint` of the tokenizer that it was trained with;
+            None if nobody said.
     """
 
     base: str | None = None
     prompt_form: PromptForm | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+    prompts: str | None = None
 
 
 class Carded:
@@ -107,7 +110,13 @@ def write_about(model: Any, folder: Path, *, name: str | None = None) -> None:
     write_card(model, folder, evaluation, name=name)
     write_json(
         folder / FACTS_FILE,
-        {"base": base, "prompt_form": known.prompt_form, "settings": settings, "facts": known.facts},
+        {
+            "base": base,
+            "prompt_form": known.prompt_form,
+            "prompts": known.prompts,
+            "settings": settings,
+            "facts": known.facts,
+        },
     )
 
 

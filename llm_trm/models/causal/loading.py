@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_trm.data.lessons import PromptForm, prompt_form
+from llm_trm.data.lessons import PromptForm, prompt_form, prompts_fingerprint
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.files import read_json
@@ -91,7 +91,9 @@ def save_latent_model(
         model = model.merge_and_unload()
     # Weights that come from elsewhere are not those that anybody has measured here.
     measured = about(model).evaluation if state_dict is None else None
-    inner(model).about = About(base, prompt_form, facts, measured)
+    inner(model).about = About(
+        base, prompt_form, facts, measured, prompts_fingerprint(tokenizer, prompt_form)
+    )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
     write_about(model, folder)
@@ -153,19 +155,25 @@ def load_latent_model(
         _train_reasoner(model)
     base, facts = known.get("base"), known.get("facts", {})
     # Figures of a model that is about to be trained are out of date.
-    inner(model).about = About(base, form, facts, None if trainable else read_evaluation(source))
+    measured = None if trainable else read_evaluation(source)
+    inner(model).about = About(base, form, facts, measured, known.get("prompts"))
     return LatentModel(str(name), model.eval(), tokenizer, base, form, facts)
 
 
 def _form(name: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> PromptForm:
-    """How questions were put in training; InputError if they no longer can be."""
+    """How questions were put in training; InputError if they no longer can be, or become other tokens."""
     try:
-        return prompt_form(tokenizer, known.get("prompt_form"))
+        form = prompt_form(tokenizer, known.get("prompt_form"))
+        fault = "they would have other tokens"
+        same = known.get("prompts") in (None, prompts_fingerprint(tokenizer, form))
     except InputError as error:
+        same, fault = False, one_line(error)
+    if not same:
         raise InputError(
-            f"{name} was trained on prompts that its tokenizer no longer makes ({one_line(error)}): bring "
-            "back the tokenizer's files, or train again"
-        ) from error
+            f"{name} was trained on prompts that its tokenizer no longer makes ({fault}): bring back the "
+            "tokenizer's files, or train again"
+        )
+    return form
 
 
 def _with_adapters(
