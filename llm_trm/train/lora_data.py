@@ -64,8 +64,8 @@ class Lessons(Dataset[Lesson]):
         if at_once is not None and opens_thought(tokenizer, form):
             raise InputError(
                 f"the chat template ends every prompt in {THINK}, and the question "
-                f"{shortened(at_once.question)} has think false: take such rows out, or choose the plain "
-                "prompt form"
+                f"{shortened(at_once.question)} has think false: take such rows out, or choose "
+                "--prompt-form plain"
             )
         prompts = [question_prompt(tokenizer, row.question, form) for row in self.solved]
         self._asked = encode_each(tokenizer, prompts, form)

@@ -25,7 +25,7 @@ KINDS = ("bytes", "metaspace", "prepended", "lower case", "words")
 
 def tokenizer_of(kind: str, *names: str) -> PreTrainedTokenizerFast:
     """A trained tokenizer of one of KINDS, with control tokens of these names, and two that are words."""
-    backend = Tokenizer(models.BPE(byte_fallback=kind == "prepended"))
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "prepended"))
     if kind == "bytes":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -41,14 +41,17 @@ def tokenizer_of(kind: str, *names: str) -> PreTrainedTokenizerFast:
             backend.normalizer = normalizers.Lowercase()
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.train_from_iterator(
-        _CORPUS, trainers.BpeTrainer(vocab_size=130, initial_alphabet=[chr(n) for n in range(33, 127)])
+        _CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=130, special_tokens=["<unk>"], initial_alphabet=[chr(n) for n in range(33, 127)]
+        ),
     )
     backend.add_tokens(["COVID-19"])
     backend.add_special_tokens([AddedToken(name, special=True) for name in names[1:]])
     # The tags of thinking are no special tokens; matched before or behind the normalizer.
     backend.add_tokens([AddedToken(names[0], special=False, normalized=kind == "lower case")])
     backend.add_tokens(["R2-D2"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=names[1])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=names[1], unk_token="<unk>")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,6 +76,7 @@ def test_text_is_read_as_if_its_tokens_had_other_names(kind: str, said: str) -> 
     for parts in (
         ["<|user|>", text(said), "</s>", "what is", "<think>"],
         ["to ", text(said), " use<think>"],
+        ["\u00e9to \u00e9", text(said), "\u00e9", text(f"\u00e9{said}")],
         [text(said)],
         ["</s>to think", text(said), "of <|user|>", text(said), text(said)],
     ):
@@ -91,12 +95,12 @@ def _renamed(part: str, tags: dict[str, str]) -> str:
 
 def test_control_tokens() -> None:
     tokenizer = tokenizer_of("bytes", "<think>", "</s>", "<|user|>")
-    assert set(control_tokens(tokenizer).values()) == {"<think>", "</s>", "<|user|>"}
+    assert set(control_tokens(tokenizer).values()) == {"<unk>", "<think>", "</s>", "<|user|>"}
     assert encode(tokenizer, [text("R2-D2")]) == [[tokenizer.convert_tokens_to_ids("R2-D2")]]
     # What a template writes, and what is added later, count; its variables do not.
     tokenizer.chat_template = "{{ 'COVID-19' }}{% if messages %}\n{% endif %}"
     tokenizer.add_tokens(["if", "\n"])
-    assert set(control_tokens(tokenizer).values()) == {"<think>", "</s>", "<|user|>", "COVID-19"}
+    assert set(control_tokens(tokenizer).values()) == {"<unk>", "<think>", "</s>", "<|user|>", "COVID-19"}
     assert len(encode(tokenizer, [text("COVID-19")])[0]) > 1
     tokenizer.chat_template = {"default": "{% broken", "other": "<|user|>"}
     assert "COVID-19" not in control_tokens(tokenizer).values()
