@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("bench", "--latents", "0"), ("--latents", "x>=1")),
+        (("bench", "--latents", "0"), ("--latents", "at least 1")),
         (("bench", "--batch", "-3"), ("--batch",)),
         (("bench", "--latents", "many"), ("--latents", "many")),
         (("bench", "--hidden-size", "100"), ("--hidden-size 100", "--heads 8")),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trm_kernels import checks
+
 
 class AdamATan2(Optimizer):
     """AdamW whose update is ``-lr * a * atan2(m, b * sqrt(v))``, m and v the corrected means.
@@ -49,14 +51,13 @@ class AdamATan2(Optimizer):
         b: float = 1.0,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(lr, Tensor) and lr < 0.0:
-            raise ValueError(f"lr must not be negative, got {lr}")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        if weight_decay < 0.0:
-            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-        if a <= 0.0 or b <= 0.0:
-            raise ValueError(f"a and b must be positive, got {a} and {b}")
+        if not isinstance(lr, Tensor):
+            checks.real("lr", lr)
+        for beta in betas:
+            checks.share("betas", beta)
+        checks.real("weight_decay", weight_decay)
+        checks.real("a", a, positive=True)
+        checks.real("b", b, positive=True)
         defaults = {
             "lr": lr,
             "betas": betas,

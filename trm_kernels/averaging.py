@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from trm_kernels import checks
 
 
 class ParameterAverage:
@@ -18,11 +21,13 @@ class ParameterAverage:
     Args:
         parameters: What to average, for instance ``model.parameters()``.
         decay: Share of the average that an update keeps, in [0, 1).
+
+    Raises:
+        ValueError: A decay outside of it.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float = 0.999) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        checks.share("decay", decay)
         self.decay = decay
         self._parameters = list(parameters)
         self.averages = [_wide(parameter).clone() for parameter in self._parameters]
@@ -61,9 +66,9 @@ class ParameterAverage:
         assert isinstance(averages, list)
         for own, value in zip(self.averages, averages, strict=True):
             own.copy_(value)
-        decay = state["decay"]
-        assert isinstance(decay, float)
-        self.decay = decay
+        decay: Any = state["decay"]
+        checks.share("decay", decay)
+        self.decay = float(decay)
 
 
 def _wide(parameter: Tensor) -> Tensor:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from trm_kernels import checks
+
 Family = Literal["seed", "scratch", "paper"]
 Mixer = Literal["attention", "tokens"]
 
 #: ``nn.RMSNorm(d, eps=None)`` takes the epsilon of float32 for bf16 and fp16 inputs too (measured,
 #: torch 2.13), but that of float64 for float64. One value keeps the function the same in all dtypes.
 FLOAT32_EPS = 1.1920928955078125e-07
+
+#: More fit nowhere: one layer of the widest takes 50 TB.
+_WIDEST, _DEEPEST, _LONGEST = 2**20, 1024, 2**30
 
 _NORM_EPS: dict[str, float] = {"seed": FLOAT32_EPS, "scratch": 1e-8, "paper": 1e-5}
 
@@ -41,7 +46,8 @@ class NetworkConfig:
         rope_theta: Base of the rotary frequencies.
 
     Raises:
-        ValueError: A combination that describes no network.
+        ValueError: A number of the wrong type, NaN or out of range, or a combination that describes no
+            network.
     """
 
     d_model: int
@@ -59,20 +65,21 @@ class NetworkConfig:
             raise ValueError(f"family must be one of {get_args(Family)}, not {self.family!r}")
         if self.mixer not in get_args(Mixer):
             raise ValueError(f"mixer must be one of {get_args(Mixer)}, not {self.mixer!r}")
-        for name in ("d_model", "n_layers", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if not self.rope_theta > 0.0:
-            raise ValueError(f"rope_theta must be positive, not {self.rope_theta}")
+        checks.whole("d_model", self.d_model, 1, _WIDEST)
+        checks.whole("n_layers", self.n_layers, 1, _DEEPEST)
+        checks.whole("n_heads", self.n_heads, 1, _WIDEST)
+        checks.share("dropout", self.dropout)
+        checks.real("rope_theta", self.rope_theta, positive=True)
+        if not isinstance(self.rope, bool):
+            raise ValueError(f"rope must be True or False, not {self.rope!r}")
         if self.dropout and self.family == "paper":
             raise ValueError("the paper family has no dropout: leave dropout at 0")
         if self.mixer == "tokens":
             if self.family == "seed":
                 raise ValueError("the seed family has no token mixer: use family='scratch' or 'paper'")
-            if self.seq_len is None or self.seq_len < 1:
+            if self.seq_len is None:
                 raise ValueError("mixer='tokens' needs seq_len, the fixed length of its sequences")
+            checks.whole("seq_len", self.seq_len, 1, _LONGEST)
         else:
             if self.d_model % self.n_heads:
                 raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
@@ -114,6 +121,21 @@ class NetworkConfig:
         """Inner width of the token mixer."""
         assert self.seq_len is not None
         return self._inner(self.seq_len)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the network, without building it."""
+        d = self.d_model
+        norms = 0 if self.family == "paper" else 2 * d
+        biased = self.family == "seed"
+        channels = 3 * d * self.d_ff if self.gated else 2 * d * self.d_ff + self.d_ff + d
+        if self.mixer == "attention":
+            mixing = 4 * d * d + (4 * d if biased else 0)
+        else:
+            assert self.seq_len is not None
+            length, inner = self.seq_len, self.token_ff
+            mixing = 3 * length * inner if self.family == "paper" else 2 * length * inner + inner + length
+        return self.n_layers * (norms + mixing + channels)
 
     def _inner(self, width: int) -> int:
         # Two thirds of 4x, rounded up to 256, is the paper's choice for SwiGLU; the others take 4x.

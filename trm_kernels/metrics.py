@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trm_kernels import checks
 from trm_kernels.host_reads import HostReads
 
 
@@ -34,8 +35,7 @@ class MetricBuffer:
     """
 
     def __init__(self, read_every: int = 10) -> None:
-        if read_every < 1:
-            raise ValueError(f"read_every must be at least 1, not {read_every}")
+        checks.whole("read_every", read_every, 1)
         self.read_every = read_every
         self.names: tuple[str, ...] = ()
         self._sums: Tensor | None = None

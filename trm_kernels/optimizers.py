@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as internals
 
+from trm_kernels import checks
 from trm_kernels.adam_atan2 import AdamATan2
 from trm_kernels.graphs.keys import storage
 
@@ -24,6 +25,9 @@ def capturable_adamw(parameters: Iterable[Any], lr: float, **options: Any) -> Ad
         parameters: Parameters or groups, as for :class:`torch.optim.AdamW`, on one device.
         lr: Learning rate of the groups that bring none of their own.
         **options: Further arguments of :class:`torch.optim.AdamW`.
+
+    Raises:
+        ValueError: A learning rate that is negative or not finite, or no parameters.
     """
     groups, device = _groups(parameters, lr)
     # torch refuses capturable on devices that have no graphs.
@@ -52,7 +56,9 @@ def _groups(parameters: Iterable[Any], lr: float) -> tuple[list[dict[str, Any]],
     groups = [{**group, "params": list(group["params"])} for group in groups]
     device = groups[0]["params"][0].device
     for group in groups:
-        group["lr"] = torch.tensor(float(group.get("lr", lr)), device=device)
+        rate = group.get("lr", lr)
+        checks.real("lr", float(rate) if isinstance(rate, Tensor) else rate)
+        group["lr"] = torch.tensor(float(rate), device=device)
     return groups, device
 
 

@@ -102,6 +102,10 @@ def deep_recursion(
     Raises:
         BackendError: A backend or precision that was asked for by name cannot serve the call.
     """
+    for name, count in (("n", n), ("T", T)):
+        # Not all that checks.whole does: this is compiled with its callers, n and T symbols perhaps.
+        if isinstance(count, (bool, float)):
+            raise ValueError(f"{name} must be a whole number, not {count!r}")
     if n < 0:
         raise ValueError(f"n must be at least 0, not {n}")
     if T < 1:

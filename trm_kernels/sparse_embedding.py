@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trm_kernels import checks
+
 
 class SparseEmbedding(nn.Module):
     """An embedding whose rows are updated by :class:`SparseSignSGD`, and only those that a batch used.
@@ -119,10 +121,9 @@ class SparseSignSGD(Optimizer):
         weight_decay: float = 0.1,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(lr, Tensor) and lr < 0.0:
-            raise ValueError(f"lr must not be negative, got {lr}")
-        if weight_decay < 0.0:
-            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+        if not isinstance(lr, Tensor):
+            checks.real("lr", lr)
+        checks.real("weight_decay", weight_decay)
         self._embeddings = list(embeddings)
         rows = [embedding.rows for embedding in self._embeddings if embedding.rows is not None]
         if len(rows) < len(self._embeddings):

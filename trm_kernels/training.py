@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trm_kernels import optimizers
+from trm_kernels import checks, optimizers
 from trm_kernels.averaging import ParameterAverage
 from trm_kernels.carry import Carry, exploration_steps
 from trm_kernels.graphs.cache import GraphCache, is_nested
@@ -135,10 +135,17 @@ class TrainingStep:
     ) -> None:
         if autocast_dtype == torch.float16:
             raise ValueError("float16 needs its loss scaled, which this step does not do: use bfloat16")
-        if supervision_steps < 1:
-            raise ValueError(f"supervision_steps must be at least 1, not {supervision_steps}")
-        if warmup < 1:
-            raise ValueError("warmup must be at least 1: the optimizer sets itself up in its first step")
+        checks.whole("n", n, 0)
+        checks.whole("T", T, 1)
+        checks.whole("supervision_steps", supervision_steps, 1)
+        # The optimizer sets itself up in its first step.
+        checks.whole("warmup", warmup, 1)
+        if max_steps is not None:
+            checks.whole("max_steps", max_steps, 1)
+        if clip_norm is not None:
+            checks.real("clip_norm", clip_norm, positive=True)
+        if isinstance(exploration, bool) or not 0.0 <= exploration <= 1.0:
+            raise ValueError(f"exploration must lie in [0, 1], not {exploration}")
         if exploration > 0.0 and max_steps is None:
             raise ValueError("exploration draws from 2 .. max_steps: give max_steps")
         if skip_nonfinite and not all(group.get("fused") for group in optimizer.param_groups):

@@ -15,6 +15,7 @@ from llm_trm.benchmark.suites import CPU_TRAIN_WIDTH, SUITES, group_of, left_out
 from llm_trm.benchmark.workloads import Case, Mode
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.output import output_file
+from llm_trm.cli.types import BATCH, LAYERS, LENGTH, SECONDS, SEED, WIDTH
 
 if TYPE_CHECKING:
     import torch
@@ -129,16 +130,16 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
 
 
 @click.command(epilog=_EPILOG, short_help="Time the recursion on every backend, with its error.")
-@click.option("--latents", type=click.IntRange(min=1), metavar="L", help="Sequence length. [default: 256]")
+@click.option("--latents", type=LENGTH, metavar="L", help="Sequence length. [default: 256]")
 @click.option(
     "--hidden-size",
-    type=click.IntRange(min=1),
+    type=WIDTH,
     metavar="D",
     help="Width. [default: 256, then 2048 (SmolLM3)]",
 )
-@click.option("--batch", type=click.IntRange(min=1), metavar="B", help="Batch size. [default: 1]")
-@click.option("--layers", type=click.IntRange(1, 1024), help="Blocks of the network. [default: 2]")
-@click.option("--heads", type=click.IntRange(min=1), help="Attention heads; must divide D. [default: 8]")
+@click.option("--batch", type=BATCH, metavar="B", help="Batch size. [default: 1]")
+@click.option("--layers", type=LAYERS, help="Blocks of the network. [default: 2]")
+@click.option("--heads", type=WIDTH, help="Attention heads; must divide D. [default: 8]")
 @click.option(
     "--family", type=click.Choice(["seed", "scratch", "paper"]), help="Which block. [default: seed]"
 )
@@ -185,14 +186,12 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(min=1),
+    type=SECONDS,
     metavar="SECONDS",
     help="Time for the whole run, compiling included; what does not fit is skipped and says so. "
     f"[default: 33 a case on a CPU, 60 elsewhere, {_PEERS_TAKE} times that against peers]",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and inputs."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights and inputs.")
 def bench(
     latents: int | None,
     hidden_size: int | None,

@@ -10,6 +10,7 @@ import click
 
 from llm_trm.cli.group import Group
 from llm_trm.cli.output import output_file
+from llm_trm.cli.types import COUNT, SEED
 from llm_trm.cli.world_options import world_options
 
 
@@ -26,9 +27,7 @@ def data() -> None:
 
 
 @data.command(short_help="Write problems of the arithmetic world as JSONL.")
-@click.option(
-    "--num-samples", type=click.IntRange(min=1), default=1000, show_default=True, help="How many problems."
-)
+@click.option("--num-samples", type=COUNT, default=1000, show_default=True, help="How many problems.")
 @world_options()
 @click.option(
     "--split",
@@ -37,7 +36,7 @@ def data() -> None:
     show_default=True,
     help="No question is in both.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same problems.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same problems.")
 @click.option(
     "-o",
     "--output",

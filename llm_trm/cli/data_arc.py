@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from llm_trm.cli.types import FOLDER, SEED, SYMMETRIES
+
 
 @click.command(short_help="Write ARC tasks under many symmetries.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -18,16 +20,16 @@ import click
 )
 @click.option(
     "--augment",
-    type=click.IntRange(min=0),
+    type=SYMMETRIES,
     default=100,
     show_default=True,
     help="Symmetries of each task, besides the task itself. The paper has 1000.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same symmetries.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same symmetries.")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("data/arc"),
     show_default=True,
     help="Folder to write.",

@@ -8,38 +8,39 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from llm_trm.cli.types import COUNT, FOLDER, MAZE_SIDE, NO_OR_COUNT, PATH_STEPS, SEED
+
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.maze_files import Mazes
 
-_COUNT = click.IntRange(min=1)
 _TRAIN, _TEST = 1000, 200
 
 
 @click.command(short_help="Write mazes and their shortest paths.")
 @click.option(
     "--size",
-    type=click.IntRange(min=3),
+    type=MAZE_SIDE,
     default=30,
     show_default=True,
     help="Rows, and columns, of a generated maze.",
 )
 @click.option(
     "--min-path",
-    type=click.IntRange(min=2),
+    type=PATH_STEPS,
     help="Fewest steps from start to goal of a generated maze, by its shortest path. [default: 111 at size "
     "30, as many a cell elsewhere]",
 )
 @click.option(
     "--num-samples",
-    type=_COUNT,
+    type=COUNT,
     help=f"Mazes to train on. [default: {_TRAIN} generated ones; all that are read]",
 )
 @click.option(
     "--test-samples",
-    type=click.IntRange(min=0),
+    type=NO_OR_COUNT,
     help=f"Mazes held out. [default: {_TEST}; all of the test split of --dataset]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same mazes.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same mazes.")
 @click.option(
     "--input",
     "source",
@@ -53,7 +54,7 @@ _TRAIN, _TEST = 1000, 200
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("data/maze"),
     show_default=True,
     help="Folder to write.",

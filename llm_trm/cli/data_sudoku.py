@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from llm_trm.cli.bars import progress_bar
+from llm_trm.cli.types import CLUES, COUNT, FOLDER, RATING, SEED, SHARE_WITHIN
 
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.sudoku_rows import SudokuRows
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _CLUES = {4: (4, 8), 6: (9, 18), 9: (24, 36)}
 _OF_GENERATION = ("size", "num_samples", "clues")
 _OF_READING = ("subsample", "min_rating", "test_fraction", "trust")
-_COUNT = click.IntRange(min=1)
 
 
 @click.command(short_help="Write Sudokus: made from nothing, from a file, or from the hub.")
@@ -31,19 +31,19 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option(
     "--num-samples",
-    type=_COUNT,
+    type=COUNT,
     default=1000,
     show_default=True,
     help="Training puzzles to generate.",
 )
 @click.option(
     "--test-samples",
-    type=_COUNT,
+    type=COUNT,
     help="Puzzles to hold out. [default: 200 generated ones; --test-fraction of a file; all of a test split]",
 )
 @click.option(
     "--clues",
-    type=_COUNT,
+    type=CLUES,
     nargs=2,
     metavar="LOW HIGH",
     help="Clues of generated puzzles, each number in the range as likely where it can be reached. "
@@ -61,11 +61,11 @@ _COUNT = click.IntRange(min=1)
     metavar="NAME",
     help="Read a data set of the hub instead, such as sapientinc/sudoku-extreme.",
 )
-@click.option("--subsample", type=_COUNT, help="Train on so many of the puzzles read. [default: all]")
-@click.option("--min-rating", type=float, help="Leave out puzzles that are rated as easier.")
+@click.option("--subsample", type=COUNT, help="Train on so many of the puzzles read. [default: all]")
+@click.option("--min-rating", type=RATING, help="Leave out puzzles that are rated as easier.")
 @click.option(
     "--test-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE_WITHIN,
     help="Share of the puzzles to hold out, where there is no test split. [default: 0.1]",
 )
 @click.option(
@@ -74,11 +74,11 @@ _COUNT = click.IntRange(min=1)
     help="Do not search for second solutions of puzzles read (a millisecond each); given solutions are still "
     "checked.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same puzzles.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same puzzles.")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("data/sudoku"),
     show_default=True,
     help="Folder to write.",

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.language_model_options import trust_option
+from llm_trm.cli.types import BATCH, COUNT, FOLDER, LENGTH, NO_OR_LENGTH, NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO
 from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 )
 @click.option(
     "--num-samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1000,
     show_default=True,
     help="Problems to think about.",
@@ -56,60 +57,60 @@ _SECONDS_BETWEEN_LINES = 30.0
 @world_options()
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=BATCH,
     default=32,
     show_default=True,
     help="Problems at a time, on each device; halved where memory runs out.",
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=LENGTH,
     default=1024,
     show_default=True,
     help="Most tokens up to </think>; a problem that takes more gives no pair.",
 )
 @click.option(
     "--max-prompt-tokens",
-    type=click.IntRange(min=1),
+    type=LENGTH,
     default=2048,
     show_default=True,
     help="Problems with a longer prompt give no pair.",
 )
 @click.option(
     "--answer-tokens",
-    type=click.IntRange(min=0),
+    type=NO_OR_LENGTH,
     default=32,
     show_default=True,
     help="Most tokens of the answer, which is recorded and graded; 0 leaves it out.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=NO_OR_SPREAD,
     default=0.7,
     show_default=True,
     help="Of the thinking; 0 takes the likeliest token. The answer always does.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(min=0, min_open=True, max=1),
+    type=SHARE_ABOVE_ZERO,
     default=1.0,
     show_default=True,
     help="Draw from the likeliest tokens that together have this probability.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of sampling and of arithmetic problems."
+    "--seed", type=SEED, default=0, show_default=True, help="Of sampling and of arithmetic problems."
 )
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("data/pairs"),
     show_default=True,
     help="Folder of the pairs. One that holds a part of them is finished.",
 )
 @click.option(
     "--shard-size",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=512,
     show_default=True,
     help="Problems a file: what an interruption loses at most, and what one process takes at a time.",

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from llm_trm.cli.types import BATCH, DEPTH, LENGTH, NO_OR_WIDTH, WIDTH
+
 
 def _devices() -> list[dict[str, Any]]:
     import torch
@@ -60,15 +62,11 @@ _PLAN_OPTIONS = (
     click.option(
         "--reasoner", type=click.Choice(["latents", "sequence"]), default="latents", help="What recurs."
     ),
-    click.option("--latents", type=click.IntRange(1), default=256, help="M latents of --reasoner latents."),
-    click.option("--d-compressed", type=click.IntRange(1), default=256, help="D' of --reasoner sequence."),
-    click.option(
-        "--soft-tokens", type=click.IntRange(1), default=1, help="K soft tokens of --reasoner sequence."
-    ),
-    click.option(
-        "--context", type=click.IntRange(1), default=4096, help="Tokens of a sample, with its answer."
-    ),
-    click.option("--batch-size", type=click.IntRange(1), default=1, help="Samples at once."),
+    click.option("--latents", type=LENGTH, default=256, help="M latents of --reasoner latents."),
+    click.option("--d-compressed", type=WIDTH, default=256, help="D' of --reasoner sequence."),
+    click.option("--soft-tokens", type=DEPTH, default=1, help="K soft tokens of --reasoner sequence."),
+    click.option("--context", type=LENGTH, default=4096, help="Tokens of a sample, with its answer."),
+    click.option("--batch-size", type=BATCH, default=1, help="Samples at once."),
     click.option(
         "--dtype",
         type=click.Choice(["bf16", "fp16", "fp32"]),
@@ -76,7 +74,7 @@ _PLAN_OPTIONS = (
         help="Of the weights that are not trained; those that are take float32.",
     ),
     click.option("--train/--inference", "training", default=True, help="With a backward pass, or without."),
-    click.option("--lora-r", type=click.IntRange(0), default=16, help="Rank of the adapters; 0 for none."),
+    click.option("--lora-r", type=NO_OR_WIDTH, default=16, help="Rank of the adapters; 0 for none."),
     click.option(
         "--gradient-checkpointing", is_flag=True, help="Gradient checkpointing of the decoder's layers."
     ),

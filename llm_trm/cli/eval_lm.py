@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.language_model_options import chosen_checkpoint, memory_advice, model_options
 from llm_trm.cli.output import output_file
+from llm_trm.cli.types import BATCH, COUNT, LENGTH, SEED
 from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
@@ -66,23 +67,23 @@ def _modes(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 )
 @click.option(
     "--num-samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1000,
     show_default=True,
     help="Problems; fewer if there are no more.",
 )
 @world_options()
-@click.option("--seed", type=int, default=0, show_default=True, help="Of arithmetic problems.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of arithmetic problems.")
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=BATCH,
     default=32,
     show_default=True,
     help="Problems at a time, in every mode; 1 is what a single user waits for.",
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=LENGTH,
     help="Most tokens of an answer, thinking included; one that does not end counts as wrong. "
     f"[default: {_FEW_TOKENS} for arithmetic, {_MANY_TOKENS} for others]",
 )

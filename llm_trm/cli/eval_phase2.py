@@ -10,6 +10,7 @@ import click
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.output import output_file
+from llm_trm.cli.types import BATCH, DEPTH, FOLDER
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,26 +19,24 @@ if TYPE_CHECKING:
     from llm_trm.evaluate.phase2 import Phase2Evaluation, Scores
     from llm_trm.models.sequence_trm import Halting
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-
 
 @click.command(short_help="Compare a trained recursion with the true states and with baselines.")
 @click.option(
     "--checkpoint",
-    type=_FOLDER,
+    type=FOLDER,
     default=Path("runs/phase2"),
     show_default=True,
     help="Folder of a run, whose best checkpoint is taken, or a single checkpoint.",
 )
 @click.option(
     "--data",
-    type=_FOLDER,
+    type=FOLDER,
     required=True,
     help="Pairs to evaluate on, of problems that were not trained on.",
 )
 @click.option(
     "--train-data",
-    type=_FOLDER,
+    type=FOLDER,
     help="Pairs that the baselines are fitted on. [default: those that the checkpoint was trained on]",
 )
 @click.option(
@@ -47,7 +46,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 )
 @click.option(
     "--max-steps",
-    type=click.IntRange(min=1),
+    type=DEPTH,
     help="Supervision steps at most. [default: what the checkpoint says]",
 )
 @click.option(
@@ -56,9 +55,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Whose confidence stops a context: its own, the mean of its batch, nobody's. "
     "[default: what the checkpoint says]",
 )
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Contexts at a time."
-)
+@click.option("--batch-size", type=BATCH, default=64, show_default=True, help="Contexts at a time.")
 @click.option(
     "--by",
     metavar="FIELD",

@@ -11,6 +11,7 @@ import click
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.output import output_file
 from llm_trm.cli.tries import noise_of, tries_options
+from llm_trm.cli.types import BATCH, COUNT, DEPTH, FOLDER, SEED, SHARE_BELOW_ONE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,29 +20,26 @@ if TYPE_CHECKING:
     from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit
     from llm_trm.evaluate.puzzle_modes import ModeResult
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_COUNT = click.IntRange(min=1)
-
 
 @click.command(short_help="Measure how many test puzzles a model solves, and how fast.")
 @click.option(
     "--checkpoint",
-    type=_FOLDER,
+    type=FOLDER,
     required=True,
     help="Folder of a run, whose best checkpoint is taken, a single checkpoint, or an imported model.",
 )
 @click.option(
     "--data",
-    type=_FOLDER,
+    type=FOLDER,
     help="Folder whose test puzzles are taken. [default: the one that the model was trained on]",
 )
 @click.option(
-    "--samples", type=_COUNT, help="Take so many test puzzles, or ARC tasks, drawn at random. [default: all]"
+    "--samples", type=COUNT, help="Take so many test puzzles, or ARC tasks, drawn at random. [default: all]"
 )
-@click.option("--batch-size", type=_COUNT, default=128, show_default=True, help="Puzzles at a time.")
+@click.option("--batch-size", type=BATCH, default=128, show_default=True, help="Puzzles at a time.")
 @click.option(
     "--inference-steps",
-    type=_COUNT,
+    type=DEPTH,
     help="Supervision steps at most; may be more than in training. [default: as many as in training]",
 )
 @click.option(
@@ -52,7 +50,7 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option(
     "--halt-threshold",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=SHARE_BELOW_ONE,
     default=0.5,
     show_default=True,
     help="Halting probability above which a puzzle stops; higher is surer, and slower.",
@@ -66,7 +64,7 @@ _COUNT = click.IntRange(min=1)
     metavar="FILE",
     help="JSON file for the figures.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise, and of --samples.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise, and of --samples.")
 @device_option
 def puzzle(
     checkpoint: Path,

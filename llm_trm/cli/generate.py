@@ -14,6 +14,7 @@ import click
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.language_model_options import chosen_checkpoint, memory_advice, model_options
 from llm_trm.cli.output import output_file
+from llm_trm.cli.types import BATCH, LENGTH, NO_OR_COUNT, NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Speaker
@@ -36,42 +37,40 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=NO_OR_SPREAD,
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token; above, tokens are drawn.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(min=0, min_open=True, max=1),
+    type=SHARE_ABOVE_ZERO,
     default=1.0,
     show_default=True,
     help="Draw from the likeliest tokens that together have this probability.",
 )
 @click.option(
     "--top-k",
-    type=click.IntRange(min=0),
+    type=NO_OR_COUNT,
     default=0,
     show_default=True,
     help="Draw from so many of the likeliest tokens; 0 draws from all.",
 )
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     show_default=True,
     help="Of what is drawn; batches of another size draw anew.",
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=LENGTH,
     default=2048,
     show_default=True,
     help="Most tokens of an answer, thinking included.",
 )
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions at a time."
-)
+@click.option("--batch-size", type=BATCH, default=8, show_default=True, help="Questions at a time.")
 @click.option(
     "-o",
     "--output",

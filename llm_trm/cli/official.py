@@ -8,17 +8,7 @@ from typing import Any
 import click
 
 from llm_trm.cli.output import output_file
-
-_COUNT = click.IntRange(min=1)
-
-
-def _grid(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    rows, _, columns = value.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise click.BadParameter(f"{value!r} is no grid; give rows and columns, as 9x9")
-    return int(rows), int(columns)
+from llm_trm.cli.types import DEPTH, FOLDER, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH, Grid
 
 
 @click.group("import")
@@ -36,7 +26,7 @@ def export() -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     required=True,
     help="Folder to write the model into; empty, or not there yet.",
 )
@@ -45,25 +35,25 @@ def export() -> None:
     type=click.Choice(["sudoku", "maze", "arc"]),
     help="Kind of puzzle. [default: by its vocabulary]",
 )
-@click.option("--grid", metavar="ROWSxCOLUMNS", callback=_grid, help="Rows and columns of a puzzle, as 9x9.")
-@click.option("--seq-len", type=_COUNT, help="Cells of a puzzle, where --grid and --task do not tell.")
+@click.option("--grid", metavar="ROWSxCOLUMNS", type=Grid(), help="Rows and columns of a puzzle, as 9x9.")
+@click.option("--seq-len", type=LENGTH, help="Cells of a puzzle, where --grid and --task do not tell.")
 @click.option(
     "--positions",
     type=click.Choice(["rope", "learned", "none"]),
     help="How attention knows where a cell is. Learned positions and mlp_t are recognised.",
 )
-@click.option("--heads", type=_COUNT, help="Attention heads (num_heads; 8 in the official trm.yaml).")
-@click.option("--rope-theta", type=click.FloatRange(0, min_open=True), help="Base of RoPE. [default: 10000]")
+@click.option("--heads", type=WIDTH, help="Attention heads (num_heads; 8 in the official trm.yaml).")
+@click.option("--rope-theta", type=ROPE_THETA, help="Base of RoPE. [default: 10000]")
 @click.option(
     "--puzzle-len",
-    type=click.IntRange(min=0),
+    type=NO_OR_LENGTH,
     help="Positions of the puzzle embedding (puzzle_emb_len; 16 in the official trm.yaml).",
 )
 @click.option(
-    "-n", "--latent-steps", "n_latent_steps", type=_COUNT, help="L_cycles; 6 for Sudoku, 4 for others."
+    "-n", "--latent-steps", "n_latent_steps", type=DEPTH, help="L_cycles; 6 for Sudoku, 4 for others."
 )
-@click.option("-T", "--deep-recursions", "n_deep_recursions", type=_COUNT, help="H_cycles; 3 officially.")
-@click.option("--max-steps", type=_COUNT, help="Supervision steps (halt_max_steps; 16 officially).")
+@click.option("-T", "--deep-recursions", "n_deep_recursions", type=DEPTH, help="H_cycles; 3 officially.")
+@click.option("--max-steps", type=DEPTH, help="Supervision steps (halt_max_steps; 16 officially).")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -102,7 +92,7 @@ def import_official(path: Path, output: Path, **options: Any) -> None:
 
 
 @export.command("official", short_help="A checkpoint for SamsungSAILMontreal/TinyRecursiveModels.")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", type=FOLDER)
 @click.option(
     "-o",
     "--output",

@@ -10,6 +10,7 @@ import click
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.output import output_file
 from llm_trm.cli.tries import noise_of, tries_options
+from llm_trm.cli.types import DELAY, DEPTH, FOLDER, SEED
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.solving import Attempt
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="Folder of a run, whose best checkpoint is taken, a single checkpoint, or an imported model. "
     "[default: runs/sudoku or runs/maze]",
 )
 @click.option(
     "--inference-steps",
-    type=click.IntRange(min=1),
+    type=DEPTH,
     help="Supervision steps at most; may be more than in training. [default: as many as in training]",
 )
 @tries_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
 @click.option(
     "--gif",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--delay",
-    type=click.FloatRange(min=0, max=60),
+    type=DELAY,
     default=0.4,
     show_default=True,
     help="Seconds that a step stays on a terminal and in the animation.",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from llm_trm.cli.device import device_option, resolve_device
+from llm_trm.cli.types import BATCH, COUNT, FOLDER, LEARNING_RATE, MODULUS, OPERATIONS, SHARE, TRAINER_SEED
 
 
 @click.command(short_help="Train a tiny language model that thinks before it answers.")
@@ -14,55 +15,55 @@ from llm_trm.cli.device import device_option, resolve_device
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("runs/lm"),
     show_default=True,
     help="Folder of the model, in Hugging Face format, and of its checkpoints.",
 )
 @click.option(
     "--operations",
-    type=click.IntRange(min=1),
+    type=OPERATIONS,
     default=5,
     show_default=True,
     help="Most operations of a problem; fewer occur as often.",
 )
 @click.option(
     "--modulus",
-    type=click.IntRange(min=2),
+    type=MODULUS,
     default=10,
     show_default=True,
     help="Totals are taken modulo this number.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=1200, show_default=True, help="Optimizer steps.")
+@click.option("--steps", type=COUNT, default=1200, show_default=True, help="Optimizer steps.")
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=BATCH,
     default=128,
     show_default=True,
     help="Samples a step, of one process.",
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=LEARNING_RATE,
     default=2e-3,
     show_default=True,
     help="Peak of warm-up and cosine.",
 )
 @click.option(
     "--thinking-share",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.6,
     show_default=True,
     help="Share of the samples with a worked trace; the others learn to answer at once.",
 )
 @click.option(
     "--eval-samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=400,
     show_default=True,
     help="Held-out problems for the accuracy at the end.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and samples.")
+@click.option("--seed", type=TRAINER_SEED, default=0, show_default=True, help="Of weights and samples.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
 @device_option
 def lm(

@@ -11,16 +11,30 @@ import click
 from llm_trm.cli.device import resolve_device
 from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.run_options import run_options
+from llm_trm.cli.types import (
+    BATCH,
+    CLIP_NORM,
+    COUNT,
+    DEPTH,
+    EPOCHS,
+    FOLDER,
+    HELD_OUT,
+    LAYERS,
+    LEARNING_RATE,
+    LENGTH,
+    NO_OR_COUNT,
+    NO_OR_DEPTH,
+    SHARE_BELOW_ONE,
+    TRAINER_SEED,
+    WEIGHT,
+    WIDTH,
+)
 
 if TYPE_CHECKING:
     from llm_trm.train.lora import LoraResult
     from llm_trm.train.lora_config import LoraTrainingConfig
 
 _CURVES = "curves.png"
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_COUNT = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
-_SHARE = click.FloatRange(0, 1, max_open=True)
 #: Options that go to the configuration of the reasoner, and their names there.
 _OF_REASONER = {
     "reasoner": "reasoner",
@@ -49,14 +63,14 @@ _OF_REASONER = {
 @click.option("--val-data", help="Hold these out instead of a part of --data.")
 @click.option(
     "--val-fraction",
-    type=click.FloatRange(0, 0.5, min_open=True),
+    type=HELD_OUT,
     default=0.05,
     show_default=True,
     help="Share of the different questions that is held out.",
 )
 @click.option(
     "--eval-samples",
-    type=_COUNT,
+    type=COUNT,
     default=500,
     show_default=True,
     help="Held-out questions of an evaluation, at most.",
@@ -70,52 +84,50 @@ _OF_REASONER = {
 @click.option(
     "-o",
     "--output",
-    type=_FOLDER,
+    type=FOLDER,
     default=Path("runs/lora"),
     show_default=True,
     help="Folder of the model, and of the run's checkpoints.",
 )
-@click.option("--trm", type=_FOLDER, help="Begin with the recursion that llm-trm train phase2 wrote here.")
+@click.option("--trm", type=FOLDER, help="Begin with the recursion that llm-trm train phase2 wrote here.")
 @click.option(
     "--reasoner",
     type=click.Choice(["latents", "sequence"]),
     help="Latents at full width, or one reasoning state at a smaller one. [default: latents; sequence with "
     "--trm]",
 )
-@click.option("--num-latents", type=_COUNT, help="Latents M. [default: 256; 8 for models narrower than 512]")
+@click.option("--num-latents", type=LENGTH, help="Latents M. [default: 256; 8 for models narrower than 512]")
 @click.option(
     "--d-compressed",
-    type=_COUNT,
+    type=WIDTH,
     help="Width D' of a sequence reasoner. [default: 256; a quarter of models of up to 256]",
 )
-@click.option("--soft-tokens", type=_COUNT, help="Soft tokens K of a sequence reasoner. [default: 1]")
-@click.option("--layers", type=_COUNT, help="Blocks of the recursion's network. [default: 2]")
+@click.option("--soft-tokens", type=DEPTH, help="Soft tokens K of a sequence reasoner. [default: 1]")
+@click.option("--layers", type=LAYERS, help="Blocks of the recursion's network. [default: 2]")
 @click.option(
-    "--heads", type=_COUNT, help="Attention heads. [default: 8, or as many fewer as leave each 8 dimensions]"
+    "--heads", type=WIDTH, help="Attention heads. [default: 8, or as many fewer as leave each 8 dimensions]"
 )
-@click.option("-n", "--latent-steps", type=_COUNT, help="Latent steps of a recursion. [default: 6]")
-@click.option("-T", "--deep-recursions", type=_COUNT, help="Recursions of a supervision step. [default: 3]")
-@click.option("--supervision-steps", type=_COUNT, help="Supervision steps, at most. [default: 8]")
-@click.option("--dropout", type=_SHARE, help="Of the recursion's attention weights. [default: 0]")
+@click.option("-n", "--latent-steps", type=DEPTH, help="Latent steps of a recursion. [default: 6]")
+@click.option("-T", "--deep-recursions", type=DEPTH, help="Recursions of a supervision step. [default: 3]")
+@click.option("--supervision-steps", type=DEPTH, help="Supervision steps, at most. [default: 8]")
+@click.option("--dropout", type=SHARE_BELOW_ONE, help="Of the recursion's attention weights. [default: 0]")
 @click.option(
     "--halting",
     type=click.Choice(["sample", "batch", "none"]),
     help="Whose confidence ends a recursion. [default: sample]",
 )
-@click.option(
-    "--halt-weight", type=click.FloatRange(min=0), help="Weight of the halting head's loss. [default: 0.1]"
-)
+@click.option("--halt-weight", type=WEIGHT, help="Weight of the halting head's loss. [default: 0.1]")
 @click.option(
     "--window",
     type=click.Choice(["slide", "always"]),
     help="always: each recursion drops as many of the oldest positions as it adds. [default: slide]",
 )
 @click.option("--lora/--no-lora", default=True, show_default=True, help="Adapters on q, k, v and o.")
-@click.option("--lora-r", type=_COUNT, default=16, show_default=True, help="Rank of the adapters.")
-@click.option("--lora-alpha", type=_COUNT, default=32, show_default=True, help="Their scale, times the rank.")
+@click.option("--lora-r", type=WIDTH, default=16, show_default=True, help="Rank of the adapters.")
+@click.option("--lora-alpha", type=WIDTH, default=32, show_default=True, help="Their scale, times the rank.")
 @click.option(
     "--lora-dropout",
-    type=_SHARE,
+    type=SHARE_BELOW_ONE,
     default=0.1,
     show_default=True,
     help="Of what they read; 0 saves a sixth of the time on a CPU.",
@@ -131,47 +143,45 @@ _OF_REASONER = {
 )
 @click.option(
     "--curriculum",
-    type=click.IntRange(min=0),
+    type=NO_OR_DEPTH,
     default=0,
     show_default=True,
     help="Stages, in the first half of the training, that take written thinking away step by step (Coconut).",
 )
 @click.option(
     "--distill",
-    type=click.FloatRange(min=0),
+    type=WEIGHT,
     default=0.0,
     show_default=True,
     help="Weight of the distance to hidden states of the run with written thinking (CODI).",
 )
-@click.option("--epochs", type=_POSITIVE, default=3.0, show_default=True, help="Passes over the data.")
-@click.option("--steps", type=_COUNT, help="Updates, instead of --epochs.")
+@click.option("--epochs", type=EPOCHS, default=3.0, show_default=True, help="Passes over the data.")
+@click.option("--steps", type=COUNT, help="Updates, instead of --epochs.")
 @click.option(
-    "--batch-size", type=_COUNT, default=16, show_default=True, help="Samples a batch, of one process."
+    "--batch-size", type=BATCH, default=16, show_default=True, help="Samples a batch, of one process."
 )
-@click.option("--accumulation", type=_COUNT, default=1, show_default=True, help="Batches an update.")
+@click.option("--accumulation", type=BATCH, default=1, show_default=True, help="Batches an update.")
 @click.option(
     "--learning-rate",
-    type=_POSITIVE,
+    type=LEARNING_RATE,
     default=2e-4,
     show_default=True,
     help="Peak of warm-up and linear decay.",
 )
 @click.option(
     "--trm-learning-rate",
-    type=_POSITIVE,
+    type=LEARNING_RATE,
     help="That of the recursion and its compressor. [default: a tenth with --trm, the same otherwise]",
 )
 @click.option(
     "--warmup-ratio",
-    type=_SHARE,
+    type=SHARE_BELOW_ONE,
     default=0.1,
     show_default=True,
     help="Share of the updates with a rising rate.",
 )
-@click.option(
-    "--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True, help="Of AdamW."
-)
-@click.option("--clip-norm", type=_POSITIVE, default=1.0, show_default=True, help="Largest gradient norm.")
+@click.option("--weight-decay", type=WEIGHT, default=0.01, show_default=True, help="Of AdamW.")
+@click.option("--clip-norm", type=CLIP_NORM, default=1.0, show_default=True, help="Largest gradient norm.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "bf16", "fp32"]),
@@ -182,28 +192,30 @@ _OF_REASONER = {
 @click.option(
     "--gradient-checkpointing", is_flag=True, help="Less memory: compute the decoder's activations twice."
 )
-@click.option("--max-length", type=_COUNT, help="Leave longer questions out, in tokens with their answers.")
+@click.option("--max-length", type=LENGTH, help="Leave longer questions out, in tokens with their answers.")
 @click.option(
     "--eval-every",
-    type=_COUNT,
+    type=COUNT,
     default=100,
     show_default=True,
     help="Updates between evaluations, each with a checkpoint.",
 )
 @click.option(
     "--patience",
-    type=click.IntRange(min=0),
+    type=NO_OR_COUNT,
     default=3,
     show_default=True,
     help="Stop after so many evaluations without a lower loss; 0 for never.",
 )
 @click.option(
-    "--keep", type=_COUNT, default=3, show_default=True, help="Best checkpoints to keep, besides the last."
+    "--keep", type=COUNT, default=3, show_default=True, help="Best checkpoints to keep, besides the last."
 )
 @click.option(
-    "--log-every", type=_COUNT, default=10, show_default=True, help="Updates between logged metrics."
+    "--log-every", type=COUNT, default=10, show_default=True, help="Updates between logged metrics."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, held-out part and order.")
+@click.option(
+    "--seed", type=TRAINER_SEED, default=0, show_default=True, help="Of weights, held-out part and order."
+)
 @trust_option
 @run_options
 def lora(device: str, **options: Any) -> None:

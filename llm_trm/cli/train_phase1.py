@@ -9,21 +9,21 @@ import click
 
 from llm_trm.cli.device import device_option, resolve_device
 from llm_trm.cli.language_model_options import trust_option
+from llm_trm.cli.types import (
+    BATCH,
+    COUNT,
+    FOLDER,
+    LEARNING_RATE,
+    LENGTH,
+    SEED,
+    SHARE_WITHIN,
+    TOKENS,
+    WIDTH,
+    WIDTHS,
+)
 
 if TYPE_CHECKING:
     from llm_trm.train.phase1_config import Phase1Config
-
-
-def _widths(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    try:
-        widths = tuple(dict.fromkeys(int(word) for word in value.split(",")))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of widths; write for instance 32,64,96") from None
-    if min(widths) < 1:
-        raise click.BadParameter("a width must be at least 1")
-    return widths
 
 
 @click.command(short_help="Train a compressor of a language model's hidden states.")
@@ -49,15 +49,17 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
 )
 @click.option(
     "--d-compressed",
-    type=click.IntRange(min=1),
+    type=WIDTH,
     help="Width D' that states are narrowed to. [default: D/4 for D up to 512, else 256]",
 )
 @click.option(
     "--num-latents",
-    type=click.IntRange(min=1),
+    type=LENGTH,
     help="Latents of --compressor latent. [default: 8 for D up to 512, else 256]",
 )
-@click.option("--sweep", metavar="WIDTHS", callback=_widths, help="Train one compressor a width: 32,64,96.")
+@click.option(
+    "--sweep", type=WIDTHS, default=(), metavar="WIDTHS", help="Train one compressor a width: 32,64,96."
+)
 @click.option(
     "--text",
     help="What stage 1a reads: a .txt or .jsonl file, or a dataset on the hub, NAME or NAME:SUBSET. "
@@ -73,51 +75,49 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
 @click.option(
     "--from",
     "start",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="Compressor that --stage 1b starts from. [default: stage 1a in --output]",
 )
 @click.option(
     "--num-tokens",
-    type=click.IntRange(min=2),
+    type=TOKENS,
     help="States to learn from and to validate on, a stage. [default: 100000 for D up to 512, else 1000000]",
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(min=1),
+    type=LENGTH,
     help="Longest text, in tokens; a longer one is cut into several. [default: 512, or the model's context]",
 )
 @click.option(
     "--lm-batch-size",
-    type=click.IntRange(min=1),
+    type=BATCH,
     default=16,
     show_default=True,
     help="Texts that the language model reads at once.",
 )
 @click.option(
     "--held-out",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE_WITHIN,
     default=0.1,
     show_default=True,
     help="Share of the texts that only validates.",
 )
-@click.option(
-    "--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Most passes over the states."
-)
+@click.option("--epochs", type=COUNT, default=20, show_default=True, help="Most passes over the states.")
 @click.option(
     "--patience",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=5,
     show_default=True,
     help="Stop after so many epochs without a better validation error.",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=BATCH,
     help="Of an optimizer step, over all processes. [default: 1024 states, or 32 sequences for latent]",
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=LEARNING_RATE,
     help="Peak of warm-up and cosine. [default: 0.2/sqrt(D), or 0.03/sqrt(D) for latent]",
 )
 @click.option(
@@ -127,7 +127,7 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
     show_default=True,
     help="Start of stage 1a; pca is the optimum itself, of a linear compressor.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights and order.")
 @click.option(
     "--track",
     type=click.Choice(["wandb", "tensorboard", "jsonl"]),
@@ -135,7 +135,7 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
 )
 @click.option(
     "--states",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="Folder of the hidden states, for this run and others. [default: states in --output]",
 )
 @click.option(
@@ -147,7 +147,7 @@ def _widths(_context: click.Context, _parameter: click.Parameter, value: str | N
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("runs/phase1"),
     show_default=True,
     help="Folder of the compressors: 1a and 1b in it, or d32/1a and so on of a sweep.",

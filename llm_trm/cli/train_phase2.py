@@ -10,27 +10,39 @@ import click
 
 from llm_trm.cli.device import resolve_device
 from llm_trm.cli.run_options import run_options
+from llm_trm.cli.types import (
+    BATCH,
+    CLIP_NORM,
+    COSINE,
+    COUNT,
+    DEPTH,
+    FOLDER,
+    HELD_OUT,
+    LAYERS,
+    LEARNING_RATE,
+    SEED,
+    SHARE_BELOW_ONE,
+    WEIGHT,
+    WIDTH,
+)
 
 if TYPE_CHECKING:
     from llm_trm.train.phase2_report import Phase2Result
 
 _CURVES = "curves.png"
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_COUNT = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command(short_help="Train a recursion from the states before thinking to the one after.")
 @click.option(
     "--data",
-    type=_FOLDER,
+    type=FOLDER,
     default=Path("data/pairs"),
     show_default=True,
     help="Pairs that llm-trm datagen wrote.",
 )
 @click.option(
     "--compressor",
-    type=_FOLDER,
+    type=FOLDER,
     default=Path("runs/phase1"),
     show_default=True,
     help="Compressor that llm-trm train phase1 wrote.",
@@ -38,33 +50,33 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "-o",
     "--output",
-    type=_FOLDER,
+    type=FOLDER,
     default=Path("runs/phase2"),
     show_default=True,
     help="Folder of the run: checkpoints, settings, curves.",
 )
 @click.option(
     "--val-fraction",
-    type=click.FloatRange(0, 0.5, min_open=True),
+    type=HELD_OUT,
     default=0.05,
     show_default=True,
     help="Share of the pairs that is held out.",
 )
-@click.option("--val-data", type=_FOLDER, help="Hold out these pairs instead.")
+@click.option("--val-data", type=FOLDER, help="Hold out these pairs instead.")
 @click.option(
-    "--layers", "n_layers", type=_COUNT, default=2, show_default=True, help="Blocks of the network."
+    "--layers", "n_layers", type=LAYERS, default=2, show_default=True, help="Blocks of the network."
 )
 @click.option(
     "--heads",
     "n_heads",
-    type=_COUNT,
+    type=WIDTH,
     help="Attention heads. [default: 8, or as many fewer as leave each 8 dimensions]",
 )
 @click.option(
     "-n",
     "--latent-steps",
     "n_latent_steps",
-    type=_COUNT,
+    type=DEPTH,
     default=6,
     show_default=True,
     help="Latent steps of a recursion.",
@@ -73,28 +85,28 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "-T",
     "--deep-recursions",
     "n_deep_recursions",
-    type=_COUNT,
+    type=DEPTH,
     default=3,
     show_default=True,
     help="Recursions of a supervision step; the last one has gradients.",
 )
 @click.option(
     "--dropout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=SHARE_BELOW_ONE,
     default=0.0,
     show_default=True,
     help="Of attention weights (the original: 0.1).",
 )
 @click.option(
     "--supervision-steps",
-    type=_COUNT,
+    type=DEPTH,
     default=8,
     show_default=True,
     help="Supervision steps a batch, and at most at inference.",
 )
 @click.option(
     "--steps-per-update",
-    type=_COUNT,
+    type=DEPTH,
     default=1,
     show_default=True,
     help="Supervision steps whose gradients one update averages; as many as --supervision-steps for a single "
@@ -109,14 +121,14 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option(
     "--halt-weight",
-    type=click.FloatRange(min=0),
+    type=WEIGHT,
     default=0.5,
     show_default=True,
     help="Weight of the halting loss.",
 )
 @click.option(
     "--halt-threshold",
-    type=click.FloatRange(-1, 1),
+    type=COSINE,
     default=0.7,
     show_default=True,
     help="Threshold of bce in the first epoch.",
@@ -135,30 +147,28 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     help="Let confident samples leave a batch early: each for itself, or all by their mean.",
 )
 @click.option(
-    "--batch-size", type=_COUNT, default=32, show_default=True, help="Samples a batch, of one process."
+    "--batch-size", type=BATCH, default=32, show_default=True, help="Samples a batch, of one process."
 )
-@click.option("--epochs", type=_COUNT, default=100, show_default=True, help="Passes over the data.")
+@click.option("--epochs", type=COUNT, default=100, show_default=True, help="Passes over the data.")
 @click.option(
     "--learning-rate",
-    type=_POSITIVE,
+    type=LEARNING_RATE,
     default=1e-4,
     show_default=True,
     help="Peak of warm-up and cosine.",
 )
 @click.option(
     "--warmup-ratio",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=SHARE_BELOW_ONE,
     default=0.1,
     show_default=True,
     help="Share of the updates with a rising rate.",
 )
-@click.option(
-    "--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of AdamW."
-)
-@click.option("--clip-norm", type=_POSITIVE, default=1.0, show_default=True, help="Largest gradient norm.")
+@click.option("--weight-decay", type=WEIGHT, default=0.1, show_default=True, help="Of AdamW.")
+@click.option("--clip-norm", type=CLIP_NORM, default=1.0, show_default=True, help="Largest gradient norm.")
 @click.option(
     "--ema-decay",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=SHARE_BELOW_ONE,
     default=0.999,
     show_default=True,
     help="Of the average of the weights, which is validated and used.",
@@ -170,12 +180,12 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="bf16 is autocast; auto takes it on CUDA, and fp32 elsewhere.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, held-out part and order.")
-@click.option("--patience", type=_COUNT, help="Stop after so many epochs without a lower validation loss.")
-@click.option("--keep", type=_COUNT, default=3, show_default=True, help="Best checkpoints to keep.")
-@click.option("--save-every", type=_COUNT, help="Batches between checkpoints, besides one each epoch.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, held-out part and order.")
+@click.option("--patience", type=COUNT, help="Stop after so many epochs without a lower validation loss.")
+@click.option("--keep", type=COUNT, default=3, show_default=True, help="Best checkpoints to keep.")
+@click.option("--save-every", type=COUNT, help="Batches between checkpoints, besides one each epoch.")
 @click.option(
-    "--log-every", type=_COUNT, default=10, show_default=True, help="Batches between two logged metrics."
+    "--log-every", type=COUNT, default=10, show_default=True, help="Batches between two logged metrics."
 )
 @run_options
 def phase2(device: str, **options: Any) -> None:

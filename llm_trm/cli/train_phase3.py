@@ -13,14 +13,24 @@ from click.core import ParameterSource
 from llm_trm.cli.device import resolve_device
 from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.run_options import run_options
+from llm_trm.cli.types import (
+    BATCH,
+    CLIP_NORM,
+    COUNT,
+    FOLDER,
+    GROUP,
+    LEARNING_RATE,
+    LENGTH,
+    SPREAD,
+    TRAINER_SEED,
+    WEIGHT,
+)
 from llm_trm.cli.world_options import world_options
 
 if TYPE_CHECKING:
     from llm_trm.train.phase3_config import Accuracy, Phase3Report, Phase3Result
 
 _CURVES = "curves.png"
-_COUNT = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
 
 
@@ -34,7 +44,7 @@ _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("runs/phase3"),
     show_default=True,
     help="Folder of the trained model, its checkpoints and completions.",
@@ -57,76 +67,78 @@ _OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
 )
 @click.option(
     "--group-size",
-    type=click.IntRange(min=2),
+    type=GROUP,
     default=8,
     show_default=True,
     help="Completions of a problem, whose rewards are compared.",
 )
 @click.option(
     "--batch-size",
-    type=_COUNT,
+    type=BATCH,
     default=64,
     show_default=True,
     help="Completions of one process at a time: a multiple of --group-size.",
 )
-@click.option("--gradient-accumulation", type=_COUNT, default=1, show_default=True, help="Batches of a step.")
+@click.option("--gradient-accumulation", type=BATCH, default=1, show_default=True, help="Batches of a step.")
 @click.option(
     "--kl",
-    type=click.FloatRange(min=0),
+    type=WEIGHT,
     default=0.1,
     show_default=True,
     help="Weight of the divergence from the model at the start; 0 leaves it out.",
 )
 @click.option(
     "--format-weight",
-    type=click.FloatRange(min=0),
+    type=WEIGHT,
     default=0.2,
     show_default=True,
     help="Weight of the format's reward, beside 1 for a right answer.",
 )
-@click.option("--steps", type=_COUNT, default=200, show_default=True, help="Optimizer steps.")
+@click.option("--steps", type=COUNT, default=200, show_default=True, help="Optimizer steps.")
 @click.option(
     "--learning-rate",
-    type=_POSITIVE,
+    type=LEARNING_RATE,
     default=3e-5,
     show_default=True,
     help="Peak of warm-up and linear decay.",
 )
-@click.option("--clip-norm", type=_POSITIVE, default=1.0, show_default=True, help="Largest gradient norm.")
+@click.option("--clip-norm", type=CLIP_NORM, default=1.0, show_default=True, help="Largest gradient norm.")
 @click.option(
-    "--temperature", type=_POSITIVE, default=1.0, show_default=True, help="Of the completions in training."
+    "--temperature", type=SPREAD, default=1.0, show_default=True, help="Of the completions in training."
 )
 @click.option(
-    "--max-new-tokens", type=_COUNT, default=32, show_default=True, help="Longest completion, in tokens."
+    "--max-new-tokens", type=LENGTH, default=32, show_default=True, help="Longest completion, in tokens."
 )
 @click.option(
     "--gradient-checkpointing",
     is_flag=True,
     help="Compute activations of the language model twice instead of keeping them.",
 )
-@click.option("--eval-samples", type=_COUNT, default=200, show_default=True, help="Held-out problems.")
+@click.option("--eval-samples", type=COUNT, default=200, show_default=True, help="Held-out problems.")
 @click.option(
     "--eval-every",
-    type=_COUNT,
+    type=COUNT,
     default=25,
     show_default=True,
     help="Steps between measurements of the greedy accuracy on them, besides one at either end.",
 )
 @click.option(
     "--log-every",
-    type=_COUNT,
+    type=COUNT,
     default=5,
     show_default=True,
     help="Steps between logged metrics, with the latest completions.",
 )
 @click.option(
     "--save-every",
-    type=_COUNT,
+    type=COUNT,
     default=50,
     show_default=True,
     help="Steps between checkpoints; the last three are kept.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of problems, order and completions.")
+@click.option(
+    "--seed", type=TRAINER_SEED, default=0, show_default=True, help="Of problems, order and completions."
+)
 @trust_option
 @run_options
 @click.pass_context

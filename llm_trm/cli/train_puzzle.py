@@ -10,14 +10,25 @@ import click
 
 from llm_trm.cli.device import resolve_device
 from llm_trm.cli.run_options import run_options
+from llm_trm.cli.types import (
+    BATCH,
+    CLIP_NORM,
+    COUNT,
+    DEPTH,
+    FOLDER,
+    LAYERS,
+    LEARNING_RATE,
+    NO_OR_COUNT,
+    NO_OR_LENGTH,
+    SEED,
+    SHARE,
+    SHARE_BELOW_ONE,
+    WEIGHT,
+    WIDTH,
+)
 
 if TYPE_CHECKING:
     from llm_trm.train.puzzle_report import PuzzleResult
-
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_COUNT = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
-_NOT_NEGATIVE = click.FloatRange(min=0)
 
 
 @click.command(short_help="Train a recursion on Sudoku, mazes or ARC.")
@@ -35,45 +46,39 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
     help="paper: 5 to 7 million parameters and the official recipe, for a GPU. tiny: minutes on a CPU. The "
     "options below change single settings of it.",
 )
-@click.option("--data", type=_FOLDER, help="Folder that llm-trm data wrote. [default: data/TASK]")
-@click.option("-o", "--output", type=_FOLDER, help="Folder of the run. [default: runs/TASK]")
-@click.option("--steps", type=_COUNT, help="Supervision steps, each with an update.")
-@click.option("--batch-size", type=_COUNT, help="Samples in flight.")
-@click.option("--learning-rate", type=_POSITIVE, help="After the warm-up.")
-@click.option("--warmup-steps", type=click.IntRange(min=0), help="Steps over which the learning rate rises.")
+@click.option("--data", type=FOLDER, help="Folder that llm-trm data wrote. [default: data/TASK]")
+@click.option("-o", "--output", type=FOLDER, help="Folder of the run. [default: runs/TASK]")
+@click.option("--steps", type=COUNT, help="Supervision steps, each with an update.")
+@click.option("--batch-size", type=BATCH, help="Samples in flight.")
+@click.option("--learning-rate", type=LEARNING_RATE, help="After the warm-up.")
+@click.option("--warmup-steps", type=NO_OR_COUNT, help="Steps over which the learning rate rises.")
 @click.option(
     "--schedule", type=click.Choice(["constant", "cosine"]), help="Of the learning rate behind the warm-up."
 )
 @click.option("--optimizer", type=click.Choice(["adamw", "adam-atan2"]), help="Of the parameters.")
-@click.option("--weight-decay", type=_NOT_NEGATIVE, help="Decoupled, of the parameters.")
-@click.option("--puzzle-learning-rate", type=_POSITIVE, help="Of the puzzle embeddings' sign-SGD.")
-@click.option("--puzzle-weight-decay", type=_NOT_NEGATIVE, help="Of the puzzle embeddings.")
-@click.option("--clip-norm", type=_POSITIVE, help="Largest gradient norm.")
-@click.option(
-    "--ema-decay", type=click.FloatRange(0, 1, max_open=True), help="Of the average of the weights."
-)
+@click.option("--weight-decay", type=WEIGHT, help="Decoupled, of the parameters.")
+@click.option("--puzzle-learning-rate", type=LEARNING_RATE, help="Of the puzzle embeddings' sign-SGD.")
+@click.option("--puzzle-weight-decay", type=WEIGHT, help="Of the puzzle embeddings.")
+@click.option("--clip-norm", type=CLIP_NORM, help="Largest gradient norm.")
+@click.option("--ema-decay", type=SHARE_BELOW_ONE, help="Of the average of the weights.")
 @click.option(
     "--cell-loss", type=click.Choice(["stablemax", "softmax"]), help="How logits become probabilities."
 )
-@click.option(
-    "--exploration", type=click.FloatRange(0, 1), help="Share of samples that must go on for longer."
-)
-@click.option("--d-model", type=_COUNT, help="Width.")
-@click.option("--layers", "n_layers", type=_COUNT, help="Blocks of the network.")
-@click.option("--heads", "n_heads", type=_COUNT, help="Attention heads.")
+@click.option("--exploration", type=SHARE, help="Share of samples that must go on for longer.")
+@click.option("--d-model", type=WIDTH, help="Width.")
+@click.option("--layers", "n_layers", type=LAYERS, help="Blocks of the network.")
+@click.option("--heads", "n_heads", type=WIDTH, help="Attention heads.")
 @click.option(
     "--mixer", type=click.Choice(["attention", "tokens"]), help="Attention, or an MLP over positions (mlp_t)."
 )
 @click.option("--positions", type=click.Choice(["rope", "learned", "none"]), help="Encoding of positions.")
+@click.option("--puzzle-len", type=NO_OR_LENGTH, help="Positions in front, for the puzzle embedding.")
+@click.option("--puzzle-dim", type=NO_OR_LENGTH, help="Numbers of a puzzle embedding; 0 for none.")
+@click.option("-n", "--latent-steps", "n_latent_steps", type=DEPTH, help="Latent steps of a recursion.")
 @click.option(
-    "--puzzle-len", type=click.IntRange(min=0), help="Positions in front, for the puzzle embedding."
+    "-T", "--deep-recursions", "n_deep_recursions", type=DEPTH, help="Recursions of a supervision step."
 )
-@click.option("--puzzle-dim", type=click.IntRange(min=0), help="Numbers of a puzzle embedding; 0 for none.")
-@click.option("-n", "--latent-steps", "n_latent_steps", type=_COUNT, help="Latent steps of a recursion.")
-@click.option(
-    "-T", "--deep-recursions", "n_deep_recursions", type=_COUNT, help="Recursions of a supervision step."
-)
-@click.option("--max-steps", type=_COUNT, help="Supervision steps of a sample at most.")
+@click.option("--max-steps", type=DEPTH, help="Supervision steps of a sample at most.")
 @click.option("--augment/--no-augment", default=True, show_default=True, help="Turn samples by symmetries.")
 @click.option(
     "--precision",
@@ -87,19 +92,19 @@ _NOT_NEGATIVE = click.FloatRange(min=0)
     type=click.Choice(["fp8"]),
     help="Run the recursions without gradient in fp8 (compute capability 9.0).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order and augmentation.")
-@click.option("--eval-every", type=_COUNT, help="Steps between evaluations and checkpoints.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, order and augmentation.")
+@click.option("--eval-every", type=COUNT, help="Steps between evaluations and checkpoints.")
 @click.option(
     "--eval-samples",
-    type=click.IntRange(min=0),
+    type=NO_OR_COUNT,
     default=512,
     show_default=True,
     help="Test puzzles of an evaluation; 0 for none. llm-trm eval puzzle takes all.",
 )
-@click.option("--save-every", type=_COUNT, help="Steps between checkpoints, besides those of evaluations.")
-@click.option("--keep", type=_COUNT, default=3, show_default=True, help="Best checkpoints to keep.")
+@click.option("--save-every", type=COUNT, help="Steps between checkpoints, besides those of evaluations.")
+@click.option("--keep", type=COUNT, default=3, show_default=True, help="Best checkpoints to keep.")
 @click.option(
-    "--log-every", type=_COUNT, default=20, show_default=True, help="Steps between two logged metrics."
+    "--log-every", type=COUNT, default=20, show_default=True, help="Steps between two logged metrics."
 )
 @run_options
 def puzzle(

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from llm_trm.cli.types import DEPTH, SPREAD
+
 #: As strong as the initial latent state, which has a standard deviation of 1.
 _NOISE = 1.0
 
@@ -15,7 +17,7 @@ def tries_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds both options; :func:`noise_of` makes a number of them."""
     tries = click.option(
         "--tries",
-        type=click.IntRange(min=1),
+        type=DEPTH,
         default=1,
         show_default=True,
         help="Solve each puzzle so many times, all but the first from a noisy latent state, and take the "
@@ -24,7 +26,7 @@ def tries_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     noise = click.option(
         "--noise",
-        type=click.FloatRange(min=0, min_open=True),
+        type=SPREAD,
         help=f"Standard deviation of the noise; the state has 1. Goes with --tries. [default: {_NOISE:g}]",
     )
     return tries(noise(command))

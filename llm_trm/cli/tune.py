@@ -12,6 +12,7 @@ import click
 
 from llm_trm.benchmark.suites import suite
 from llm_trm.benchmark.workloads import Case, Mode
+from llm_trm.cli.types import BATCH, LAYERS, LENGTH, MINUTES, WIDTH
 
 if TYPE_CHECKING:
     from llm_trm.tuning.calls import RecordedCall
@@ -65,11 +66,11 @@ def _target(dry_run: bool) -> Target:
 
 @click.command(short_help="Measure which tile, and Triton or cuBLAS, is fastest for each product.")
 @click.option("--suite", "suite_name", type=click.Choice(_SUITES), help="Shapes of a suite. [default: all]")
-@click.option("--hidden-size", type=click.IntRange(min=1), metavar="D", help="Width, instead of a suite.")
-@click.option("--batch", type=click.IntRange(min=1), metavar="B", help="Batch size. [default: 1]")
-@click.option("--latents", type=click.IntRange(min=1), metavar="L", help="Sequence length. [default: 256]")
-@click.option("--layers", type=click.IntRange(1, 1024), help="Blocks of the network. [default: 2]")
-@click.option("--heads", type=click.IntRange(min=1), help="Attention heads; must divide D. [default: 8]")
+@click.option("--hidden-size", type=WIDTH, metavar="D", help="Width, instead of a suite.")
+@click.option("--batch", type=BATCH, metavar="B", help="Batch size. [default: 1]")
+@click.option("--latents", type=LENGTH, metavar="L", help="Sequence length. [default: 256]")
+@click.option("--layers", type=LAYERS, help="Blocks of the network. [default: 2]")
+@click.option("--heads", type=WIDTH, help="Attention heads; must divide D. [default: 8]")
 @click.option(
     "--family", type=click.Choice(["seed", "scratch", "paper"]), help="Which block. [default: seed]"
 )
@@ -82,7 +83,7 @@ def _target(dry_run: bool) -> Target:
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0, min_open=True),
+    type=MINUTES,
     default=10.0,
     show_default=True,
     metavar="MINUTES",

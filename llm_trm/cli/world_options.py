@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import click
 
+from llm_trm.cli.types import COUNT, MODULUS, OPERATIONS
+
 _Command = TypeVar("_Command", bound=Callable[..., object])
-_COUNT = click.IntRange(min=1)
 
 
 def world_options(*, fewest: int | None = None) -> Callable[[_Command], _Command]:
@@ -21,27 +22,27 @@ def world_options(*, fewest: int | None = None) -> Callable[[_Command], _Command
     options = (
         click.option(
             "--operations",
-            type=_COUNT,
+            type=OPERATIONS,
             default=5,
             show_default=True,
             help="Most operations of an arithmetic problem: its difficulty.",
         ),
         click.option(
             "--min-operations",
-            type=_COUNT,
+            type=OPERATIONS,
             default=fewest,
             help=f"Fewest operations of an arithmetic problem. {default}",
         ),
         click.option(
             "--modulus",
-            type=click.IntRange(min=2),
+            type=MODULUS,
             default=10,
             show_default=True,
             help="Totals of arithmetic problems are taken modulo this number.",
         ),
         click.option(
             "--max-operand",
-            type=_COUNT,
+            type=COUNT,
             help="Largest number behind the first of an arithmetic problem; smaller is easier. "
             "[default: modulus - 1]",
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trm_kernels import checks
+
 #: Rounds a size up: called with a size of at least 1, gives one at least as large.
 Bucket = Callable[[int], int]
 
@@ -24,8 +26,7 @@ def eighths(size: int) -> int:
 
 def multiple_of(step: int) -> Bucket:
     """A bucket that rounds up to a multiple of ``step``."""
-    if step < 1:
-        raise ValueError(f"a bucket's step must be at least 1, not {step}")
+    checks.whole("a bucket's step", step, 1)
 
     def bucket(size: int) -> int:
         return -(-size // step) * step

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trm_kernels import checks
 from trm_kernels.graphs.capture import Captured, CaptureError, Capturer, CudaCapturer
 
 #: How many keys that could not be captured a cache remembers, so as not to try them on every call.
@@ -80,10 +81,9 @@ class GraphCache:
     def __init__(
         self, max_graphs: int = 64, max_bytes: int | None = None, *, capturer: Capturer | None = None
     ) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs must be at least 1, not {max_graphs}")
-        if max_bytes is not None and max_bytes < 0:
-            raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
+        checks.whole("max_graphs", max_graphs, 1)
+        if max_bytes is not None:
+            checks.whole("max_bytes", max_bytes, 0)
         self.max_graphs = max_graphs
         self.max_bytes = max_bytes
         self.capturer: Capturer = CudaCapturer() if capturer is None else capturer

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trm_kernels import checks
 from trm_kernels.graphs.buckets import Bucket
 from trm_kernels.graphs.cache import Entry, GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
@@ -111,8 +112,8 @@ class GraphedFunction:
         cache: GraphCache | None = None,
         warmup: int = 2,
     ) -> None:
-        if warmup < 1:
-            raise ValueError("warmup must be at least 1: libraries set themselves up on the first run")
+        # Libraries set themselves up on the first run.
+        checks.whole("warmup", warmup, 1)
         self.function = function
         self.cache = GraphCache(max_bytes=DEFAULT_MAX_BYTES) if cache is None else cache
         self.clone = clone

@@ -1,0 +1,37 @@
+"""Checks of numbers that callers give: of the right type, finite, and in range."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most``; a bool is none."""
+    if not _is(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value}")
+
+
+def real(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a finite number, not negative, or above 0; a bool is none."""
+    if not _is(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+    if value < 0.0 or (positive and value == 0.0):
+        raise ValueError(f"{name} must {'be positive' if positive else 'not be negative'}, got {value}")
+
+
+def share(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number in [0, 1); a bool is none."""
+    if not _is(value, numbers.Real) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), not {value!r}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
