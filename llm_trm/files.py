@@ -110,6 +110,18 @@ def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tens
         raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
 
 
+def require_size(path: Path, numbers: int, tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise InputError unless ``tensors`` have as many ``numbers`` as the sizes that ``path`` describes.
+
+    Before a model is built of sizes that a file describes: what no weights belong to may fit no memory.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if held != numbers:
+        raise InputError(
+            f"{path} describes a model of {numbers:,} numbers, and its weights have {held:,}: {remedy}"
+        )
+
+
 def writable_folder(path: Path) -> Path:
     """``path``, created where it is missing; InputError if nothing can be written there."""
     try:

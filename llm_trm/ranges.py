@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -62,6 +63,8 @@ class Real:
 
 Range = Whole | Real
 
+_LARGEST = sys.float_info.max
+
 #: Of samples, steps, epochs: more than any run gets through.
 COUNT, NO_OR_COUNT = Whole(1, 10**9), Whole(0, 10**9)
 #: Of samples, contexts or completions at a time.
@@ -87,8 +90,12 @@ DEPTH, NO_OR_DEPTH = Whole(1, 10_000), Whole(0, 10_000)
 OPERATIONS, MODULUS = Whole(1, 10_000), Whole(2, 10**9)
 #: torch's and numpy's generators take more; so do sums of a seed and a number of steps.
 SEED = Whole(0, 2**63 - 1)
+#: Of what was made when any whole number was one.
+ANY_SEED = Whole(-(10**30), 10**30)
 #: transformers seeds numpy's old generator too.
 TRAINER_SEED = Whole(0, 2**32 - 1, "NumPy's generator takes no larger one")
+#: How far a run has come, what a file counts, and sums of metrics.
+PLACE, AMOUNT, FINITE = Whole(0, 2**63 - 1), Real(0, 2.0**53), Real(-_LARGEST, _LARGEST)
 LEARNING_RATE = Real(0, 100, least_open=True)
 #: Passes over the data, where a part of one counts.
 EPOCHS = Real(0, 10**6, least_open=True)
@@ -122,6 +129,14 @@ def _is(value: Any, kind: type) -> bool:
 def _huge(value: object) -> str | None:
     # Python refuses to write whole numbers of more than 4300 digits.
     return "a number of thousands of digits" if isinstance(value, int) and value.bit_length() > 9000 else None
+
+
+def require_in(
+    within: Range, name: str, value: Any, error: type[Exception] = ValueError, where: str = ""
+) -> None:
+    """Raise ``error`` unless ``value`` is ``within``; its message begins with ``where`` and ``name``."""
+    if (fault := within.fault(value)) is not None:
+        raise error(f"{where}{name} {fault}")
 
 
 def require_ranges(settings: Any, error: type[Exception] = ValueError, where: str = "") -> None:

@@ -56,8 +56,10 @@ class AdamATan2(Optimizer):
         for beta in betas:
             checks.share("betas", beta)
         checks.real("weight_decay", weight_decay)
-        checks.real("a", a, positive=True)
-        checks.real("b", b, positive=True)
+        if a <= 0.0 or b <= 0.0:
+            raise ValueError(f"a and b must be positive, got {a} and {b}")
+        checks.real("a", a)
+        checks.real("b", b)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -10,9 +10,10 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from llm_trm.errors import InputError
+from llm_trm.ranges import COUNT, MODULUS, OPERATIONS, require_ranges
 
 Split = Literal["train", "test"]
 
@@ -61,12 +62,13 @@ class World:
         InputError: An empty range, or a modulus below 2.
     """
 
-    min_operations: int = 1
-    max_operations: int = 5
-    modulus: int = 10
-    max_operand: int | None = None
+    min_operations: Annotated[int, OPERATIONS] = 1
+    max_operations: Annotated[int, OPERATIONS] = 5
+    modulus: Annotated[int, MODULUS] = 10
+    max_operand: Annotated[int, COUNT] | None = None
 
     def __post_init__(self) -> None:
+        require_ranges(self, InputError)
         if not 1 <= self.min_operations <= self.max_operations:
             raise InputError(
                 f"operations must be a range from 1 up, not {self.min_operations} to {self.max_operations}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from llm_trm.data.batch import Batch, Row
 from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
 from llm_trm.models.loading import ThinkingModel
+from llm_trm.ranges import LENGTH, NO_OR_LENGTH, require_ranges
 from llm_trm.upstream import cache_name
 
 if TYPE_CHECKING:
@@ -45,11 +46,17 @@ class Limits:
         prompt: Of the prompt; longer ones fail, none is cut.
         thinking: Generated up to ``</think>``, both tags included.
         answer: Generated behind ``</think>``.
+
+    Raises:
+        InputError: A value out of range.
     """
 
-    prompt: int = 2048
-    thinking: int = 1024
-    answer: int = 32
+    prompt: Annotated[int, LENGTH] = 2048
+    thinking: Annotated[int, LENGTH] = 1024
+    answer: Annotated[int, NO_OR_LENGTH] = 32
+
+    def __post_init__(self) -> None:
+        require_ranges(self, InputError)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -23,6 +23,7 @@ from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
 from llm_trm.files import writable_folder
 from llm_trm.models.loading import ThinkingModel, load_thinking_model
+from llm_trm.ranges import BATCH, COUNT, require_ranges
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class DataGenConfig:
         device: Where the model runs.
         fresh: Start over in a folder that holds another run's pairs.
         trust_remote_code: Run the Python files that the language model brings, if it needs them.
+
+    Raises:
+        InputError: A value out of range.
     """
 
     output: Path
@@ -49,15 +53,18 @@ class DataGenConfig:
     dataset: str = "arithmetic"
     split: Split = "train"
     world: World = field(default_factory=World)
-    num_samples: int = 1000
+    num_samples: Annotated[int, COUNT] = 1000
     sampling: Sampling = field(default_factory=Sampling)
     limits: Limits = field(default_factory=Limits)
-    batch_size: int = 32
-    shard_size: int = 512
+    batch_size: Annotated[int, BATCH] = 32
+    shard_size: Annotated[int, COUNT] = 512
     dtype: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     fresh: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require_ranges(self, InputError)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch import Tensor
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import named_in, read_json, read_tensors, write_json, write_tensors, write_text
+from llm_trm.ranges import ANY_SEED, PLACE, WIDTH, require_ranges
 from llm_trm.text import parse_json, read_lines
 
 if TYPE_CHECKING:
@@ -85,9 +86,12 @@ class ShardEntry:
 
     file: str
     metadata: str
-    samples: int
-    rows: int
-    bytes: int
+    samples: Annotated[int, PLACE]
+    rows: Annotated[int, PLACE]
+    bytes: Annotated[int, PLACE]
+
+    def __post_init__(self) -> None:
+        require_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,16 @@ class PairFiles:
     """
 
     folder: Path
-    hidden_size: int
+    hidden_size: Annotated[int, WIDTH]
     dtype: str
     model: str
     settings: dict[str, Any]
-    seed: int
-    failures: dict[str, int]
+    seed: Annotated[int, ANY_SEED]
+    failures: dict[str, Annotated[int, PLACE]]
     entries: tuple[ShardEntry, ...]
+
+    def __post_init__(self) -> None:
+        require_ranges(self)
 
     @property
     def samples(self) -> int:
@@ -187,6 +194,10 @@ def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
             failures=index["failures"],
             entries=tuple(ShardEntry(**entry) for entry in index["shards"]),
         )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{index_path}: {error}: {_REMEDY}") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{index_path} is no index of pairs ({error!r}): {_REMEDY}") from error
     if hidden_size is not None and files.hidden_size != hidden_size:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.errors import InputError
+from llm_trm.ranges import NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO, require_in
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must be over 0 and at most 1, not {self.top_p}")
+        require_in(NO_OR_SPREAD, "--temperature", self.temperature, InputError)
+        require_in(SHARE_ABOVE_ZERO, "--top-p", self.top_p, InputError)
+        require_in(SEED, "--seed", self.seed, InputError)
 
     def draw(self, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
         """One token a row.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.ranges import LAYERS, LENGTH, WIDTH, require_in
 
 #: The files of a saved compressor.
 WEIGHTS_FILE, FACTS_FILE = "compressor.safetensors", "compressor.json"
@@ -47,6 +48,8 @@ class DimensionCompressor(nn.Module):
                 f"a compressor of states of width {d_model} needs a compressed width of 1 to {d_model - 1}, "
                 f"not {d_compressed}"
             )
+        for name, size in (("d_model", d_model), ("d_compressed", d_compressed)):
+            require_in(WIDTH, name, size, InputError)
         self.d_model, self.d_compressed = d_model, d_compressed
         self.compress = nn.Linear(d_model, d_compressed, bias=False)
         nn.init.orthogonal_(self.compress.weight)
@@ -110,6 +113,10 @@ class LatentAttentionCompressor(nn.Module):
                 f"a latent compressor needs sizes of at least 1, not width {d_model}, {num_latents} latents "
                 f"of width {d_latent}, {n_heads} heads and {n_layers} layers"
             )
+        for name, size in (("d_model", d_model), ("d_latent", d_latent), ("n_heads", n_heads)):
+            require_in(WIDTH, name, size, InputError)
+        require_in(LENGTH, "num_latents", num_latents, InputError)
+        require_in(LAYERS, "n_layers", n_layers, InputError)
         if d_latent % n_heads:
             raise InputError(
                 f"latents of width {d_latent} cannot be split into {n_heads} heads: the width must be a "
@@ -276,7 +283,7 @@ def load_compressor(folder: Path, device: torch.device | str = "cpu") -> Compres
         with torch.device("meta"):
             compressor = _KINDS[facts["kind"]](**facts["sizes"])
         compressor.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{folder / FACTS_FILE} does not describe its weights ({one_line(error)}): {_TRAIN_ONE}"
         ) from error

@@ -9,6 +9,7 @@ from llm_trm.errors import InputError
 from llm_trm.files import named_in, read_json
 from llm_trm.models.compression import DimensionCompressor, load_compressor
 from llm_trm.models.sequence_trm import SequenceTRM, load_sequence_trm
+from llm_trm.ranges import DEPTH, require_in
 
 #: Of a run: which checkpoints it has.
 INDEX_FILE = "index.json"
@@ -35,6 +36,7 @@ def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[st
     if (folder / INDEX_FILE).exists():
         folder = best_checkpoint(folder)
     model, facts = load_sequence_trm(folder)
+    require_in(DEPTH, "max_steps", facts.get("max_steps"), InputError, f"{folder}: ")
     compressor = load_compressor(folder / COMPRESSOR_FOLDER)
     if not isinstance(compressor, DimensionCompressor):
         raise InputError(f"{folder / COMPRESSOR_FOLDER} is no compressor of single states: {_REMEDY}")

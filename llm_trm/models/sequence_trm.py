@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, write_json, write_tensors
+from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
+from llm_trm.ranges import DEPTH, LAYERS, SHARE_BELOW_ONE, WIDTH, require_ranges
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork, halting_recursion
-from trm_kernels.config import FLOAT32_EPS
+from trm_kernels.config import FLOAT32_EPS, NetworkConfig
 
 #: Whose confidence stops a sample: its own, the mean of its batch (as in the original), or nobody's.
 Halting = Literal["sample", "batch", "none"]
@@ -30,14 +31,30 @@ class SequenceTRMConfig:
         n_latent_steps: Latent steps n of a recursion.
         n_deep_recursions: Recursions T of a supervision step.
         dropout: Probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: A number out of range or of the wrong type.
     """
 
-    d_compressed: int = 256
-    n_layers: int = 2
-    n_heads: int = 8
-    n_latent_steps: int = 6
-    n_deep_recursions: int = 3
-    dropout: float = 0.0
+    d_compressed: Annotated[int, WIDTH] = 256
+    n_layers: Annotated[int, LAYERS] = 2
+    n_heads: Annotated[int, WIDTH] = 8
+    n_latent_steps: Annotated[int, DEPTH] = 6
+    n_deep_recursions: Annotated[int, DEPTH] = 3
+    dropout: Annotated[float, SHARE_BELOW_ONE] = 0.0
+
+    def __post_init__(self) -> None:
+        require_ranges(self)
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The network's."""
+        return NetworkConfig(self.d_compressed, self.n_layers, self.n_heads, self.dropout)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of the model's weights."""
+        return self.network.parameters + 3 * self.d_compressed + 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ class SequenceTRM(RecursionMixin, nn.Module):
             d_compressed, n_layers, n_heads, n_latent_steps, n_deep_recursions, dropout
         )
         self.n_latent_steps, self.n_deep_recursions = n_latent_steps, n_deep_recursions
-        self.net = TinyRecursiveNetwork(d_compressed, n_layers, n_heads, dropout, backend=backend)
+        self.net = TinyRecursiveNetwork.from_config(self.config.network, backend=backend)
         self.reasoning_token = nn.Parameter(torch.randn(1, 1, d_compressed) * 0.02)
         self.halt_head = nn.Linear(d_compressed, 1)
         self.output_norm = nn.RMSNorm(d_compressed, eps=FLOAT32_EPS)
@@ -203,8 +220,13 @@ def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[Sequ
         kind, facts = described.pop("kind"), described.pop("facts")
         if kind != "SequenceTRM":
             raise InputError(f"{folder / _CONFIG} describes a {kind}, not a SequenceTRM: {remedy}")
-        model = SequenceTRM.from_config(SequenceTRMConfig(**described), backend=backend)
-        model.load_state_dict(read_tensors(folder / _WEIGHTS, remedy))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        tensors = read_tensors(folder / _WEIGHTS, remedy)
+        config = SequenceTRMConfig(**described)
+        require_size(folder / _CONFIG, config.numbers, tensors, remedy)
+        model = SequenceTRM.from_config(config, backend=backend)
+        model.load_state_dict(tensors)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder} holds no SequenceTRM ({one_line(error)}): {remedy}") from error
     return model.eval(), facts

@@ -160,7 +160,7 @@ def _shares(
     files: StateFiles, settings: Fit, epoch: int, accelerator: Accelerator
 ) -> Iterator[tuple[Batch, int]]:
     """This process's share of every batch of an epoch, and how many states the whole batch has."""
-    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+    generator = torch.Generator().manual_seed((settings.seed * 100_003 + epoch) % 2**64)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     device = accelerator.device
     if settings.sequences:

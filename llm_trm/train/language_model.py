@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch.utils.data import Dataset
@@ -14,6 +14,7 @@ from llm_trm.data.arithmetic import World
 from llm_trm.data.lessons import encode_prompt, question_prompt
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import END, END_THINK, THINK, tiny_language_model, tiny_tokenizer
+from llm_trm.ranges import BATCH, COUNT, LEARNING_RATE, SHARE, TRAINER_SEED, require_ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,14 +44,17 @@ class LanguageModelConfig:
     output: Path
     preset: str = "tiny"
     world: World = field(default_factory=World)
-    thinking_share: float = 0.6
-    steps: int = 1200
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    seed: int = 0
-    save_every: int = 200
+    thinking_share: Annotated[float, SHARE] = 0.6
+    steps: Annotated[int, COUNT] = 1200
+    batch_size: Annotated[int, BATCH] = 128
+    learning_rate: Annotated[float, LEARNING_RATE] = 2e-3
+    seed: Annotated[int, TRAINER_SEED] = 0
+    save_every: Annotated[int, COUNT] = 200
     resume: bool = False
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        require_ranges(self, InputError)
 
 
 class Lessons(Dataset[dict[str, list[int]]]):

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llm_trm.data.lessons import PromptForm
 from llm_trm.errors import InputError
+from llm_trm.ranges import (
+    BATCH,
+    CLIP_NORM,
+    COUNT,
+    EPOCHS,
+    HELD_OUT,
+    LEARNING_RATE,
+    LENGTH,
+    NO_OR_COUNT,
+    NO_OR_DEPTH,
+    SHARE_BELOW_ONE,
+    TRAINER_SEED,
+    WEIGHT,
+    WIDTH,
+    require_ranges,
+)
 from llm_trm.train.tracking import Track
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -75,36 +91,36 @@ class LoraTrainingConfig:
     output: Path
     model: str = "arithmetic"
     val_data: str | None = None
-    val_fraction: float = 0.05
-    eval_samples: int = 500
+    val_fraction: Annotated[float, HELD_OUT] = 0.05
+    eval_samples: Annotated[int, COUNT] = 500
     prompt_form: PromptForm | None = None
     whole_answers: bool = False
-    max_length: int | None = None
+    max_length: Annotated[int, LENGTH] | None = None
     trm: Path | None = None
     reasoner: dict[str, Any] = field(default_factory=dict)
     lora: bool = True
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.1
+    lora_r: Annotated[int, WIDTH] = 16
+    lora_alpha: Annotated[int, WIDTH] = 32
+    lora_dropout: Annotated[float, SHARE_BELOW_ONE] = 0.1
     merge: bool = False
-    curriculum: int = 0
-    distill: float = 0.0
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 16
-    accumulation: int = 1
-    learning_rate: float = 2e-4
-    trm_learning_rate: float | None = None
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    curriculum: Annotated[int, NO_OR_DEPTH] = 0
+    distill: Annotated[float, WEIGHT] = 0.0
+    epochs: Annotated[float, EPOCHS] = 3.0
+    steps: Annotated[int, COUNT] | None = None
+    batch_size: Annotated[int, BATCH] = 16
+    accumulation: Annotated[int, BATCH] = 1
+    learning_rate: Annotated[float, LEARNING_RATE] = 2e-4
+    trm_learning_rate: Annotated[float, LEARNING_RATE] | None = None
+    warmup_ratio: Annotated[float, SHARE_BELOW_ONE] = 0.1
+    weight_decay: Annotated[float, WEIGHT] = 0.01
+    clip_norm: Annotated[float, CLIP_NORM] = 1.0
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
-    eval_every: int = 100
-    patience: int = 3
-    keep: int = 3
-    log_every: int = 10
-    seed: int = 0
+    eval_every: Annotated[int, COUNT] = 100
+    patience: Annotated[int, NO_OR_COUNT] = 3
+    keep: Annotated[int, COUNT] = 3
+    log_every: Annotated[int, COUNT] = 10
+    seed: Annotated[int, TRAINER_SEED] = 0
     resume: bool = False
     overwrite: bool = False
     track: Track | None = None
@@ -112,6 +128,7 @@ class LoraTrainingConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        require_ranges(self, InputError)
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
         if self.trm is not None and self.reasoner.get("reasoner", "sequence") != "sequence":

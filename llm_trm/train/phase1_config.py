@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llm_trm.errors import InputError
 from llm_trm.models.loading import ARITHMETIC
+from llm_trm.ranges import (
+    BATCH,
+    COUNT,
+    LEARNING_RATE,
+    LENGTH,
+    SEED,
+    SHARE_WITHIN,
+    TOKENS,
+    WIDTH,
+    require_ranges,
+)
 from llm_trm.train.reconstruction import Quality
 from llm_trm.train.tracking import Track
 
@@ -61,22 +72,22 @@ class Phase1Config:
     model: str = ARITHMETIC
     stage: Literal["1a", "1b", "both"] = "both"
     compressor: Kind = "dimension"
-    d_compressed: int | None = None
-    num_latents: int | None = None
+    d_compressed: Annotated[int, WIDTH] | None = None
+    num_latents: Annotated[int, LENGTH] | None = None
     sweep: tuple[int, ...] = ()
     text: str | None = None
     traces: str | None = None
     start: Path | None = None
-    num_tokens: int | None = None
-    max_length: int | None = None
-    lm_batch_size: int = 16
-    held_out: float = 0.1
-    epochs: int = 20
-    patience: int = 5
-    batch_size: int | None = None
-    learning_rate: float | None = None
+    num_tokens: Annotated[int, TOKENS] | None = None
+    max_length: Annotated[int, LENGTH] | None = None
+    lm_batch_size: Annotated[int, BATCH] = 16
+    held_out: Annotated[float, SHARE_WITHIN] = 0.1
+    epochs: Annotated[int, COUNT] = 20
+    patience: Annotated[int, COUNT] = 5
+    batch_size: Annotated[int, BATCH] | None = None
+    learning_rate: Annotated[float, LEARNING_RATE] | None = None
     init: Literal["orthogonal", "pca"] = "orthogonal"
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     device: str = "auto"
     track: Track | None = None
     states: Path | None = None
@@ -85,6 +96,7 @@ class Phase1Config:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        require_ranges(self, InputError)
         latent = self.compressor == "latent"
         contradictions = {
             "--d-compressed is the width of a dimension compressor: use --num-latents": latent

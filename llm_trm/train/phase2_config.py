@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llm_trm.errors import InputError
 from llm_trm.models.sequence_trm import Halting
+from llm_trm.ranges import (
+    BATCH,
+    CLIP_NORM,
+    COSINE,
+    COUNT,
+    DEPTH,
+    HELD_OUT,
+    LAYERS,
+    LEARNING_RATE,
+    SEED,
+    SHARE_BELOW_ONE,
+    WEIGHT,
+    WIDTH,
+    require_ranges,
+)
 from llm_trm.train.losses import HaltLoss
 from llm_trm.train.tracking import Track
 
@@ -66,38 +81,39 @@ class Phase2Config:
     compressor: Path
     output: Path
     val_data: Path | None = None
-    val_fraction: float = 0.05
-    n_layers: int = 2
-    n_heads: int | None = None
-    n_latent_steps: int = 6
-    n_deep_recursions: int = 3
-    dropout: float = 0.0
-    supervision_steps: int = 8
-    steps_per_update: int = 1
+    val_fraction: Annotated[float, HELD_OUT] = 0.05
+    n_layers: Annotated[int, LAYERS] = 2
+    n_heads: Annotated[int, WIDTH] | None = None
+    n_latent_steps: Annotated[int, DEPTH] = 6
+    n_deep_recursions: Annotated[int, DEPTH] = 3
+    dropout: Annotated[float, SHARE_BELOW_ONE] = 0.0
+    supervision_steps: Annotated[int, DEPTH] = 8
+    steps_per_update: Annotated[int, DEPTH] = 1
     halt_loss: HaltLoss = "mse"
-    halt_weight: float = 0.5
-    halt_threshold: float = 0.7
+    halt_weight: Annotated[float, WEIGHT] = 0.5
+    halt_threshold: Annotated[float, COSINE] = 0.7
     adaptive_threshold: bool = True
     halt_in_training: Halting = "none"
-    batch_size: int = 32
-    epochs: int = 100
-    learning_rate: float = 1e-4
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    batch_size: Annotated[int, BATCH] = 32
+    epochs: Annotated[int, COUNT] = 100
+    learning_rate: Annotated[float, LEARNING_RATE] = 1e-4
+    warmup_ratio: Annotated[float, SHARE_BELOW_ONE] = 0.1
+    weight_decay: Annotated[float, WEIGHT] = 0.1
+    clip_norm: Annotated[float, CLIP_NORM] = 1.0
+    ema_decay: Annotated[float, SHARE_BELOW_ONE] = 0.999
     precision: Precision = "auto"
-    seed: int = 0
-    patience: int | None = None
-    keep: int = 3
-    save_every: int | None = None
-    log_every: int = 10
+    seed: Annotated[int, SEED] = 0
+    patience: Annotated[int, COUNT] | None = None
+    keep: Annotated[int, COUNT] = 3
+    save_every: Annotated[int, COUNT] | None = None
+    log_every: Annotated[int, COUNT] = 10
     resume: bool = False
     overwrite: bool = False
     track: Track | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        require_ranges(self, InputError)
         if self.supervision_steps % self.steps_per_update:
             raise InputError(
                 f"--steps-per-update {self.steps_per_update} does not divide --supervision-steps "

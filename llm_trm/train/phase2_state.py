@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from llm_trm.ranges import AMOUNT, COSINE, FINITE, PLACE, require_ranges
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,20 @@ class Progress:
         steps: Updates that ``sums`` covers.
         history: Records of the finished epochs.
         settings: What a resumed run must share.
+
+    Raises:
+        ValueError: A number that is not finite, out of range or of the wrong type.
     """
 
-    epoch: int
-    batch: int
-    updates: int
-    skipped: float
-    threshold: float
-    sums: dict[str, float]
-    steps: float
+    epoch: Annotated[int, PLACE]
+    batch: Annotated[int, PLACE]
+    updates: Annotated[int, PLACE]
+    skipped: Annotated[float, AMOUNT]
+    threshold: Annotated[float, COSINE]
+    sums: dict[str, Annotated[float, FINITE]]
+    steps: Annotated[float, AMOUNT]
     history: list[dict[str, Any]]
     settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        require_ranges(self)

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llm_trm.data.arithmetic import World
 from llm_trm.data.problems import Question
 from llm_trm.errors import InputError
+from llm_trm.ranges import (
+    BATCH,
+    CLIP_NORM,
+    COUNT,
+    GROUP,
+    LEARNING_RATE,
+    LENGTH,
+    SPREAD,
+    TRAINER_SEED,
+    WEIGHT,
+    require_ranges,
+)
 from llm_trm.train.tracking import Track
 
 #: Who writes ``<think>``: it ends every prompt, or the model has to.
@@ -64,22 +76,22 @@ class Phase3Config:
     dataset: str = "arithmetic"
     world: World = field(default_factory=World)
     think: ThinkBy = "prompt"
-    group_size: int = 8
-    batch_size: int = 64
-    gradient_accumulation: int = 1
-    kl: float = 0.1
-    format_weight: float = 0.2
-    steps: int = 200
-    learning_rate: float = 3e-5
-    temperature: float = 1.0
-    max_new_tokens: int = 32
-    clip_norm: float = 1.0
+    group_size: Annotated[int, GROUP] = 8
+    batch_size: Annotated[int, BATCH] = 64
+    gradient_accumulation: Annotated[int, BATCH] = 1
+    kl: Annotated[float, WEIGHT] = 0.1
+    format_weight: Annotated[float, WEIGHT] = 0.2
+    steps: Annotated[int, COUNT] = 200
+    learning_rate: Annotated[float, LEARNING_RATE] = 3e-5
+    temperature: Annotated[float, SPREAD] = 1.0
+    max_new_tokens: Annotated[int, LENGTH] = 32
+    clip_norm: Annotated[float, CLIP_NORM] = 1.0
     gradient_checkpointing: bool = False
-    eval_samples: int = 200
-    eval_every: int = 25
-    log_every: int = 5
-    save_every: int = 50
-    seed: int = 0
+    eval_samples: Annotated[int, COUNT] = 200
+    eval_every: Annotated[int, COUNT] = 25
+    log_every: Annotated[int, COUNT] = 5
+    save_every: Annotated[int, COUNT] = 50
+    seed: Annotated[int, TRAINER_SEED] = 0
     device: str = "cpu"
     track: Track | None = None
     resume: bool = False
@@ -87,6 +99,7 @@ class Phase3Config:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        require_ranges(self, InputError)
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
 

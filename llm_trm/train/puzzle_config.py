@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llm_trm.data.puzzles.dataset import Task
 from llm_trm.errors import InputError
 from llm_trm.models.puzzle.losses import CellLoss
 from llm_trm.models.puzzle.paper import Positions
+from llm_trm.ranges import (
+    BATCH,
+    CLIP_NORM,
+    COUNT,
+    DEPTH,
+    LAYERS,
+    LEARNING_RATE,
+    NO_OR_COUNT,
+    NO_OR_LENGTH,
+    SEED,
+    SHARE,
+    SHARE_BELOW_ONE,
+    WEIGHT,
+    WIDTH,
+    require_ranges,
+)
 from llm_trm.train.tracking import Track
 from trm_kernels.config import Mixer
 
@@ -66,42 +82,43 @@ class PuzzleConfig:
     output: Path
     mixer: Mixer = "attention"
     positions: Positions = "rope"
-    d_model: int = 512
-    n_layers: int = 2
-    n_heads: int = 8
-    puzzle_len: int = 16
-    puzzle_dim: int = 512
-    n_latent_steps: int = 6
-    n_deep_recursions: int = 3
-    max_steps: int = 16
-    steps: int = 65_100
-    batch_size: int = 768
+    d_model: Annotated[int, WIDTH] = 512
+    n_layers: Annotated[int, LAYERS] = 2
+    n_heads: Annotated[int, WIDTH] = 8
+    puzzle_len: Annotated[int, NO_OR_LENGTH] = 16
+    puzzle_dim: Annotated[int, NO_OR_LENGTH] = 512
+    n_latent_steps: Annotated[int, DEPTH] = 6
+    n_deep_recursions: Annotated[int, DEPTH] = 3
+    max_steps: Annotated[int, DEPTH] = 16
+    steps: Annotated[int, COUNT] = 65_100
+    batch_size: Annotated[int, BATCH] = 768
     optimizer: PuzzleOptimizer = "adam-atan2"
-    learning_rate: float = 1e-4
-    warmup_steps: int = 2000
+    learning_rate: Annotated[float, LEARNING_RATE] = 1e-4
+    warmup_steps: Annotated[int, NO_OR_COUNT] = 2000
     schedule: Schedule = "constant"
-    weight_decay: float = 1.0
-    puzzle_learning_rate: float = 1e-4
-    puzzle_weight_decay: float = 1.0
-    clip_norm: float | None = None
-    ema_decay: float = 0.999
+    weight_decay: Annotated[float, WEIGHT] = 1.0
+    puzzle_learning_rate: Annotated[float, LEARNING_RATE] = 1e-4
+    puzzle_weight_decay: Annotated[float, WEIGHT] = 1.0
+    clip_norm: Annotated[float, CLIP_NORM] | None = None
+    ema_decay: Annotated[float, SHARE_BELOW_ONE] = 0.999
     cell_loss: CellLoss = "stablemax"
-    exploration: float = 0.1
+    exploration: Annotated[float, SHARE] = 0.1
     augment: bool = True
     precision: Precision = "auto"
     nograd_precision: Literal["fp8"] | None = None
-    seed: int = 0
-    eval_every: int = 5000
-    eval_samples: int = 512
-    save_every: int | None = None
-    keep: int = 3
-    log_every: int = 20
+    seed: Annotated[int, SEED] = 0
+    eval_every: Annotated[int, COUNT] = 5000
+    eval_samples: Annotated[int, NO_OR_COUNT] = 512
+    save_every: Annotated[int, COUNT] | None = None
+    keep: Annotated[int, COUNT] = 3
+    log_every: Annotated[int, COUNT] = 20
     resume: bool = False
     overwrite: bool = False
     track: Track | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        require_ranges(self, InputError)
         if self.mixer == "tokens" and self.positions != "none":
             raise InputError(
                 f"--mixer tokens has no position encoding: leave --positions {self.positions} out"

@@ -36,7 +36,7 @@ class Feed:
         size, count = self.batch_size, len(self.split)
         epoch, place = divmod(number, max(1, count // size))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
+            generator = torch.Generator().manual_seed((1_000_003 * self._seed + epoch) % 2**64)
             order = torch.randperm(count, generator=generator)
             places = torch.randperm(int(self._puzzles.max()) + 1, generator=generator)
             order = order[places[self._puzzles[order]].argsort(stable=True)].repeat(-(-size // count))

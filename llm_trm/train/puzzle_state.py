@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from llm_trm.ranges import AMOUNT, FINITE, PLACE, require_ranges
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,17 @@ class PuzzleProgress:
         steps: Steps that ``sums`` covers.
         history: Records of the evaluations.
         settings: What a resumed run must share.
+
+    Raises:
+        ValueError: A number that is not finite, out of range or of the wrong type.
     """
 
-    step: int
-    seconds: float
-    sums: dict[str, float]
-    steps: float
+    step: Annotated[int, PLACE]
+    seconds: Annotated[float, AMOUNT]
+    sums: dict[str, Annotated[float, FINITE]]
+    steps: Annotated[float, AMOUNT]
     history: list[dict[str, Any]]
     settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        require_ranges(self)

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.ranges import PLACE, WIDTH, require_in
 
 if TYPE_CHECKING:
     from llm_trm.models.loading import ThinkingModel
@@ -144,8 +145,11 @@ class StateFiles:
         path = folder / INDEX
         index = read_json(path, _again(folder))
         try:
-            shards = [(int(shard["rows"]), int(shard["sequences"])) for shard in index["shards"]]
-            return cls(folder, int(index["width"]), shards)
+            shards = [(shard["rows"], shard["sequences"]) for shard in index["shards"]]
+            for count in (count for shard in shards for count in shard):
+                require_in(PLACE, "a number of states", count)
+            require_in(WIDTH, "width", index["width"])
+            return cls(folder, index["width"], shards)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path} is not an index of states: {_again(folder)}") from None
 

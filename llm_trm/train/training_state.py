@@ -30,8 +30,11 @@ def write_state(folder: Path, progress: Any, tensors: Mapping[str, Tensor]) -> N
 def read_progress(folder: Path, kind: type[P]) -> P:
     """The progress that :func:`write_state` wrote; InputError if it is missing, broken or of another kind."""
     path = folder / _PROGRESS
+    described = read_json(path, _REMEDY)
     try:
-        return kind(**read_json(path, _REMEDY))
+        return kind(**described)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}: {_REMEDY}") from error
     except TypeError as error:
         raise InputError(f"{path} does not say where the run stood: {_REMEDY}") from error
 

@@ -108,7 +108,7 @@ def test_mazes_of_the_hub_keep_their_splits(tmp_path: Path, monkeypatch: pytest.
         (("--input", "a.csv", "--dataset", "b"), "--input and --dataset exclude one another"),
         (("--input", "a.csv", "--size", "9"), "--size is of generated mazes, and --input reads them"),
         (("--dataset", "b", "--min-path", "9"), "--min-path is of generated mazes, and --dataset reads them"),
-        (("--size", "2"), "2 is not in the range x>=3"),
+        (("--size", "2"), "must be at least 3, not 2"),
     ],
 )
 def test_options_that_do_not_go_together(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.ranges import COUNT, GRID_SIDE, VOCABULARY, require_ranges
 
 Task = Literal["sudoku", "maze", "arc"]
 
@@ -34,14 +35,20 @@ class PuzzleInfo:
         vocab_size: Number of tokens V, padding (0) included.
         num_puzzles: Number of puzzle identifiers, each with an embedding of its own.
         facts: How they were made, as JSON values.
+
+    Raises:
+        ValueError: A number that is out of range or of the wrong type, or an unknown task.
     """
 
     task: Task
-    rows: int
-    columns: int
-    vocab_size: int
-    num_puzzles: int = 1
+    rows: Annotated[int, GRID_SIDE]
+    columns: Annotated[int, GRID_SIDE]
+    vocab_size: Annotated[int, VOCABULARY]
+    num_puzzles: Annotated[int, COUNT] = 1
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_ranges(self)
 
     @property
     def seq_len(self) -> int:
@@ -105,10 +112,10 @@ def read_info(folder: Path) -> PuzzleInfo:
     try:
         content.pop("splits")
         info = PuzzleInfo(**content)
+    except ValueError as error:
+        raise InputError(f"{folder / INFO_FILE}: {error}: {_REMEDY}") from error
     except (AttributeError, KeyError, TypeError):
         raise InputError(f"{folder / INFO_FILE} does not describe puzzles: {_REMEDY}") from None
-    if info.task not in get_args(Task):
-        raise InputError(f"{folder / INFO_FILE} names the unknown task {info.task!r}: {_REMEDY}")
     return info
 
 

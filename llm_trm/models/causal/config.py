@@ -8,11 +8,36 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llm_trm.errors import InputError
 from llm_trm.models.sequence_trm import Halting
+from llm_trm.ranges import (
+    DEPTH,
+    LAYERS,
+    LENGTH,
+    NO_OR_DEPTH,
+    SHARE_BELOW_ONE,
+    WEIGHT,
+    WIDTH,
+    Range,
+    require_in,
+)
 
 ReasonerKind = Literal["latents", "sequence"]
 #: What becomes of the oldest positions: they leave when the decoder's context is full, or as many as there
 #: are soft tokens leave at every recursion.
 Window = Literal["slide", "always"]
+
+_RANGES: dict[str, Range] = {
+    "num_latents": LENGTH,
+    "d_compressed": WIDTH,
+    "soft_tokens": DEPTH,
+    "n_layers": LAYERS,
+    "n_heads": WIDTH,
+    "compression_heads": WIDTH,
+    "n_latent_steps": NO_OR_DEPTH,
+    "n_deep_recursions": DEPTH,
+    "supervision_steps": DEPTH,
+    "dropout": SHARE_BELOW_ONE,
+    "halting_loss_weight": WEIGHT,
+}
 
 #: Layers whose cache is keys and values by position, which a mask can take positions out of.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -121,12 +146,8 @@ class TRMConfig(PretrainedConfig):
         return None if positions is None else int(positions)
 
     def _require_sizes(self) -> None:
-        names = ("num_latents", "d_compressed", "soft_tokens", "n_layers", "n_heads", "compression_heads")
-        for name in (*names, "n_deep_recursions", "supervision_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_latent_steps < 0 or self.halting_loss_weight < 0:
-            raise InputError("n_latent_steps and halting_loss_weight must not be negative")
+        for name, within in _RANGES.items():
+            require_in(within, name, getattr(self, name), InputError)
         width = self.text_config.hidden_size
         if self.reasoner == "sequence" and self.d_compressed >= width:
             raise InputError(

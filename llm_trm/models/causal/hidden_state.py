@@ -9,6 +9,7 @@ from llm_trm.errors import InputError
 from llm_trm.models.causal.recurring import Recurred, recur
 from llm_trm.models.compression import LatentAttentionCompressor
 from llm_trm.models.sequence_trm import Halting
+from llm_trm.ranges import DEPTH, NO_OR_DEPTH, require_in
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork
 from trm_kernels.config import FLOAT32_EPS
 
@@ -50,6 +51,9 @@ class HiddenStateTRM(RecursionMixin, nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        require_in(NO_OR_DEPTH, "n_latent_steps", n_latent_steps)
+        require_in(DEPTH, "n_deep_recursions", n_deep_recursions)
+        require_in(DEPTH, "n_supervision_steps", n_supervision_steps)
         self.hidden_size, self.num_latents = hidden_size, num_latents
         self.n_latent_steps, self.n_deep_recursions = n_latent_steps, n_deep_recursions
         self.n_supervision_steps, self.halting = n_supervision_steps, halting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.creation import LORA_TARGETS
 from llm_trm.models.causal.modeling import PREFILL_CHUNK, TRMForCausalLM
 from llm_trm.models.loading import UntrustedCodeError, language_model_source, pretrained
+from llm_trm.ranges import BATCH, LENGTH, NO_OR_WIDTH, require_ranges
 
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 #: Numbers that a block of the recursion keeps for each row and each of its d columns. Measured: 12.5 by the
@@ -36,19 +37,18 @@ class PlanSettings:
         gradient_checkpointing: Whether the decoder's layers are computed again in the backward pass.
 
     Raises:
-        InputError: A size below 1.
+        InputError: A size out of range.
     """
 
-    tokens: int = 4096
-    batch_size: int = 1
+    tokens: Annotated[int, LENGTH] = 4096
+    batch_size: Annotated[int, BATCH] = 1
     dtype: torch.dtype = torch.bfloat16
     training: bool = True
-    lora_r: int = 16
+    lora_r: Annotated[int, NO_OR_WIDTH] = 16
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.batch_size < 1 or self.lora_r < 0:
-            raise InputError("a plan needs a context and a batch of at least 1, and a rank of at least 0")
+        require_ranges(self, InputError)
 
 
 @dataclass(frozen=True)

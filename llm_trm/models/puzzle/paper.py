@@ -10,16 +10,29 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, write_json, write_tensors
+from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
+from llm_trm.ranges import (
+    COUNT,
+    DEPTH,
+    GRID_SIDE,
+    LAYERS,
+    LENGTH,
+    NO_OR_LENGTH,
+    ROPE_THETA,
+    VOCABULARY,
+    WIDTH,
+    require_in,
+    require_ranges,
+)
 from trm_kernels import SparseEmbedding, TinyRecursiveNetwork, deep_recursion, halting_recursion
-from trm_kernels.config import Mixer
+from trm_kernels.config import Mixer, NetworkConfig
 from trm_kernels.reference import CastedLinear
 
 #: How attention knows where a cell is. A token mixer knows by its weights, and takes none.
@@ -52,36 +65,30 @@ class PuzzleTRMConfig:
         n_latent_steps, n_deep_recursions: n and T (``L_cycles`` and ``H_cycles``).
         max_steps: Supervision steps that a sample is trained for at most.
         dtype: Of the residual stream; parameters are float32, and cast where they are used.
+
+    Raises:
+        ValueError: A number out of range or of the wrong type, or values that describe no model.
     """
 
-    vocab_size: int
-    seq_len: int
-    num_puzzles: int = 1
-    d_model: int = 512
-    n_layers: int = 2
-    n_heads: int = 8
+    vocab_size: Annotated[int, VOCABULARY]
+    seq_len: Annotated[int, LENGTH]
+    num_puzzles: Annotated[int, COUNT] = 1
+    d_model: Annotated[int, WIDTH] = 512
+    n_layers: Annotated[int, LAYERS] = 2
+    n_heads: Annotated[int, WIDTH] = 8
     mixer: Mixer = "attention"
     positions: Positions = "rope"
-    rope_theta: float = 10000.0
-    puzzle_len: int = 16
-    puzzle_dim: int = 512
-    n_latent_steps: int = 6
-    n_deep_recursions: int = 3
-    max_steps: int = 16
+    rope_theta: Annotated[float, ROPE_THETA] = 10000.0
+    puzzle_len: Annotated[int, NO_OR_LENGTH] = 16
+    puzzle_dim: Annotated[int, NO_OR_LENGTH] = 512
+    n_latent_steps: Annotated[int, DEPTH] = 6
+    n_deep_recursions: Annotated[int, DEPTH] = 3
+    max_steps: Annotated[int, DEPTH] = 16
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "seq_len",
-            "num_puzzles",
-            "n_latent_steps",
-            "n_deep_recursions",
-            "max_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.puzzle_dim <= self.puzzle_len * self.d_model:
+        require_ranges(self)
+        if self.puzzle_dim > self.puzzle_len * self.d_model:
             raise ValueError(
                 f"puzzle_dim {self.puzzle_dim} does not fit puzzle_len {self.puzzle_len} positions of d_model"
                 f" {self.d_model}"
@@ -93,6 +100,32 @@ class PuzzleTRMConfig:
     def length(self) -> int:
         """Positions P + L that the network sees."""
         return self.puzzle_len + self.seq_len
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The network's."""
+        return NetworkConfig(
+            self.d_model,
+            self.n_layers,
+            self.n_heads,
+            family="paper",
+            mixer=self.mixer,
+            seq_len=self.length if self.mixer == "tokens" else None,
+            rope=self.positions == "rope",
+            rope_theta=self.rope_theta,
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that an optimizer of dense gradients updates."""
+        d = self.d_model
+        positions = self.length * d if self.positions == "learned" else 0
+        return self.network.parameters + 2 * self.vocab_size * d + positions + 2 * d + 2
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of the parameters, of the puzzles' embeddings and of the initial states."""
+        return self.parameters + self.num_puzzles * self.puzzle_dim + 2 * self.d_model
 
 
 @dataclass(frozen=True)
@@ -136,17 +169,7 @@ class PuzzleTRM(nn.Module):
         if config.positions == "learned":
             self.embed_pos = nn.Parameter(torch.empty(config.length, d))
             _truncated_normal(self.embed_pos, d**-0.5)
-        self.net = TinyRecursiveNetwork(
-            d,
-            config.n_layers,
-            config.n_heads,
-            family="paper",
-            mixer=config.mixer,
-            seq_len=config.length if config.mixer == "tokens" else None,
-            rope=config.positions == "rope",
-            rope_theta=config.rope_theta,
-            backend=backend,
-        )
+        self.net = TinyRecursiveNetwork.from_config(config.network, backend=backend)
         self.lm_head = CastedLinear(d, config.vocab_size)
         # Two outputs, as in official checkpoints; the second, a Q-value of going on, is used by nobody.
         self.q_head = nn.Linear(d, 2)
@@ -306,10 +329,16 @@ def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[Puzz
         kind, facts = described.pop("kind"), described.pop("facts")
         if kind != "PuzzleTRM":
             raise InputError(f"{folder / _CONFIG} describes a {kind}, not a PuzzleTRM: {remedy}")
-        model = PuzzleTRM(PuzzleTRMConfig(**described), backend=backend)
-        model.load_state_dict(read_tensors(folder / _WEIGHTS, remedy))
+        tensors = read_tensors(folder / _WEIGHTS, remedy)
+        config = PuzzleTRMConfig(**described)
+        require_size(folder / _CONFIG, config.numbers, tensors, remedy)
+        for name in ("rows", "columns"):
+            if name in facts:
+                require_in(GRID_SIDE, name, facts[name])
+        model = PuzzleTRM(config, backend=backend)
+        model.load_state_dict(tensors)
+    except InputError:
+        raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{folder} holds no PuzzleTRM ({one_line(error)}): {remedy}") from error
     return model.eval(), facts

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from llm_trm.ranges import NO_OR_DEPTH, NO_OR_LENGTH, VOCABULARY, require_in
 from trm_kernels import TinyRecursiveNetwork, deep_recursion, halting_recursion
 
 _EPS = 1e-8
@@ -76,6 +77,10 @@ class TinyRecursiveModel(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        require_in(NO_OR_LENGTH, "seq_len", seq_len)
+        require_in(NO_OR_DEPTH, "t_cycles", t_cycles)
+        require_in(NO_OR_DEPTH, "n_recursions", n_recursions)
+        require_in(VOCABULARY, "vocab_size", vocab_size)
         if seq_len < 1 or t_cycles < 1 or n_recursions < 0:
             raise ValueError(
                 f"seq_len and t_cycles must be at least 1 and n_recursions at least 0, not {seq_len}, "

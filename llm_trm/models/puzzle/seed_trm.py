@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trm.models.sequence_trm import Halting
+from llm_trm.ranges import DEPTH, NO_OR_DEPTH, VOCABULARY, require_in
 from trm_kernels import AsyncCount, RecursionMixin, TinyRecursiveNetwork, halting_recursion
 from trm_kernels.config import FLOAT32_EPS
 
@@ -75,8 +76,10 @@ class TRM(RecursionMixin, nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if n_supervision_steps < 1:
-            raise ValueError(f"n_supervision_steps must be at least 1, not {n_supervision_steps}")
+        require_in(DEPTH, "n_supervision_steps", n_supervision_steps)
+        require_in(NO_OR_DEPTH, "n_latent_steps", n_latent_steps)
+        require_in(DEPTH, "n_deep_recursions", n_deep_recursions)
+        require_in(VOCABULARY, "vocab_size", vocab_size)
         if halting not in get_args(Halting):
             raise ValueError(f"halting must be one of {get_args(Halting)}, not {halting!r}")
         self.d_model = d_model
