@@ -72,6 +72,8 @@ BATCH = Whole(1, 2**20)
 #: Of states and tables, and what divides a width: heads, ranks.
 WIDTH, NO_OR_WIDTH = Whole(1, 2**20, "a wider model fits nowhere"), Whole(0, 2**20)
 LAYERS = Whole(1, 1024, "a deeper model fits nowhere")
+#: Of LoRA: beyond the width of a model it gains nothing.
+ADAPTER_RANK = Whole(1, 2**14)
 #: Of sequences: tokens, cells, latents.
 LENGTH, NO_OR_LENGTH = Whole(1, 2**30), Whole(0, 2**30)
 #: Rows or columns of a puzzle, and of a maze that is made here.
@@ -96,6 +98,8 @@ ANY_SEED = Whole(-(10**30), 10**30)
 TRAINER_SEED = Whole(0, 2**32 - 1, "NumPy's generator takes no larger one")
 #: How far a run has come, what a file counts, and sums of metrics.
 PLACE, AMOUNT, FINITE = Whole(0, 2**63 - 1), Real(0, 2.0**53), Real(-_LARGEST, _LARGEST)
+#: Of a launch.
+PROCESSES, PORT = Whole(1, 2**20), Whole(0, 65_535)
 LEARNING_RATE = Real(0, 100, least_open=True)
 #: Passes over the data, where a part of one counts.
 EPOCHS = Real(0, 10**6, least_open=True)

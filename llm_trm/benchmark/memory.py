@@ -1,4 +1,4 @@
-"""Peak memory of a call and free memory of a device, from PyTorch's allocators."""
+"""Peak memory of a call, from PyTorch's allocators."""
 
 from __future__ import annotations
 
@@ -35,11 +35,3 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a CUDA device has left for this process, its caching allocator's unused ones included."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -14,13 +14,13 @@ from llm_trm.benchmark import limits as machine_limits
 from llm_trm.benchmark.accuracy import broken_rules, errors, float64_truth
 from llm_trm.benchmark.candidates import CANDIDATES, Candidate, build, unavailable
 from llm_trm.benchmark.environment import device_name
-from llm_trm.benchmark.memory import free_memory
 from llm_trm.benchmark.models import State
 from llm_trm.benchmark.protocol import MIN_ROUNDS, interleave, synchronize, timer_for
 from llm_trm.benchmark.results import CaseResult, Row, add_speedups
 from llm_trm.benchmark.steps import Inputs, Timed, make_inputs, make_state
 from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
+from llm_trm.memory import free_memory
 from trm_kernels.testing import ErrorPool
 
 #: Told what is being done now.

@@ -255,6 +255,10 @@ def bench(
     if names:
         _check_named_backends(names, where, kind)
     from llm_trm.benchmark.runner import DeviceLostError
+    from llm_trm.memory import require_memory
+
+    for case in cases:
+        require_memory(case.least_bytes, case.name, "choose a smaller shape", where)
 
     try:
         results = _run(cases, where, names, budget, seed, json_file, group_of(suite_name))

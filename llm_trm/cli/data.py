@@ -13,6 +13,9 @@ from llm_trm.cli.output import output_file
 from llm_trm.cli.types import COUNT, SEED
 from llm_trm.cli.world_options import world_options
 
+#: Of a problem of one operation with its trace, at least.
+_BYTES_A_LINE = 70
+
 
 @click.group(
     cls=Group,
@@ -65,7 +68,8 @@ def arithmetic(
       llm-trm data arithmetic --operations 3 --split test --num-samples 500 -o held_out.jsonl
     """
     from llm_trm.data.arithmetic import World
-    from llm_trm.files import write_text
+    from llm_trm.files import write_lines
+    from llm_trm.memory import require_room
 
     world = World(operations if min_operations is None else min_operations, operations, modulus, max_operand)
     lines = (
@@ -75,4 +79,6 @@ def arithmetic(
     if output is None:
         sys.stdout.writelines(lines)
     else:
-        write_text(output, "".join(lines))
+        size, what = _BYTES_A_LINE * num_samples, f"{num_samples:,} problems"
+        require_room(size, output.parent, what, "choose fewer --num-samples")
+        write_lines(output, lines)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from llm_trm.cli.types import BATCH, DEPTH, LENGTH, NO_OR_WIDTH, WIDTH
+from llm_trm.memory import in_words
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -245,14 +246,7 @@ def print_plan(facts: dict[str, Any], as_json: bool) -> None:
     console.print("[bold]memory[/bold]")
     for name, size in found.items():
         kind = "  (estimate)" if name == "activations" else ""
-        console.print(f"  {name:<24} {_bytes(size):>15}{kind}")
+        console.print(f"  {name:<24} {in_words(size):>15}{kind}")
     for name, size in facts["devices"].items():
         verdict = "fits into" if found["total"] <= size else "[bold]does not fit into[/bold]"
-        console.print(f"  {verdict} the {_bytes(size)} of {escape(name)}")
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.1f} {units[0]}"
+        console.print(f"  {verdict} the {in_words(size)} of {escape(name)}")

@@ -97,8 +97,10 @@ def lm(
 
     require("train", "transformers", "accelerate")
     from llm_trm.data.arithmetic import World
+    from llm_trm.data.problems import require_problems
     from llm_trm.evaluate.answers import accuracy
     from llm_trm.files import writable_folder
+    from llm_trm.memory import require_memory
     from llm_trm.train.language_model import LanguageModelConfig, train_language_model
 
     config = LanguageModelConfig(
@@ -115,6 +117,9 @@ def lm(
     )
     if not resume and (output / "config.json").exists():
         raise click.UsageError(f"--output: {output} holds a model; choose another folder, or --resume")
+    # The problems at the end, and the order of all samples, which is drawn at once.
+    require_problems(eval_samples)
+    require_memory(8 * steps * batch_size, f"{steps * batch_size:,} samples", "choose fewer --steps")
     writable_folder(output)
     model, tokenizer = train_language_model(config)
 

@@ -12,6 +12,7 @@ from llm_trm.cli.device import resolve_device
 from llm_trm.cli.language_model_options import trust_option
 from llm_trm.cli.run_options import run_options
 from llm_trm.cli.types import (
+    ADAPTER_RANK,
     BATCH,
     CLIP_NORM,
     COUNT,
@@ -123,7 +124,7 @@ _OF_REASONER = {
     help="always: each recursion drops as many of the oldest positions as it adds. [default: slide]",
 )
 @click.option("--lora/--no-lora", default=True, show_default=True, help="Adapters on q, k, v and o.")
-@click.option("--lora-r", type=WIDTH, default=16, show_default=True, help="Rank of the adapters.")
+@click.option("--lora-r", type=ADAPTER_RANK, default=16, show_default=True, help="Rank of the adapters.")
 @click.option("--lora-alpha", type=WIDTH, default=32, show_default=True, help="Their scale, times the rank.")
 @click.option(
     "--lora-dropout",

@@ -53,7 +53,8 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
     ) -> tuple[int, ...]:
         """See :meth:`click.ParamType.convert`."""
         words = value.split(",") if isinstance(value, str) else value
-        found = (_number(self, word, int, "a whole number", self.within, param, ctx) for word in words)
+        what = "a whole number; write for instance 32,64,96"
+        found = (_number(self, word, int, what, self.within, param, ctx) for word in words)
         return tuple(dict.fromkeys(found))
 
 
@@ -103,6 +104,7 @@ BATCH = WholeNumber(ranges.BATCH)
 WIDTH = WholeNumber(ranges.WIDTH)
 NO_OR_WIDTH = WholeNumber(ranges.NO_OR_WIDTH)
 LAYERS = WholeNumber(ranges.LAYERS)
+ADAPTER_RANK = WholeNumber(ranges.ADAPTER_RANK)
 LENGTH = WholeNumber(ranges.LENGTH)
 NO_OR_LENGTH = WholeNumber(ranges.NO_OR_LENGTH)
 DEPTH = WholeNumber(ranges.DEPTH)

@@ -12,10 +12,13 @@ from typing import Any
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.errors import InputError
 from llm_trm.extras import require
+from llm_trm.memory import require_memory
 from llm_trm.models.tiny import END_THINK, THINK
 from llm_trm.text import parse_json, read_lines, read_text
 
 ARITHMETIC = "arithmetic"
+#: That a problem of one operation takes as a :class:`Question`, at least: 460 were measured for up to five.
+_BYTES_A_PROBLEM = 350
 #: Columns of a local file, the first that is there.
 QUESTION_COLUMNS = ("question", "problem", "Problem", "Question", "prompt", "text")
 ANSWER_COLUMNS = ("answer", "Answer", "solution")
@@ -101,11 +104,18 @@ def load_questions(
     names = [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
         raise InputError(f"--dataset {dataset!r} names nothing: use {_choices()}")
+    if ARITHMETIC in names:  # whose problems have no end
+        require_problems(count // len(names))
     sources = [_source(name, split, seed, world or World()) for name in names]
     shares = [count // len(names) + (place < count % len(names)) for place in range(len(names))]
     drawn = [list(islice(source, share)) for source, share in zip(sources, shares, strict=True)]
     turns = max(map(len, drawn))
     return [questions[turn] for turn in range(turns) for questions in drawn if turn < len(questions)]
+
+
+def require_problems(count: int) -> None:
+    """Raise InputError if so many problems of the arithmetic world surely do not fit into memory."""
+    require_memory(_BYTES_A_PROBLEM * count, f"{count:,} problems", "ask for fewer problems or steps")
 
 
 def _choices() -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 
+from llm_trm.errors import InputError
 from llm_trm.extras import require
+from llm_trm.ranges import PORT, PROCESSES, Whole, require_in
 
 #: How long a process waits for the slowest one, which may have a whole shard more to do.
 _PATIENCE = timedelta(days=7)
@@ -46,9 +49,30 @@ class Processes:
         return torch.device("cuda", self.local_index % torch.cuda.device_count())
 
 
+def world_size() -> int:
+    """Processes of this launch.
+
+    Raises:
+        InputError: What a launcher set in the environment is no number, or out of range.
+    """
+    count = _variable("WORLD_SIZE", 1, PROCESSES)
+    if count > 1:  # accelerate reads these too
+        for name in ("RANK", "LOCAL_RANK"):
+            _variable(name, 0, Whole(0, count - 1))
+        _variable("MASTER_PORT", 1, PORT)
+    return count
+
+
+def _variable(name: str, default: int, within: Whole) -> int:
+    text = os.environ.get(name, str(default))
+    value = int(text) if re.fullmatch("-?[0-9]{1,20}", text) else text
+    require_in(within, name, value, InputError, "the environment variable ")
+    return int(value)
+
+
 def launched_processes() -> Processes:
     """The processes of this launch, joined over gloo: they share files, and only wait for one another."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return Processes()
     require("train", "accelerate")
     from accelerate import PartialState

@@ -116,22 +116,34 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
     otherwise it asks on standard input, where the next question may stand, and takes a ``y`` for a yes.
 
     Raises:
-        InputError: There is no such model; ``name`` is what the user calls it.
+        InputError: There is no such model, its numbers make no sense, or it fits no memory; ``name`` is what
+            the user calls it.
         UntrustedCodeError: It needs code of its own.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
+
+    from llm_trm.models.decoder_numbers import require_buildable, require_numbers
 
     folder = Path(source)
     if folder.is_dir():
         require_own_files(folder)
     described = not folder.is_dir() or (folder / "config.json").exists()
+    options["trust_remote_code"] = trust_remote_code
+    known = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
     try:
         with no_bars():
+            # What transformers would build until the process is killed is refused before.
+            require_numbers(source, f"model {name}: config.json: ", **known)
             if kind is not AutoConfig and described:
                 # First, since a tokenizer would warn of a type that it does not know.
-                AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+                AutoConfig.from_pretrained(source, **known)
+            if kind.__name__ in ("AutoModelForCausalLM", "TRMForCausalLM"):
+                require_buildable(name, source, options.get("dtype"), **known)
+            return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        if isinstance(error, InputError) and name in str(error):
+            raise  # it says all that there is to say
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise UntrustedCodeError(
                 f"model {name} brings Python code of its own, which was not run: read its .py files, and "

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from llm_trm.data.arithmetic import World
 from llm_trm.data.lessons import encode_prompt, question_prompt
+from llm_trm.data.processes import world_size
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import END, END_THINK, THINK, tiny_language_model, tiny_tokenizer
 from llm_trm.ranges import BATCH, COUNT, LEARNING_RATE, SHARE, TRAINER_SEED, require_ranges
@@ -87,14 +88,18 @@ def train_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, 
     Raises:
         InputError: Nothing to resume, or a checkpoint that is not one.
     """
+    world_size()
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
+
+    from llm_trm.train.lora_trainer import trainer_state
 
     checkpoint = None
     if config.resume:
         checkpoint = get_last_checkpoint(str(config.output)) if config.output.is_dir() else None
         if checkpoint is None:
             raise InputError(f"{config.output} holds no checkpoint to resume: leave --resume out")
+        trainer_state(Path(checkpoint))
     tokenizer = tiny_tokenizer()
     model = tiny_language_model(tokenizer, config.preset, config.seed)
     arguments = TrainingArguments(

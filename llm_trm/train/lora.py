@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.data.lessons import prompts_fingerprint
+from llm_trm.data.processes import world_size
 from llm_trm.data.questions import Solved, fingerprint, load_solved
 from llm_trm.errors import InputError
 from llm_trm.extras import require
@@ -31,6 +32,7 @@ from llm_trm.train.lora_trainer import (
     eval_losses,
     last_checkpoint,
     take_up_finished,
+    trainer_state,
 )
 from llm_trm.train.tracking import json_tracker, require_tracker
 from llm_trm.upstream import checkpointing_option
@@ -115,6 +117,7 @@ def train_lora(config: LoraTrainingConfig, report: LoraReport | None = None) -> 
     require("train", "transformers", "accelerate")
     from transformers import set_seed
 
+    world_size()
     resumed = _permit(config)
     solved = load_solved(config.data, whole_answers=config.whole_answers)
     held_out, shared = None, 0
@@ -210,7 +213,7 @@ def _permit(config: LoraTrainingConfig) -> Path | None:
     if found is None:
         raise InputError(f"{config.output} holds no checkpoint to resume: leave --resume out")
     config.require_same(read_json(settings, "leave --resume out"))
-    state = read_json(found / "trainer_state.json", "leave --resume out")
+    state = trainer_state(found)
     if _keeper(config).exhausted(state["log_history"], state["max_steps"]):
         raise InputError(
             f"{config.output} ended early, after {config.patience} evaluations without a lower loss: raise "

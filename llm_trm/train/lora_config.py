@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from llm_trm.data.lessons import PromptForm
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
+    ADAPTER_RANK,
     BATCH,
     CLIP_NORM,
     COUNT,
@@ -99,7 +100,7 @@ class LoraTrainingConfig:
     trm: Path | None = None
     reasoner: dict[str, Any] = field(default_factory=dict)
     lora: bool = True
-    lora_r: Annotated[int, WIDTH] = 16
+    lora_r: Annotated[int, ADAPTER_RANK] = 16
     lora_alpha: Annotated[int, WIDTH] = 32
     lora_dropout: Annotated[float, SHARE_BELOW_ONE] = 0.1
     merge: bool = False

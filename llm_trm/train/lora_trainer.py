@@ -15,12 +15,16 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trm.data.reasoning import IGNORED
+from llm_trm.errors import InputError, one_line
+from llm_trm.files import read_json
 from llm_trm.models.loading import require_own_files
+from llm_trm.ranges import AMOUNT, PLACE, Range, require_in
 from llm_trm.train.curriculum import StagedOrder
 from llm_trm.train.distillation import state_distance, states_at, teacher_states
 from llm_trm.train.lora_metrics import sample_measures, summary
 
 _STATE_FILE = "trainer_state.json"
+_STATE: dict[str, Range] = {"global_step": PLACE, "max_steps": PLACE, "epoch": AMOUNT}
 #: Parameters of a reasoner that phase 2 has trained.
 _STARTED = re.compile(r"\.reasoner\.(.*\.)?(trm|compressor)\.")
 
@@ -274,6 +278,25 @@ def take_up_finished(trainer: Any, checkpoint: Path, folder: Path, best: bool) -
     lowest = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
     trainer._load_from_checkpoint(str(lowest if best and lowest.is_dir() else checkpoint))
     return True
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """What transformers' Trainer wrote of where a run stood.
+
+    Raises:
+        InputError: The file is missing, or a number in it makes no sense.
+    """
+    path = checkpoint / _STATE_FILE
+    remedy = "start over with --overwrite, or delete the checkpoint"
+    state = read_json(path, remedy)
+    try:
+        for name, within in _STATE.items():
+            require_in(within, name, state[name])
+        for record in state["log_history"]:
+            require_in(PLACE, "log_history: step", record["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not say where the run stood ({one_line(error)}): {remedy}") from error
+    return dict(state)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

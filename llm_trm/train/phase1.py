@@ -22,6 +22,7 @@ from llm_trm.data.texts import arithmetic_texts, read_texts, tokenised
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.memory import require_memory, require_training_memory
 from llm_trm.models.compression import (
     FACTS_FILE,
     Compressor,
@@ -52,6 +53,8 @@ SWEEP_FILE, SWEEP_PLOT = "sweep.json", "sweep.png"
 #: States up to this width count as those of a small model, which has smaller defaults.
 _SMALL_WIDTH = 512
 _MAX_LENGTH = 512
+#: Of the arithmetic world's texts in memory, at least: a tensor and a hash for some forty tokens.
+_BYTES_A_TOKEN = 8
 _MOMENT_ROWS = 8192
 
 #: Token sequences to learn from, and to validate on.
@@ -136,7 +139,14 @@ class CompressorPretrainer:
             asked = config.sweep or (() if config.d_compressed is None else (config.d_compressed,))
         for size in asked:
             with torch.device("meta"):
-                self._new_compressor(width, size)
+                compressor = self._new_compressor(width, size)
+            numbers = sum(parameter.numel() for parameter in compressor.parameters())
+            require_training_memory(
+                numbers,
+                f"training a compressor of {numbers:,} numbers",
+                "choose a lower --num-latents or --d-compressed",
+                self.accelerator.device,
+            )
         return asked or (default,)
 
     def _fit_settings(self, width: int) -> Fit:
@@ -174,6 +184,8 @@ class CompressorPretrainer:
             source = source or DEFAULT_DATASETS[stage]
             texts = read_texts(source, model, thinking=thinking)
         num_tokens = config.num_tokens or (100_000 if model.hidden_size <= _SMALL_WIDTH else 1_000_000)
+        if source is None:  # The arithmetic world has no end.
+            require_memory(_BYTES_A_TOKEN * num_tokens, f"{num_tokens:,} tokens", "choose fewer --num-tokens")
         corpus = tokenised(
             texts,
             model,

@@ -16,6 +16,7 @@ from llm_trm.data.pairs import PairFiles, open_pairs
 from llm_trm.errors import InputError
 from llm_trm.evaluate.held_out import require_held_out
 from llm_trm.files import writable_folder, write_json
+from llm_trm.memory import require_training_memory
 from llm_trm.models.compression import (
     DimensionCompressor,
     compressor_facts,
@@ -24,7 +25,7 @@ from llm_trm.models.compression import (
     save_compressor,
 )
 from llm_trm.models.phase2 import COMPRESSOR_FOLDER
-from llm_trm.models.sequence_trm import SequenceTRM, save_sequence_trm
+from llm_trm.models.sequence_trm import SequenceTRM, SequenceTRMConfig, save_sequence_trm
 from llm_trm.train.checkpoints import Checkpoints
 from llm_trm.train.contexts import Contexts, EpochOrder, graph_lengths, read_contexts, split
 from llm_trm.train.losses import SupervisionLoss, means_of
@@ -316,14 +317,18 @@ class TRMSequenceTrainer:
     def _build(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        self.model = SequenceTRM(
+        sizes = SequenceTRMConfig(
             self.contexts.width,
             config.n_layers,
             self._heads(),
             config.n_latent_steps,
             config.n_deep_recursions,
             config.dropout,
-        ).to(self.device)
+        )
+        require_training_memory(
+            sizes.numbers, f"training {sizes.numbers:,} parameters", "choose fewer --layers", self.device
+        )
+        self.model = SequenceTRM.from_config(sizes).to(self.device)
         if config.halt_loss == "none":
             self.model.halt_head.requires_grad_(False)
         # From here on chance is dropout's, and each process has its own.

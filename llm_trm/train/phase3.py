@@ -40,6 +40,7 @@ from llm_trm.train.lora_trainer import (  # noqa: E402
     checkpoints,
     last_checkpoint,
     take_up_finished,
+    trainer_state,
 )
 from llm_trm.train.phase3_trainer import COMPLETIONS_FILE, LatentGRPOTrainer  # noqa: E402
 
@@ -279,6 +280,7 @@ def _begin(config: Phase3Config) -> str | None:
         if last is None:
             raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
         config.require_same(read_json(output / SETTINGS_FILE, "start over with --overwrite"))
+        trainer_state(last)
         return str(last)
     # What was cut off before its first checkpoint is nothing to lose.
     if not config.overwrite and (last_checkpoint(output) is not None or (output / FACTS_FILE).exists()):

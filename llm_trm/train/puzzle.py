@@ -18,6 +18,7 @@ from llm_trm.data.puzzles.dataset import read_info, read_split, repeated
 from llm_trm.errors import InputError
 from llm_trm.evaluate.puzzle import PuzzleScore, draw_puzzles, score, with_answers
 from llm_trm.files import writable_folder, write_json
+from llm_trm.memory import require_training_memory
 from llm_trm.models.puzzle.losses import puzzle_loss
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
 from llm_trm.train.checkpoints import Checkpoints
@@ -289,24 +290,24 @@ class PuzzleTrainer:
     def _build(self) -> None:
         config, info = self.config, self.info
         torch.manual_seed(config.seed)
-        self.model = PuzzleTRM(
-            PuzzleTRMConfig(
-                vocab_size=info.vocab_size,
-                seq_len=info.seq_len,
-                num_puzzles=info.num_puzzles,
-                d_model=config.d_model,
-                n_layers=config.n_layers,
-                n_heads=config.n_heads,
-                mixer=config.mixer,
-                positions=config.positions,
-                puzzle_len=config.puzzle_len,
-                puzzle_dim=config.puzzle_dim,
-                n_latent_steps=config.n_latent_steps,
-                n_deep_recursions=config.n_deep_recursions,
-                max_steps=config.max_steps,
-                dtype="bfloat16" if self._precision() == "bf16" else "float32",
-            )
-        ).to(self.device)
+        sizes = PuzzleTRMConfig(
+            vocab_size=info.vocab_size,
+            seq_len=info.seq_len,
+            num_puzzles=info.num_puzzles,
+            d_model=config.d_model,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            mixer=config.mixer,
+            positions=config.positions,
+            puzzle_len=config.puzzle_len,
+            puzzle_dim=config.puzzle_dim,
+            n_latent_steps=config.n_latent_steps,
+            n_deep_recursions=config.n_deep_recursions,
+            max_steps=config.max_steps,
+            dtype="bfloat16" if self._precision() == "bf16" else "float32",
+        )
+        self._require_memory(sizes)
+        self.model = PuzzleTRM(sizes).to(self.device)
         self._facts = {
             "task": info.task,
             "rows": info.rows,
@@ -335,6 +336,19 @@ class PuzzleTrainer:
             modules=[self.model],
             capture=self.device.type == "cuda",
             precision="fp8-nograd" if config.nograd_precision == "fp8" else None,
+        )
+
+    def _require_memory(self, sizes: PuzzleTRMConfig) -> None:
+        """Raise InputError if the model and the samples in flight surely do not fit."""
+        item = getattr(torch, sizes.dtype).itemsize
+        # x, y and z of each sample, and a logit of each token.
+        numbers = sizes.length * sizes.d_model * 3 + sizes.seq_len * sizes.vocab_size
+        require_training_memory(
+            sizes.parameters,
+            f"training {sizes.parameters:,} parameters on {self.config.batch_size:,} samples at once",
+            "choose a lower --d-model, --layers or --batch-size",
+            self.device,
+            besides=self.config.batch_size * numbers * item + 4 * (sizes.numbers - sizes.parameters),
         )
 
     def _optimizer(self) -> Optimizer:

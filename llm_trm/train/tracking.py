@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llm_trm.data.processes import world_size
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import write_text
@@ -54,9 +55,11 @@ def new_accelerator(
             will be dropped. None begins the file anew.
 
     Raises:
-        InputError: accelerate or the tracker's package is not installed.
+        InputError: accelerate or the tracker's package is not installed, or the environment of a launch makes
+            no sense.
     """
     require("train", "accelerate")
+    world_size()  # accelerate's own complaint would be a traceback
     from accelerate import Accelerator
 
     require_tracker(track)

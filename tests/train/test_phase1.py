@@ -366,7 +366,7 @@ def test_bad_texts_get_one_line(
     ("options", "words"),
     [
         (("--d-compressed", WIDTH), (f"1 to {WIDTH - 1}", f"not {WIDTH}")),
-        (("--d-compressed", 0), ("--d-compressed", "x>=1")),
+        (("--d-compressed", 0), ("--d-compressed", "at least 1")),
         (("--sweep", f"4,{WIDTH + 1}"), (f"not {WIDTH + 1}",)),
         (("--sweep", "4,x"), ("--sweep", "32,64,96")),
         (("--sweep", "4", "--d-compressed", 4), ("--d-compressed",)),

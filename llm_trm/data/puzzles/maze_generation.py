@@ -17,6 +17,7 @@ from llm_trm.data.puzzles.maze import (
     distances,
 )
 from llm_trm.errors import InputError
+from llm_trm.memory import require_memory
 
 #: Walls are opened up to one in so many cells, which gives a maze its loops.
 _CELLS_AN_OPENING = 60
@@ -161,6 +162,8 @@ def generate_mazes(
     Raises:
         InputError: The grid is too small for the path, or for so many different mazes.
     """
+    wanted = sum(counts.values())
+    require_memory(3 * rows * columns * wanted, f"{wanted:,} mazes", "ask for fewer, or for smaller mazes")
     seen: set[bytes] = set()
     drawn: dict[str, list[tuple[MazeGrid, MazeGrid]]] = {}
     for split, count in counts.items():

@@ -12,6 +12,7 @@ from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit
 from llm_trm.data.puzzles.sudoku import Grid, Shape, generate, grid_tokens, identity
 from llm_trm.data.puzzles.sudoku_rows import Progress, SudokuRows, untracked, verified
 from llm_trm.errors import InputError
+from llm_trm.memory import require_memory
 
 
 def generated_splits(
@@ -29,6 +30,8 @@ def generated_splits(
     Raises:
         InputError: There are not so many.
     """
+    # Two grids and the form that all like it share, as tuples of pointers.
+    require_memory(3 * 8 * shape.cells * (train + test), f"{train + test:,} Sudokus", "ask for fewer puzzles")
     pairs = np.array(list(progress(generate(shape, train + test, clues, seed), train + test)), dtype=np.uint8)
     # Where puzzles run short, the last to be found are the rare ones: held-out puzzles come from everywhere.
     pairs = pairs[np.random.default_rng(seed).permutation(len(pairs))]

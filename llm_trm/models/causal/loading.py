@@ -17,10 +17,12 @@ from llm_trm.models.causal.card import EVALUATION_FILE, About, about, inner, rea
 from llm_trm.models.causal.card import FACTS_FILE as FACTS_FILE
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.modeling import TRMForCausalLM
-from llm_trm.models.loading import language_model_source, no_bars, pretrained
+from llm_trm.models.loading import language_model_source, pretrained
+from llm_trm.ranges import ADAPTER_RANK, SHARE_BELOW_ONE, WEIGHT, Range, require_in
 
 #: Beside adapters, and nothing else.
 ADAPTERS_FILE = "adapter_config.json"
+_ADAPTERS: dict[str, Range] = {"r": ADAPTER_RANK, "lora_alpha": WEIGHT, "lora_dropout": SHARE_BELOW_ONE}
 _CONFIG_FILE = "config.json"
 _REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wrote"
 
@@ -147,9 +149,7 @@ def load_latent_model(
                 f"{name} is a {kind} model without a recursion: train one with `llm-trm train lora --model "
                 f"{name}`"
             )
-        with no_bars():
-            model = TRMForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-        model = model.to(device)
+        model = pretrained(TRMForCausalLM, str(name), str(source), dtype=dtype).to(device)
     model.requires_grad_(False)
     if trainable:
         _train_reasoner(model)
@@ -191,12 +191,15 @@ def _with_adapters(
 
     if not known.get("base") or not known.get("settings"):
         raise InputError(f"{folder} holds adapters, and no {FACTS_FILE} that names their base: {_REMEDY}")
-    if read_json(folder / ADAPTERS_FILE, _REMEDY).get("megatron_config"):
+    adapters = read_json(folder / ADAPTERS_FILE, _REMEDY)
+    if adapters.get("megatron_config"):
         # peft imports whatever module megatron_core names beside it.
         raise InputError(
             f"{folder / ADAPTERS_FILE} describes adapters of Megatron, which are not loaded: {_REMEDY}"
         )
     base = known["base"]
+    for setting, within in _ADAPTERS.items():
+        require_in(within, setting, adapters.get(setting), InputError, f"{folder / ADAPTERS_FILE}: ")
     language_model = pretrained(
         AutoModelForCausalLM,
         base,
@@ -206,7 +209,10 @@ def _with_adapters(
     ).to(device)
     if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
         language_model.resize_token_embeddings(len(tokenizer))
-    model = TRMForCausalLM.wrap(language_model, **known["settings"])
+    try:
+        model = TRMForCausalLM.wrap(language_model, **known["settings"])
+    except (InputError, TypeError) as error:
+        raise InputError(f"{folder / FACTS_FILE}: {one_line(error)}: {_REMEDY}") from error
     try:
         with quietly():
             return with_card(PeftModel.from_pretrained(model, folder))

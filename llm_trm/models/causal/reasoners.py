@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_trm.memory import require_memory
 from llm_trm.models.causal.hidden_state import HiddenStateTRM, cautious_head
 from llm_trm.models.causal.recurring import recur
 from llm_trm.models.compression import DimensionCompressor
 from llm_trm.models.sequence_trm import SequenceTRM
+from trm_kernels.config import NetworkConfig
 
 if TYPE_CHECKING:
     from llm_trm.models.causal.config import TRMConfig
@@ -203,5 +205,20 @@ def _out_of_reach(states: Tensor, mask: Tensor, latents: Tensor) -> Tensor:
 
 def build_reasoner(config: TRMConfig, d_embedding: int) -> Reasoner:
     """The reasoner that ``config`` describes, newly initialised."""
+    if torch.get_default_device().type != "meta":
+        require_memory(
+            4 * _numbers(config),
+            "the recursion",
+            "choose fewer layers, latents or soft tokens, or less width",
+        )
     kind = LatentsReasoner if config.reasoner == "latents" else SequenceReasoner
     return kind(config, d_embedding)
+
+
+def _numbers(config: TRMConfig) -> int:
+    """Numbers of the recursion's network and of what its latents or soft tokens come from: most of them."""
+    if config.reasoner == "latents":
+        width, entry = config.text_config.hidden_size, config.num_latents * config.text_config.hidden_size
+    else:
+        width, entry = config.d_compressed, config.soft_tokens * config.d_compressed**2
+    return NetworkConfig(width, config.n_layers, config.n_heads).parameters + entry
