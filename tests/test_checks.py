@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_trm import ranges
 from trm_kernels import (
     AdamATan2,
     ParameterAverage,
@@ -72,6 +73,8 @@ CASES: list[tuple[Callable[[], object], str]] = [
         for value in (NAN, INF, -1.0, True)
     ],
     (lambda: AdamATan2(_weights(), betas=(NAN, 0.9)), "betas"),
+    (lambda: SparseEmbedding(True, 2), "num_embeddings"),
+    (lambda: SparseEmbedding(3, NAN), "width"),  # type: ignore[arg-type]
     (lambda: SparseSignSGD(_rows(), NAN), "lr"),
     (lambda: SparseSignSGD(_rows(), weight_decay=INF), "weight_decay"),
     (lambda: capturable_adamw(_weights(), NAN), "lr"),
@@ -102,6 +105,14 @@ CASES: list[tuple[Callable[[], object], str]] = [
 def test_nonsense_is_refused_by_name(call: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^({name}|a and b) must"):
         call()
+
+
+def test_the_ends_are_those_of_the_options() -> None:
+    NetworkConfig(ranges.WIDTH.most, ranges.LAYERS.most)
+    with pytest.raises(ValueError, match=rf"at most {ranges.WIDTH.most}"):
+        NetworkConfig(ranges.WIDTH.most + 1)
+    with pytest.raises(ValueError, match=rf"at most {ranges.LAYERS.most}"):
+        NetworkConfig(64, ranges.LAYERS.most + 1)
 
 
 @pytest.mark.parametrize("lr", [0.0, 1, 1e-3])

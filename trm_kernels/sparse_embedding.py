@@ -42,6 +42,8 @@ class SparseEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, width: int) -> None:
         super().__init__()
+        checks.whole("num_embeddings", num_embeddings, 1)
+        checks.whole("width", width, 1)
         self.register_buffer("weights", torch.zeros(num_embeddings, width, dtype=torch.float32))
         self.register_buffer("ids", None, persistent=False)
         # No buffer: modules move those to devices by calls that autograd would record.
