@@ -29,6 +29,17 @@ def build(device: str = "cpu", backend: str | None = None) -> TinyRecursiveNetwo
     return TinyRecursiveNetwork(16, 1, 1, backend=backend).to(device).eval()
 
 
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)]
+)
+
+
+def built(backend: str, device: str) -> tuple[TinyRecursiveNetwork, Tensor]:
+    """A network of this backend, and an input, where the backend runs."""
+    place = device if backend == "triton" else "cpu"
+    return build(place, backend), torch.randn(1, 3, 16, device=place)
+
+
 def folds_of(net: TinyRecursiveNetwork, x: Tensor) -> int:
     """Launches of the fold in one call without gradient."""
     before = LAUNCHES["fold_kernel"]
@@ -104,10 +115,12 @@ def load_a_block(net: TinyRecursiveNetwork) -> None:
 SEEN = (in_place, other_storage, other_parameter, change_places, load_a_block)
 
 
-@pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)])
+@BACKENDS
 @pytest.mark.parametrize("change", SEEN)
-def test_the_next_call_says_that_weights_have_changed(change: Callable[..., None], backend: str) -> None:
-    net, x = build(backend=backend), torch.randn(1, 3, 16)
+def test_the_next_call_says_that_weights_have_changed(
+    change: Callable[..., None], backend: str, device: str
+) -> None:
+    net, x = built(backend, device)
     with torch.no_grad(), frozen(net):
         net(x)
         change(net)
@@ -118,10 +131,10 @@ def test_the_next_call_says_that_weights_have_changed(change: Callable[..., None
     close(net, x)
 
 
-@pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)])
-def test_functional_call_with_other_weights_is_refused(backend: str) -> None:
-    net, x = build(backend=backend), torch.randn(1, 3, 16)
-    replaced = {"layers.0.mlp.0.weight": torch.randn(64, 16)}
+@BACKENDS
+def test_functional_call_with_other_weights_is_refused(backend: str, device: str) -> None:
+    net, x = built(backend, device)
+    replaced = {"layers.0.mlp.0.weight": torch.randn(64, 16, device=x.device)}
     with torch.no_grad(), frozen(net), pytest.raises(FrozenError, match="other weights"):
         torch.func.functional_call(net, replaced, (x,))
 
@@ -152,9 +165,9 @@ def test_native_packs_and_reads_once_while_frozen(monkeypatch: pytest.MonkeyPatc
     assert len(packs) == 1
 
 
-@pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.interpreter)])
-def test_gradients_are_recorded_as_ever(backend: str) -> None:
-    net, x = build(backend=backend), torch.randn(1, 3, 16)
+@BACKENDS
+def test_gradients_are_recorded_as_ever(backend: str, device: str) -> None:
+    net, x = built(backend, device)
     expected = torch.autograd.grad(net.forward_eager(x).sum(), list(net.parameters()))
     with frozen(net):
         with torch.inference_mode():

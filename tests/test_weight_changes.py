@@ -28,6 +28,9 @@ from trm_kernels import (
     use_backend,
 )
 
+#: They write to the host's memory.
+ON_THE_HOST = ("numpy", "ctypes_memory", "another_process")
+
 #: What replaces parameters in one call alone, or None.
 Replaced = dict[str, Tensor] | None
 #: Changes the weights of a network; at every ``yield`` they are other ones than at the last.
@@ -58,7 +61,8 @@ def other_weights(net: nn.Module) -> dict[str, Tensor]:
 def a_lora_merged_and_restored(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]:
     base = linear(net).weight.data
     for _ in range(rounds):
-        linear(net).weight.data = base + 0.3 * torch.randn(base.shape[0], 2) @ torch.randn(2, base.shape[1])
+        down, up = torch.randn_like(base[:, :2]), torch.randn_like(base[:2])
+        linear(net).weight.data = base + 0.3 * down @ up
         yield None
         linear(net).weight.data = base
         yield None
@@ -97,9 +101,9 @@ def new_parameters(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]
 @way
 def new_parameters_where_the_old_ones_lay(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]:
     for _ in range(rounds):
-        shape = linear(net).weight.shape
+        shape, device = linear(net).weight.shape, linear(net).weight.device
         del linear(net).weight
-        linear(net).weight = nn.Parameter(0.3 * torch.randn(shape))
+        linear(net).weight = nn.Parameter(0.3 * torch.randn(shape, device=device))
         yield None
 
 
@@ -115,7 +119,8 @@ def plain_tensors_in_place_of_parameters(net: TinyRecursiveNetwork, rounds: int)
 @way
 def new_modules(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]:
     for _ in range(rounds):
-        net.layers[0].mlp[0] = nn.Linear(linear(net).in_features, linear(net).out_features)
+        old = linear(net)
+        net.layers[0].mlp[0] = nn.Linear(old.in_features, old.out_features, device=old.weight.device)
         yield None
 
 
@@ -294,7 +299,7 @@ def a_fused_optimizer_called_directly(net: TinyRecursiveNetwork, rounds: int) ->
             zeros,
             [torch.zeros_like(weight) for weight in weights],
             [],
-            [torch.tensor(float(step)) for _ in weights],
+            [torch.tensor(float(step), device=weight.device) for weight in weights],
             lr=0.1,
             beta1=0.9,
             beta2=0.99,
@@ -445,16 +450,22 @@ def outcome(model: nn.Module, replaced: Replaced, states: tuple[Tensor, ...], ba
     ("backend", "rounds"),
     [
         ("eager", 20),
+        pytest.param("compile", 3, marks=pytest.mark.slow),
         ("native", 20),
         pytest.param("triton", 2, marks=pytest.mark.interpreter),
         ("graphs", 20),
     ],
 )
 @pytest.mark.parametrize("name", WAYS)
-def test_no_change_goes_unseen(name: str, backend: str, rounds: int) -> None:
+def test_no_change_goes_unseen(name: str, backend: str, rounds: int, device: str) -> None:
+    if backend != "triton":
+        device = "cpu"
+    elif device == "cuda" and name in ON_THE_HOST:
+        pytest.skip("the weights are on a GPU")
     torch.manual_seed(0)
-    net = TinyRecursiveNetwork(16, 2, 1).eval().requires_grad_(False)
-    states = torch.randn(3, 1, 4, 16).unbind()
+    torch.compiler.reset()  # it recompiles eight times at most
+    net = TinyRecursiveNetwork(16, 2, 1).to(device).eval().requires_grad_(False)
+    states = torch.randn(3, 1, 4, 16, device=device).unbind()
     runs = {one_call: one_call, recursion: recursion}
     if backend == "graphs":
         backend, runs = "eager", {graph(net): recursion}

@@ -187,6 +187,8 @@ FIRST = Plan(
 TEST_FILES = (
     "tests/test_races.py",
     "tests/test_streams.py",
+    "tests/test_frozen.py",
+    "tests/test_weight_changes.py",
     "tests/test_graphs.py",
     "tests/test_training.py",
     "tests/test_halting.py",
