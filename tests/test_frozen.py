@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import multiprocessing
+import os
+import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.graph_double import LaunchingCapturer
+from tests.graph_double import LaunchingCapturer, RecordedGraph
 from trm_kernels import (
     FrozenError,
     GraphCache,
@@ -96,6 +102,19 @@ def other_storage(net: TinyRecursiveNetwork) -> None:
     weight.data = torch.full_like(weight, 2.0)
 
 
+def transposed(net: TinyRecursiveNetwork) -> None:
+    """The same memory, read otherwise."""
+    weight = net.layers[0].self_attn.out_proj.weight
+    weight.data = weight.data.T
+
+
+def where_the_old_one_lay(net: TinyRecursiveNetwork) -> None:
+    """Were the old storage not held, a new one of the same size would often get its address."""
+    weight = net.layers[0].self_attn.out_proj.weight
+    weight.data = torch.empty(0)
+    weight.data = torch.full((16, 16), 2.0)
+
+
 def other_parameter(net: TinyRecursiveNetwork) -> None:
     weight = net.layers[0].norm1.weight
     del net.layers[0].norm1.weight
@@ -112,7 +131,15 @@ def load_a_block(net: TinyRecursiveNetwork) -> None:
 
 
 #: What the next call sees.
-SEEN = (in_place, other_storage, other_parameter, change_places, load_a_block)
+SEEN = (
+    in_place,
+    other_storage,
+    where_the_old_one_lay,
+    transposed,
+    other_parameter,
+    change_places,
+    load_a_block,
+)
 
 
 @BACKENDS
@@ -196,7 +223,28 @@ def test_what_was_made_in_inference_mode_serves_training(device: str) -> None:
             net(x)
         leaf = x.clone().requires_grad_()
         net(leaf).sum().backward()
-    assert leaf.grad is not None
+        again = x.clone().requires_grad_()
+        deep_recursion(net, again, again, again, 1, 2)[0].sum().backward()
+    assert leaf.grad is not None and again.grad is not None
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("family", ["scratch", "paper"])
+def test_fp8_takes_turns_with_other_precisions(family: str, device: str) -> None:
+    net = TinyRecursiveNetwork(16, 1, 1, family=family, backend="triton").to(device).eval()
+    given = torch.randn(3, 1, 3, 16, device=device).unbind()
+
+    def run(dtype: torch.dtype, precision: str | None) -> Tensor:
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return deep_recursion(net, *given, 1, 1, precision=precision)[0]  # type: ignore[arg-type]
+
+    kinds = [(torch.float32, None), (torch.float32, "fp8-nograd"), (torch.bfloat16, "fp8-nograd")]
+    expected = [run(*kind) for kind in kinds]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(expected, 2))
+    with frozen(net):
+        for _ in range(2):
+            for kind, alone in zip(kinds, expected, strict=True):
+                assert torch.equal(run(*kind), alone)
 
 
 @pytest.mark.interpreter
@@ -205,13 +253,46 @@ def test_a_capture_reads_what_was_made_before_it(device: str, monkeypatch: pytes
     if device == "cuda":
         pytest.skip("capturing for real: test_graphs.py")
     net, x = build(device, "triton"), torch.randn(1, 3, 16)
-    with frozen(net):
+    with frozen(net), prepared.read_in_captures([prepared.number(net)]) as read:
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
-        assert (folds_of(net, x), folds_of(net, x)) == (2, 2)
+        assert (folds_of(net, x), folds_of(net, x)) == (2, 2) and not read
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: False)
-        assert folds_of(net, x) == 2
+        assert folds_of(net, x) == 2 and not read
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
-        assert folds_of(net, x) == 0
+        assert folds_of(net, x) == 0 and len(read) > 0, "the graph holds them from here on"
+
+
+@pytest.mark.interpreter
+def test_a_capture_by_somebody_else_folds_the_weights_of_its_time(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be replayed after the promise, or under another: a user's own capture, a race for a promise."""
+    if device == "cuda":
+        pytest.skip("capturing for real: test_graphs.py")
+    net, x = build(device, "triton"), torch.randn(1, 3, 16)
+    with frozen(net):
+        assert (folds_of(net, x), folds_of(net, x)) == (2, 0)
+        monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
+        with prepared.read_in_captures([prepared.number(net) - 1, prepared.number(net) + 1]) as read:
+            assert folds_of(net, x) == 2 and not read
+        assert folds_of(net, x) == 2
+
+
+def test_graphed_functions_tell_captures_which_promises_their_keys_hold() -> None:
+    seen: list[frozenset[int]] = []
+    net = build(backend="eager")
+
+    class Capturer(LaunchingCapturer):
+        def capture(self, *args: Any) -> RecordedGraph:
+            seen.append(prepared._local.reading.promises)
+            return super().capture(*args)
+
+    fast, states = graphed(net, 1, 1, cache=GraphCache(capturer=Capturer())), torch.randn(3, 1, 3, 16)
+    fast(*states)
+    with frozen(net):
+        fast(*states)
+        number = prepared.number(net)
+    assert seen == [{0}, {number}] and number > 0
 
 
 @pytest.mark.interpreter
@@ -257,9 +338,64 @@ def test_graphed_takes_the_promise_and_gives_it_back() -> None:
     expected = deep_recursion(net, *states, 1, 1, with_gradients=False)[0]
     torch.testing.assert_close(fast(*states)[0], expected)
     fast = graphed(net, 1, 1, frozen=True, cache=cache)
-    del fast
+    fast(*states)
+    gc.disable()
+    try:
+        del fast
+        net.train()
+    finally:
+        gc.enable()
+
+
+def test_a_network_that_holds_its_own_graphs_is_freed() -> None:
+    net = build(backend="eager")
+    net.fast = graphed(net, 1, 1, frozen=True, cache=GraphCache(capturer=LaunchingCapturer()))
+    gone = weakref.ref(net)
+    del net
     gc.collect()
-    net.train()
+    assert gone() is None and not prepared._promises
+
+
+def test_what_was_made_is_freed_with_the_promise() -> None:
+    net, x = build(backend="native"), torch.randn(1, 3, 16)
+    with torch.no_grad(), frozen(net):
+        net(x)
+        ((_, shared),) = prepared._promise(net)._made[net].values()  # type: ignore[union-attr]
+        made = weakref.ref(shared)
+        del shared
+    assert made() is None
+
+
+def test_a_promise_is_kept_once() -> None:
+    promise = prepared.Frozen(build())
+    with promise, pytest.raises(RuntimeError, match="begun already"):
+        promise.open()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_was_forked_while_matrices_were_made_is_not_stuck() -> None:
+    net, begun, go_on = build(backend="native"), threading.Event(), threading.Event()
+
+    def make() -> list[Tensor]:
+        begun.set()
+        go_on.wait(30)
+        return [torch.ones(1)]
+
+    with frozen(net):
+        thread = threading.Thread(target=lambda: prepared.matrices(net, list(net.parameters()), "form", make))
+        thread.start()
+        begun.wait(30)
+        child = multiprocessing.get_context("fork").Process(target=_freeze)
+        child.start()
+        child.join(30)
+        go_on.set()
+        thread.join()
+    assert child.exitcode == 0
+
+
+def _freeze() -> None:
+    with frozen(build()):
+        pass
 
 
 def test_promises_nest_and_end_with_their_block() -> None:

@@ -549,13 +549,14 @@ def graphed_recursion(
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 def test_a_recursion_without_padding_is_the_plain_one(options: dict[str, object]) -> None:
     net = network(**options)
-    fast, capturer = graphed_recursion(net, output_norm=nn.RMSNorm(16))
+    norm = nn.RMSNorm(16)
+    fast, capturer = graphed_recursion(net, output_norm=norm)
     mask = torch.tensor([[1] * 8, [1, 1, 0, 0, 0, 0, 0, 1]])
     for given in (None, mask, None, mask):
         x, y, z = states()
         found = fast(x, y, z, mask=given)
         with torch.no_grad():
-            expected = deep_recursion(net, x, y, z, 2, 2, mask=given, output_norm=fast._output_norm)
+            expected = deep_recursion(net, x, y, z, 2, 2, mask=given, output_norm=norm)
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs) and not ours.requires_grad
     assert len(capturer.graphs) == 2

@@ -26,7 +26,6 @@ def _matrices(
     device and waiting for the answer would take longer than to fold them.
     """
     from trm_kernels.ops.layouts import LAYOUTS, prepare
-    from trm_kernels.ops.quantise import FP8
 
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return []  # launches cannot be traced, and tensors may hold no data: the op makes them itself
@@ -35,9 +34,7 @@ def _matrices(
         with torch.no_grad():
             return prepare(LAYOUTS[layout], parameters, operand, fp8=fp8)
 
-    if torch.is_grad_enabled():
-        return make()
-    kept = prepared.matrices(module, parameters, FP8 if fp8 else operand, make)
+    kept = prepared.matrices(module, parameters, (operand, fp8), make)
     return make() if kept is None else kept
 
 

@@ -50,7 +50,19 @@ def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
         return "the tensors under a dispatch mode may hold no data"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "the kernels have no rules for torch.func transforms or forward-mode differentiation"
-    return _refuses_input(x) or refuses_modes(net) or refuses_modules(net, x)
+    return _refuses_input(x) or refuses_modes(net) or refuses_modules(net, x) or _refuses_weights(net)
+
+
+def _refuses_weights(net: FusedModule) -> str | None:
+    for block in net.blocks:
+        if any(_lacks_memory(parameter) for parameter in block_parameters(block)):
+            return "a parameter has no memory of its own"
+    return None
+
+
+def _lacks_memory(tensor: Tensor) -> bool:
+    # As where weights are shared out among processes, and for zeros that torch only describes.
+    return tensor.data_ptr() == 0 and tensor.numel() > 0
 
 
 def _refuses_input(x: Tensor) -> str | None:
@@ -58,6 +70,8 @@ def _refuses_input(x: Tensor) -> str | None:
         return f"the input is a {type(x).__name__}, which may hold no data"
     if x.is_inference() and torch.is_grad_enabled():
         return "an input was made in inference mode, and cannot be saved for a backward"
+    if _lacks_memory(x):
+        return "an input has no memory of its own"
     return None
 
 
@@ -321,8 +335,8 @@ class _Call:
         return found
 
     def _packed(self) -> Tensor:
-        """The packed weights: made for this call in training, else kept while the weights are the same."""
-        if self.records or torch.is_grad_enabled() or self.net.training:
+        """The packed weights: made for this call if it records, else kept while the weights are the same."""
+        if self.records:
             return self._pack()
         form = "native", self.dtype
         kept = prepared.matrices(self.net, self.parameters, form, lambda: [self._pack()])

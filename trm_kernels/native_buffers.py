@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
+from contextlib import suppress
 from weakref import finalize
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 MOST_BYTES = 1 << 30
 
 # By address, those given back last at the end. Without a lock: buffers come back whenever the garbage
-# collector runs, inside these functions too. Each operation on the dictionary is atomic.
+# collector runs, inside these functions too, and between any two steps of an iteration.
 _free: OrderedDict[int, Tensor] = OrderedDict()
 
 
@@ -42,7 +43,7 @@ def release() -> None:
 
 def _find(size: int) -> Tensor:
     """At least ``size`` numbers, in at most twice the room."""
-    fitting = [tensor for tensor in list(_free.values()) if size <= tensor.numel() <= 2 * size]
+    fitting = [tensor for tensor in _ready() if size <= tensor.numel() <= 2 * size]
     for tensor in sorted(fitting, key=Tensor.numel):
         if _free.pop(tensor.data_ptr(), None) is not None:
             return tensor
@@ -53,9 +54,12 @@ def _give(tensor: Tensor) -> None:
     if not 0 < tensor.nbytes <= MOST_BYTES:
         return
     _free[tensor.data_ptr()] = tensor
-    held = sum(tensor.nbytes for tensor in list(_free.values()))
-    for address, oldest in list(_free.items()):
-        if held <= MOST_BYTES:
-            return
-        _free.pop(address, None)
-        held -= oldest.nbytes
+    while sum(ready.nbytes for ready in _ready()) > MOST_BYTES:
+        with suppress(KeyError):  # others gave back and took meanwhile
+            _free.popitem(last=False)
+
+
+def _ready() -> list[Tensor]:
+    while True:
+        with suppress(RuntimeError):  # the dictionary changed on the way
+            return list(_free.values())

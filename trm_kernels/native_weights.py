@@ -47,7 +47,9 @@ def recall(
     del found
     kept.pop(form, None)
     packed = pack()
-    kept[form] = digest, packed
+    # Someone may have written to the weights meanwhile: then this is what they were, and not what to keep.
+    if _digest(parameters, kernels) == digest:
+        kept[form] = digest, packed
     return packed
 
 
@@ -58,10 +60,12 @@ def forget() -> None:
 
 def _digest(parameters: Sequence[Tensor], kernels: Any) -> Digest | None:
     """What the weights are, in two numbers of 64 bits; None where they do not lie in one piece each."""
-    if any(not weight.is_contiguous() or weight.is_neg() for weight in parameters):
+    # Held: another thread may give a parameter other memory, and free this.
+    held = [weight.detach() for weight in parameters]
+    if any(not weight.is_contiguous() or weight.is_neg() for weight in held):
         return None
-    sizes = [weight.nbytes for weight in parameters]
+    sizes = [weight.nbytes for weight in held]
     threads = native_module.threads(sum(sizes), _FEWEST_BYTES)
-    addresses = [weight.data_ptr() for weight in parameters]
-    kinds = [(weight.dtype, weight.shape) for weight in parameters]
+    addresses = [weight.data_ptr() for weight in held]
+    kinds = [(weight.dtype, weight.shape) for weight in held]
     return (*kernels.digest(addresses, sizes, threads), *kinds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +142,24 @@ def test_a_buffer_comes_back_with_the_last_name_of_its_memory() -> None:
         names.pop()
     assert ready() == 1
     assert native_buffers.take(90).data_ptr() == address and address % 64 == 0
+
+
+def test_collections_on_the_way_spoil_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector gives buffers back between any two steps, in the middle of an iteration too."""
+    errors: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    monkeypatch.setattr(native_buffers, "MOST_BYTES", 1 << 14)
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for size in range(1, 400):
+            cycle: list[Any] = [native_buffers.take(size)]
+            cycle.append(cycle)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert not errors
+    assert sum(tensor.nbytes for tensor in native_buffers._free.values()) <= 1 << 14
 
 
 def test_states_may_change_after_the_forward() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 from torch import nn
 
 from tests.native.common import MIXERS, network
-from trm_kernels import TinyRecursiveNetwork, latent_recursion, native, native_weights, prepared
+from trm_kernels import (
+    BackendError,
+    TinyRecursiveNetwork,
+    latent_recursion,
+    native,
+    native_module,
+    native_weights,
+    prepared,
+)
 
 
 @pytest.fixture
@@ -153,21 +162,81 @@ def test_new_weights_take_the_memory_of_the_old(packs: list[int]) -> None:
     assert len(packs) == 5 and len(addresses) == 1
 
 
-def test_training_and_gradients_never_keep(packs: list[int]) -> None:
+def test_recorded_calls_never_keep(packs: list[int]) -> None:
     net, x = network(), torch.randn(2, 5, 16)
     prepared.forget()
     for mode in (True, False):
         net.train(mode)
         net(x)
         net(x)
+    assert len(packs) == 4 and not native_weights._kept
     with torch.no_grad():
-        net.train()
-        net(x)
-    assert len(packs) == 5 and not native_weights._kept
-    net.eval()
+        net.train()(x)
+    net.eval().requires_grad_(False)(x)
+    assert len(packs) == 5 and len(native_weights._kept) == 1
+
+
+def test_what_is_packed_while_a_thread_writes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is of other weights than the packing; the writer takes its change back afterwards."""
+    net, x = network().eval(), torch.randn(2, 5, 16)
+    weight = net.layers[0].self_attn.out_proj.weight
+    pack = native._Call._pack
+
+    def pack_meanwhile(call: native._Call) -> torch.Tensor:
+        weight.data.mul_(-1.0)
+        try:
+            return pack(call)
+        finally:
+            weight.data.add_(1.0)
+
     with torch.no_grad():
+        saved = weight.clone()
+        monkeypatch.setattr(native._Call, "_pack", pack_meanwhile)
         net(x)
-    assert len(native_weights._kept) == 1
+        monkeypatch.undo()
+        weight.data.copy_(saved)
+        torch.testing.assert_close(net(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_memory_in_another_thread_frees_nothing_that_is_read() -> None:
+    """As where a LoRA is merged while others call; without a hold on it the old memory is gone (SIGSEGV)."""
+    net, x = TinyRecursiveNetwork(512, 1, 8, backend="native").eval(), torch.randn(1, 4, 512)
+    weight, stop = net.layers[0].mlp[0].weight, threading.Event()
+
+    def merge() -> None:
+        while not stop.is_set():
+            weight.data = weight.data * 1.0
+
+    thread = threading.Thread(target=merge)
+    thread.start()
+    try:
+        with torch.no_grad():
+            expected = net.forward_eager(x)
+            for _ in range(200):
+                torch.testing.assert_close(net(x), expected, rtol=1e-3, atol=1e-4)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_kinds_of_weights_count_beside_their_bits() -> None:
+    """The same bytes as another dtype, or behind a negative bit, are other weights."""
+    kernels = native_module.network(network().config)
+    weight = torch.randn(16, 16)
+    seen = {
+        native_weights._digest([part], kernels)
+        for part in (weight, weight.view(torch.int32), weight.view(8, 32))
+    }
+    assert len(seen) == 3
+    negative = torch.view_as_complex(torch.randn(4, 4, 2)).conj().imag
+    assert negative.is_neg() and native_weights._digest([negative], kernels) is None
+
+
+def test_weights_without_memory_are_refused() -> None:
+    net, x = network().eval(), torch.randn(2, 5, 16)
+    net.layers[0].self_attn.out_proj.weight.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(BackendError, match="no memory of its own"):
+        net(x)
 
 
 def test_a_training_loop_sees_every_step() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import checks
+from trm_kernels import checks, prepared
 from trm_kernels.graphs.buckets import Bucket
 from trm_kernels.graphs.cache import Entry, GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
@@ -31,6 +31,8 @@ class _Buffers:
     tensors: tuple[Tensor | None, ...]
     loaded: list[Shape]
     shared: Shared
+    #: What the graph reads of frozen networks, which may be thawed while a replay is under way.
+    frozen: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def allocate(cls, arguments: Arguments, shapes: Sequence[Shape]) -> _Buffers:
@@ -248,7 +250,8 @@ class GraphedFunction:
                 raise CaptureError("the function returns something else than tensors")
             return outputs
 
-        return self.cache.capture(key, function, device, warmup=self._warmup, payload=buffers)
+        with prepared.read_in_captures(self._watch.promises) as buffers.frozen:
+            return self.cache.capture(key, function, device, warmup=self._warmup, payload=buffers)
 
     def _results(self, outputs: Any, cropped: Mapping[str, int]) -> Any:
         if not isinstance(outputs, tuple):

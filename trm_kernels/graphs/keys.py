@@ -53,6 +53,8 @@ class ModuleWatch:
         self._numbers: dict[tuple[Hashable, ...], int] = {}
         self._latest: tuple[tuple[Hashable, ...], int] = ((), -1)
         self._count = 0
+        #: Numbers of the promises under which the latest :meth:`key` was made.
+        self.promises: list[int] = []
         self._names = {"weight", "bias"}
         self._scan()
 
@@ -89,6 +91,8 @@ class ModuleWatch:
         if not _PLAIN.issuperset(map(type, tensors)):
             kinds = sorted({type(tensor).__name__ for tensor in tensors if type(tensor) not in _PLAIN})
             raise CaptureError(f"a module holds a {kinds[0]}, not a plain tensor")
+        # While a network is frozen, graphs read what was made of its weights.
+        self.promises = [*map(prepared.number, self._networks)]
         state = (
             *self._children,
             *[module.training for module in self._modules],
@@ -96,8 +100,7 @@ class ModuleWatch:
             *map(Tensor.numel, tensors),
             *map(Tensor.stride, tensors),
             *map(_KIND, tensors),
-            # While a network is frozen, graphs read what was made of its weights.
-            *map(prepared.number, self._networks),
+            *self.promises,
         )
         latest, number = self._latest
         if state != latest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,12 +76,15 @@ class GraphedRecursion:
         checks.whole("n", n, 0)
         checks.whole("T", T, 1)
         self.n, self.T = n, T
-        self._net, self._output_norm, self._options = net, output_norm, options
         buckets = {axis: bucket for axis, bucket in (("B", batch), ("L", length)) if bucket is not None}
         read = [module for module in (net, output_norm, *modules) if isinstance(module, nn.Module)]
         self._promise = finalize(self, Frozen(*read).open().close) if frozen else None
+        # It does not hold this object, which ends its promise as soon as nobody holds it.
+        recursion = functools.partial(
+            _recursion, net, n=n, T=T, output_norm=output_norm, with_gradients=False, **options
+        )
         self.graphed = GraphedFunction(
-            self._recursion,
+            recursion,
             modules=read,
             axes=("BL", "BL", "BL", "BL"),
             out_axes=("BL", "BL"),
@@ -102,19 +106,11 @@ class GraphedRecursion:
         if self._promise is not None:
             self._promise()
 
-    def _recursion(self, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return deep_recursion(
-            self._net,
-            x,
-            y,
-            z,
-            self.n,
-            self.T,
-            mask=mask,
-            output_norm=self._output_norm,
-            with_gradients=False,
-            **self._options,
-        )
+
+def _recursion(
+    net: Network, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return deep_recursion(net, x, y, z, mask=mask, **options)
 
 
 def graphed(net: Network, n: int, T: int, **options: Any) -> GraphedRecursion:
