@@ -16,14 +16,15 @@ from dataclasses import replace
 import torch
 
 from trm_kernels import NetworkConfig, TinyRecursiveNetwork
-from trm_kernels.fused import block_parameters
+from trm_kernels.backends.fused import block_parameters
 from trm_kernels.ops import aot
 from trm_kernels.ops._launch import TARGETS, Launch, Target, record
 from trm_kernels.ops.attention import attention_forward
 from trm_kernels.ops.attention_backward import attention_backward
 from trm_kernels.ops.attention_common import Dropout, Heads, Samples
+from trm_kernels.ops.dispatch import chosen_by
 from trm_kernels.ops.recursion import Numbers, Tensors, _recursion, _recursion_backward, _recursion_saving
-from trm_kernels.ops.tiles import LIBRARY_KERNELS, Choice, Problem, chosen_by, heuristic
+from trm_kernels.ops.tiles import LIBRARY_KERNELS, Choice, Problem, heuristic
 
 #: (B, L, D, H) of the regimes in docs/architecture.md; between them they take every tile.
 SHAPES = ((32, 256, 256, 8), (1, 256, 256, 8), (768, 96, 512, 8), (1, 256, 2048, 16))

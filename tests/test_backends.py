@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels import BackendError, TinyRecursiveNetwork, TransformerBlock, backends, use_backend
+from trm_kernels.backends import choice, compiled
 
 X = torch.randn(2, 5, 32)
 
@@ -32,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name in backends.BACKENDS:
         monkeypatch.setitem(backends.BACKENDS, name, note(name))
-    monkeypatch.setattr(backends, "_ENVIRONMENT", "auto")
+    monkeypatch.setattr(choice, "_ENVIRONMENT", "auto")
     yield ran
 
 
@@ -50,7 +51,7 @@ def network(backend: str | None = None) -> TinyRecursiveNetwork:
 
 
 def test_the_nearest_choice_wins(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_ENVIRONMENT", "compile")
+    monkeypatch.setattr(choice, "_ENVIRONMENT", "compile")
     network()(X)
     with use_backend("triton"):
         network()(X)
@@ -135,7 +136,7 @@ def test_every_backend_serves_or_says_why() -> None:
 
 
 def test_compile_needs_a_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     assert "neither g++ nor clang++" in (backends.refusal("compile", network(), X) or "")
     assert backends.refusal("compile", network(), X[:0]) is not None
 

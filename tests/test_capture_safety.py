@@ -20,6 +20,7 @@ from llm_trm.models.puzzle.losses import CellLoss, puzzle_loss
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig
 from llm_trm.models.sequence_trm import SequenceTRM
 from llm_trm.train.losses import Halting, HaltLoss, SupervisionLoss
+from tests.backend_double import alter
 from tests.test_training import BATCH, LENGTH, Sorter
 from trm_kernels import (
     JointOptimizer,
@@ -62,7 +63,6 @@ class Watch(TorchDispatchMode):
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The launches; ``meta`` tensors are served as those of a GPU."""
-    from trm_kernels import fused_checks
     from trm_kernels.ops import _launch
     from trm_kernels.ops import recursion as op
     from trm_kernels.ops._library import wants_gradient
@@ -74,7 +74,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(op, "recursion", recursion)
     monkeypatch.setattr(op, "recursion_saving", op._recursion_saving)
     monkeypatch.setattr(op, "recursion_gradient", op._recursion_backward)
-    monkeypatch.setattr(fused_checks, "refuses", lambda *_: None)
+    alter(monkeypatch, "triton", refuses=lambda *_: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
     with use_backend("triton"), _launch.record(_launch.TARGETS["sm_90"]) as launches:
         yield launches

@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trm_kernels import (
-    TinyRecursiveNetwork,
-    backends,
-    compiled,
-    deep_recursion,
-    patch,
-    reference,
-    use_backend,
-)
+from trm_kernels import TinyRecursiveNetwork, backends, deep_recursion, patch, reference, use_backend
+from trm_kernels.backends import compiled
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "seed": {},

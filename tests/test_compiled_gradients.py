@@ -27,14 +27,14 @@ from trm_kernels import (
     reference,
     use_backend,
 )
-from trm_kernels.fused import block_parameters
-from trm_kernels.native import _Recursion as NativeRecursion
+from trm_kernels.backends.fused import block_parameters
+from trm_kernels.backends.native import _Recursion as NativeRecursion
+from trm_kernels.backends.packed import SortedRows, _Normalise
+from trm_kernels.backends.packed_attention import _ShortAttention, _ShortSequences
 from trm_kernels.ops.attention_op import _Attention, attention
 from trm_kernels.ops.mlp import _Mlp, mlp
 from trm_kernels.ops.norm import _Add3RmsNorm, add3_rms_norm
 from trm_kernels.ops.recursion import _Recursion
-from trm_kernels.packed import SortedRows, _Normalise
-from trm_kernels.packed_attention import _ShortAttention, _ShortSequences
 from trm_kernels.packing import Rows, _Gather
 from trm_kernels.testing import relative_error
 

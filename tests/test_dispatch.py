@@ -13,11 +13,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from trm_kernels import dispatch
-from trm_kernels.dispatch import Entry, Table, TableWarning
-from trm_kernels.fingerprint import KERNELS, fingerprint
+from trm_kernels.ops import dispatch
 from trm_kernels.ops._launch import TARGETS
-from trm_kernels.ops.tiles import Activation, Choice, Problem, Tile, choose, flaw, heuristic
+from trm_kernels.ops.dispatch import Entry, Table, TableWarning, choose
+from trm_kernels.ops.fingerprint import KERNELS, fingerprint
+from trm_kernels.ops.tiles import Activation, Choice, Problem, Tile, flaw, heuristic
 
 TARGET = replace(TARGETS["sm_90"], name="NVIDIA H100 80GB HBM3")
 PROBLEM = Problem("gemm", 256, 768, 256, 1, Activation.NONE, torch.bfloat16, False)

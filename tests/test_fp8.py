@@ -136,7 +136,7 @@ class TestKernels:
             assert torch.equal(one, other)
 
     def test_the_op_refuses_a_gradient(self, device: str) -> None:
-        from trm_kernels.fused import _Applied
+        from trm_kernels.backends.fused import _Applied
 
         net, (_, y, _) = network("seed", device, layers=1), states(device)
         with pytest.raises(RuntimeError, match="has no gradient"):

@@ -24,10 +24,10 @@ from trm_kernels import (
     deep_recursion,
     frozen,
     graphed,
-    native,
     prepared,
     reference,
 )
+from trm_kernels.backends import native
 from trm_kernels.ops._launch import LAUNCHES
 
 

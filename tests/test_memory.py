@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trm_kernels import NetworkConfig, reference
-from trm_kernels.fused import block_parameters
+from trm_kernels.backends.fused import block_parameters
 from trm_kernels.ops import _launch
 from trm_kernels.ops._launch import TARGETS, record
 from trm_kernels.ops.chain import Memory

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.backend_double import alter
 from trm_kernels import (
     NetworkConfig,
     Packing,
@@ -19,11 +20,10 @@ from trm_kernels import (
     backends,
     deep_recursion,
     halting_recursion,
-    packed,
-    packed_attention,
     reference,
 )
-from trm_kernels.packed import SortedRows
+from trm_kernels.backends import packed, packed_attention
+from trm_kernels.backends.packed import SortedRows
 from trm_kernels.testing import SEEDS, ToleranceRule, relative_error
 
 FAMILIES = ("seed", "scratch", "paper")
@@ -178,7 +178,7 @@ def test_the_tolerance_rule(
 
         ours = outputs_and_gradients(run, net, given, norm)
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "refuses", lambda *_: "padded, for comparison")
+            alter(patch, "eager", "packed", refuses=lambda *_: "padded, for comparison")
             eager = outputs_and_gradients(run, net, given, norm)
             for module in (net, norm):
                 if module is not None:
@@ -406,7 +406,7 @@ def test_a_training_step_runs_packed(
     ours = train()
     assert ran == [10, 10]
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "refuses", lambda *_: "padded, for comparison")
+        alter(patch, "eager", "packed", refuses=lambda *_: "padded, for comparison")
         padded = train()
     assert len(ran) == 2
     for found, expected in zip(ours, padded, strict=True):

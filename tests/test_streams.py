@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.cuda_double import FakeStream, FakeTensor
-from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, frozen, rotary, use_backend
+from trm_kernels import NetworkConfig, TinyRecursiveNetwork, deep_recursion, frozen, use_backend
+from trm_kernels.backends import rotary
 from trm_kernels.prepared import Frozen
 
 

@@ -111,7 +111,7 @@ def test_a_class_that_computes_the_same_is_served_whole(device: str) -> None:
     net = Plain(16, 1, 2, backend="triton").to(device)
     states = [torch.randn(1, 4, 16, device=device) for _ in range(3)]
     assert not net.overridden and not TransformerBlock.overridden
-    from trm_kernels.fused_checks import refuses_recursion
+    from trm_kernels.backends.checks import refuses_recursion
 
     assert refuses_recursion(net, states, None, None) is None
     reason = refuses_recursion(Grandchild(16, 1, 2).to(device), states, None, None)

@@ -25,11 +25,12 @@ from llm_trm.tuning.recording import record_cases
 from llm_trm.tuning.timing import Times, measure_on
 from llm_trm.tuning.tuner import open_table, pending, tune
 from tests.cuda_double import FakeCuda
-from trm_kernels import dispatch, ops
+from trm_kernels import ops
 from trm_kernels.graphs import CaptureError, CudaCapturer
-from trm_kernels.ops import aot
+from trm_kernels.ops import aot, dispatch
 from trm_kernels.ops._launch import LAUNCHES, TARGETS, Launch, Target
-from trm_kernels.ops.tiles import Choice, Tile, choose, flaw, heuristic
+from trm_kernels.ops.dispatch import choose
+from trm_kernels.ops.tiles import Choice, Tile, flaw, heuristic
 
 TARGET = replace(TARGETS["sm_90"], name="NVIDIA H100 80GB HBM3")
 CASE = Case("train", 256, 256, dtype="bfloat16")

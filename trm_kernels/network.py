@@ -7,40 +7,14 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from trm_kernels import backends, prepared, reference
+from trm_kernels import backends, reference
+from trm_kernels.backends import checks
 from trm_kernels.config import NetworkConfig
-
-#: Methods that say what a module computes. Kernels read parameters and would never call them.
-_FUNCTION = ("__call__", "forward", "forward_eager", "blocks")
+from trm_kernels.module import FusedModule
 
 
-def _is_foreign(kind: type, name: str) -> bool:
-    """Whether the method of this name comes from a class that is neither this package's nor torch's."""
-    owner = next(base for base in kind.__mro__ if name in vars(base))
-    return owner.__module__.partition(".")[0] not in ("trm_kernels", "torch")
-
-
-class FusedModule(nn.Module):
-    """What the drop-in modules share: checks of the input, and the choice of a backend."""
-
-    config: NetworkConfig
-    backend: str | None
-    #: Methods that say what it computes, and that a class outside of this package has replaced.
-    overridden: frozenset[str] = frozenset()
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # Here rather than in each call: torch.compile reads it as a constant.
-        cls.overridden = frozenset(name for name in _FUNCTION if _is_foreign(cls, name))
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The blocks that a call applies, in order."""
-        raise NotImplementedError
-
-    def forward_eager(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute as the reference does, whatever backend is chosen. ``mask``: [B, L] or None."""
-        raise NotImplementedError
+class DispatchingModule(FusedModule):
+    """A module that is run by the fastest backend that serves."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply the module.
@@ -65,41 +39,8 @@ class FusedModule(nn.Module):
         self.check(x, mask)
         return backends.select(self, x, mask)
 
-    def check(self, x: Tensor, mask: Tensor | None) -> None:
-        """Raise ValueError for shapes that do not fit this module."""
-        config = self.config
-        if x.dim() != 3 or x.shape[-1] != config.d_model:
-            raise ValueError(f"expected an input [B, L, {config.d_model}], got {list(x.shape)}")
-        if x.shape[1] == 0:
-            raise ValueError("the sequence is empty: L must be at least 1")
-        if config.mixer == "tokens":
-            if x.shape[1] != config.seq_len:
-                raise ValueError(f"this token mixer takes L = {config.seq_len}, got {x.shape[1]}")
-            if mask is not None:
-                raise ValueError("a token mixer mixes every position and takes no mask")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"expected a mask {list(x.shape[:2])}, got {list(mask.shape)}")
 
-    # Each of these may come with other weights.
-    def train(self, mode: bool = True) -> Self:
-        """See :meth:`torch.nn.Module.train`; raises FrozenError inside :func:`~trm_kernels.frozen`."""
-        if mode:
-            prepared.refuse(self, "train()")
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda(), share_memory()
-        prepared.refuse(self, "moving or casting it")
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        prepared.refuse(self, "load_state_dict()")
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return f"{self.config}, backend={self.backend!r}"
-
-
-class TinyRecursiveNetwork(FusedModule, reference.TinyRecursiveNetwork):  # type: ignore[misc]
+class TinyRecursiveNetwork(DispatchingModule, reference.TinyRecursiveNetwork):  # type: ignore[misc]
     """A stack of transformer blocks, the ``net`` that a Tiny Recursive Model applies again and again.
 
     Parameter names and shapes are those of the eager model it replaces, so state dicts load both ways
@@ -148,7 +89,7 @@ class TinyRecursiveNetwork(FusedModule, reference.TinyRecursiveNetwork):  # type
         return reference.TinyRecursiveNetwork.forward(self, x, mask)
 
 
-class TransformerBlock(FusedModule, reference.TransformerBlock):
+class TransformerBlock(DispatchingModule, reference.TransformerBlock):
     """One block on its own, with the parameter names it has inside a network.
 
     Args:
@@ -186,3 +127,6 @@ class TransformerBlock(FusedModule, reference.TransformerBlock):
 
     def forward_eager(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return reference.TransformerBlock.forward(self, x, None if mask is None else mask != 0)
+
+
+checks.KNOWN.add(TransformerBlock)

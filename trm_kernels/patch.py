@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from trm_kernels import backends, recursion
 from trm_kernels.config import Family, NetworkConfig
-from trm_kernels.network import FusedModule, TinyRecursiveNetwork, TransformerBlock
-from trm_kernels.patch_match import Mismatch, Site, find_sites, match, parameter_names, require
-from trm_kernels.patch_probe import probe_loop, probe_network
+from trm_kernels.module import FusedModule
+from trm_kernels.network import DispatchingModule, TinyRecursiveNetwork, TransformerBlock
+from trm_kernels.patching.match import Mismatch, Site, find_sites, match, parameter_names, require
+from trm_kernels.patching.probe import probe_loop, probe_network
 
 Kind = Literal["network", "loop"]
 Pair = tuple[Tensor, Tensor]
@@ -128,7 +129,7 @@ class ReasoningModule(TinyRecursiveNetwork):
         return super().forward(hidden_states + input_injection)
 
 
-class BlockList(FusedModule, nn.ModuleList):
+class BlockList(DispatchingModule, nn.ModuleList):
     """A fused network that is also the ``nn.ModuleList`` of its blocks, for models that iterate over it."""
 
     def __init__(self, config: NetworkConfig, *, backend: str | None = None) -> None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +20,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trm_kernels import native_weights
 from trm_kernels.streams import Shared
-
-if TYPE_CHECKING:
-    from trm_kernels.network import FusedModule
 
 
 class FrozenError(RuntimeError):
@@ -59,10 +56,8 @@ class Frozen:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        from trm_kernels.network import FusedModule
-
         inner = {net: None for module in modules for net in module.modules()}
-        networks = [net for net in inner if isinstance(net, FusedModule)]
+        networks = [net for net in inner if isinstance(net, Freezable)]
         if not networks:
             kinds = ", ".join(type(module).__name__ for module in modules) or "module"
             raise ValueError(f"nothing to freeze: there is no network of trm_kernels in this {kinds}")
@@ -232,12 +227,6 @@ def read_in_captures(promises: Iterable[int]) -> Iterator[list[Tensor]]:
         _local.reading = before
 
 
-def refuse(net: FusedModule, what: str) -> None:
-    """Raise FrozenError where ``net`` is frozen and ``what`` may change its weights."""
-    if _promise(net) is not None:
-        raise FrozenError(f"{what} would change a frozen network: {_REMEDY}")
-
-
 def forget() -> None:
     """Give the memory of weights that the ``native`` backend keeps packed back; no result depends on it."""
     native_weights.forget()
@@ -246,6 +235,28 @@ def forget() -> None:
 def _promise(net: nn.Module) -> Frozen | None:
     found = _promises.get(net) if _promises else None
     return found[0] if found else None
+
+
+class Freezable(nn.Module):
+    """A network that can be frozen: what may come with other weights raises meanwhile."""
+
+    def train(self, mode: bool = True) -> Self:
+        """See :meth:`torch.nn.Module.train`; raises FrozenError inside :func:`frozen`."""
+        if mode:
+            self._refuse("train()")
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda(), share_memory()
+        self._refuse("moving or casting it")
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse("load_state_dict()")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _refuse(self, what: str) -> None:
+        if _promise(self) is not None:
+            raise FrozenError(f"{what} would change a frozen network: {_REMEDY}")
 
 
 def _is_capturing(weight: Tensor) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from trm_kernels import backends
-from trm_kernels.network import FusedModule
+from trm_kernels.backends.stepwise import step_by_step
+from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
 Network = Callable[..., Tensor]
@@ -147,25 +146,6 @@ def deep_recursion(
     with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
         y, z = step_by_step(call, x, y, z, n, memory)
         return (y if read is None else read_positions(y, read)), z
-
-
-def step_by_step(
-    call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, z: Tensor, n: int, memory: str
-) -> tuple[Tensor, Tensor]:
-    """A latent recursion in n + 1 calls of a network, on states of any one shape."""
-    recompute = memory == "small" and torch.is_grad_enabled()
-
-    def step(h: Tensor) -> Tensor:
-        if not recompute:
-            return call(h)
-        # Another backend would save other tensors than the forward did.
-        again = backends.use_backend(backends.requested())
-        return checkpoint(call, h, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
-
-    question = x + y  # constant over the n steps
-    for _ in range(n):
-        z = step(question + z)
-    return step(y + z), z
 
 
 def _states(*states: Tensor) -> tuple[Tensor, ...]:

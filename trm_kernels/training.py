@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trm_kernels import checks, optimizers
-from trm_kernels.averaging import ParameterAverage
+from trm_kernels import checks
 from trm_kernels.carry import Carry, exploration_steps
 from trm_kernels.graphs.cache import GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.graphs.function import uncached_autocast
 from trm_kernels.graphs.keys import ModuleWatch, ambient
 from trm_kernels.metrics import MetricBuffer, MetricWindow
+from trm_kernels.optim import capturable
+from trm_kernels.optim.averaging import ParameterAverage
 from trm_kernels.packing import Packing
 from trm_kernels.recursion import Network, deep_recursion
 
@@ -209,7 +210,7 @@ class TrainingStep:
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in batch)
         program = self._programs.get(shapes)
         if program is None:
-            device = optimizers.parameters_of(self.optimizer)[0].device
+            device = capturable.parameters_of(self.optimizer)[0].device
             fresh = tuple(
                 None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 for tensor in batch
@@ -245,7 +246,7 @@ class TrainingStep:
     def _refusal(self, device: torch.device) -> str | None:
         return (
             self.cache.capturer.unavailable(device)
-            or optimizers.refusal(self.optimizer)
+            or capturable.refusal(self.optimizer)
             or self._watch.hooks()
             or self._watch.communicates()
             or ("a replay would not call the function that reduces gradients" if self._reduce else None)
@@ -262,7 +263,7 @@ class TrainingStep:
             self._generation,
             ambient(device),
             self._watch.key(),
-            optimizers.settings(self.optimizer),
+            capturable.settings(self.optimizer),
             self.clip_norm,
             None if self.average is None else self.average.decay,
         )
@@ -282,7 +283,7 @@ class TrainingStep:
             # The graph keeps the program, whose id is in the key.
             entry = self.cache.capture(key, lambda: self._run(program), device, payload=program)
         self.cache.replay(entry)
-        optimizers.call_global_post_hooks(self.optimizer)
+        capturable.call_global_post_hooks(self.optimizer)
 
     def _warms_up(self, key: Hashable) -> bool:
         """Whether this kind of call has run plainly too few times; counts one more if so."""
@@ -353,7 +354,7 @@ class TrainingStep:
     def _update(self) -> dict[str, Tensor]:
         """Reduce, clip, step and average; gives what it measured."""
         measured: dict[str, Tensor] = {}
-        parameters = [p for p in optimizers.parameters_of(self.optimizer) if p.grad is not None]
+        parameters = [p for p in capturable.parameters_of(self.optimizer) if p.grad is not None]
         if self._reduce is not None:
             self._reduce([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None or self._skip_nonfinite:
@@ -376,5 +377,5 @@ class TrainingStep:
 
     def _clear_gradients(self) -> None:
         # None, not zeros: the backward writes gradients where it likes, in a graph always to the same place.
-        for parameter in optimizers.parameters_of(self.optimizer):
+        for parameter in capturable.parameters_of(self.optimizer):
             parameter.grad = None

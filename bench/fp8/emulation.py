@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trm_kernels import reference
-from trm_kernels.fused_checks import block_parameters, operand_dtype
+from trm_kernels.backends.checks import block_parameters, operand_dtype
 
 LARGEST = 448.0
 #: Every value of e4m3 by its bits. Looked up, because PyTorch's conversion back takes four times as long.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from bench.fp8.emulation import EmulatedNetwork
 from trm_kernels import Packing, TinyRecursiveNetwork, deep_recursion, latent_recursion, reference
-from trm_kernels.averaging import ParameterAverage
 from trm_kernels.graphs import graphed
-from trm_kernels.optimizers import capturable_adamw
+from trm_kernels.optim.averaging import ParameterAverage
+from trm_kernels.optim.capturable import capturable_adamw
 from trm_kernels.testing import ToleranceRule, recursion_and_gradients, relative_error
 from trm_kernels.training import TrainingStep
 

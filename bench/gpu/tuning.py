@@ -12,7 +12,7 @@ from llm_trm.tuning.compiling import ParallelCompiler
 from llm_trm.tuning.recording import record_cases
 from llm_trm.tuning.timing import measure_on
 from llm_trm.tuning.tuner import open_table, pending, this_run, tune
-from trm_kernels import dispatch
+from trm_kernels.ops import dispatch
 from trm_kernels.ops._launch import target_of
 
 #: One product's candidates, compiled and timed.

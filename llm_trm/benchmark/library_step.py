@@ -21,8 +21,8 @@ from llm_trm.benchmark.training import (
     require_updates,
 )
 from llm_trm.benchmark.workloads import Case
-from trm_kernels.averaging import ParameterAverage
-from trm_kernels.optimizers import capturable_adamw
+from trm_kernels.optim.averaging import ParameterAverage
+from trm_kernels.optim.capturable import capturable_adamw
 from trm_kernels.training import TrainingStep
 
 

@@ -39,7 +39,8 @@ def report() -> dict[str, Any]:
     import torch
 
     from llm_trm.benchmark.environment import run_record
-    from trm_kernels import backends, dispatch, graphs
+    from trm_kernels import backends, graphs
+    from trm_kernels.ops import dispatch
 
     record = run_record(torch.device("cpu"))
     return {

@@ -16,8 +16,8 @@ from llm_trm.cli.types import BATCH, LAYERS, LENGTH, MINUTES, WIDTH
 
 if TYPE_CHECKING:
     from llm_trm.tuning.calls import RecordedCall
-    from trm_kernels.dispatch import Table
     from trm_kernels.ops._launch import Target
+    from trm_kernels.ops.dispatch import Table
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SUITES = ("phase2", "latents", "paper", "train", "all")
@@ -141,7 +141,7 @@ def tune(
     target = _target(dry_run)
     from llm_trm.tuning.recording import record_cases
     from llm_trm.tuning.tuner import open_table, pending
-    from trm_kernels import dispatch
+    from trm_kernels.ops import dispatch
 
     calls = record_cases(cases, target)
     if dry_run:
@@ -164,7 +164,7 @@ def tune(
 
 def _list(calls: Sequence[RecordedCall], target: Target) -> None:
     from llm_trm.tuning.candidates import candidates
-    from trm_kernels import dispatch
+    from trm_kernels.ops import dispatch
 
     total = 0
     for call in calls:
@@ -178,7 +178,7 @@ def _list(calls: Sequence[RecordedCall], target: Target) -> None:
 
 
 def _check(calls: Sequence[RecordedCall], waiting: Sequence[RecordedCall], table: Table, path: Path) -> None:
-    from trm_kernels import dispatch
+    from trm_kernels.ops import dispatch
 
     for call in waiting:
         name = dispatch.key(call.problem)

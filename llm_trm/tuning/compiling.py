@@ -12,7 +12,8 @@ from typing import Any
 
 from llm_trm.tuning.calls import RecordedCall, empty
 from trm_kernels.ops._launch import Launch, Target, record
-from trm_kernels.ops.tiles import Choice, chosen_by
+from trm_kernels.ops.dispatch import chosen_by
+from trm_kernels.ops.tiles import Choice
 
 #: ``compile(call, choices, target)``: for each choice why it is not worth timing, or None.
 Compiler = Callable[[RecordedCall, Sequence[Choice], Target], list[str | None]]

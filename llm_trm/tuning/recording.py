@@ -11,13 +11,14 @@ import torch
 
 from llm_trm.benchmark.workloads import Case
 from llm_trm.tuning.calls import RecordedCall, describe
-from trm_kernels import TinyRecursiveNetwork, dispatch
-from trm_kernels.fused_checks import block_parameters, layout_name
-from trm_kernels.ops import recursion
+from trm_kernels import TinyRecursiveNetwork
+from trm_kernels.backends.checks import block_parameters, layout_name
+from trm_kernels.ops import dispatch, recursion
 from trm_kernels.ops._launch import Target, record
 from trm_kernels.ops.activation_gradient import activation_gradient
+from trm_kernels.ops.dispatch import chosen_by
 from trm_kernels.ops.gemm import gemm
-from trm_kernels.ops.tiles import Choice, Problem, chosen_by, heuristic
+from trm_kernels.ops.tiles import Choice, Problem, heuristic
 from trm_kernels.ops.weight_gradient import WeightGradient
 
 #: Functions that ask for one choice and compute the whole problem.

@@ -11,7 +11,8 @@ import torch
 from llm_trm.benchmark.protocol import Call, Timer, interleave, synchronize, timer_for
 from llm_trm.tuning.calls import RecordedCall, input_sets, random
 from trm_kernels.graphs import Capturer, CudaCapturer
-from trm_kernels.ops.tiles import Choice, chosen_by
+from trm_kernels.ops.dispatch import chosen_by
+from trm_kernels.ops.tiles import Choice
 
 #: Calls in one captured graph: enough that a replay costs nothing beside them.
 _CALLS_A_GRAPH = 16

@@ -14,10 +14,10 @@ from llm_trm.tuning.calls import RecordedCall
 from llm_trm.tuning.candidates import candidates
 from llm_trm.tuning.compiling import Compiler
 from llm_trm.tuning.timing import Measure
-from trm_kernels import dispatch
-from trm_kernels.dispatch import Entry, Table
-from trm_kernels.fingerprint import fingerprint
+from trm_kernels.ops import dispatch
 from trm_kernels.ops._launch import Target
+from trm_kernels.ops.dispatch import Entry, Table
+from trm_kernels.ops.fingerprint import fingerprint
 from trm_kernels.ops.tiles import heuristic
 
 

@@ -26,7 +26,9 @@ from llm_trm.benchmark.runner import Budget
 from llm_trm.benchmark.runner import run_case as run_case_of_command
 from llm_trm.benchmark.steps import make_inputs, make_state
 from llm_trm.benchmark.workloads import Case
-from trm_kernels import backends, packed
+from tests.backend_double import alter
+from trm_kernels import backends
+from trm_kernels.backends import packed
 
 CPU = torch.device("cpu")
 TINY = Case("forward", 32, 12, batch=3, heads=4, recursions=1)
@@ -284,7 +286,7 @@ def test_only_packed_packs(mode: Any, dtype: str, monkeypatch: pytest.MonkeyPatc
         packings += 1
         return run_recursion(*args, **options)
 
-    monkeypatch.setattr(packed, "run_recursion", counted)
+    alter(monkeypatch, "eager", "packed", run=counted)
     work = replace(RAGGED, case=replace(TINY, mode=mode, dtype=dtype))
     for name, expected in (("original", 0), ("eager", 0), ("packed", 1)):
         packings = 0

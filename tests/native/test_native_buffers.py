@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.native.common import INSTRUCTION_SETS, MIXERS, kernels_of, network
-from trm_kernels import TinyRecursiveNetwork, native, native_module, reference
+from trm_kernels import TinyRecursiveNetwork, native_module, reference
+from trm_kernels.backends import native
 
 #: Floats before and behind each buffer; the first is a cache line, as torch aligns what it allocates.
 BEFORE, BEHIND = 16, 48

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.backend_double import alter
 from tests.native.common import (
     FAMILIES,
     INSTRUCTION_SETS,
@@ -22,7 +23,8 @@ from tests.native.common import (
     states,
     threads,
 )
-from trm_kernels import Packing, deep_recursion, latent_recursion, native, reference
+from trm_kernels import Packing, deep_recursion, latent_recursion, reference
+from trm_kernels.backends import native
 
 RAGGED = lengths_mask((31, 0, 1, 12), 31)
 HOLES = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]])
@@ -38,7 +40,7 @@ def _runs_natively(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         calls.append(args)
         return run_recursion(*args, **options)
 
-    monkeypatch.setattr(native, "run_recursion", counting)
+    alter(monkeypatch, "native", "recursion", run=counting)
     yield
     assert calls
 

@@ -17,11 +17,11 @@ from trm_kernels import (
     BackendError,
     TinyRecursiveNetwork,
     latent_recursion,
-    native,
     native_module,
     native_weights,
     prepared,
 )
+from trm_kernels.backends import native
 
 
 @pytest.fixture

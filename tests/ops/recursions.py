@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import NetworkConfig, reference
-from trm_kernels.fused import block_parameters
+from trm_kernels.backends.fused import block_parameters
 from trm_kernels.ops.chain import Memory
 from trm_kernels.ops.layouts import LAYOUTS
 from trm_kernels.ops.recursion import Numbers, Tensors, recursion

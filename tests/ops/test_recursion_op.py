@@ -20,7 +20,7 @@ from tests.ops.recursions import (
     project,
     results_and_gradients,
 )
-from trm_kernels.fused import block_parameters
+from trm_kernels.backends.fused import block_parameters
 from trm_kernels.ops import chain_backward
 from trm_kernels.ops._launch import input_precision
 from trm_kernels.ops.chain import Memory

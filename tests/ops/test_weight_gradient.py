@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.ops.common import DTYPES, FLOAT64, launched
 from trm_kernels.ops._launch import Target
 from trm_kernels.ops.activation_gradient import activation_gradient
-from trm_kernels.ops.tiles import Activation, Choice, Problem, chosen_by, heuristic
+from trm_kernels.ops.dispatch import chosen_by
+from trm_kernels.ops.tiles import Activation, Choice, Problem, heuristic
 from trm_kernels.ops.weight_gradient import ColumnSum, WeightGradient
 from trm_kernels.testing import UNIT_ROUNDOFF, relative_error
 

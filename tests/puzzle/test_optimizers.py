@@ -28,8 +28,8 @@ from trm_kernels import (
     TrainingStep,
     capturable_adam_atan2,
     deep_recursion,
-    optimizers,
 )
+from trm_kernels.optim import capturable
 
 WIDTH, BATCH, LENGTH, VOCABULARY, PUZZLES = 8, 4, 6, 5, 7
 
@@ -210,7 +210,7 @@ def test_capturable_adam_atan2_takes_groups() -> None:
     )
     assert [group["lr"].item() for group in optimizer.param_groups] == [0.25, 0.5]
     assert all(group["capturable"] and group["weight_decay"] == 0.1 for group in optimizer.param_groups)
-    assert optimizers.refusal(optimizer) is None
+    assert capturable.refusal(optimizer) is None
     with pytest.raises(ValueError, match="no parameters"):
         capturable_adam_atan2([], 0.1)
 
@@ -468,10 +468,10 @@ def test_captured_steps_are_the_plain_ones() -> None:
 def test_nothing_but_the_device_keeps_the_pair_from_a_capture() -> None:
     model = Puzzler()
     optimizer = joint(model)
-    assert optimizers.refusal(optimizer) is None
+    assert capturable.refusal(optimizer) is None
     step = step_of(model, optimizer)
     assert step._refusal(torch.device("cpu")) == step.cache.capturer.unavailable(torch.device("cpu"))
-    hash(optimizers.settings(optimizer))
+    hash(capturable.settings(optimizer))
 
 
 def _hook_of_a_part(optimizer: JointOptimizer) -> None:
@@ -499,7 +499,7 @@ def test_what_keeps_a_part_keeps_the_joint_optimizer(
 ) -> None:
     optimizer = joint(Puzzler())
     spoil(optimizer)
-    assert reason in str(optimizers.refusal(optimizer))
+    assert reason in str(capturable.refusal(optimizer))
 
 
 def test_a_changed_schedule_and_loading_reach_a_captured_step() -> None:
@@ -574,7 +574,7 @@ def test_the_joint_optimizer_has_the_groups_and_states_of_its_parts() -> None:
     sparse, adam = optimizer.optimizers
     assert optimizer.param_groups[0] is sparse.param_groups[0]
     assert optimizer.param_groups[1] is adam.param_groups[0]
-    assert model.puzzle.rows in optimizers.parameters_of(optimizer)[:1]
+    assert model.puzzle.rows in capturable.parameters_of(optimizer)[:1]
     state = optimizer.state
     train(step_of(model, optimizer, capture=False), 1)
     assert optimizer.state is state and len(state) == len(list(model.parameters()))

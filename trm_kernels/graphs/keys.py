@@ -13,7 +13,7 @@ from torch.nn.modules import module as module_internals
 
 from trm_kernels import backends, prepared
 from trm_kernels.graphs.capture import CaptureError
-from trm_kernels.network import FusedModule
+from trm_kernels.module import FusedModule
 
 #: How many states of its modules a watch remembers, to find their graphs again.
 _STATES = 256

@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_kernels.ops._launch import accumulator, cdiv, input_precision, launch, power_of_two, target_of
+from trm_kernels.ops.dispatch import choose
 from trm_kernels.ops.gemm import program_tile, sigmoid
 from trm_kernels.ops.norm import row_sum_parts
-from trm_kernels.ops.tiles import Activation, Problem, choose
+from trm_kernels.ops.tiles import Activation, Problem
 
 _GELU = tl.constexpr(Activation.GELU_BACKWARD.value)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)

@@ -33,8 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_kernels.ops._launch import accumulator, cdiv, input_precision, launch, power_of_two, target_of
+from trm_kernels.ops.dispatch import choose
 from trm_kernels.ops.norm import SUMSQ_COLUMNS, row_sum_parts
-from trm_kernels.ops.tiles import Activation, Kernel, Problem, choose, heuristic
+from trm_kernels.ops.tiles import Activation, Kernel, Problem, heuristic
 
 _GELU = tl.constexpr(Activation.GELU.value)
 _SWIGLU = tl.constexpr(Activation.SWIGLU.value)

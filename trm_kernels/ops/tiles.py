@@ -1,13 +1,10 @@
-"""Route, tile shape and schedule of each GEMM: what was measured, else a heuristic by shape, dtype, device.
+"""Route, tile shape and schedule of each GEMM: what there is to choose, and a heuristic by shape, dtype, device.
 
 Imports no Triton: tables of choices are read and shown where there is none.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -226,40 +223,3 @@ def flaw(problem: Problem, choice: Choice, target: Target) -> str | None:
     if needed > target.shared_memory:
         return f"{needed} bytes of stages are over the {target.shared_memory} of shared memory"
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, target: Target) -> Choice:
-    # A target without a name is compiled for and not run on: what is recorded depends on no table.
-    if target.name and not target.interpreted:
-        from trm_kernels import dispatch
-
-        measured = dispatch.lookup(problem, target)
-        if measured is not None:
-            return measured
-    return heuristic(problem, target)
-
-
-def forget_choices() -> None:
-    """Ask again for every choice: the tables have changed."""
-    _choose.cache_clear()
-
-
-def choose(problem: Problem, target: Target) -> Choice:
-    """How ``problem`` is computed on ``target``: as measured there, or by :func:`heuristic`."""
-    return _choose(problem, target) if _override is None else _override(problem, target)
-
-
-Chooser = Callable[["Problem", "Target"], Choice]
-_override: Chooser | None = None
-
-
-@contextmanager
-def chosen_by(chooser: Chooser) -> Iterator[None]:
-    """Let ``chooser`` make the choices, in the whole process: a tuner tries them in turn."""
-    global _override
-    before, _override = _override, chooser
-    try:
-        yield
-    finally:
-        _override = before

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_kernels.ops._launch import accumulator, cdiv, input_precision, launch, target_of
-from trm_kernels.ops.tiles import Activation, Problem, choose, heuristic
+from trm_kernels.ops.dispatch import choose
+from trm_kernels.ops.tiles import Activation, Problem, heuristic
 
 
 @triton.jit

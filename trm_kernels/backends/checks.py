@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_internals
 
 from trm_kernels import ops, reference
 from trm_kernels.config import NetworkConfig
-from trm_kernels.network import FusedModule, TransformerBlock
+from trm_kernels.module import FusedModule
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A row of the residual stream is normalised in one tile.
@@ -73,24 +73,22 @@ _REPLACED = {
     "paper": ("self_attn", "mlp"),
     "paper-tokens": ("mlp_t", "mlp"),
 }
-#: What those submodules may be: another type (a LoRA wrapper, a quantised layer) computes something else.
-_KNOWN = frozenset(
-    (
-        reference.TransformerBlock,
-        TransformerBlock,
-        reference.RMSNorm,
-        reference.SeedAttention,
-        reference.ScratchAttention,
-        reference.PaperAttention,
-        reference.GeluMixer,
-        reference.SwiGLU,
-        reference.PackedSwiGLU,
-        reference.CastedLinear,
-        nn.Linear,
-        nn.GELU,
-        nn.Sequential,
-    )
-)
+#: What blocks and those submodules may be: another type (a LoRA wrapper, a quantised layer) computes
+#: something else. A class that computes what its base does adds itself.
+KNOWN: set[type[nn.Module]] = {
+    reference.TransformerBlock,
+    reference.RMSNorm,
+    reference.SeedAttention,
+    reference.ScratchAttention,
+    reference.PaperAttention,
+    reference.GeluMixer,
+    reference.SwiGLU,
+    reference.PackedSwiGLU,
+    reference.CastedLinear,
+    nn.Linear,
+    nn.GELU,
+    nn.Sequential,
+}
 
 
 def layout_name(config: NetworkConfig) -> str:
@@ -168,13 +166,13 @@ def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
     layout = layout_name(module.config)
     one_dtype = not torch.is_autocast_enabled(x.device.type) and module.config.family != "paper"
     for block in module.blocks:
-        if type(block) not in _KNOWN:
+        if type(block) not in KNOWN:
             return f"a block is a {type(block).__name__}, not one of the family's"
         if block is not module and is_hooked(block):
             return "a block has hooks or a forward of its own, which fused kernels would skip"
         for path in (*_REPLACED[layout], *(path for path, _ in _READ[layout])):
             child = _submodule(block, path)
-            if type(child) not in _KNOWN:
+            if type(child) not in KNOWN:
                 return f"submodule {path} is a {type(child).__name__}, not one of the family's"
             if is_hooked(child):
                 return f"submodule {path} has hooks or a forward of its own, which fused kernels would skip"

@@ -22,13 +22,19 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from trm_kernels import reference
-from trm_kernels.compiled import run_rows as compiled_rows
+from trm_kernels.backends.checks import block_parameters, refuses_modules, refuses_skipping
+from trm_kernels.backends.packed_attention import PackedAttention
+from trm_kernels.backends.stepwise import step_by_step
 from trm_kernels.config import NetworkConfig
-from trm_kernels.fused_checks import block_parameters, refuses_modules, refuses_skipping
-from trm_kernels.network import FusedModule
-from trm_kernels.packed_attention import PackedAttention
+from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, Rows, read_positions
-from trm_kernels.recursion import step_by_step
+
+#: Runs a part of a network, the first argument, with the others.
+RunRows = Callable[..., Tensor]
+
+
+def plain_rows(part: Callable[..., Tensor], *args: Any) -> Tensor:
+    return part(*args)
 
 
 @dataclass(frozen=True)
@@ -105,15 +111,18 @@ def run_recursion(
     memory: str,
     precision: None,
     read: Tensor | None,
-    compiled: bool = False,
+    run_part: RunRows = plain_rows,
 ) -> tuple[Tensor, Tensor]:
-    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
+    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype.
+
+    ``run_part`` runs what lies between two attentions.
+    """
     lengths = _lengths(mask)
     assert lengths is not None
     rows = SortedRows.of(mask.mask if isinstance(mask, Packing) else mask, lengths)
     given_z = z
     x, y, z = (rows.pack(state)[0] for state in (x, y, z))  # each [R, D]
-    network = _PackedNetwork(net, rows, y, compiled_rows if compiled else plain_rows)
+    network = _PackedNetwork(net, rows, y, run_part)
 
     def call(h: Tensor) -> Tensor:
         out = network(h)
@@ -189,14 +198,6 @@ def _behind_attention(
         inner = F.gelu(inner)
     h = _add_product(h, inner, *down)
     return h if config.pre_norm else _normalise(h, config.norm_eps)
-
-
-#: Runs one of these two, the first argument, with the others.
-RunRows = Callable[..., Tensor]
-
-
-def plain_rows(part: Callable[..., Tensor], *args: Any) -> Tensor:
-    return part(*args)
 
 
 class _Block(NamedTuple):

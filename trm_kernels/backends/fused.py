@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import prepared, reference, rotary
+from trm_kernels import ops, prepared, reference
+from trm_kernels.backends import checks, rotary
+from trm_kernels.backends.checks import block_parameters, layout_name, operand_dtype
+from trm_kernels.backends.registry import Backend, FusedRecursion
 from trm_kernels.config import FLOAT32_EPS
-from trm_kernels.fused_checks import block_parameters, layout_name, operand_dtype
-from trm_kernels.network import FusedModule
+from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
 if TYPE_CHECKING:
@@ -180,3 +182,14 @@ def _rows_of(read: Tensor, length: int, packing: Packing | None) -> Tensor:
     first = torch.arange(read.shape[0], device=read.device)[:, None] * length
     rows = (first + read).reshape(-1)
     return rows if packing is None else packing.place[rows]
+
+
+BACKEND = Backend(
+    "triton",
+    "fused Triton kernels",
+    unavailable=lambda: ops.UNAVAILABLE,
+    refuses=checks.refuses,
+    run=run,
+    recursion=FusedRecursion(checks.refuses_recursion, run_recursion),
+    auto=("cuda",),
+)

@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from trm_kernels import fused_checks, native_module, native_weights, prepared, reference, rotary
+from trm_kernels import native_module, native_weights, prepared, reference
+from trm_kernels.backends import checks, rotary
+from trm_kernels.backends.checks import block_parameters, layout_name, refuses_modes, refuses_modules
+from trm_kernels.backends.registry import Backend, FusedRecursion
 from trm_kernels.config import FLOAT32_EPS
 from trm_kernels.first_order import first_order
-from trm_kernels.fused_checks import (
-    block_parameters,
-    layout_name,
-    refuses_modes,
-    refuses_modules,
-)
+from trm_kernels.module import FusedModule
 from trm_kernels.native_buffers import take
-from trm_kernels.network import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -84,7 +81,7 @@ def refuses_recursion(
     for state in states:
         if (reason := _refuses_input(state)) is not None:
             return reason
-    return fused_checks.refuses_recursion(net, states, output_norm, None)
+    return checks.refuses_recursion(net, states, output_norm, None)
 
 
 def slower(net: FusedModule, x: Tensor) -> str | None:
@@ -432,3 +429,15 @@ def _packing(mask: Tensor | Packing | None) -> Packing | None:
     if given is not None and given.rows == max(1, sum(lengths)) and given.lengths in (None, tuple(lengths)):
         return given
     return Packing.of(mask, lengths=lengths)
+
+
+BACKEND = Backend(
+    "native",
+    "C++ kernels for CPUs",
+    unavailable=native_module.unavailable,
+    refuses=refuses,
+    run=run,
+    recursion=FusedRecursion(refuses_recursion, run_recursion),
+    slower=slower,
+    auto=("cpu",),
+)

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import backends
-from trm_kernels.network import FusedModule
-from trm_kernels.patch_match import TOLERANCE, Mismatch, Site, Tables, neox_tables, parameter_names, require
+from trm_kernels.module import FusedModule
+from trm_kernels.patching.match import (
+    TOLERANCE,
+    Mismatch,
+    Site,
+    Tables,
+    neox_tables,
+    parameter_names,
+    require,
+)
 from trm_kernels.testing import ErrorPool
 
 # The original's matrix products may run in TF32 on CUDA.

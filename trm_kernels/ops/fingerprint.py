@@ -7,7 +7,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-_OPS = Path(__file__).parent / "ops"
+_OPS = Path(__file__).parent
 
 #: Module and function of the kernel that computes each kind of problem.
 KERNELS = {

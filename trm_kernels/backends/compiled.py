@@ -9,17 +9,32 @@ functions, one for each grad mode, and each always sees the same ``requires_grad
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trm_kernels import ops
+from trm_kernels.backends import packed
+from trm_kernels.backends.registry import Backend, PackedRecursion, Refusal
 from trm_kernels.config import NetworkConfig
+from trm_kernels.module import FusedModule
 
-if TYPE_CHECKING:
-    from trm_kernels.network import FusedModule
+
+def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
+    """Why torch.compile cannot serve this call, or None if it can."""
+    if torch.compiler.is_compiling():
+        return None  # the outer torch.compile takes the reference into its own graph
+    if x.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return "torch.compile needs a C++ compiler for CPU code and found neither g++ nor clang++"
+    if x.device.type == "cuda" and ops.MISSING is not None:
+        return f"torch.compile writes Triton code for GPUs: {ops.MISSING}"
+    if x.numel() == 0:
+        return "the batch is empty"
+    return None
 
 
 def _forward(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,3 +93,16 @@ def _tensors(*args: Any) -> Iterator[Tensor]:
             yield from _tensors(*arg)
         elif arg is not None:
             yield arg
+
+
+BACKEND = Backend(
+    "compile",
+    "the reference under torch.compile",
+    unavailable=lambda: None,
+    refuses=refuses,
+    run=run,
+    packed=PackedRecursion(packed.refuses, functools.partial(packed.run_recursion, run_part=run_rows)),
+    # Not on CPUs: it is 1.05 to 1.2 times as fast as eager there (bench/results/cpu.jsonl), and takes tens of
+    # seconds to compile, unasked.
+    auto=("cuda",),
+)

@@ -15,7 +15,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,14 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from trm_kernels import ops
-from trm_kernels.fingerprint import fingerprint
-from trm_kernels.ops.tiles import Choice, Problem, Tile, flaw, forget_choices
+from trm_kernels.ops.fingerprint import fingerprint
+from trm_kernels.ops.tiles import Choice, Problem, Tile, flaw, heuristic
 
 if TYPE_CHECKING:
     from trm_kernels.ops._launch import Target
 
 FORMAT = 1
-PACKAGED = Path(__file__).parent / "tables"
+PACKAGED = Path(__file__).parent.parent / "tables"
 
 Mode = Literal["tables", "heuristic"]
 
@@ -97,7 +98,7 @@ class Entry:
         heuristic_ms: The median time of the heuristic's choice, measured in turn with it; None if that
             did not run.
         problem: The sizes that were measured, of all those in the bucket.
-        source: :func:`~trm_kernels.fingerprint.fingerprint` of the kernel that was measured.
+        source: :func:`~trm_kernels.ops.fingerprint.fingerprint` of the kernel that was measured.
         triton: Version of Triton that compiled it.
     """
 
@@ -286,6 +287,43 @@ def lookup(problem: Problem, target: Target) -> Choice | None:
         if entry is not None:
             return entry.choice
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, target: Target) -> Choice:
+    # A target without a name is compiled for and not run on: what is recorded depends on no table.
+    if target.name and not target.interpreted:
+        from trm_kernels.ops import dispatch
+
+        measured = dispatch.lookup(problem, target)
+        if measured is not None:
+            return measured
+    return heuristic(problem, target)
+
+
+def forget_choices() -> None:
+    """Ask again for every choice: the tables have changed."""
+    _choose.cache_clear()
+
+
+def choose(problem: Problem, target: Target) -> Choice:
+    """How ``problem`` is computed on ``target``: as measured there, or by :func:`heuristic`."""
+    return _choose(problem, target) if _override is None else _override(problem, target)
+
+
+Chooser = Callable[[Problem, "Target"], Choice]
+_override: Chooser | None = None
+
+
+@contextmanager
+def chosen_by(chooser: Chooser) -> Iterator[None]:
+    """Let ``chooser`` make the choices, in the whole process: a tuner tries them in turn."""
+    global _override
+    before, _override = _override, chooser
+    try:
+        yield
+    finally:
+        _override = before
 
 
 def refresh() -> None:

@@ -12,8 +12,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as internals
 
 from trm_kernels import checks
-from trm_kernels.adam_atan2 import AdamATan2
 from trm_kernels.graphs.keys import storage
+from trm_kernels.optim.adam_atan2 import AdamATan2
 
 _NEEDS = attrgetter("requires_grad")
 

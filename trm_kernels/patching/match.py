@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels.config import Family, NetworkConfig
-from trm_kernels.network import FusedModule
+from trm_kernels.module import FusedModule
 from trm_kernels.reference import rotary_tables
 
 Tables = tuple[Tensor, Tensor]

@@ -1,0 +1,46 @@
+"""Implementations of a network and its recursion: each says what it is, and what it refuses.
+
+A new one is a module with a :class:`Backend`, and a line below; later ones are faster.
+"""
+
+from trm_kernels.backends import compiled, eager, fused, native
+from trm_kernels.backends.choice import (
+    BackendError,
+    Selection,
+    refusal,
+    requested,
+    run,
+    select,
+    use_backend,
+    validate_name,
+)
+from trm_kernels.backends.registry import (
+    AUTO_ORDER,
+    BACKENDS,
+    Backend,
+    FusedRecursion,
+    PackedRecursion,
+    Refusal,
+    register,
+)
+
+for _backend in (eager.BACKEND, compiled.BACKEND, fused.BACKEND, native.BACKEND):
+    register(_backend)
+
+__all__ = [
+    "AUTO_ORDER",
+    "BACKENDS",
+    "Backend",
+    "BackendError",
+    "FusedRecursion",
+    "PackedRecursion",
+    "Refusal",
+    "Selection",
+    "refusal",
+    "register",
+    "requested",
+    "run",
+    "select",
+    "use_backend",
+    "validate_name",
+]

@@ -1,0 +1,1 @@
+"""Optimizers and averages that a CUDA graph can hold."""
