@@ -139,4 +139,6 @@ def _refuses_packed(net: nn.Module, inputs: Inputs, mask: Tensor | None) -> str 
     assert isinstance(net, TinyRecursiveNetwork)
     assert mask is not None
     packed = backends.BACKENDS["eager"].packed
-    return "the eager backend packs no rows" if packed is None else packed.refuses(net, inputs[0], mask)
+    if packed is None:
+        return "the eager backend packs no rows"
+    return packed.refuses(net, inputs[0], backends.Recursion(1, mask=mask))

@@ -22,7 +22,7 @@ from trm_kernels import (
     halting_recursion,
     reference,
 )
-from trm_kernels.backends import packed, packed_attention
+from trm_kernels.backends import Recursion, packed, packed_attention
 from trm_kernels.backends.packed import SortedRows
 from trm_kernels.testing import SEEDS, ToleranceRule, relative_error
 
@@ -284,7 +284,7 @@ def test_what_stays_padded(
     if change is not None:
         change(net)
     given = states(valid, torch.float32)
-    refused = packed.refuses(net, given, valid)
+    refused = packed.refuses(net, given, Recursion(1, mask=valid))
     assert refused is not None and reason in refused
     y, z = deep_recursion(net, *given, 1, 1, mask=valid)
     truth = reference_recursion(net, *given, 1, 1, valid, None)
@@ -333,9 +333,9 @@ def test_lengths_on_another_device_are_not_read(monkeypatch: pytest.MonkeyPatch)
     with torch.device("meta"):
         net, mask = network(), torch.ones(2, 3)
         given = [torch.empty(2, 3, 16) for _ in range(3)]
-    reason = packed.refuses(net, given, mask)
+    reason = packed.refuses(net, given, Recursion(1, mask=mask))
     assert reason is not None and "Packing with lengths" in reason
-    assert packed.refuses(net, given, Packing.of(mask, lengths=[3, 2])) is None
+    assert packed.refuses(net, given, Recursion(1, mask=Packing.of(mask, lengths=[3, 2]))) is None
     y, _ = deep_recursion(net, *given, 1, 2, mask=Packing.of(mask, lengths=[3, 2]))
     assert y.shape == (2, 3, 16)
 

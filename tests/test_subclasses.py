@@ -111,8 +111,9 @@ def test_a_class_that_computes_the_same_is_served_whole(device: str) -> None:
     net = Plain(16, 1, 2, backend="triton").to(device)
     states = [torch.randn(1, 4, 16, device=device) for _ in range(3)]
     assert not net.overridden and not TransformerBlock.overridden
+    from trm_kernels.backends import Recursion
     from trm_kernels.backends.checks import refuses_recursion
 
-    assert refuses_recursion(net, states, None, None) is None
-    reason = refuses_recursion(Grandchild(16, 1, 2).to(device), states, None, None)
+    assert refuses_recursion(net, states, Recursion(1)) is None
+    reason = refuses_recursion(Grandchild(16, 1, 2).to(device), states, Recursion(1))
     assert reason == "Grandchild has a forward of its own, which would be skipped"

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from trm_kernels import backends
+from trm_kernels.backends.registry import Memory, Normalisation, Precision, Recursion, RunRecursion
 from trm_kernels.backends.stepwise import step_by_step
 from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
 Network = Callable[..., Tensor]
-Normalisation = Callable[[Tensor], Tensor]
-
-#: What the recursion with gradient keeps for its backward (:data:`trm_kernels.ops.chain.Memory`).
-Memory = Literal["fast", "balanced", "small"]
-#: How recursions may deviate from the precision of their states.
-Precision = Literal["fp8-nograd"]
 
 
 def latent_recursion(
@@ -113,26 +108,16 @@ def deep_recursion(
         raise ValueError(f"memory must be one of {get_args(Memory)}, not {memory!r}")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision must be None or one of {get_args(Precision)}, not {precision!r}")
-    packing = None
+    asked = Recursion(n, T, mask, output_norm, with_gradients, memory, precision, read)
     if isinstance(mask, Packing):
-        packing, mask = mask, mask.mask
+        mask = mask.mask
     stepwise: str | None = f"{type(net).__name__} is no network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
-        run, stepwise = _own_recursion(net, states, mask, packing, output_norm, precision)
+        net.check(states[1], mask)
+        run, stepwise = _own_recursion(net, states, mask, asked)
         if run is not None:
-            return run(
-                net,
-                *states,
-                n,
-                T=T,
-                mask=mask if packing is None else packing,
-                output_norm=output_norm,
-                with_gradients=with_gradients,
-                memory=memory,
-                precision=precision,
-                read=read,
-            )
+            return run(net, states, asked)
     if precision is not None:
         raise backends.BackendError(f"precision={precision!r} cannot serve this call: {stepwise}")
 
@@ -157,24 +142,18 @@ def _states(*states: Tensor) -> tuple[Tensor, ...]:
 
 
 def _own_recursion(
-    net: FusedModule,
-    states: tuple[Tensor, ...],
-    mask: Tensor | None,
-    packing: Packing | None,
-    output_norm: Normalisation | None,
-    precision: Precision | None,
-) -> tuple[Callable[..., tuple[Tensor, Tensor]] | None, str | None]:
+    net: FusedModule, states: tuple[Tensor, ...], mask: Tensor | None, asked: Recursion
+) -> tuple[RunRecursion | None, str | None]:
     """The recursion of the backend that serves ``net``, or None and why it is called step by step."""
-    net.check(states[1], mask)
     backend = backends.BACKENDS[backends.select(net, states[1], mask).name]
     if backend.recursion is None:
         reason: str | None = f"backend {backend.name!r} has no recursion of its own"
     else:
-        reason = backend.recursion.refuses(net, states, output_norm, precision)
+        reason = backend.recursion.refuses(net, states, asked)
         if reason is None:
             return backend.recursion.run, None
-    if backend.packed is not None and mask is not None and precision is None:
-        reason = backend.packed.refuses(net, states, mask if packing is None else packing)
+    if backend.packed is not None and mask is not None and asked.precision is None:
+        reason = backend.packed.refuses(net, states, asked)
         if reason is None:
             return backend.packed.run, None
     return None, reason

@@ -188,6 +188,7 @@ def refusal(case: Case, model: Model, inputs: Inputs, mask: Tensor | None = None
         return None
     dtype = autocast_dtype(case, model) if case.mode == "step" else None
     recursion = backends.BACKENDS[net.backend].recursion
+    asked = backends.Recursion(case.steps, precision=model.options.get("precision"))
     for grad in (False,) if case.mode == "forward" else (False, True):
         states = [tensor.detach().requires_grad_(grad) for tensor in inputs[0]]
         with (
@@ -196,7 +197,7 @@ def refusal(case: Case, model: Model, inputs: Inputs, mask: Tensor | None = None
         ):
             reason = backends.refusal(net.backend, net, states[0], mask)
             if reason is None and recursion is not None:
-                reason = recursion.refuses(net, states, None, model.options.get("precision"))
+                reason = recursion.refuses(net, states, asked)
         if reason is not None:
             return reason
     return None

@@ -24,7 +24,7 @@ from trm_kernels.backends.fused import block_parameters
 from trm_kernels.ops import chain_backward
 from trm_kernels.ops._launch import input_precision
 from trm_kernels.ops.chain import Memory
-from trm_kernels.ops.gemm import gemm
+from trm_kernels.ops.gemm import Outputs, gemm
 from trm_kernels.ops.layouts import LAYOUTS
 from trm_kernels.ops.mlp import mlp
 from trm_kernels.ops.recursion import recursion
@@ -264,11 +264,7 @@ def test_a_gemm_writes_no_row_behind_the_count(device: str) -> None:
         out_dtype=torch.float32,
         addend=torch.zeros(1, 70, 5, device=device),
         count=torch.tensor([66], dtype=torch.int32, device=device),
-        save_pre=True,
-        write_copy=torch.float32,
-        write_sumsq=True,
-        out_sumsq=sums,
-        **places,
+        outputs=Outputs(**places, sumsq=sums, copy_dtype=torch.float32, write_sumsq=True, save_pre=True),
     )
     for name, place in places.items():
         torch.testing.assert_close(place[:, :66], (a @ weight.t())[:, :66], msg=name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ops.common import launched
 from trm_kernels import reference
-from trm_kernels.ops.gemm import sumsq_parts
+from trm_kernels.ops.gemm import Outputs, sumsq_parts
 from trm_kernels.ops.stream import Norm, start
 
 pytestmark = pytest.mark.interpreter
@@ -31,7 +31,7 @@ def test_sum_norm_and_row_sums(with_x: bool, weighted: bool, norm: bool, device:
             y,
             z,
             norm=Norm(weight, 1e-5) if norm else None,
-            write_sumsq=True,
+            outputs=Outputs(write_sumsq=True),
             write_normed=norm,
         )
     v = reference.rms_norm(z, 1e-5) * (1.0 if weight is None else weight) if norm else z
@@ -50,7 +50,7 @@ def test_sum_norm_and_row_sums(with_x: bool, weighted: bool, norm: bool, device:
 def test_row_sums_are_those_of_what_was_stored(dtype: torch.dtype, device: str) -> None:
     """In half precision the sum is rounded; the norm that reads it must see the rounded values."""
     x, y, z = case(device, dtype)
-    stream, pair, _ = start(x, y, z, write_sumsq=True)
+    stream, pair, _ = start(x, y, z, outputs=Outputs(write_sumsq=True))
     assert stream is not None and stream.sumsq is not None and pair is not None
     torch.testing.assert_close(
         stream.sumsq.sum(1), stream.value.float().square().sum(-1)[0], rtol=1e-6, atol=0
@@ -62,7 +62,7 @@ def test_row_sums_are_those_of_what_was_stored(dtype: torch.dtype, device: str) 
 def test_a_copy_for_operands_is_rounded_once(dtype: torch.dtype, device: str) -> None:
     x, y, z = case(device)
     place = torch.full((1, ROWS, WIDTH), float("nan"), dtype=dtype, device=device)
-    stream, _, _ = start(x, y, z, write_copy=dtype, copy=place)
+    stream, _, _ = start(x, y, z, outputs=Outputs(copy_dtype=dtype, copy=place))
     assert stream is not None and stream.copy is place and stream.operand is place
     assert torch.equal(place, stream.value.to(dtype))
 
@@ -80,6 +80,6 @@ def test_rows_behind_the_count_are_neither_read_nor_written(device: str) -> None
     place = torch.full_like(x, 7.0)
     for state in (x, y, z):
         state[:, 5:] = float("nan")
-    stream, _, _ = start(x, y, z, count=count, next=place)
+    stream, _, _ = start(x, y, z, count=count, outputs=Outputs(next=place))
     assert stream is not None and stream.value is place
     assert torch.equal(place[:, :5], (x + y + z)[:, :5]) and place[:, 5:].eq(7.0).all()

@@ -20,6 +20,7 @@ from trm_kernels.backends.registry import (
     Backend,
     FusedRecursion,
     PackedRecursion,
+    Recursion,
     Refusal,
     register,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "BackendError",
     "FusedRecursion",
     "PackedRecursion",
+    "Recursion",
     "Refusal",
     "Selection",
     "refusal",

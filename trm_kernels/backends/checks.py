@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_internals
 
 from trm_kernels import ops, reference
-from trm_kernels.config import NetworkConfig
+from trm_kernels.backends.registry import Recursion
+from trm_kernels.config import FLOAT32_EPS, NetworkConfig
 from trm_kernels.module import FusedModule
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -220,17 +221,25 @@ def refuses_skipping(module: FusedModule) -> str | None:
     return None
 
 
-def refuses_recursion(
-    module: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
-) -> str | None:
+def refuses_recursion(module: FusedModule, states: Sequence[Tensor], recursion: Recursion) -> str | None:
     """Why a recursion over a network that the kernels serve must call it step by step, or None."""
+    output_norm = recursion.output_norm
     if (reason := refuses_skipping(module)) is not None:
         return reason
     if any(state.device != states[0].device for state in states):
         return "x, y and z are on different devices"
     if output_norm is not None and (reason := _refuses_norm(module.config, output_norm, states[0])):
         return reason
-    return None if precision is None else _refuses_fp8(states[0])
+    return None if recursion.precision is None else _refuses_fp8(states[0])
+
+
+def output_norm_of(recursion: Recursion) -> tuple[Tensor | None, float | None]:
+    """Weight [D] and eps of what is applied after every call, where it is not refused; no eps: nothing is."""
+    norm = recursion.output_norm
+    if norm is None:
+        return None, None
+    assert isinstance(norm, (reference.RMSNorm, nn.RMSNorm))
+    return norm.weight, FLOAT32_EPS if norm.eps is None else norm.eps
 
 
 def _refuses_norm(config: NetworkConfig, norm: object, state: Tensor) -> str | None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trm_kernels import ops, prepared, reference
+from trm_kernels import ops, prepared
 from trm_kernels.backends import checks, rotary
-from trm_kernels.backends.checks import block_parameters, layout_name, operand_dtype
-from trm_kernels.backends.registry import Backend, FusedRecursion
-from trm_kernels.config import FLOAT32_EPS
+from trm_kernels.backends.checks import block_parameters, layout_name, operand_dtype, output_norm_of
+from trm_kernels.backends.registry import Backend, FusedRecursion, Recursion
 from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, read_positions
-
-if TYPE_CHECKING:
-    from trm_kernels.ops.chain import Memory
 
 
 def _matrices(
@@ -114,39 +111,23 @@ def run(module: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return _Applied(module, x, 0, mask)(None, x, None)[0]
 
 
-def run_recursion(
-    module: FusedModule,
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    n: int,
-    *,
-    T: int,
-    mask: Tensor | Packing | None,
-    output_norm: nn.RMSNorm | reference.RMSNorm | None,
-    with_gradients: bool,
-    memory: Memory,
-    precision: str | None,
-    read: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def run_recursion(module: FusedModule, states: Sequence[Tensor], asked: Recursion) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
-    packing = Packing.of(mask) if isinstance(mask, Tensor) else mask
+    n, read = asked.n, asked.read
+    packing = Packing.of(asked.mask) if isinstance(asked.mask, Tensor) else asked.mask
+    x, y, z = states
     given_z = z
     if packing is not None:
         x, y, z = packing.pack(x), packing.pack(y), packing.pack(z)
     network = _Applied(module, y, n, packing=packing)
-    weight: Tensor | None = None
-    output_eps: float | None = None
-    if output_norm is not None:
-        weight = output_norm.weight
-        output_eps = FLOAT32_EPS if output_norm.eps is None else output_norm.eps
+    weight, output_eps = output_norm_of(asked)
 
     def records() -> bool:
         given = (x, y, z, weight, *network.parameters)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
     def recursion(y: Tensor, z: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        fp8 = precision == "fp8-nograd" and not records()
+        fp8 = asked.precision == "fp8-nograd" and not records()
         new_y, new_z = network(
             x if n > 0 else None,
             y,
@@ -154,15 +135,15 @@ def run_recursion(
             weight,
             read=rows,
             output_eps=output_eps,
-            memory=memory,
+            memory=asked.memory,
             fp8=fp8,
         )
         return new_y, z if n == 0 else new_z
 
     with torch.no_grad():
-        for _ in range(T - 1):
+        for _ in range(asked.T - 1):
             y, z = recursion(y, z)
-    with torch.set_grad_enabled(with_gradients and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(asked.with_gradients and torch.is_grad_enabled()):
         if read is None or records():
             y, z = recursion(y, z)
             y = y if packing is None else packing.unpack(y)

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from trm_kernels import native_module, native_weights, prepared, reference
+from trm_kernels import native_module, native_weights, prepared
 from trm_kernels.backends import checks, rotary
-from trm_kernels.backends.checks import block_parameters, layout_name, refuses_modes, refuses_modules
-from trm_kernels.backends.registry import Backend, FusedRecursion
-from trm_kernels.config import FLOAT32_EPS
+from trm_kernels.backends.checks import (
+    block_parameters,
+    layout_name,
+    output_norm_of,
+    refuses_modes,
+    refuses_modules,
+)
+from trm_kernels.backends.registry import Backend, FusedRecursion, Recursion
 from trm_kernels.first_order import first_order
 from trm_kernels.module import FusedModule
 from trm_kernels.native_buffers import take
@@ -72,16 +77,14 @@ def _refuses_input(x: Tensor) -> str | None:
     return None
 
 
-def refuses_recursion(
-    net: FusedModule, states: Sequence[Tensor], output_norm: object, precision: str | None
-) -> str | None:
+def refuses_recursion(net: FusedModule, states: Sequence[Tensor], recursion: Recursion) -> str | None:
     """Why a recursion over a network that the kernels serve must call it step by step, or None."""
-    if precision is not None:
-        return f"precision={precision!r} is for GPUs"
+    if recursion.precision is not None:
+        return f"precision={recursion.precision!r} is for GPUs"
     for state in states:
         if (reason := _refuses_input(state)) is not None:
             return reason
-    return checks.refuses_recursion(net, states, output_norm, None)
+    return checks.refuses_recursion(net, states, recursion)
 
 
 def slower(net: FusedModule, x: Tensor) -> str | None:
@@ -114,38 +117,25 @@ def _has_amx() -> bool:
 
 def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     """Run a network or block on ``x`` [B, L, D] and ``mask`` [B, L]."""
-    call = _Call(net, (x,), mask, None, torch.is_grad_enabled())
+    call = _Call(net, (x,), mask, (None, None), torch.is_grad_enabled())
     rows, _ = call.recursion(None, call.pack(x), None, 0, recompute=False)
     return call.unpack(rows)
 
 
-def run_recursion(
-    net: FusedModule,
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    n: int,
-    *,
-    T: int,
-    mask: Tensor | Packing | None,
-    output_norm: nn.RMSNorm | reference.RMSNorm | None,
-    with_gradients: bool,
-    memory: str,
-    precision: None,
-    read: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def run_recursion(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
-    with_gradients = with_gradients and torch.is_grad_enabled()
-    call = _Call(net, (x, y, z), mask, output_norm, with_gradients)
-    given_z = z
-    x, y, z = (call.pack(state) for state in (x, y, z))
+    n, read = asked.n, asked.read
+    with_gradients = asked.with_gradients and torch.is_grad_enabled()
+    call = _Call(net, states, asked.mask, output_norm_of(asked), with_gradients)
+    given_z = states[2]
+    x, y, z = map(call.pack, states)
 
     def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        new_y, new_z = call.recursion(x if n > 0 else None, y, z, n, recompute=memory == "small")
+        new_y, new_z = call.recursion(x if n > 0 else None, y, z, n, recompute=asked.memory == "small")
         return new_y, z if new_z is None else new_z
 
     with torch.no_grad():
-        for _ in range(T - 1):
+        for _ in range(asked.T - 1):
             y, z = recursion(y, z)
     with torch.set_grad_enabled(with_gradients):
         y, z = recursion(y, z)
@@ -158,6 +148,7 @@ class _Call:
 
     Args:
         states: What the network will be applied to, each [B, L, D].
+        output_norm: As :func:`~trm_kernels.backends.checks.output_norm_of` gives it.
         with_gradients: Whether a recursion will record gradients, if there is anything to record.
     """
 
@@ -166,7 +157,7 @@ class _Call:
         net: FusedModule,
         states: Sequence[Tensor],
         mask: Tensor | Packing | None,
-        output_norm: nn.RMSNorm | reference.RMSNorm | None,
+        output_norm: tuple[Tensor | None, float | None],
         with_gradients: bool,
     ) -> None:
         config = net.config
@@ -176,11 +167,8 @@ class _Call:
         self.parameters = [parameter for block in net.blocks for parameter in block_parameters(block)]
         # The kernels divide by 1 - p in float32.
         self.dropout = min(config.dropout, 1.0 - 2.0**-24) if net.training else 0.0
-        self.weight: Tensor | None = None
-        self.output_eps = -1.0
-        if output_norm is not None:
-            self.weight = output_norm.weight
-            self.output_eps = FLOAT32_EPS if output_norm.eps is None else output_norm.eps
+        self.weight, eps = output_norm
+        self.output_eps = -1.0 if eps is None else eps
         given = (*states, *self.parameters, *(() if self.weight is None else (self.weight,)))
         self.records = with_gradients and any(tensor.requires_grad for tensor in given)
         self.packing = _packing(mask)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from trm_kernels import reference
 from trm_kernels.backends.checks import block_parameters, refuses_modules, refuses_skipping
 from trm_kernels.backends.packed_attention import PackedAttention
+from trm_kernels.backends.registry import Recursion
 from trm_kernels.backends.stepwise import step_by_step
 from trm_kernels.config import NetworkConfig
 from trm_kernels.module import FusedModule
@@ -61,8 +62,11 @@ class SortedRows(Rows):
         return cls(batch, length, order[:rows], place.clamp_(max=rows - 1), mask, groups)
 
 
-def refuses(net: FusedModule, states: Sequence[Tensor], mask: Tensor | Packing) -> str | None:
+def refuses(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> str | None:
     """Why a recursion must run on the padded batch, or None."""
+    mask = asked.mask
+    if mask is None:
+        return "there is no padding"
     if torch.compiler.is_compiling():
         return "torch.compile would compile again for other lengths"
     if torch._C._len_torch_dispatch_stack() > 0:
@@ -98,30 +102,19 @@ def _lengths(mask: Tensor | Packing) -> Sequence[int] | None:
 
 
 def run_recursion(
-    net: FusedModule,
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    n: int,
-    *,
-    T: int,
-    mask: Tensor | Packing,
-    output_norm: Callable[[Tensor], Tensor] | None,
-    with_gradients: bool,
-    memory: str,
-    precision: None,
-    read: Tensor | None,
-    run_part: RunRows = plain_rows,
+    net: FusedModule, states: Sequence[Tensor], asked: Recursion, *, run_part: RunRows = plain_rows
 ) -> tuple[Tensor, Tensor]:
     """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype.
 
     ``run_part`` runs what lies between two attentions.
     """
+    n, T, mask, output_norm, with_gradients, memory, _, read = asked
+    assert mask is not None
     lengths = _lengths(mask)
     assert lengths is not None
     rows = SortedRows.of(mask.mask if isinstance(mask, Packing) else mask, lengths)
-    given_z = z
-    x, y, z = (rows.pack(state)[0] for state in (x, y, z))  # each [R, D]
+    given_z = states[2]
+    x, y, z = (rows.pack(state)[0] for state in states)  # each [R, D]
     network = _PackedNetwork(net, rows, y, run_part)
 
     def call(h: Tensor) -> Tensor:

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
+from trm_kernels.packing import Packing
+
 if TYPE_CHECKING:
     from trm_kernels.module import FusedModule
-    from trm_kernels.packing import Packing
 
 Refusal = str | None
+Normalisation = Callable[[Tensor], Tensor]
+
+#: What the recursion with gradient keeps for its backward (:data:`trm_kernels.ops.chain.Memory`).
+Memory = Literal["fast", "balanced", "small"]
+#: How recursions may deviate from the precision of their states.
+Precision = Literal["fp8-nograd"]
 
 #: In ``Backend.auto``: on every type of device that no other backend names.
 ANYWHERE = "*"
+
+
+class Recursion(NamedTuple):
+    """What is asked of a recursion, beside its network and states: :func:`~trm_kernels.deep_recursion`."""
+
+    n: int
+    T: int = 1
+    mask: Tensor | Packing | None = None
+    output_norm: Normalisation | None = None
+    with_gradients: bool = True
+    memory: Memory = "balanced"
+    precision: Precision | None = None
+    read: Tensor | None = None
+
+
+#: Runs a recursion over a network on states x, y and z [B, L, D] of one shape and dtype; gives y and z.
+RunRecursion = Callable[["FusedModule", Sequence[Tensor], Recursion], tuple[Tensor, Tensor]]
+RefusesRecursion = Callable[["FusedModule", Sequence[Tensor], Recursion], Refusal]
 
 
 def _never_slower(net: FusedModule, x: Tensor) -> Refusal:
@@ -54,14 +79,12 @@ class FusedRecursion:
     """A backend's own recursion.
 
     Attributes:
-        refuses: Why a recursion over a network that the backend serves must call it step by step, or None:
-            network, states [B, L, D], what is applied after every call, and the precision asked for.
-        run: ``run(net, x, y, z, n, T=, ...)``, with all arguments of
-            :func:`~trm_kernels.recursion.deep_recursion`, on states of one shape and dtype.
+        refuses: Why a recursion over a network that the backend serves must call it step by step, or None.
+        run: Runs one that is not refused.
     """
 
-    refuses: Callable[[FusedModule, Sequence[Tensor], object, str | None], Refusal]
-    run: Callable[..., tuple[Tensor, Tensor]]
+    refuses: RefusesRecursion
+    run: RunRecursion
 
 
 @dataclass(frozen=True)
@@ -69,12 +92,12 @@ class PackedRecursion:
     """A recursion that calls the network step by step, but on the valid positions alone.
 
     Attributes:
-        refuses: Why a recursion must run on the padded batch, or None: network, states [B, L, D], mask.
-        run: As for :class:`FusedRecursion`.
+        refuses: Why a recursion with a mask must run on the padded batch, or None.
+        run: Runs one that is not refused.
     """
 
-    refuses: Callable[[FusedModule, Sequence[Tensor], Tensor | Packing], Refusal]
-    run: Callable[..., tuple[Tensor, Tensor]]
+    refuses: RefusesRecursion
+    run: RunRecursion
 
 
 #: By name.

@@ -184,7 +184,7 @@ def enter(
         only = y if z is None else z
         assert only is not None
         return Stream(only), None
-    stream, pair, _ = start(x, y, z, count=call.samples.count, **call.written(reader, slot, "in"))
+    stream, pair, _ = start(x, y, z, count=call.samples.count, outputs=call.outputs(reader, slot, "in"))
     assert stream is not None
     return stream, pair
 

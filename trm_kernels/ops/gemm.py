@@ -240,6 +240,56 @@ def gemm_kernel(
         )
 
 
+@dataclass(frozen=True)
+class FoldedNorm:
+    """The norm whose weight is folded into the matrix: the epilogue scales the rows, 1 / sqrt(mean + eps)."""
+
+    sumsq: Tensor  # [rows, parts], partial sums of squares of the rows of its input
+    eps: float
+
+
+@dataclass(frozen=True)
+class NormGradient:
+    """The way back through a folded norm: the epilogue takes the part along its input h away."""
+
+    sumsq: Tensor  # [rows, parts], of h
+    eps: float
+    h: Tensor  # [B, L, N]
+    dots: Tensor  # [rows, parts], partial dots of the gradient with h
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What the epilogue adds behind the activation, RMS-normalised on the way where there are ``sumsq``."""
+
+    value: Tensor  # shape of the output
+    sumsq: Tensor | None = None  # [rows, parts], of the rows of value
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a launch writes, and where: tensors are made where there are none.
+
+    Attributes:
+        out, next, copy, pre, sumsq: Where each goes, see :class:`Product`.
+        keep: Whether the output is written, beside ``next``.
+        copy_dtype: Write a copy of ``next`` (or the output) in this dtype.
+        write_sumsq: Write the partial sums of squares of the rows of ``next`` (or the output).
+        save_pre: Write the pre-activations, without the bias: in bf16 a large bias would drown them.
+    """
+
+    out: Tensor | None = None
+    next: Tensor | None = None
+    copy: Tensor | None = None
+    pre: Tensor | None = None
+    sumsq: Tensor | None = None
+    keep: bool = True
+    copy_dtype: torch.dtype | None = None
+    write_sumsq: bool = False
+    save_pre: bool = False
+
+
 @dataclass
 class Product:
     """What a launch wrote; None for what was not asked for."""
@@ -250,6 +300,8 @@ class Product:
     pre: Tensor | None  # pre-activations, twice as wide for SwiGLU, operand dtype
     sumsq: Tensor | None  # [rows, parts], see sumsq_parts
 
+
+_OUT = Outputs()
 
 #: The most columns that one tile can hold.
 WHOLE_ROW = 128
@@ -279,51 +331,33 @@ def gemm(
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
     activation: Activation = Activation.NONE,
-    sumsq: Tensor | None = None,
-    eps: float = 0.0,
-    norm_gradient: tuple[Tensor, Tensor] | None = None,
+    norm: FoldedNorm | NormGradient | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
-    residual: Tensor | None = None,
-    residual_sumsq: Tensor | None = None,
-    normalise: bool = False,
+    residual: Residual | None = None,
+    normalise: float | None = None,
     addend: Tensor | None = None,
     mask: Tensor | None = None,
     count: Tensor | None = None,
     transposed: bool = False,
-    keep: bool = True,
-    write_copy: torch.dtype | None = None,
-    write_sumsq: bool = False,
-    save_pre: bool = False,
-    out: Tensor | None = None,
-    next: Tensor | None = None,
-    copy: Tensor | None = None,
-    pre: Tensor | None = None,
-    out_sumsq: Tensor | None = None,
+    outputs: Outputs = _OUT,
 ) -> Product:
     """Launch the kernel.
 
     Args:
         a: Contiguous [B, L, K] (rows m = B L), or, ``transposed``, [B, K, D] read as B matrices [D, K].
         weight: [N, K] in the dtype of ``a``, of any strides; [2 N, K], gate above up, for SwiGLU.
+        out_dtype: Of the output and of ``next``.
         bias: [N].
         activation: Applied after the bias.
-        sumsq: Partial sums of squares [m, parts] of the rows of the normed input; scales row m by
-            ``1 / sqrt(sum / K + eps)``. With ``norm_gradient`` they are those of its ``h``.
-        norm_gradient: ``(h, dots)``: undo the norm of h [B, L, N], with the partial dots [m, parts].
+        norm: In front of the product, or behind it on the way back.
         scales: Row scales [m] of an fp8 ``a`` and channel scales [N or 2 N] of an fp8 ``weight``.
-        residual: Added after the activation; shape of the output.
-        residual_sumsq: Partial sums of squares [m, parts] of the rows of ``residual``, which is RMS-normalised
-            (with ``eps``) before it is added.
-        normalise: RMS-normalise the rows of the output, with ``eps``; up to ``WHOLE_ROW`` columns.
+        residual: Added after the activation.
+        normalise: RMS-normalise the rows of the output with this eps; up to ``WHOLE_ROW`` columns.
         addend: What ``next`` adds to the output.
         mask: Rows that survive, uint8 [m]; the others come out as zeros.
         count: Number of packed rows, int32 [1]; rows behind it are neither read nor written.
         transposed: Contract over the sequence axis: the output is [B, N, D].
-        keep: Whether the output is written, beside ``next``.
-        write_copy: Write a copy of ``next`` (or the output) in this dtype.
-        write_sumsq: Write the partial sums of squares of the rows of ``next`` (or the output).
-        save_pre: Write the pre-activations, without the bias: in bf16 a large bias would drown them.
-        out, next, copy, pre, out_sumsq: Where to write; made here where None.
+        outputs: What is written, and where.
     """
     batches, outer, inner = a.shape
     N = weight.shape[0] // (2 if activation.gated else 1)
@@ -335,8 +369,9 @@ def gemm(
 
     assert weight.dtype == a.dtype, f"operands {a.dtype} and {weight.dtype}"
     target = target_of(a)
-    kernel: Kernel = "gemm" if write_copy is None else "stream"
-    if norm_gradient is not None:
+    back = norm if isinstance(norm, NormGradient) else None
+    kernel: Kernel = "gemm" if outputs.copy_dtype is None else "stream"
+    if back is not None:
         kernel = "norm_gradient"
     problem = Problem(kernel, M, N, K, batch, activation, a.dtype, transposed)
     choice = choose(problem, target)
@@ -345,39 +380,39 @@ def gemm(
         # The library knows neither how many rows are packed nor scales of rows.
         library, choice = False, heuristic(problem, target)
     tile = choice.tile
-    if normalise:
+    if normalise is not None:
         assert N <= WHOLE_ROW, f"a tile does not hold {N} columns"
         # 93 registers a thread on sm_90; with 4 warps 168.
         tile = replace(tile, m=64, n=power_of_two(N, tile.n), warps=8)
     if library:
         a = torch.matmul(weight, a) if transposed else torch.matmul(a, weight.t())
-    if keep and out is None:
-        out = empty(N, out_dtype)
-    if addend is not None and next is None:
-        next = empty(N, out_dtype)
-    if write_copy is not None and copy is None:
-        copy = empty(N, write_copy)
-    if save_pre and pre is None:
-        pre = empty(N * (2 if activation.gated else 1), a.dtype)
-    if write_sumsq and out_sumsq is None:
-        out_sumsq = a.new_empty((M, sumsq_parts(N)), dtype=torch.promote_types(out_dtype, torch.float32))
-    h, dots = (None, None) if norm_gradient is None else norm_gradient
+    product = Product(outputs.out, outputs.next, outputs.copy, outputs.pre, outputs.sumsq)
+    if outputs.keep and product.out is None:
+        product.out = empty(N, out_dtype)
+    if addend is not None and product.next is None:
+        product.next = empty(N, out_dtype)
+    if outputs.copy_dtype is not None and product.copy is None:
+        product.copy = empty(N, outputs.copy_dtype)
+    if outputs.save_pre and product.pre is None:
+        product.pre = empty(N * (2 if activation.gated else 1), a.dtype)
+    if outputs.write_sumsq and product.sumsq is None:
+        wide = torch.promote_types(out_dtype, torch.float32)
+        product.sumsq = a.new_empty((M, sumsq_parts(N)), dtype=wide)
+    sumsq, eps = _one_norm(norm, residual, normalise)
+    h, dots = (None, None) if back is None else (back.h, back.dots)
     a_scale, w_scale = (None, None) if scales is None else scales
-    assert sumsq is None or residual_sumsq is None, "one pointer serves both"
-    row_scale = sumsq is not None and h is None
-    sumsq = residual_sumsq if sumsq is None else sumsq
     (parts, parts_block), (dot_parts, dots_block) = _parts(sumsq), _parts(dots)
     launch(
         gemm_kernel,
         (cdiv(M, tile.m) * cdiv(N, tile.n) * batch,),
-        a, weight, bias, residual, addend, h, sumsq, dots, mask, count, a_scale, w_scale,
-        pre, out, next, copy, out_sumsq,
+        a, weight, bias, None if residual is None else residual.value, addend, h, sumsq, dots, mask, count,
+        a_scale, w_scale, product.pre, product.out, product.next, product.copy, product.sumsq,
         M, N, K, weight.stride(0), weight.stride(1), eps,
         ACTIVATION=int(activation),
         TRANSPOSED=transposed,
         PRODUCT=library,
-        ROW_SCALE=row_scale,
-        NORM_GRADIENT=h is not None,
+        ROW_SCALE=isinstance(norm, FoldedNorm),
+        NORM_GRADIENT=back is not None,
         PARTS=parts,
         PARTS_BLOCK=parts_block,
         DOTS=dot_parts,
@@ -385,15 +420,15 @@ def gemm(
         QUANTISED=scales is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        RESIDUAL_SCALE=residual_sumsq is not None,
-        NORMALISE=normalise,
+        RESIDUAL_SCALE=residual is not None and residual.sumsq is not None,
+        NORMALISE=normalise is not None,
         HAS_ADDEND=addend is not None,
         HAS_MASK=mask is not None,
         PACKED=count is not None,
-        SAVE_PRE=pre is not None,
-        WRITE_OUT=out is not None,
-        WRITE_COPY=copy is not None,
-        OUT_SUMSQ=out_sumsq is not None,
+        SAVE_PRE=product.pre is not None,
+        WRITE_OUT=product.out is not None,
+        WRITE_COPY=product.copy is not None,
+        OUT_SUMSQ=product.sumsq is not None,
         STREAM=_TRITON_DTYPE[out_dtype],
         ACC=accumulator(a.dtype),
         PRECISION=input_precision(a.dtype),
@@ -404,4 +439,14 @@ def gemm(
         warps=tile.warps,
         stages=tile.stages,
     )  # fmt: skip
-    return Product(out, next, copy, pre, out_sumsq)
+    return product
+
+
+def _one_norm(
+    norm: FoldedNorm | NormGradient | None, residual: Residual | None, normalise: float | None
+) -> tuple[Tensor | None, float]:
+    """The sums of squares and the eps that the kernel reads: it has one pointer and one number for all."""
+    read = [part for part in (norm, residual) if part is not None and part.sumsq is not None]
+    eps = {part.eps for part in read} | (set() if normalise is None else {normalise})
+    assert len(read) <= 1 and len(eps) <= 1, "one pointer and one eps serve all norms of a launch"
+    return read[0].sumsq if read else None, next(iter(eps), 0.0)

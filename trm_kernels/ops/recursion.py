@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -243,6 +244,8 @@ def _recursion_backward_fake(
 
 
 class _Recursion(torch.autograd.Function):
+    """Takes ``_LEADING`` arguments, parameters, matrices, :class:`Tensors` and :class:`Numbers`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -275,12 +278,12 @@ class _Recursion(torch.autograd.Function):
         parameters, found = found[:of_parameters], found[of_parameters:]
         matrices, saved = found[:of_matrices], found[of_matrices:]
         pair, has_z = ctx.given
-        needed = any(ctx.needs_input_grad[5 : 5 + of_parameters])
+        needed = any(ctx.needs_input_grad[_LEADING : _LEADING + of_parameters])
         if ctx.numbers.n == 0:
             grad_z = None
         if grad_y is None:
             if grad_z is None:
-                return (None,) * (5 + of_parameters + of_matrices + _STATIC)
+                return (None,) * len(ctx.needs_input_grad)
             grad_y = torch.zeros_like(grad_z)
         of_x, of_y, of_z, of_output, *gradients = recursion_gradient(
             grad_y, grad_z, saved, pair, needed, parameters, matrices, output_weight, *static, *ctx.numbers
@@ -296,6 +299,12 @@ class _Recursion(torch.autograd.Function):
             *(gradients if needed else [None] * of_parameters),
             *[None] * (of_matrices + _STATIC),
         )
+
+
+#: Arguments of :meth:`_Recursion.forward` in front of the parameters.
+_LEADING = (
+    sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature(_Recursion.forward).parameters.values()) - 1
+)
 
 
 def _differentiable(
@@ -316,11 +325,26 @@ def _differentiable(
     return _Recursion.apply(x, y, z, output_weight, counts, *parameters, *matrices, *rest)
 
 
-_REST = (
-    "Tensor[] parameters, Tensor[] matrices, Tensor? output_weight, Tensor? mask, Tensor? ends, "
-    "Tensor? starts, Tensor? row_count, Tensor? cos, Tensor? sin, Tensor? seed, Tensor? read, str layout, SymInt n, "
-    "SymInt n_heads, SymInt batch, SymInt length, float eps, float? output_eps, float dropout, "
-    "ScalarType operand, str memory, bool fp8"
+#: How the dispatcher's schemas name the types of :class:`Tensors` and :class:`Numbers`.
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor | None: "Tensor?",
+    str: "str",
+    Memory: "str",
+    int: "SymInt",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    torch.dtype: "ScalarType",
+}
+_REST = ", ".join(
+    (
+        "Tensor[] parameters, Tensor[] matrices, Tensor? output_weight",
+        *(
+            f"{_SCHEMA_TYPES[kind]} {name}"
+            for record in (Tensors, Numbers)
+            for name, kind in get_type_hints(record).items()
+        ),
+    )
 )
 _ARGUMENTS = f"Tensor? x, Tensor y, Tensor? z, {_REST}"
 recursion_saving = define(

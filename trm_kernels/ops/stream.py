@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_kernels.ops._launch import accumulator, cdiv, launch, power_of_two, target_of
-from trm_kernels.ops.gemm import sumsq_parts
+from trm_kernels.ops.gemm import Outputs, sumsq_parts
 
 
 def rows_of(x: Tensor, read: Tensor) -> Tensor:
@@ -113,6 +113,9 @@ def stream_kernel(
             tl.store(p_sums, parts, mask=(r < rows)[:, None] & (p < PARTS))
 
 
+_OUT = Outputs()
+
+
 @dataclass(frozen=True)
 class Norm:
     """An RMSNorm at the end of a network call."""
@@ -127,19 +130,14 @@ def start(
     z: Tensor | None,
     *,
     norm: Norm | None = None,
-    write_copy: torch.dtype | None = None,
-    write_sumsq: bool = False,
     write_normed: bool = False,
     write_next: bool = True,
     count: Tensor | None = None,
-    next: Tensor | None = None,
-    copy: Tensor | None = None,
-    out_sumsq: Tensor | None = None,
+    outputs: Outputs = _OUT,
 ) -> tuple[Stream | None, Tensor | None, Tensor | None]:
     """Launch the kernel on contiguous [B, L, D] tensors of one dtype; x only with y.
 
-    ``write_copy``: write h in this dtype too. ``next``, ``copy``, ``out_sumsq``: where h, its copy and its row
-    sums are written; made here where None. ``count``: number of packed rows, int32 [1].
+    ``outputs``: h is its ``next``. ``count``: number of packed rows, int32 [1].
 
     Returns:
         The stream h, the pair x + y, and the normalised z; None for each that does not exist.
@@ -152,18 +150,19 @@ def start(
     block_r = 256 if target_of(like).interpreted else max(1, 1024 // block_c)
     pair = None if x is None else torch.empty_like(like)
     normed = torch.empty_like(like) if write_normed else None
-    parts = sumsq_parts(cols) if write_next and write_sumsq else 0
+    parts = sumsq_parts(cols) if write_next and outputs.write_sumsq else 0
+    next, copy, sumsq = outputs.next, outputs.copy, outputs.sumsq
     if write_next:
         next = torch.empty_like(like) if next is None else next
-        if write_copy is not None and copy is None:
-            copy = torch.empty_like(like, dtype=write_copy)
-        if write_sumsq and out_sumsq is None:
+        if outputs.copy_dtype is not None and copy is None:
+            copy = torch.empty_like(like, dtype=outputs.copy_dtype)
+        if outputs.write_sumsq and sumsq is None:
             wide = torch.promote_types(like.dtype, torch.float32)
-            out_sumsq = like.new_empty((rows, parts), dtype=wide)
+            sumsq = like.new_empty((rows, parts), dtype=wide)
     launch(
         stream_kernel,
         (cdiv(rows, block_r),),
-        x, y, z, None if norm is None else norm.weight, count, pair, normed, next, copy, out_sumsq,
+        x, y, z, None if norm is None else norm.weight, count, pair, normed, next, copy, sumsq,
         rows, cols, 0.0 if norm is None else norm.eps,
         HAS_X=x is not None,
         HAS_Y=y is not None,
@@ -181,4 +180,4 @@ def start(
         BLOCK_C=block_c,
         warps=max(4, min(16, block_r * block_c // 256)),
     )  # fmt: skip
-    return None if next is None else Stream(next, copy, out_sumsq), pair, normed
+    return None if next is None else Stream(next, copy, sumsq), pair, normed

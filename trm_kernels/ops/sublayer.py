@@ -9,14 +9,13 @@ applies them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trm_kernels.ops.attention_common import Dropout, Heads, Samples
-from trm_kernels.ops.gemm import WHOLE_ROW, gemm
+from trm_kernels.ops.gemm import WHOLE_ROW, FoldedNorm, Outputs, Product, Residual, gemm
 from trm_kernels.ops.layouts import Layout, Sublayer
 from trm_kernels.ops.norm import add_rms_norm
 from trm_kernels.ops.quantise import quantise_rows
@@ -74,17 +73,16 @@ class Call:
         copied = reader is not None and reader.folded and self.operand != self.residual
         return self.operand if copied else None
 
-    def written(self, reader: Sublayer | None, slot: Slot, key: str) -> dict[str, Any]:
-        """What a kernel that writes the stream of ``reader`` writes, and where, as arguments."""
-        folded = reader is not None and reader.folded
+    def outputs(self, reader: Sublayer | None, slot: Slot, key: str) -> Outputs:
+        """What a kernel that writes the stream of ``reader``, as its ``next``, writes, and where."""
         copied = self.rounds(reader)
-        return {
-            "next": slot.get(key) if copied is None else None,
-            "copy": slot.get(key) if copied is not None else None,
-            "write_copy": copied,
-            "write_sumsq": folded,
-            "out_sumsq": slot.get(f"{key}.sumsq"),
-        }
+        return Outputs(
+            next=slot.get(key) if copied is None else None,
+            copy=slot.get(key) if copied is not None else None,
+            sumsq=slot.get(f"{key}.sumsq"),
+            copy_dtype=copied,
+            write_sumsq=reader is not None and reader.folded,
+        )
 
 
 def normed_operand(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
@@ -136,13 +134,10 @@ def first_half(call: Call, sublayer: Sublayer, stream: Stream, pre: Tensor | Non
         out_dtype=call.operand,
         bias=None if activation == Activation.NONE else sublayer.first_bias,
         activation=activation,
-        sumsq=None if scales is not None else stream.sumsq,
-        eps=call.eps,
+        norm=None if scales is not None else _folded_norm(call, stream),
         count=call.samples.count,
         transposed=sublayer.layout.tokens,
-        save_pre=save and activation != Activation.NONE,
-        pre=pre if activation != Activation.NONE else None,
-        out=pre if activation == Activation.NONE else None,
+        outputs=Outputs(out=pre) if activation == Activation.NONE else Outputs(pre=pre, save_pre=save),
     )
     assert product.out is not None
     return product.out
@@ -155,8 +150,7 @@ def pre_activations(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
         stream.operand if sublayer.folded else normed_operand(call, sublayer, stream),
         sublayer.first_matrix,
         out_dtype=call.operand,
-        sumsq=stream.sumsq if sublayer.folded else None,
-        eps=call.eps,
+        norm=_folded_norm(call, stream) if sublayer.folded else None,
         count=call.samples.count,
         transposed=sublayer.layout.tokens,
     )
@@ -164,22 +158,40 @@ def pre_activations(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
     return product.out
 
 
+def _folded_norm(call: Call, stream: Stream) -> FoldedNorm | None:
+    return None if stream.sumsq is None else FoldedNorm(stream.sumsq, call.eps)
+
+
 def _second_product(
-    call: Call, sublayer: Sublayer, inner: Tensor, stream: Stream
-) -> tuple[Tensor, dict[str, Any]]:
-    """The left operand of the second GEMM, and what it adds, as arguments."""
+    call: Call,
+    sublayer: Sublayer,
+    inner: Tensor,
+    stream: Stream,
+    outputs: Outputs,
+    *,
+    addend: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalise: bool = False,
+) -> Product:
+    """``stream + second(inner)``, and what the epilogue does behind it."""
+    assert sublayer.second_matrix is not None
     inner, scales = _quantised(call, inner, sublayer.second_scales)
-    return inner, {
-        "scales": scales,
-        "out_dtype": call.residual,
-        "bias": sublayer.second_bias,
-        "residual": stream.value,
-        # Behind a norm that was deferred the residual is normalised here; a folded one leaves it as it is.
-        "residual_sumsq": None if call.layout.pre_norm else stream.sumsq,
-        "eps": call.eps,
-        "count": call.samples.count,
-        "transposed": sublayer.layout.tokens,
-    }
+    # Behind a norm that was deferred the residual is normalised here; a folded one leaves it as it is.
+    sumsq = None if call.layout.pre_norm else stream.sumsq
+    return gemm(
+        inner,
+        sublayer.second_matrix,
+        out_dtype=call.residual,
+        bias=sublayer.second_bias,
+        scales=scales,
+        residual=Residual(stream.value, sumsq, call.eps),
+        normalise=call.eps if normalise else None,
+        addend=addend,
+        mask=mask,
+        count=call.samples.count,
+        transposed=sublayer.layout.tokens,
+        outputs=outputs,
+    )
 
 
 def second_half(
@@ -196,23 +208,24 @@ def second_half(
 ) -> Stream:
     """``h + second(inner)``, normalised if post-norm: the stream that ``reader`` goes on with."""
     assert sublayer.second_matrix is not None
-    written = call.written(reader, reader_slot, reader_key)
-    place = written.pop("next")
-    inner, common = _second_product(call, sublayer, inner, stream)
+    outputs = call.outputs(reader, reader_slot, reader_key)
+    place = outputs.next
     if call.layout.pre_norm:
-        product = gemm(inner, sublayer.second_matrix, **common, mask=mask, out=place, **written)
+        outputs = replace(outputs, out=place, next=None)
+        product = _second_product(call, sublayer, inner, stream, outputs, mask=mask)
         assert product.out is not None
         return Stream(product.out, product.copy, product.sumsq)
     if call.deferred:
         copied = call.operand if call.operand != call.residual and reader.first_scales is None else None
-        product = gemm(inner, sublayer.second_matrix, **common, write_copy=copied, write_sumsq=True)
+        outputs = Outputs(copy_dtype=copied, write_sumsq=True)
+        product = _second_product(call, sublayer, inner, stream, outputs)
         assert product.out is not None
         return Stream(product.out, product.copy, product.sumsq)
     if sublayer.layout.tokens and "sum" not in slot and sublayer.second_matrix.shape[0] <= WHOLE_ROW:
-        product = gemm(inner, sublayer.second_matrix, **common, normalise=True, out=place)
+        product = _second_product(call, sublayer, inner, stream, Outputs(out=place), normalise=True)
         assert product.out is not None
         return Stream(product.out)
-    product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
+    product = _second_product(call, sublayer, inner, stream, Outputs(out=slot.get("sum")))
     assert product.out is not None
     _, normed, _ = add_rms_norm(
         product.out,
@@ -246,17 +259,14 @@ def last_half(
         keep: Whether the output is wanted beside the next stream.
         reader, reader_slot: First sublayer of the next call, and where its stream is kept.
     """
-    assert sublayer.second_matrix is not None
-    inner, common = _second_product(call, sublayer, inner, stream)
-    written = call.written(reader, reader_slot, "in") if addend is not None else {}
+    outputs = Outputs() if addend is None else call.outputs(reader, reader_slot, "in")
     norm = call.output_norm if call.layout.pre_norm else Norm(None, call.eps)
     if norm is None:
-        product = gemm(
-            inner, sublayer.second_matrix, **common, mask=mask, addend=addend, keep=keep, **written
-        )
+        outputs = replace(outputs, keep=keep)
+        product = _second_product(call, sublayer, inner, stream, outputs, addend=addend, mask=mask)
         following = None if product.next is None else Stream(product.next, product.copy, product.sumsq)
         return product.out, following
-    product = gemm(inner, sublayer.second_matrix, **common, out=slot.get("sum"))
+    product = _second_product(call, sublayer, inner, stream, Outputs(out=slot.get("sum")))
     assert product.out is not None
     if mask is not None:
         _, normed, _ = add_rms_norm(product.out, weight=norm.weight, mask=mask, eps=norm.eps)
@@ -269,6 +279,6 @@ def last_half(
         write_normed=keep,
         write_next=addend is not None,
         count=call.samples.count,
-        **written,
+        outputs=outputs,
     )
     return normed, following

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trm_kernels.ops.activation_gradient import activation_gradient
 from trm_kernels.ops.attention_backward import attention_backward
-from trm_kernels.ops.gemm import gemm
+from trm_kernels.ops.gemm import NormGradient, Outputs, Residual, gemm
 from trm_kernels.ops.layouts import Sublayer
 from trm_kernels.ops.norm import add_rms_norm, rms_norm_backward
 from trm_kernels.ops.stream import Stream
@@ -212,19 +212,15 @@ def sublayer_backward(
     if of_bias is not None:
         gradient.first_bias.add_total(of_bias)
     if sublayer.folded:
-        assert dots is not None
+        assert dots is not None and stream.sumsq is not None
         product = gemm(
             g,
             sublayer.first_matrix.t(),
             out_dtype=call.residual,
-            sumsq=stream.sumsq,
-            eps=call.eps,
-            norm_gradient=(stream.operand, dots),
-            residual=value,
+            norm=NormGradient(stream.sumsq, call.eps, stream.operand, dots),
+            residual=Residual(value),
             count=count,
-            write_copy=call.operand if write_copy else None,
-            out=out,
-            copy=copy,
+            outputs=Outputs(out=out, copy=copy, copy_dtype=call.operand if write_copy else None),
         )
         assert product.out is not None
         return Stream(product.out, product.copy), Products(g, None, operand, inner)
