@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.graph_double import RecordingCapturer
+from tests.no_host_reads import NoHostReads
 from trm_kernels import (
     GraphCache,
     Packing,
@@ -513,21 +513,6 @@ def test_global_post_hooks_hear_of_replays() -> None:
     assert cache.status().replays == 5
     # The double runs the optimizer's Python on a replay, where CUDA would not: 8 calls and 5 notices.
     assert heard == [optimizer] * 13
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises where an operator's result, or its size, has to be known on the host."""
-
-    READS = (
-        torch.ops.aten._local_scalar_dense.default,
-        torch.ops.aten.nonzero.default,
-        torch.ops.aten.masked_select.default,
-        torch.ops.aten.equal.default,
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in self.READS, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_reads_nothing_on_the_host() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from trm_kernels import checks
+from trm_kernels import arguments
 
 Family = Literal["seed", "scratch", "paper"]
 Mixer = Literal["attention", "tokens"]
@@ -65,11 +65,11 @@ class NetworkConfig:
             raise ValueError(f"family must be one of {get_args(Family)}, not {self.family!r}")
         if self.mixer not in get_args(Mixer):
             raise ValueError(f"mixer must be one of {get_args(Mixer)}, not {self.mixer!r}")
-        checks.whole("d_model", self.d_model, 1, _WIDEST)
-        checks.whole("n_layers", self.n_layers, 1, _DEEPEST)
-        checks.whole("n_heads", self.n_heads, 1, _WIDEST)
-        checks.share("dropout", self.dropout)
-        checks.real("rope_theta", self.rope_theta, positive=True)
+        arguments.whole("d_model", self.d_model, 1, _WIDEST)
+        arguments.whole("n_layers", self.n_layers, 1, _DEEPEST)
+        arguments.whole("n_heads", self.n_heads, 1, _WIDEST)
+        arguments.share("dropout", self.dropout)
+        arguments.real("rope_theta", self.rope_theta, positive=True)
         if not isinstance(self.rope, bool):
             raise ValueError(f"rope must be True or False, not {self.rope!r}")
         if self.dropout and self.family == "paper":
@@ -79,7 +79,7 @@ class NetworkConfig:
                 raise ValueError("the seed family has no token mixer: use family='scratch' or 'paper'")
             if self.seq_len is None:
                 raise ValueError("mixer='tokens' needs seq_len, the fixed length of its sequences")
-            checks.whole("seq_len", self.seq_len, 1, _LONGEST)
+            arguments.whole("seq_len", self.seq_len, 1, _LONGEST)
         else:
             if self.d_model % self.n_heads:
                 raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")

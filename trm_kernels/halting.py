@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trm_kernels import checks
+from trm_kernels import arguments
 from trm_kernels.graphs.buckets import Bucket, power_of_two
 from trm_kernels.host_reads import HostReads
 
@@ -85,7 +85,7 @@ def halting_recursion(
     Raises:
         ValueError: Batch sizes differ, or ``max_steps`` is below 1.
     """
-    checks.whole("max_steps", max_steps, 1)
+    arguments.whole("max_steps", max_steps, 1)
     sizes = {name: member.shape[0] for name, member in state.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"members of the state need one batch size, got {sizes}")

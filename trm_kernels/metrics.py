@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trm_kernels import checks
+from trm_kernels import arguments
 from trm_kernels.host_reads import HostReads
 
 
@@ -35,7 +35,7 @@ class MetricBuffer:
     """
 
     def __init__(self, read_every: int = 10) -> None:
-        checks.whole("read_every", read_every, 1)
+        arguments.whole("read_every", read_every, 1)
         self.read_every = read_every
         self.names: tuple[str, ...] = ()
         self._sums: Tensor | None = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trm_kernels import checks
+from trm_kernels import arguments
 from trm_kernels.carry import Carry, exploration_steps
 from trm_kernels.graphs.cache import GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
@@ -136,15 +136,15 @@ class TrainingStep:
     ) -> None:
         if autocast_dtype == torch.float16:
             raise ValueError("float16 needs its loss scaled, which this step does not do: use bfloat16")
-        checks.whole("n", n, 0)
-        checks.whole("T", T, 1)
-        checks.whole("supervision_steps", supervision_steps, 1)
+        arguments.whole("n", n, 0)
+        arguments.whole("T", T, 1)
+        arguments.whole("supervision_steps", supervision_steps, 1)
         # The optimizer sets itself up in its first step.
-        checks.whole("warmup", warmup, 1)
+        arguments.whole("warmup", warmup, 1)
         if max_steps is not None:
-            checks.whole("max_steps", max_steps, 1)
+            arguments.whole("max_steps", max_steps, 1)
         if clip_norm is not None:
-            checks.real("clip_norm", clip_norm, positive=True)
+            arguments.real("clip_norm", clip_norm, positive=True)
         if isinstance(exploration, bool) or not 0.0 <= exploration <= 1.0:
             raise ValueError(f"exploration must lie in [0, 1], not {exploration}")
         if exploration > 0.0 and max_steps is None:

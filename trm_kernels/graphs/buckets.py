@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trm_kernels import checks
+from trm_kernels import arguments
 
 #: Rounds a size up: called with a size of at least 1, gives one at least as large.
 Bucket = Callable[[int], int]
@@ -26,7 +26,7 @@ def eighths(size: int) -> int:
 
 def multiple_of(step: int) -> Bucket:
     """A bucket that rounds up to a multiple of ``step``."""
-    checks.whole("a bucket's step", step, 1)
+    arguments.whole("a bucket's step", step, 1)
 
     def bucket(size: int) -> int:
         return -(-size // step) * step

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trm_kernels import checks
+from trm_kernels import arguments
 from trm_kernels.graphs.capture import Captured, CaptureError, Capturer, CudaCapturer
 
 #: How many keys that could not be captured a cache remembers, so as not to try them on every call.
@@ -81,9 +81,9 @@ class GraphCache:
     def __init__(
         self, max_graphs: int = 64, max_bytes: int | None = None, *, capturer: Capturer | None = None
     ) -> None:
-        checks.whole("max_graphs", max_graphs, 1)
+        arguments.whole("max_graphs", max_graphs, 1)
         if max_bytes is not None:
-            checks.whole("max_bytes", max_bytes, 0)
+            arguments.whole("max_bytes", max_bytes, 0)
         self.max_graphs = max_graphs
         self.max_bytes = max_bytes
         self.capturer: Capturer = CudaCapturer() if capturer is None else capturer

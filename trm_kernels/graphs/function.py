@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import checks, prepared
+from trm_kernels import arguments, prepared
 from trm_kernels.graphs.buckets import Bucket
 from trm_kernels.graphs.cache import Entry, GraphCache, is_nested
 from trm_kernels.graphs.capture import CaptureError
@@ -115,7 +115,7 @@ class GraphedFunction:
         warmup: int = 2,
     ) -> None:
         # Libraries set themselves up on the first run.
-        checks.whole("warmup", warmup, 1)
+        arguments.whole("warmup", warmup, 1)
         self.function = function
         self.cache = GraphCache(max_bytes=DEFAULT_MAX_BYTES) if cache is None else cache
         self.clone = clone

@@ -11,7 +11,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import checks
+from trm_kernels import arguments
 from trm_kernels.graphs.buckets import Bucket, eighths
 from trm_kernels.graphs.cache import GraphCache
 from trm_kernels.graphs.function import GraphedFunction
@@ -73,8 +73,8 @@ class GraphedRecursion:
             raise ValueError(
                 "this network takes no mask, so that padding would change its results: length must be None"
             )
-        checks.whole("n", n, 0)
-        checks.whole("T", T, 1)
+        arguments.whole("n", n, 0)
+        arguments.whole("T", T, 1)
         self.n, self.T = n, T
         buckets = {axis: bucket for axis, bucket in (("B", batch), ("L", length)) if bucket is not None}
         read = [module for module in (net, output_norm, *modules) if isinstance(module, nn.Module)]

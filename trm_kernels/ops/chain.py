@@ -232,13 +232,15 @@ def recursion_forward(
         if inputs_only and stream.value.data_ptr() != saved.tensors["in"][step].data_ptr():
             saved.tensors["in"][step].copy_(stream.value)
         last_z, answer = step == n - 1, step == n
+        # What the next call adds to this one's output; behind the last z it is y alone.
+        addend = y if last_z else pair
         out, following = network_call(
             call,
             blocks,
             stream,
             step,
             slots(step),
-            addend=None if answer else y if last_z else pair,
+            addend=None if answer else addend,
             keep=answer or last_z,
             next_slot=None if answer else entry(step + 1),
             read=read if answer else None,

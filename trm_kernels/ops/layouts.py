@@ -186,6 +186,8 @@ def with_matrices(
     given = iter(matrices)
     for block in blocks:
         for part in block.sublayers:
-            made = None if matrices else part.prepare_fp8(operand) if fp8 else part.prepare(operand)
-            part.take(given if made is None else iter(made), fp8)
+            if matrices:
+                part.take(given, fp8)
+            else:
+                part.take(iter(part.prepare_fp8(operand) if fp8 else part.prepare(operand)), fp8)
     return blocks

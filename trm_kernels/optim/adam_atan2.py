@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trm_kernels import checks
+from trm_kernels import arguments
 
 
 class AdamATan2(Optimizer):
@@ -52,14 +52,14 @@ class AdamATan2(Optimizer):
         capturable: bool = False,
     ) -> None:
         if not isinstance(lr, Tensor):
-            checks.real("lr", lr)
+            arguments.real("lr", lr)
         for beta in betas:
-            checks.share("betas", beta)
-        checks.real("weight_decay", weight_decay)
+            arguments.share("betas", beta)
+        arguments.real("weight_decay", weight_decay)
         if a <= 0.0 or b <= 0.0:
             raise ValueError(f"a and b must be positive, got {a} and {b}")
-        checks.real("a", a)
-        checks.real("b", b)
+        arguments.real("a", a)
+        arguments.real("b", b)
         defaults = {
             "lr": lr,
             "betas": betas,

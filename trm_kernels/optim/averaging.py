@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_kernels import checks
+from trm_kernels import arguments
 
 
 class ParameterAverage:
@@ -27,7 +27,7 @@ class ParameterAverage:
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float = 0.999) -> None:
-        checks.share("decay", decay)
+        arguments.share("decay", decay)
         self.decay = decay
         self._parameters = list(parameters)
         self.averages = [_wide(parameter).clone() for parameter in self._parameters]
@@ -67,7 +67,7 @@ class ParameterAverage:
         for own, value in zip(self.averages, averages, strict=True):
             own.copy_(value)
         decay: Any = state["decay"]
-        checks.share("decay", decay)
+        arguments.share("decay", decay)
         self.decay = float(decay)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as internals
 
-from trm_kernels import checks
+from trm_kernels import arguments
 from trm_kernels.graphs.keys import storage
 from trm_kernels.optim.adam_atan2 import AdamATan2
 
@@ -57,7 +57,7 @@ def _groups(parameters: Iterable[Any], lr: float) -> tuple[list[dict[str, Any]],
     device = groups[0]["params"][0].device
     for group in groups:
         rate = group.get("lr", lr)
-        checks.real("lr", float(rate) if isinstance(rate, Tensor) else rate)
+        arguments.real("lr", float(rate) if isinstance(rate, Tensor) else rate)
         group["lr"] = torch.tensor(float(rate), device=device)
     return groups, device
 

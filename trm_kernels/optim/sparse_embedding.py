@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trm_kernels import checks
+from trm_kernels import arguments
 
 
 class SparseEmbedding(nn.Module):
@@ -42,8 +42,8 @@ class SparseEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, width: int) -> None:
         super().__init__()
-        checks.whole("num_embeddings", num_embeddings, 1)
-        checks.whole("width", width, 1)
+        arguments.whole("num_embeddings", num_embeddings, 1)
+        arguments.whole("width", width, 1)
         self.register_buffer("weights", torch.zeros(num_embeddings, width, dtype=torch.float32))
         self.register_buffer("ids", None, persistent=False)
         # No buffer: modules move those to devices by calls that autograd would record.
@@ -124,8 +124,8 @@ class SparseSignSGD(Optimizer):
         capturable: bool = False,
     ) -> None:
         if not isinstance(lr, Tensor):
-            checks.real("lr", lr)
-        checks.real("weight_decay", weight_decay)
+            arguments.real("lr", lr)
+        arguments.real("weight_decay", weight_decay)
         self._embeddings = list(embeddings)
         rows = [embedding.rows for embedding in self._embeddings if embedding.rows is not None]
         if len(rows) < len(self._embeddings):
