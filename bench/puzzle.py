@@ -28,8 +28,8 @@ from llm_trm.benchmark.protocol import Call, Timing, interleave, synchronize, ti
 from llm_trm.benchmark.results import append
 from llm_trm.benchmark.table import number
 from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit, write_puzzles
-from llm_trm.train.puzzle import PuzzleTrainer
-from llm_trm.train.puzzle_config import PuzzleConfig, configure
+from llm_trm.train.puzzle.config import PuzzleConfig, configure
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from trm_kernels.config import Mixer, NetworkConfig
 
 RESULTS = Path(__file__).resolve().parent / "results" / "puzzle.jsonl"

@@ -23,8 +23,8 @@ from llm_trm.data.puzzles.sudoku import SHAPES
 from llm_trm.data.puzzles.sudoku_splits import generated_splits, sudoku_info
 from llm_trm.evaluate.puzzle_modes import Mode, ModeResult, evaluate_mode
 from llm_trm.models.puzzle.loading import load_puzzle
-from llm_trm.train.puzzle import PuzzleTrainer
-from llm_trm.train.puzzle_config import configure
+from llm_trm.train.puzzle.config import configure
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "puzzle_training.jsonl"
 
@@ -53,7 +53,7 @@ def train(
         seed: Of puzzles and training.
         puzzles: To train on.
         held_out: To evaluate on.
-        **options: Of :func:`~llm_trm.train.puzzle_config.configure`.
+        **options: Of :func:`~llm_trm.train.puzzle.config.configure`.
 
     Returns:
         A line for a results file, run details aside: ``history`` of the training, and for each of the

@@ -27,8 +27,8 @@ from llm_trm.benchmark.table import number
 from llm_trm.data.pairs import Pair, write_index, write_shard
 from llm_trm.errors import InputError
 from llm_trm.models.compression import DimensionCompressor, save_compressor
-from llm_trm.train.phase2 import TRMSequenceTrainer
-from llm_trm.train.phase2_config import Phase2Config
+from llm_trm.train.phase2.config import Phase2Config
+from llm_trm.train.phase2.trainer import TRMSequenceTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training.jsonl"
 PLAIN, OURS = "plain", "llm-trm"

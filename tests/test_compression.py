@@ -22,8 +22,8 @@ from llm_trm.models.compression import (
     require_width,
     save_compressor,
 )
-from llm_trm.train.pca import moments, principal_components
-from llm_trm.train.reconstruction import Quality, Reconstruction, quality
+from llm_trm.train.phase1.pca import moments, principal_components
+from llm_trm.train.phase1.reconstruction import Quality, Reconstruction, quality
 
 WIDTH = 24
 

@@ -17,9 +17,9 @@ from llm_trm.data.pairs import Pair, open_pairs, write_index, write_shard
 from llm_trm.errors import InputError
 from llm_trm.files import named_in, write_json
 from llm_trm.models.loading import load_thinking_model, require_own_files
-from llm_trm.models.phase2 import best_checkpoint
-from llm_trm.train.checkpoints import Checkpoints
-from llm_trm.train.lora_trainer import KeepBest, last_checkpoint
+from llm_trm.models.run_folder import best_checkpoint
+from llm_trm.train.lora.trainer import KeepBest, last_checkpoint
+from llm_trm.train.run.checkpoints import Checkpoints
 
 OUTSIDE = ("../x", "a/../../x", "/etc/passwd", "..", "", ".", "..\\x", "C:\\x", "C:x", "a\0", None, 3, ["a"])
 
@@ -83,7 +83,7 @@ def test_checkpoints(entry: str, name: str, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "c0" / "content").exists()
     if entry == "best" and name.startswith(("..", "/")):
         with pytest.raises(InputError, match="names"):
-            best_checkpoint(tmp_path)
+            best_checkpoint(tmp_path, "name another folder")
 
 
 def shard(folder: Path, outside: Path) -> Path:

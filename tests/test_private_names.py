@@ -40,8 +40,8 @@ def _overrides() -> Iterator[tuple[str, str]]:
     """Private names that classes of ours give another meaning than a class of another package."""
     from llm_trm.models import causal
     from llm_trm.models.causal.adapters import TRMPeftModel
-    from llm_trm.train.lora_trainer import FollowEpochs, KeepBest, LatentTrainer
-    from llm_trm.train.phase3_trainer import LatentGRPOTrainer
+    from llm_trm.train.lora.trainer import FollowEpochs, KeepBest, LatentTrainer
+    from llm_trm.train.phase3.trainer import LatentGRPOTrainer
 
     exported = [value for value in vars(causal).values() if inspect.isclass(value)]
     for ours in {*exported, TRMPeftModel, LatentTrainer, LatentGRPOTrainer, FollowEpochs, KeepBest}:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from llm_trm.benchmark import results
 from llm_trm.cli import main
 from llm_trm.cli.group import UserError
-from llm_trm.data import problems, texts
+from llm_trm.data import problems
 from llm_trm.data.pairs import _read_records
 from llm_trm.data.puzzles.maze_files import read_mazes
 from llm_trm.data.puzzles.sudoku_files import read_sudoku_file
@@ -22,8 +22,9 @@ from llm_trm.errors import InputError
 from llm_trm.evaluate.questions import read_questions
 from llm_trm.files import read_json
 from llm_trm.text import is_text, lines_of, parse_json, read_lines, read_text
-from llm_trm.train.phase3 import _keep_completions
-from llm_trm.train.tracking import _lines_until
+from llm_trm.train.phase1 import texts
+from llm_trm.train.phase3.train import _keep_completions
+from llm_trm.train.run.tracking import _lines_until
 
 #: Where str.splitlines cuts, and a newline does not stand.
 CUTS = ("\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\r")

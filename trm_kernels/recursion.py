@@ -97,7 +97,7 @@ def deep_recursion(
         BackendError: A backend or precision that was asked for by name cannot serve the call.
     """
     for name, count in (("n", n), ("T", T)):
-        # Not all that checks.whole does: this is compiled with its callers, n and T symbols perhaps.
+        # Not all that arguments.whole does: this is compiled with its callers, n and T symbols perhaps.
         if isinstance(count, (bool, float)):
             raise ValueError(f"{name} must be a whole number, not {count!r}")
     if n < 0:

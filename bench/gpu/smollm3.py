@@ -60,9 +60,10 @@ def measure(
     """
     from llm_trm.data.decoding import Limits
     from llm_trm.data.generation import DataGenConfig, ThinkingDataGenerator
+    from llm_trm.data.tags import END_THINK, THINK
     from llm_trm.models.causal import TRMForCausalLM
     from llm_trm.models.loading import ThinkingModel
-    from llm_trm.models.tiny import END_THINK, THINK, tiny_tokenizer
+    from llm_trm.models.tiny import tiny_tokenizer
 
     doing("building the model")
     tokenizer: Any = tiny_tokenizer()

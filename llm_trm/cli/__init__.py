@@ -22,7 +22,7 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
         "data": "llm_trm.cli.data:data",
         "datagen": "llm_trm.cli.datagen:datagen",
         "env": "llm_trm.cli.env:env",
-        "eval": "llm_trm.cli.evaluate:evaluate",
+        "eval": "llm_trm.cli.eval:evaluate",
         "export": "llm_trm.cli.official:export",
         "generate": "llm_trm.cli.generate:generate",
         "import": "llm_trm.cli.official:import_",

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llm_trm.cli.device import device_option, resolve_device
-from llm_trm.cli.language_model_options import trust_option
-from llm_trm.cli.types import BATCH, COUNT, FOLDER, LENGTH, NO_OR_LENGTH, NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO
-from llm_trm.cli.world_options import world_options
+from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.language_model import trust_option
+from llm_trm.cli.options.types import (
+    BATCH,
+    COUNT,
+    FOLDER,
+    LENGTH,
+    NO_OR_LENGTH,
+    NO_OR_SPREAD,
+    SEED,
+    SHARE_ABOVE_ZERO,
+)
+from llm_trm.cli.options.world import world_options
 
 if TYPE_CHECKING:
     from llm_trm.data.generation import GenerationProgress

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from llm_trm.cli.types import BATCH, DEPTH, LENGTH, NO_OR_WIDTH, WIDTH
+from llm_trm.cli.options.types import BATCH, DEPTH, LENGTH, NO_OR_WIDTH, WIDTH
 from llm_trm.memory import in_words
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from llm_trm.cli.output import output_file
-from llm_trm.cli.types import DEPTH, FOLDER, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH, Grid
+from llm_trm.cli.options.output import output_file
+from llm_trm.cli.options.types import DEPTH, FOLDER, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH, Grid
 
 
 @click.group("import")

@@ -12,7 +12,7 @@ import click
 
 from llm_trm.benchmark.suites import suite
 from llm_trm.benchmark.workloads import Case, Mode
-from llm_trm.cli.types import BATCH, LAYERS, LENGTH, MINUTES, WIDTH
+from llm_trm.cli.options.types import BATCH, LAYERS, LENGTH, MINUTES, WIDTH
 
 if TYPE_CHECKING:
     from llm_trm.tuning.calls import RecordedCall

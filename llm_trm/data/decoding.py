@@ -13,12 +13,13 @@ from torch import Tensor
 from llm_trm.data.batch import Batch, Row
 from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
-from llm_trm.models.loading import ThinkingModel
 from llm_trm.ranges import LENGTH, NO_OR_LENGTH, require_ranges
 from llm_trm.upstream import cache_name
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+    from llm_trm.models.loading import ThinkingModel
 
 EMPTY_CONTEXT = "empty_context"
 NO_END_THINK = "no_end_think"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
 from llm_trm.data.reasoning import IGNORED
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_prompt, chat_template
 from llm_trm.errors import InputError
-from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError, shortened
-from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.data.arithmetic import Split, World
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.memory import require_memory
-from llm_trm.models.tiny import END_THINK, THINK
 from llm_trm.text import parse_json, read_lines, read_text
 
 ARITHMETIC = "arithmetic"

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llm_trm.data.passages import Passage, encode, joined, surroundings, text
+from llm_trm.data.tags import THINK
 from llm_trm.errors import InputError
-from llm_trm.models.tiny import THINK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

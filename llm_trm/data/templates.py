@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_trm.data.passages import Passage, joined, remembered, text
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError, one_line, shortened
-from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ import torch
 
 from llm_trm.data.lessons import encode_prompts, question_prompt
 from llm_trm.data.passages import own_token
-from llm_trm.models.tiny import END_THINK, THINK
+from llm_trm.data.tags import END_THINK, THINK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

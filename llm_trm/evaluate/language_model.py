@@ -14,7 +14,7 @@ from llm_trm.data.grading import is_correct
 from llm_trm.data.problems import Question
 from llm_trm.errors import InputError
 from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Speaker
-from llm_trm.evaluate.phase2 import group_labels, value_of, wilson
+from llm_trm.evaluate.statistics import group_labels, value_of, wilson
 
 #: Tokens that each mode writes to warm up.
 _WARM_UP_TOKENS = 16
@@ -113,7 +113,7 @@ def evaluate_language_model(
         decoding: How tokens are chosen.
         batch_size: Problems at a time; the time of a batch is that of its longest answer.
         by: Field of the records to group by, or ``"operations"``; see
-            :func:`~llm_trm.evaluate.phase2.value_of`.
+            :func:`~llm_trm.evaluate.statistics.value_of`.
         progress: Called with 1 when a mode has answered a batch.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm_trm.data.lessons import PromptForm, encode_prompt, prompt_form, question_prompt
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
 from llm_trm.errors import InputError, shortened
 from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
@@ -21,7 +22,6 @@ from llm_trm.models.causal.loading import ADAPTERS_FILE, LatentModel, load_laten
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import think_ids
 from llm_trm.models.loading import language_model_source, pretrained
-from llm_trm.models.tiny import END_THINK, THINK
 from llm_trm.upstream import cache_of
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit
 from llm_trm.errors import InputError
 from llm_trm.evaluate.arc import cast
 from llm_trm.evaluate.fitting import misfit
-from llm_trm.evaluate.phase2 import wilson
 from llm_trm.evaluate.puzzle import PuzzleScore, best_of, score
+from llm_trm.evaluate.statistics import wilson
 from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM
 
 

@@ -31,7 +31,7 @@ class DimensionCompressor(nn.Module):
 
     The compression is ``W h`` and the reconstruction ``W^T W h``, without biases: one matrix W [D', D], which
     starts with orthonormal rows. The least mean squared error that it can reach is that of the projection
-    on the D' leading eigenvectors of E[h h^T] (:mod:`llm_trm.train.pca`).
+    on the D' leading eigenvectors of E[h h^T] (:mod:`llm_trm.train.phase1.pca`).
 
     Args:
         d_model: Width D of the states.

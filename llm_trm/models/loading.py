@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.lessons import encode_each, question_prompt
 from llm_trm.data.passages import Passage, own_token
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.files import named_in, read_json
-from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
     import torch

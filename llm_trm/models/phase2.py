@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.errors import InputError
-from llm_trm.files import named_in, read_json
 from llm_trm.models.compression import DimensionCompressor, load_compressor
+from llm_trm.models.run_folder import INDEX_FILE, best_checkpoint
 from llm_trm.models.sequence_trm import SequenceTRM, load_sequence_trm
 from llm_trm.ranges import DEPTH, require_in
 
-#: Of a run: which checkpoints it has.
-INDEX_FILE = "index.json"
-#: Of a run: the folder of its checkpoints; of a checkpoint: that of its compressor.
-CHECKPOINTS_FOLDER, COMPRESSOR_FOLDER = "checkpoints", "compressor"
+#: Of a checkpoint: the folder of its compressor.
+COMPRESSOR_FOLDER = "compressor"
 
 _REMEDY = "name a folder that `llm-trm train phase2` wrote"
 
@@ -34,25 +32,10 @@ def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[st
         InputError: A missing or broken file.
     """
     if (folder / INDEX_FILE).exists():
-        folder = best_checkpoint(folder)
+        folder = best_checkpoint(folder, _REMEDY)
     model, facts = load_sequence_trm(folder)
     require_in(DEPTH, "max_steps", facts.get("max_steps"), InputError, f"{folder}: ")
     compressor = load_compressor(folder / COMPRESSOR_FOLDER)
     if not isinstance(compressor, DimensionCompressor):
         raise InputError(f"{folder / COMPRESSOR_FOLDER} is no compressor of single states: {_REMEDY}")
     return model, compressor.eval(), facts
-
-
-def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the run in ``folder`` with the lowest validation loss, or its only one.
-
-    Raises:
-        InputError: There is none.
-    """
-    path = folder / INDEX_FILE
-    index = read_json(path, _REMEDY)
-    try:
-        name = index["best"] or index["last"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is no index of checkpoints: {_REMEDY}") from error
-    return named_in(folder / CHECKPOINTS_FOLDER, name, path, _REMEDY)

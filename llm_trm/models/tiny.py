@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llm_trm.data.tags import END_THINK, THINK
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
-THINK, END_THINK = "<think>", "</think>"
 
 #: Messages one behind the other. As in SmolLM3's template, an empty trace in the prompt turns thinking off.
 _CHAT_TEMPLATE = """\

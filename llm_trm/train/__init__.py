@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_trm.train.phase2 import TRMSequenceTrainer as TRMSequenceTrainer
-    from llm_trm.train.scratch_trainer import TRMTrainer as TRMTrainer
+    from llm_trm.train.phase2.trainer import TRMSequenceTrainer as TRMSequenceTrainer
+    from llm_trm.train.puzzle.scratch_trainer import TRMTrainer as TRMTrainer
 
-_MODULES = {"TRMSequenceTrainer": "phase2", "TRMTrainer": "scratch_trainer"}
+_MODULES = {"TRMSequenceTrainer": "phase2.trainer", "TRMTrainer": "puzzle.scratch_trainer"}
 
 __all__ = ["TRMSequenceTrainer", "TRMTrainer"]
 

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from llm_trm.data.arithmetic import World
 from llm_trm.data.lessons import encode_prompt, question_prompt
 from llm_trm.data.processes import world_size
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError
-from llm_trm.models.tiny import END, END_THINK, THINK, tiny_language_model, tiny_tokenizer
+from llm_trm.models.tiny import END, tiny_language_model, tiny_tokenizer
 from llm_trm.ranges import BATCH, COUNT, LEARNING_RATE, SHARE, TRAINER_SEED, require_ranges
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def train_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, 
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from llm_trm.train.lora_trainer import trainer_state
+    from llm_trm.train.lora.trainer import trainer_state
 
     checkpoint = None
     if config.resume:

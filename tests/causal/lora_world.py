@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausa
 
 from llm_trm.data.arithmetic import World
 from llm_trm.models.tiny import tiny_tokenizer
-from llm_trm.train.lora_config import LoraTrainingConfig
+from llm_trm.train.lora.config import LoraTrainingConfig
 
 SMALL = {"supervision_steps": 2, "n_latent_steps": 1, "n_deep_recursions": 1, "n_layers": 1}
 

@@ -18,14 +18,14 @@ from llm_trm.errors import InputError
 from llm_trm.evaluate.answers import accuracy, answer_tokens, written_length
 from llm_trm.evaluate.language_model import evaluate_language_model, require_graded
 from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, load_speakers
-from llm_trm.evaluate.phase2 import wilson
+from llm_trm.evaluate.statistics import wilson
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model
 from llm_trm.models.tiny import tiny_tokenizer
 from tests.causal.saved import latent_model, save
 from tests.causal.tiny import tiny_decoder
 
-LLM_TRM = Group(commands_at={"lm": "llm_trm.cli.eval_lm:lm"})
+LLM_TRM = Group(commands_at={"lm": "llm_trm.cli.eval.lm:lm"})
 
 
 def run(*arguments: str) -> Result:

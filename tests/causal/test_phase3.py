@@ -20,16 +20,17 @@ pytest.importorskip("trl")
 from click.testing import CliRunner
 from tokenizers.processors import TemplateProcessing
 
-from llm_trm.cli.train_phase3 import phase3
+from llm_trm.cli.train.phase3 import phase3
 from llm_trm.data.arithmetic import World
 from llm_trm.data.lessons import lesson
+from llm_trm.data.tags import THINK
 from llm_trm.errors import InputError
 from llm_trm.models.causal import TRMForCausalLM, add_lora
 from llm_trm.models.causal.loading import load_latent_model, save_latent_model
-from llm_trm.models.tiny import THINK, tiny_tokenizer
-from llm_trm.train.phase3 import grpo_arguments, load_problems, make_trainer, train_phase3
-from llm_trm.train.phase3_config import Phase3Config, Phase3Report, Problems
-from llm_trm.train.phase3_trainer import LatentGRPOTrainer, active_reasoner
+from llm_trm.models.tiny import tiny_tokenizer
+from llm_trm.train.phase3.config import Phase3Config, Phase3Report, Problems
+from llm_trm.train.phase3.train import grpo_arguments, load_problems, make_trainer, train_phase3
+from llm_trm.train.phase3.trainer import LatentGRPOTrainer, active_reasoner
 from tests.causal.tiny import tiny_decoder
 
 TOKENIZER = tiny_tokenizer()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llm_trm.models.tiny import END, tiny_tokenizer
-from llm_trm.train.rewards import correctness_reward, format_reward
+from llm_trm.train.phase3.rewards import correctness_reward, format_reward
 
 TOKENIZER = tiny_tokenizer()
 IDS: Any = TOKENIZER.convert_tokens_to_ids(["<think>", "</think>"])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from llm_trm.train.lora_config import LoraTrainingConfig
+from llm_trm.train.lora.config import LoraTrainingConfig
 from tests.causal.lora_world import SMALL, settings, write_language_model, write_rows
 
 pytestmark = [
@@ -68,22 +68,22 @@ def entry(rank: int, config: LoraTrainingConfig, port: int, sharded: bool) -> No
     from torch.distributed.tensor import DTensor
     from transformers import TrainerCallback
 
-    from llm_trm.train import lora
+    from llm_trm.train.lora import train
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
             kinds = [isinstance(weight, DTensor) for weight in model.parameters()]
             assert all(kinds) if sharded else not any(kinds)
 
-    build = lora.LatentTrainer
+    build = train.LatentTrainer
 
     def watched(*arguments: Any, **options: Any) -> Any:
         trainer = build(*arguments, **options)
         trainer.add_callback(Watch())
         return trainer
 
-    lora.LatentTrainer = watched
-    lora.train_lora(config)
+    train.LatentTrainer = watched
+    train.train_lora(config)
 
 
 def run(config: LoraTrainingConfig, *, sharded: bool) -> dict[str, torch.Tensor]:

@@ -14,13 +14,13 @@ from llm_trm.data.lessons import encode_prompt, lesson, prompt_form, question_pr
 from llm_trm.data.problems import Question, read_questions
 from llm_trm.data.questions import Solved, load_solved
 from llm_trm.data.reasoning import ReasoningDataset
-from llm_trm.data.texts import read_texts, tokenised
 from llm_trm.errors import InputError
 from llm_trm.evaluate.language_model_modes import Decoding, load_speakers
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model
 from llm_trm.models.tiny import tiny_tokenizer
-from llm_trm.train.lora_data import Collator, Lessons
+from llm_trm.train.lora.data import Collator, Lessons
+from llm_trm.train.phase1.texts import read_texts, tokenised
 from tests.causal import chats
 from tests.causal.chats import chat_tokenizer, save_chat_model
 from tests.causal.lora_world import SMALL, settings, write_rows
@@ -386,7 +386,7 @@ def test_commands_refuse_templates_and_answers(tmp_path: Path) -> None:
 def test_a_run_from_training_to_evaluation(tmp_path: Path) -> None:
     """A model whose prompts open the thought is trained, loaded, and asked as it was trained."""
     pytest.importorskip("peft")
-    from llm_trm.train.lora import train_lora
+    from llm_trm.train.lora.train import train_lora
 
     save_chat_model(tmp_path / "lm", tokenizer_of("r1", ends=True))
     write_rows(
@@ -419,8 +419,8 @@ def test_questions_in_rewarded_training(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from llm_trm.models.causal import create_smollm_trm_model
     from llm_trm.models.causal.loading import save_latent_model
-    from llm_trm.train.phase3 import grpo_arguments, make_trainer
-    from llm_trm.train.phase3_config import Phase3Config, Problems
+    from llm_trm.train.phase3.config import Phase3Config, Problems
+    from llm_trm.train.phase3.train import grpo_arguments, make_trainer
 
     save_chat_model(tmp_path / "lm", tokenizer_of("r1"))
     model = create_smollm_trm_model(

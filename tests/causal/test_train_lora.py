@@ -20,12 +20,12 @@ from llm_trm.errors import InputError
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.compression import DimensionCompressor, save_compressor
 from llm_trm.models.sequence_trm import SequenceTRM, save_sequence_trm
-from llm_trm.train import lora_trainer
-from llm_trm.train.distillation import state_distance, states_at, teacher_states, without_adapters
-from llm_trm.train.lora import LoraPlan, LoraReport, train_lora
-from llm_trm.train.lora_data import Collator, Lessons
-from llm_trm.train.lora_metrics import sample_measures, summary
-from llm_trm.train.lora_model import build_trainee
+from llm_trm.train.lora import trainer
+from llm_trm.train.lora.data import Collator, Lessons
+from llm_trm.train.lora.distillation import state_distance, states_at, teacher_states, without_adapters
+from llm_trm.train.lora.metrics import sample_measures, summary
+from llm_trm.train.lora.model import build_trainee
+from llm_trm.train.lora.train import LoraPlan, LoraReport, train_lora
 from tests.causal.lora_world import settings, write_language_model, write_rows
 
 
@@ -133,7 +133,7 @@ def test_the_best_model_is_written(
     world: Path, tmp_path: Path, use_lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((0.3, 0.1, 0.2, 0.4, 0.4))
-    monkeypatch.setattr(lora_trainer, "summary", lambda measures: {"loss": next(losses)})
+    monkeypatch.setattr(trainer, "summary", lambda measures: {"loss": next(losses)})
     changes = {"output": tmp_path, "lora": use_lora, "eval_every": 1, "patience": 2, "steps": 5}
     result = train_lora(settings(world, **changes))
     assert result.best_step == 2 and result.metrics["loss"] == 0.1
@@ -207,7 +207,7 @@ def test_a_finished_run_is_merged_later_and_elsewhere(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((0.1, 0.2))
-    monkeypatch.setattr(lora_trainer, "summary", lambda measures: {"loss": next(losses)})
+    monkeypatch.setattr(trainer, "summary", lambda measures: {"loss": next(losses)})
     changes = {"steps": 2, "eval_every": 1}
     train_lora(settings(world, output=tmp_path / "first", **changes))
     best = load_latent_model(tmp_path / "first" / "checkpoint-1")

@@ -14,15 +14,15 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_trm.cli.train_lora import lora
+from llm_trm.cli.train.lora import lora
 from llm_trm.data.lessons import lesson
 from llm_trm.data.questions import Solved, load_solved
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import tiny_tokenizer
-from llm_trm.train.curriculum import StagedOrder, thinking_left, thinking_steps
-from llm_trm.train.lora_data import Collator, Lessons
-from llm_trm.train.lora_metrics import sample_measures, summary
-from llm_trm.train.lora_trainer import FollowEpochs, KeepBest, last_checkpoint
+from llm_trm.train.lora.curriculum import StagedOrder, thinking_left, thinking_steps
+from llm_trm.train.lora.data import Collator, Lessons
+from llm_trm.train.lora.metrics import sample_measures, summary
+from llm_trm.train.lora.trainer import FollowEpochs, KeepBest, last_checkpoint
 from tests.causal.lora_world import write_language_model, write_rows
 
 GSM8K = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5.\nThen 1,000.\n#### 1,000"}

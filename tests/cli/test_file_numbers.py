@@ -24,12 +24,12 @@ from llm_trm.models.loading import load_thinking_model
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
 from llm_trm.models.sequence_trm import SequenceTRM, SequenceTRMConfig, load_sequence_trm, save_sequence_trm
-from llm_trm.train.lora_trainer import trainer_state
-from llm_trm.train.phase2_state import Progress
-from llm_trm.train.puzzle import PuzzleTrainer
-from llm_trm.train.puzzle_state import PuzzleProgress
-from llm_trm.train.states import StateFiles
-from llm_trm.train.training_state import read_progress
+from llm_trm.train.lora.trainer import trainer_state
+from llm_trm.train.phase1.states import StateFiles
+from llm_trm.train.phase2.progress import Progress
+from llm_trm.train.puzzle.progress import PuzzleProgress
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
+from llm_trm.train.run.training_state import read_progress
 from tests.causal.lora_world import write_language_model
 from tests.causal.saved import latent_model, save
 from tests.puzzle.toy import toy_config, write_toy

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from llm_trm.cli import main
-from llm_trm.cli.types import Grid, RealNumber, WholeNumber, WholeNumbers
+from llm_trm.cli.options.types import Grid, RealNumber, WholeNumber, WholeNumbers
 
 Option = tuple[tuple[str, ...], click.Command, click.Parameter]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.models import tiny
-from llm_trm.models.tiny import END, END_THINK, THINK, tiny_language_model, tiny_tokenizer
+from llm_trm.models.tiny import END, tiny_language_model, tiny_tokenizer
 
 #: The last of four layers has no positional encoding, as in SmolLM3.
 PRESET = {

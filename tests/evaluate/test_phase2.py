@@ -19,13 +19,11 @@ from llm_trm.evaluate.phase2 import (
     Phase2Evaluation,
     Scores,
     evaluate_phase2,
-    group_labels,
     measure,
     rank,
     score,
-    value_of,
-    wilson,
 )
+from llm_trm.evaluate.statistics import group_labels, value_of, wilson
 from llm_trm.models.compression import DimensionCompressor
 from llm_trm.models.sequence_trm import SequenceTRM
 from tests.evaluate.sample import D_COMPRESSED, VOCABULARY, D, write_pairs

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from llm_trm.cli.data_arc import arc
-from llm_trm.cli.data_maze import maze
+from llm_trm.cli.data.arc import arc
+from llm_trm.cli.data.maze import maze
 from llm_trm.data.puzzles.arc import FIRST_COLOUR
 from llm_trm.data.puzzles.arc_folder import read_arc
 from llm_trm.data.puzzles.dataset import read_info, read_split

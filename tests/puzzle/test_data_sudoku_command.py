@@ -15,7 +15,7 @@ from llm_trm.data.puzzles.sudoku import SHAPES, count_solutions, generate, solut
 
 
 def command(*arguments: object) -> Result:
-    group = Group(commands_at={"sudoku": "llm_trm.cli.data_sudoku:sudoku"})
+    group = Group(commands_at={"sudoku": "llm_trm.cli.data.sudoku:sudoku"})
     return CliRunner().invoke(group, ["sudoku", *map(str, arguments)])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.data.puzzles.dataset import PuzzleSplit
-from llm_trm.train.puzzle_feed import Feed
+from llm_trm.train.puzzle.feed import Feed
 
 SAMPLES = 24
 

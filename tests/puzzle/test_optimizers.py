@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trm.files import write_tensors
-from llm_trm.train.training_state import restore_training, training_tensors
+from llm_trm.train.run.training_state import restore_training, training_tensors
 from tests.graph_double import RecordingCapturer
 from tests.no_host_reads import NoHostReads
 from trm_kernels import (

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from llm_trm.cli import main
 from llm_trm.data.puzzles.dataset import PuzzleSplit, read_info, read_split, repeated, write_puzzles
 from llm_trm.errors import InputError
-from llm_trm.train.checkpoints import Checkpoints
-from llm_trm.train.puzzle import PuzzleTrainer
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
+from llm_trm.train.run.checkpoints import Checkpoints
 from tests.puzzle.toy import toy_config, write_toy
 
 #: A model without embeddings of puzzles.

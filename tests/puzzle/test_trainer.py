@@ -14,9 +14,9 @@ from llm_trm.data.puzzles.dataset import read_info, read_split, write_puzzles
 from llm_trm.errors import InputError
 from llm_trm.files import read_json
 from llm_trm.models.puzzle.loading import load_puzzle
-from llm_trm.train.puzzle import PuzzleTrainer
-from llm_trm.train.puzzle_config import configure
-from llm_trm.train.puzzle_report import PuzzlePlan, PuzzleReport
+from llm_trm.train.puzzle.config import configure
+from llm_trm.train.puzzle.report import PuzzlePlan, PuzzleReport
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from tests.killing import check_kills
 from tests.puzzle import worker
 from tests.puzzle.toy import content_of, toy_config, write_toy

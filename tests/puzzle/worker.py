@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from llm_trm.train.puzzle import PuzzleTrainer
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from tests.puzzle.toy import toy_config
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llm_trm.errors import InputError
-from llm_trm.train import checkpoints as module
-from llm_trm.train.checkpoints import Checkpoints
+from llm_trm.train.run import checkpoints as module
+from llm_trm.train.run.checkpoints import Checkpoints
 
 
 def save(checkpoints: Checkpoints, number: int, loss: float | None) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_trm.train.losses import SupervisionLoss, errors, means_of
-from llm_trm.train.schedule import warmup_cosine
+from llm_trm.models.contexts import errors
+from llm_trm.train.phase2.losses import SupervisionLoss, means_of
+from llm_trm.train.run.schedule import warmup_cosine
 
 TARGET = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
 STATE = torch.tensor([[3.0, 4.0], [0.0, 2.0]])

@@ -18,16 +18,16 @@ pytest.importorskip("accelerate")
 
 from llm_trm.cli import main
 from llm_trm.data.arithmetic import World
-from llm_trm.data.texts import read_texts, solved_text, tokenised
 from llm_trm.errors import InputError
 from llm_trm.files import write_tensors
 from llm_trm.models.compression import compressor_facts, load_compressor, save_compressor
 from llm_trm.models.loading import ThinkingModel, load_thinking_model
 from llm_trm.models.tiny import PRESETS, tiny_language_model, tiny_tokenizer
-from llm_trm.train import states as states_module
-from llm_trm.train.phase1 import DECODER_FILE, CompressorPretrainer
-from llm_trm.train.phase1_config import Phase1Config, StageResult
-from llm_trm.train.states import StateFiles, collect_states, fingerprint, write_index
+from llm_trm.train.phase1 import states as states_module
+from llm_trm.train.phase1.config import Phase1Config, StageResult
+from llm_trm.train.phase1.states import StateFiles, collect_states, fingerprint, write_index
+from llm_trm.train.phase1.texts import read_texts, solved_text, tokenised
+from llm_trm.train.phase1.trainer import DECODER_FILE, CompressorPretrainer
 
 WIDTH = 16
 _SIZES = {

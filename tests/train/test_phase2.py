@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_trm.cli.phase2_progress import ConsoleReport
+from llm_trm.cli.train.phase2_progress import ConsoleReport
 from llm_trm.errors import InputError
 from llm_trm.files import read_tensors
 from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.train import TRMSequenceTrainer
-from llm_trm.train.phase2_report import Phase2Report, Phase2Result
+from llm_trm.train.phase2.report import Phase2Report, Phase2Result
 from tests.train.toy import content_of, toy_config, write_compressor, write_pairs, write_toy
 
 

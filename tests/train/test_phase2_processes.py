@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm_trm.files import read_json, read_tensors
-from llm_trm.train.checkpoints import Checkpoints
+from llm_trm.train.run.checkpoints import Checkpoints
 from tests.killing import check_kills, finished
 from tests.train import worker
 from tests.train.toy import content_of, write_toy

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm_trm.errors import InputError
-from llm_trm.train.tracking import JSONL_FILE, finish_tracking, make_accelerator, new_accelerator
+from llm_trm.train.run.tracking import JSONL_FILE, finish_tracking, make_accelerator, new_accelerator
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def test_accelerate_s_own_trackers_get_project_and_plain_settings(
     found: list[tuple[str, dict[str, Any]]] = []
     accelerator.log_with = ["wandb"]
     monkeypatch.setattr(accelerator, "init_trackers", lambda project, config: found.append((project, config)))
-    from llm_trm.train.tracking import start_tracking
+    from llm_trm.train.run.tracking import start_tracking
 
     start_tracking(accelerator, "project", {"path": tmp_path, "rate": 0.5, "none": None, "flag": True})
     assert found == [("project", {"path": str(tmp_path), "rate": 0.5, "none": "None", "flag": True})]

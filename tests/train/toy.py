@@ -11,7 +11,7 @@ import torch
 from llm_trm.data.pairs import RECORD, Pair, write_index, write_shard
 from llm_trm.files import read_tensors
 from llm_trm.models.compression import DimensionCompressor, save_compressor
-from llm_trm.train.phase2 import Phase2Config
+from llm_trm.train.phase2.trainer import Phase2Config
 
 WIDTH, COMPRESSED = 16, 8
 

@@ -11,8 +11,8 @@ import accelerate.tracking  # noqa: F401
 import torch
 import torch._dynamo
 
-from llm_trm.train.phase2 import TRMSequenceTrainer
-from llm_trm.train.phase2_report import Phase2Report
+from llm_trm.train.phase2.report import Phase2Report
+from llm_trm.train.phase2.trainer import TRMSequenceTrainer
 from tests.train.toy import toy_config
 
 

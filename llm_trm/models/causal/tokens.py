@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.passages import own_token
+from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError
-from llm_trm.models.tiny import END_THINK, THINK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

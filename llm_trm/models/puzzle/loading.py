@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_trm.models.phase2 import INDEX_FILE, best_checkpoint
 from llm_trm.models.puzzle.paper import PuzzleTRM, load_puzzle_model
+from llm_trm.models.run_folder import INDEX_FILE, best_checkpoint
+
+_REMEDY = "name a folder that `llm-trm train puzzle` or `llm-trm import official` wrote"
 
 
 def load_puzzle(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM, dict[str, Any]]:
@@ -25,5 +27,5 @@ def load_puzzle(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM,
         InputError: A missing or broken file.
     """
     if (folder / INDEX_FILE).exists():
-        folder = best_checkpoint(folder)
+        folder = best_checkpoint(folder, _REMEDY)
     return load_puzzle_model(folder, backend=backend)

@@ -1,0 +1,99 @@
+"""``llm-trm data arc``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llm_trm.cli.options.types import FOLDER, SEED, SYMMETRIES
+
+
+@click.command(short_help="Write ARC tasks under many symmetries.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--evaluation",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Hold out the test pairs of these tasks alone, and train on all pairs of those in PATH. May be "
+    "repeated. [default: the test pairs of all tasks are held out]",
+)
+@click.option(
+    "--augment",
+    type=SYMMETRIES,
+    default=100,
+    show_default=True,
+    help="Symmetries of each task, besides the task itself. The paper has 1000.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same symmetries.")
+@click.option(
+    "-o",
+    "--output",
+    type=FOLDER,
+    default=Path("data/arc"),
+    show_default=True,
+    help="Folder to write.",
+)
+def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, seed: int, output: Path) -> None:
+    """Write ARC tasks as grids of 30 x 30 tokens, each task under many symmetries.
+
+    PATH is a folder with one JSON file a task, such a file, or a *_challenges.json file of the ARC Prize with
+    the *_solutions.json file beside it. The colours but black are permuted, the grids turned and mirrored;
+    each task under each symmetry has a puzzle identifier of its own, and arc.json says which. The pairs that
+    show a task's rule are always learned from. A task of --evaluation that is in PATH too, under its name or
+    another, is held out.
+
+    \b
+    Examples:
+      llm-trm data arc ARC-AGI/data/training --evaluation ARC-AGI/data/evaluation
+      llm-trm data arc arc-agi_evaluation2_challenges.json --augment 1000 -o data/arc2
+    """
+    from llm_trm.cli.bars import progress_bar
+    from llm_trm.data.puzzles.arc_files import is_labelled, merged, read_tasks
+    from llm_trm.data.puzzles.arc_folder import write_arc
+    from llm_trm.data.puzzles.arc_overlap import learnable, without_tests_of_others
+    from llm_trm.data.puzzles.arc_splits import plan_tasks
+    from llm_trm.files import writable_folder
+
+    writable_folder(output)
+    tasks = merged((path, read_tasks(path)) for path in paths)
+    tested = merged((path, read_tasks(path)) for path in evaluation) if evaluation else tasks
+    names = {task.name for task in tested}
+    learned = [task for task in tasks if task.name not in names]
+    if both := len(tasks) - len(learned) if evaluation else 0:
+        click.echo(f"held out, since --evaluation has them too: {both} of PATH", err=True)
+    learned, twins = learnable(tested, learned)
+    if twins:
+        click.echo(f"held out, since --evaluation has them under other names: {_such_as(twins)}", err=True)
+    tested, shown = without_tests_of_others(tested)
+    if shown:
+        click.echo(f"demonstrations left out, since they test another task: {_such_as(shown)}", err=True)
+    with progress_bar("tasks", len(tested) + len(learned)) as progress:
+        plan = plan_tasks(tested, learned, augment, seed, progress)
+    sizes = plan.sizes
+    size = 2 * 900 * sum(sizes.values()) / 1e9
+    click.echo(
+        f"tasks: {len(plan.tasks)}, with their symmetries {plan.num_puzzles - 1}; {sizes['train']} pairs to "
+        f"train on, {sizes['test']} held out; {size:.1f} GB"
+    )
+    if unsolved := [task.name for task in tested if not is_labelled(task)]:
+        click.echo(
+            f"held out without solutions: {len(unsolved)}, such as {unsolved[0]}; their labels are 0, and "
+            "count for nothing",
+            err=True,
+        )
+    if short := sum(len(group) <= augment for group in plan.transforms):
+        click.echo(f"tasks with fewer than {augment} different symmetries: {short}", err=True)
+    facts = {
+        "source": [str(path) for path in paths],
+        "evaluation": [str(path) for path in evaluation],
+        "augment": augment,
+        "seed": seed,
+    }
+    with progress_bar("pairs", sum(sizes.values())) as progress:
+        write_arc(output, plan, facts, progress)
+    click.echo(f"written to {output}")
+
+
+def _such_as(pairs: list[tuple[str, str]]) -> str:
+    return f"{len(pairs)}, such as {pairs[0][0]} ({pairs[0][1]})"

@@ -1,0 +1,1 @@
+"""The language model and the recursion, trained together on questions and answers: ``llm-trm train lora``."""

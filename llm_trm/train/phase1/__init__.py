@@ -1,0 +1,1 @@
+"""A compressor of hidden states: ``llm-trm train phase1``."""

@@ -1,0 +1,188 @@
+"""The optimisation of a compressor on states in files, on one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm_trm.errors import InputError
+from llm_trm.train.phase1.config import Progress
+from llm_trm.train.phase1.pca import Moments, PrincipalComponents, principal_components
+from llm_trm.train.phase1.reconstruction import Batch, Quality, Reconstruction, quality
+from llm_trm.train.phase1.states import StateFiles, padded
+from llm_trm.train.run.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_WARM_UP = 0.1
+#: Relative decrease of the validation error that counts as one.
+_LEAST_GAIN = 1e-4
+#: Steps between readings of the loss, each of which waits for the device.
+_READ_EVERY = 20
+_EVAL_ROWS, _EVAL_SEQUENCES = 8192, 32
+
+
+@dataclass
+class Material:
+    """States of one stage: those to learn from with their moments, and those to validate on."""
+
+    training: StateFiles
+    validation: StateFiles
+    moments: Moments
+
+    @cached_property
+    def components(self) -> PrincipalComponents:
+        """Of the states to learn from."""
+        return principal_components(self.moments.second)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How to optimise.
+
+    Attributes:
+        sequences: Batches are of padded sequences (latent compressors), not of single states.
+        batch_size: Sequences or states of an optimizer step, over all processes.
+        learning_rate: Peak of warm-up over a tenth of the steps, then cosine to 0.
+        weight_decay: Of AdamW.
+        epochs: Most passes over the states.
+        patience: Epochs without a better validation error after which training ends.
+        seed: Of the order.
+    """
+
+    sequences: bool
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    patience: int
+    seed: int
+
+
+def every_batch(files: StateFiles, sequences: bool, device: torch.device) -> Iterator[Batch]:
+    """All states, in order, as float32 batches on ``device``: padded sequences, or single states."""
+    if not sequences:
+        for rows in files.batches(_EVAL_ROWS):
+            yield rows.to(device).float(), None
+        return
+    for number in range(len(files.shards)):
+        shard = files.shard(number)
+        for start in range(0, len(shard), _EVAL_SEQUENCES):
+            states, mask = padded(shard[start : start + _EVAL_SEQUENCES])
+            yield states.to(device).float(), mask.to(device)
+
+
+def fit(
+    module: Reconstruction,
+    material: Material,
+    settings: Fit,
+    accelerator: Accelerator,
+    progress: Progress,
+    what: str,
+    first_step: int = 0,
+) -> tuple[int, int]:
+    """Minimise the squared error of ``module``, over the states' mean square, and keep the best weights.
+
+    Every process draws the same batches and takes its share of each, and gradients are averaged so that each
+    state counts once: the result does not depend on the number of processes, apart from rounding.
+
+    Args:
+        module: Trained in place; ends in eval mode, on the accelerator's device, with the weights of the best
+            validation error, which may be those that it came with.
+        what: Name of the run, for progress and trackers.
+        first_step: Of the trackers' count.
+
+    Returns:
+        The epochs that the best weights took, and the steps that were made.
+
+    Raises:
+        InputError: Fewer states or sequences in a batch than processes.
+    """
+    files, device = material.training, accelerator.device
+    count = files.sequences if settings.sequences else files.rows
+    if min(count, settings.batch_size) < accelerator.num_processes:
+        raise InputError(
+            f"batches of {min(count, settings.batch_size)} cannot be shared by {accelerator.num_processes} "
+            "processes: use fewer processes, or a larger --batch-size and more --num-tokens"
+        )
+    per_epoch = max(1, count // settings.batch_size)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    schedule = _schedule(optimizer, per_epoch * settings.epochs)
+    wrapped, stepper = accelerator.prepare(module, optimizer)
+    best = now = quality(module, every_batch(material.validation, settings.sequences, device))
+    best_epoch, stale, weights, steps = 0, 0, _copied(module), 0
+    # accelerate averages gradients over the processes: each loss is over the mean share of a batch.
+    scale = material.moments.power * files.width / accelerator.num_processes
+    for epoch in range(settings.epochs):
+        module.train()
+        recent: list[Tensor] = []
+        for (states, mask), rows in _shares(files, settings, epoch, accelerator):
+            error = wrapped(states, mask) - states
+            loss = (error if mask is None else error[mask]).square().sum() / (rows * scale)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+            stepper.step()
+            schedule.step()
+            stepper.zero_grad()
+            steps += 1
+            recent.append(loss.detach())
+            if steps % _READ_EVERY == 0 or steps % per_epoch == 0:
+                seen = float(torch.stack(recent).mean())
+                recent.clear()
+                progress.training(what, steps, per_epoch * settings.epochs, seen, now.cosine_similarity)
+                accelerator.log({f"{what}/loss": seen}, first_step + steps)
+        module.eval()
+        now = _agreed(quality(module, every_batch(material.validation, settings.sequences, device)))
+        accelerator.log(
+            {f"{what}/held-out {name}": value for name, value in asdict(now).items()}, first_step + steps
+        )
+        stale = 0 if now.mse < best.mse * (1 - _LEAST_GAIN) else stale + 1
+        if now.mse < best.mse:
+            best, best_epoch, weights = now, epoch + 1, _copied(module)
+        if stale >= settings.patience:
+            progress.say(f"{what}: no better for {stale} epochs, stopped after epoch {epoch + 1}")
+            break
+    accelerator.free_memory()
+    module.load_state_dict(weights)
+    module.eval()
+    return best_epoch, steps
+
+
+def _shares(
+    files: StateFiles, settings: Fit, epoch: int, accelerator: Accelerator
+) -> Iterator[tuple[Batch, int]]:
+    """This process's share of every batch of an epoch, and how many states the whole batch has."""
+    generator = torch.Generator().manual_seed((settings.seed * 100_003 + epoch) % 2**64)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    device = accelerator.device
+    if settings.sequences:
+        for sequences in files.shuffled_sequences(settings.batch_size, generator):
+            states, mask = padded(sequences[mine])
+            yield (states.to(device).float(), mask.to(device)), sum(map(len, sequences))
+    else:
+        for rows in files.shuffled_rows(settings.batch_size, generator):
+            yield (rows[mine].to(device).float(), None), len(rows)
+
+
+def _agreed(found: Quality) -> Quality:
+    """The main process's measurement: processes that decided for themselves could wait for one another."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([found])[0]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    warm_up = max(1, round(_WARM_UP * steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warm_up))
+
+
+def _copied(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,251 @@
+"""Texts for a language model to read: files, chats, solved problems, hub datasets; and their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_trm.data.arithmetic import World
+from llm_trm.data.lessons import answer_at_once, opens_thought
+from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
+from llm_trm.data.tags import END_THINK, THINK
+from llm_trm.errors import InputError, one_line, shortened
+from llm_trm.extras import require
+from llm_trm.models.loading import ThinkingModel
+from llm_trm.text import parse_json, read_lines
+
+_QUESTION = ("question", "problem")
+#: What the model said comes before what it should have said: pair files have both.
+_ANSWER = ("response", "answer", "solution")
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+def read_texts(source: str, model: ThinkingModel, *, thinking: bool) -> Iterator[str]:
+    """Texts of ``source``, one after another.
+
+    Args:
+        source: A ``.txt`` file, whose texts blank lines separate; a ``.jsonl`` file, or a folder of them;
+            or a dataset on the hub, ``NAME`` or ``NAME:SUBSET``, streamed from its training split. A record
+            is a text if it has ``text`` or ``content``; a chat if it has ``messages`` or ``conversations``;
+            a solved problem if it has ``question`` or ``problem``, perhaps ``thinking``, and ``answer``,
+            ``response`` or ``solution``.
+        model: Whose chat template is applied to chats and problems.
+        thinking: Whether problems must come with their thinking.
+
+    Raises:
+        InputError: No such source, one that cannot be read, or a record without the columns above.
+    """
+    path = Path(source)
+    records: Iterable[tuple[str, Any]]
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise InputError(f"{path} holds no .jsonl file: name a folder or a file of records")
+        records = chain.from_iterable(map(_json_lines, files))
+    elif path.suffix == ".txt":
+        yield from _paragraphs(path)
+        return
+    elif path.suffix == ".jsonl":
+        records = _json_lines(path)
+    elif path.exists():
+        raise InputError(f"{path} is neither .txt nor .jsonl: convert it to one of them")
+    else:
+        records = _hub_records(source)
+    for where, record in records:
+        yield _text_of(record, where, model, thinking)
+
+
+def arithmetic_texts(model: ThinkingModel, seed: int, *, thinking: bool) -> Iterator[str]:
+    """Solved problems of the arithmetic world's training split, with worked traces or without; endless."""
+    world, index = World(), 0
+    while True:
+        problem = world.problem("train", seed, index)
+        trace = problem.thinking if thinking else None
+        yield solved_text(model, problem.question, trace, problem.answer)
+        index += 1
+
+
+def solved_text(model: ThinkingModel, question: str, thinking: str | None, answer: str) -> Passage:
+    """The chat in which ``model`` is asked ``question`` and answers, after ``thinking`` if there is any.
+
+    All three are text, whatever tokens they name.
+    """
+    prompt = model.prompt(question, thinking=thinking is not None)
+    opened = "" if opens_thought(model.tokenizer, "chat") else THINK
+    trace = () if thinking is None else (opened, text(thinking), END_THINK)
+    return joined(prompt, *trace, answer_at_once(model.tokenizer, answer))
+
+
+def tokenised(
+    texts: Iterable[str],
+    model: ThinkingModel,
+    *,
+    max_length: int,
+    num_tokens: int,
+    held_out: float,
+    source: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tokens of ``texts``, in pieces, split into those to learn from and those to validate on.
+
+    Equal texts fall on the same side, by a hash of the text, so that the split depends on no seed.
+
+    Args:
+        texts: Read until ``num_tokens`` are reached.
+        max_length: Longest piece, in tokens; a longer text makes several.
+        held_out: Share of the distinct texts to validate on, in (0, 1); at least one text.
+        source: What the texts come from, for messages.
+
+    Returns:
+        Training and validation pieces, int32 [length] each, in the order of the texts.
+
+    Raises:
+        InputError: Fewer than two distinct texts.
+    """
+    bos = model.tokenizer.bos_token
+    pieces: list[tuple[bytes, Tensor]] = []
+    total = 0
+    for source_text in texts:
+        (ids,) = encode(model.tokenizer, [source_text])
+        # A chat template has written the token that begins a text, or left it out.
+        chat = isinstance(source_text, Passage) or (bool(bos) and source_text.startswith(str(bos)))
+        if not chat:
+            ids = surroundings(model.tokenizer)[0] + ids
+        tokens = torch.tensor(ids[: num_tokens - total], dtype=torch.int32)
+        key = hashlib.sha256(source_text.encode()).digest()
+        pieces += [(key, piece) for piece in tokens.split(max_length) if len(piece)]
+        total += len(tokens)
+        if total >= num_tokens:
+            break
+    keys = sorted({key for key, _ in pieces})
+    if len(keys) < 2:
+        raise InputError(
+            f"{source} holds {'one text' if keys else 'no text'}: at least two different ones are needed, to "
+            "learn from and to validate on"
+        )
+    validation = set(keys[: min(math.ceil(held_out * len(keys)), len(keys) - 1)])
+    return (
+        [piece for key, piece in pieces if key not in validation],
+        [piece for key, piece in pieces if key in validation],
+    )
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    block: list[str] = []
+    for line in _lines(path):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield "\n".join(block).strip()
+            block = []
+    if block:
+        yield "\n".join(block).strip()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path} line {number}", parse_json(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path} line {number} is not JSON ({one_line(error)}): mend or remove the line"
+            ) from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        yield from read_lines(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name a .txt or .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file") from error
+
+
+def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
+    require("train", "datasets")
+    from datasets import load_dataset
+
+    name, _, subset = source.partition(":")
+    try:
+        for number, record in enumerate(load_dataset(name, subset or None, split="train", streaming=True), 1):
+            yield f"{source} record {number}", record
+    # No common base: the hub's client raises errors of datasets, huggingface_hub, httpx and fsspec.
+    except Exception as error:
+        raise InputError(
+            f"{source} cannot be loaded ({one_line(error)}): name a .txt or .jsonl file, or a dataset on the "
+            "hub as NAME or NAME:SUBSET"
+        ) from error
+
+
+def _text_of(record: Any, where: str, model: ThinkingModel, thinking: bool) -> str:
+    if not isinstance(record, Mapping):
+        raise InputError(f"{where} is not a JSON object: write one object of named columns a line")
+    for name in ("messages", "conversations"):
+        if isinstance(record.get(name), list):
+            return _chat(record[name], where, model)
+    question, answer = _first(record, _QUESTION), _first(record, _ANSWER)
+    trace = record.get("thinking")
+    if question is not None and (answer is not None or isinstance(trace, str)):
+        if thinking and not isinstance(trace, str):
+            raise InputError(f'{where} has no "thinking": stage 1b needs the worked trace of every problem')
+        return solved_text(model, question, trace if thinking else None, answer or "")
+    whole = _first(record, ("text", "content"))
+    if whole is None:
+        raise InputError(
+            f"{where} has the columns {', '.join(map(repr, record)) or '(none)'}: needed are 'text', or "
+            f"'messages', or 'question' and 'answer'{' and thinking' * thinking}"
+        )
+    return whole
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((record[name] for name in names if isinstance(record.get(name), str) and record[name]), None)
+
+
+def _chat(turns: list[Any], where: str, model: ThinkingModel) -> str:
+    try:
+        messages = [
+            {"role": turn["role"], "content": turn["content"]}
+            if "role" in turn
+            else {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in turns
+        ]
+    except (KeyError, TypeError):
+        raise InputError(
+            f'{where}: the turns of a chat need "role" and "content", or "from" and "value"'
+        ) from None
+    rendered = model.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(rendered, str)
+    return Passage(rendered, _said_by_others(rendered, messages, where, model))
+
+
+def _said_by_others(
+    rendered: str, messages: list[dict[str, Any]], where: str, model: ThinkingModel
+) -> tuple[tuple[int, int], ...]:
+    """Where in a chat others speak than the model: that is text. Its own turns hold the tags of thinking."""
+    names = control_tokens(model.tokenizer).values()
+    texts, place = [], 0
+    for message in messages:
+        said, own = message["content"], message["role"] == "assistant"
+        if not isinstance(said, str) or not (said := said.strip()):
+            continue
+        found = rendered.find(said, place)
+        if found >= 0:
+            place = found + len(said)
+            texts += [] if own else [(found, place)]
+        elif not own and any(name in said for name in names):
+            raise InputError(
+                f"{where}: {shortened(said)} names a token, and the chat template does not render it as it "
+                "is: take the record out, or write it in other words"
+            )
+    return tuple(texts)

@@ -1,0 +1,1 @@
+"""A recursion on Sudoku, mazes or ARC: ``llm-trm train puzzle``."""

@@ -1,0 +1,47 @@
+"""Pictures of runs. They need matplotlib: ``pip install "llm-trm[plot]"``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llm_trm.files import replacing
+
+#: What was trained on, what was held out, and what else there is to show.
+TRAIN, HELD_OUT, OTHER = "#7f8fa6", "#2e7d22", "#e1b12c"
+
+
+@contextmanager
+def drawn(
+    path: Path,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    size: tuple[float, float],
+    xlabel: str,
+    dpi: int = 120,
+) -> Iterator[list[Any]]:
+    """Axes to draw on, row by row; the PNG file ``path`` is written, or replaced, when the block ends well.
+
+    Args:
+        size: Of the figure, in inches.
+        xlabel: Of every axis.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    try:
+        for axis in axes.flat:
+            axis.set_xlabel(xlabel)
+            axis.grid(alpha=0.3)
+        yield list(axes.flat)
+        with replacing(path) as temporary:
+            # No version in the file: the same results give the same bytes.
+            figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})
+    finally:
+        plt.close(figure)
