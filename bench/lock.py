@@ -37,7 +37,7 @@ LOCKED_EXTRAS = ("dev", "peers")
 #: Extras of the floors' environment.
 FLOOR_EXTRAS = ("train", "rl", "plot", "test")
 #: Tools that read the sources or make environments: they run in the locked environment alone.
-TOOLS = {"ruff", "mypy", "uv"}
+TOOLS = {"ruff", "mypy", "import-linter", "uv"}
 #: Part of every environment, and of no lock.
 UNLOCKED = {"llm-trm", "pip"}
 

@@ -179,3 +179,21 @@ def test_importing_needs_torch_alone() -> None:
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_of_ones_own_goes_before_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, order in dict(backends.AUTO_ORDER).items():
+        monkeypatch.setitem(backends.AUTO_ORDER, device, order)
+    # Set and deleted, so that it is gone again after the test.
+    monkeypatch.setitem(backends.BACKENDS, "mine", backends.BACKENDS["eager"])
+    monkeypatch.delitem(backends.BACKENDS, "mine")
+    mine = backends.Backend(
+        "mine", "", lambda: None, lambda net, x, mask: None, lambda net, x, mask: x + 1.0, auto=("cpu",)
+    )
+    backends.register(mine)
+    assert backends.AUTO_ORDER["cpu"] == ("mine", "native", "eager")
+    assert torch.equal(network()(X), X + 1.0) and torch.equal(network("mine")(X), X + 1.0)
+    with pytest.raises(ValueError, match="there is a backend 'mine' already"):
+        backends.register(mine)
+    with pytest.raises(ValueError, match="'auto'"):
+        backends.register(replace(mine, name="auto"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.child import PATIENCE, BrokenDeviceError, Context
+from bench.gpu.context import PATIENCE, BrokenDeviceError, Context
 from llm_trm.benchmark.candidates import CANDIDATES, candidates_for
 from llm_trm.benchmark.results import CaseResult, Row
 from llm_trm.benchmark.runner import Budget, DeviceLostError, run_case

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import verdicts
-from bench.gpu.child import Context
+from bench.gpu.context import Context
 from bench.pretend import python
 
 #: Between the signal that asks pytest for its summary and the one that ends it.

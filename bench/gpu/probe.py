@@ -7,7 +7,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.child import Context
+from bench.gpu.context import Context
 from llm_trm.benchmark import limits
 from llm_trm.benchmark.environment import run_record
 from trm_kernels import TinyRecursiveNetwork

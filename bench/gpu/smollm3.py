@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.child import Context
+from bench.gpu.context import Context
 from bench.pretend import pretending
 from llm_trm.benchmark.protocol import synchronize
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.gpu.child import EVENTS, PATIENCE, Event
+from bench.gpu.context import EVENTS, PATIENCE, Event
 from bench.gpu.plans import PROBE, Plan, Stage, Task, excludable
 from llm_trm.benchmark.results import append, read
 

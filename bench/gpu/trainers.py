@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench import puzzle, training
-from bench.gpu.child import Context
+from bench.gpu.context import Context
 from bench.pretend import pretending
 
 #: The first steps compile and capture.

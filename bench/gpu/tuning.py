@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from bench.gpu.child import Context
+from bench.gpu.context import Context
 from llm_trm.benchmark.workloads import Case
 from llm_trm.tuning.compiling import ParallelCompiler
 from llm_trm.tuning.recording import record_cases

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 import bench.puzzle_report
 import bench.report
 from bench.gpu import smoke
-from bench.gpu.child import BrokenDeviceError, Context, Event, run_tasks
+from bench.gpu.child import run_tasks
+from bench.gpu.context import BrokenDeviceError, Context, Event
 from bench.gpu.plans import CHECKS, FIRST, PLANS, TEST_FILES, Plan, Stage, Task, excludable, within
 from bench.gpu.supervisor import Processes, Supervisor
 from llm_trm.benchmark.candidates import CANDIDATES

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from bench.gpu.cache import FOLDER, made_with, pack, unpack
-from bench.gpu.child import Context, Event
 from bench.gpu.commands import run_tests
+from bench.gpu.context import Context, Event
 from bench.gpu.plans import FIRST, SECOND, TUNED, Plan, Stage, Task, measured
 from bench.gpu.smollm3 import SMOLLM3_3B, measure
 from bench.precompile import MOST_BYTES, fill, unhurried

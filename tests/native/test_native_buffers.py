@@ -84,7 +84,7 @@ def run(
         12345,
         recompute,
     )
-    call = native._Call(net, (torch.zeros(1, max(lengths), d),), None, None, False)
+    call = native._Call(net, (torch.zeros(1, max(lengths), d),), None, (None, None), False)
     shapes = [None if tensor is None else tensor.shape for tensor in call.block_tensors(call.parameters)]
     parameters = [None if shape is None else random(*shape, scale=shape[-1] ** -0.5) for shape in shapes]
     gradients = [None if shape is None else buffers.take(*shape) for shape in shapes]

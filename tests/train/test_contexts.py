@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llm_trm.data.pairs import open_pairs
+from llm_trm.models import contexts as contexts_module
 from llm_trm.models.compression import load_compressor
 from llm_trm.models.contexts import Contexts, read_contexts
-from llm_trm.train.phase2 import order as contexts_module
 from llm_trm.train.phase2.order import EpochOrder, graph_lengths, split
 from tests.train.toy import COMPRESSED, write_toy
 

@@ -49,7 +49,7 @@ def _never_slower(net: FusedModule, x: Tensor) -> Refusal:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a :class:`~trm_kernels.network.FusedModule`.
+    """One way to run a :class:`~trm_kernels.module.FusedModule`.
 
     Attributes:
         name: What users write.

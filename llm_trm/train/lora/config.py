@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from llm_trm.ranges import (
     WIDTH,
     require_ranges,
 )
+from llm_trm.train.run.config import as_json
 from llm_trm.train.run.tracking import Track
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -160,9 +161,7 @@ class LoraTrainingConfig:
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
+        return as_json(self)
 
     def require_same(self, record: dict[str, Any]) -> None:
         """Raise InputError unless a run with the settings ``record`` may be resumed with these."""

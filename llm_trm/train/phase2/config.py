@@ -24,6 +24,7 @@ from llm_trm.ranges import (
     require_ranges,
 )
 from llm_trm.train.phase2.losses import HaltLoss
+from llm_trm.train.run.config import as_json
 from llm_trm.train.run.tracking import Track
 
 #: ``--precision``: bf16 is autocast; auto takes it on CUDA and fp32 elsewhere.
@@ -136,6 +137,4 @@ class Phase2Config:
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
+        return as_json(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from llm_trm.ranges import (
     WEIGHT,
     require_ranges,
 )
+from llm_trm.train.run.config import as_json
 from llm_trm.train.run.tracking import Track
 
 #: Who writes ``<think>``: it ends every prompt, or the model has to.
@@ -105,9 +106,7 @@ class Phase3Config:
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
+        return as_json(self)
 
     def require_same(self, earlier: Mapping[str, Any]) -> None:
         """Raise InputError unless a run with the settings ``earlier`` can go on with these."""

@@ -26,6 +26,7 @@ from llm_trm.ranges import (
     WIDTH,
     require_ranges,
 )
+from llm_trm.train.run.config import as_json
 from llm_trm.train.run.tracking import Track
 from trm_kernels.config import Mixer
 
@@ -148,9 +149,7 @@ class PuzzleConfig:
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
+        return as_json(self)
 
 
 #: What the official commands set besides the defaults above.
