@@ -118,12 +118,13 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
     Raises:
         InputError: There is no such model, its numbers make no sense, or it fits no memory; ``name`` is what
             the user calls it.
-        UntrustedCodeError: It needs code of its own.
+        UntrustedCodeError: It needs code of its own. Kernels that it names on the hub are refused as well.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from llm_trm.models.decoder_numbers import require_buildable, require_numbers
+    from llm_trm.models.hub_code import require_no_hub_kernels, without_hub_decoding
 
     folder = Path(source)
     if folder.is_dir():
@@ -133,6 +134,8 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
     known = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
     try:
         with no_bars():
+            if not trust_remote_code:
+                require_no_hub_kernels(source, f"model {name}: ", **known)
             # What transformers would build until the process is killed is refused before.
             require_numbers(source, f"model {name}: config.json: ", **known)
             if kind is not AutoConfig and described:
@@ -140,7 +143,7 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
                 AutoConfig.from_pretrained(source, **known)
             if kind.__name__ in ("AutoModelForCausalLM", "TRMForCausalLM"):
                 require_buildable(name, source, options.get("dtype"), **known)
-            return kind.from_pretrained(source, **options)
+            return without_hub_decoding(kind.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         if isinstance(error, InputError) and name in str(error):
             raise  # it says all that there is to say
@@ -149,9 +152,14 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
                 f"model {name} brings Python code of its own, which was not run: read its .py files, and "
                 "pass --trust-remote-code if you trust them"
             ) from error
-        # Code of ours that does not import is no fault of the model.
-        if isinstance(error, ImportError) and not trust_remote_code:
-            raise
+        if isinstance(error, ImportError):
+            # Code of ours that does not import is no fault of the model.
+            if (error.name or "").partition(".")[0] in ("llm_trm", "trm_kernels"):
+                raise
+            raise InputError(
+                f"model {name} needs a package that is not here ({one_line(error)}): install it, or choose "
+                "a model that needs none"
+            ) from error
         raise InputError(
             f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
             f"model on the hub, or {ARITHMETIC!r}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from transformers import dynamic_module_utils
+from transformers import AutoModelForCausalLM, GenerationMixin, dynamic_module_utils
 
 from llm_trm.cli import main
 from llm_trm.data.questions import load_solved
@@ -173,3 +174,95 @@ def test_scripts_of_data_sets(marker: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         load_solved("owner/name")
     assert not marker.exists()
+
+
+#: Kernels on the hub, in config.json as transformers reads them.
+KERNELS: list[dict[str, Any]] = [
+    {"attn_implementation": "evil/kernel"},
+    {"_attn_implementation": "evil/kernel@v1:attend"},
+    {"_attn_implementation_internal": "paged|evil/kernel"},
+    {"attn_implementation": {"": "sdpa", "text_config": "evil/kernel"}},
+    {"text_config": {"_attn_implementation": "evil/kernel"}},
+    {"experts_implementation": "evil/kernel"},
+]
+
+
+def changed(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("entries", KERNELS)
+def test_kernels_of_the_hub(entries: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "lm")
+    changed(folder / "config.json", **entries)
+    refused = run("generate", "1+1", "--model", folder)
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.output
+    assert f"model {folder}: config.json: " in refused.stderr and "--trust-remote-code" in refused.stderr
+    assert "evil/kernel" in refused.stderr
+
+
+def test_kernels_that_other_files_name(tmp_path: Path) -> None:
+    adapters = save(latent_model(), tmp_path / "adapters")
+    settings = json.loads((adapters / FACTS_FILE).read_text())["settings"]
+    changed(adapters / FACTS_FILE, settings={**settings, "attn_implementation": "evil/kernel"})
+    with pytest.raises(InputError, match=r"latent\.json: settings: attn_implementation 'evil/kernel'"):
+        load_latent_model(adapters)
+    folder = write_language_model(tmp_path / "lm")
+    changed(folder / "generation_config.json", attn_implementation="evil/kernel")
+    with pytest.raises(InputError, match=r"generation_config\.json: attn_implementation 'evil/kernel'"):
+        load_thinking_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beam_groups": 2, "num_beams": 2},
+        {"custom_generate": "evil/generate"},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[3]]},
+    ],
+)
+def test_decoding_of_the_hub(
+    entries: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError(f"code of the hub: {arguments}")
+
+    monkeypatch.setattr(GenerationMixin, "load_custom_generate", fetched)
+    folder = write_language_model(tmp_path / "lm")
+    changed(folder / "generation_config.json", **entries)
+    result = run("generate", "1+1", "--model", folder, "--max-new-tokens", "2")
+    assert result.exit_code == 0, result.output
+    loaded = load_thinking_model(str(folder)).model
+    assert getattr(loaded.generation_config, next(iter(entries)), None) is None
+
+
+@pytest.mark.parametrize("trusted", [(), ("--trust-remote-code",)])
+@pytest.mark.parametrize(
+    ("entries", "package"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "flash_attn"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "optimum"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "gptqmodel"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ],
+)
+def test_packages_that_are_not_here(
+    entries: dict[str, Any], package: str, trusted: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = write_language_model(tmp_path / "lm")
+    changed(folder / "config.json", **entries)
+    refused = run("generate", "1+1", "--model", folder, *trusted)
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.output
+    assert f"model {folder} needs a package that is not here" in refused.stderr, refused.stderr
+    assert package in refused.stderr.lower().replace("flashattention2", "flash_attn")
+
+
+def test_our_own_code_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ImportError("no such thing", name="llm_trm.models.gone")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
+    with pytest.raises(ImportError, match="no such thing"):
+        load_thinking_model("arithmetic")

@@ -185,7 +185,15 @@ def test_a_language_model_that_fits_no_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("n_layers", 10**8), ("num_latents", True), ("dropout", NAN), ("soft_tokens", 1.5)]
+    ("field", "value"),
+    [
+        ("n_layers", 10**8),
+        ("num_latents", True),
+        ("dropout", NAN),
+        ("soft_tokens", 1.5),
+        ("think_token_id", 10**6),
+        ("end_think_token_id", 1.5),
+    ],
 )
 def test_a_language_model_with_a_recursion(field: str, value: Any, tmp_path: Path) -> None:
     model = latent_model()
@@ -200,6 +208,11 @@ def test_a_language_model_with_a_recursion(field: str, value: Any, tmp_path: Pat
         ("latent.json", "n_layers", 10**8),
         ("latent.json", "dropout", NAN),
         ("latent.json", "n_heads", True),
+        *[("latent.json", "think_token_id", value) for value in (-5, "abc", NAN, True, 10**12, 10**20)],
+        ("latent.json", "end_think_token_id", 1000),
+        *[("adapter_config.json", "rank_pattern", {"q_proj": value}) for value in (NAN, -1, 10**9, 2.5)],
+        *[("adapter_config.json", "alpha_pattern", {"q_proj": value}) for value in (NAN, -1, 10**9)],
+        ("adapter_config.json", "alpha_pattern", [1]),
         ("adapter_config.json", "r", 10**9),
         ("adapter_config.json", "r", True),
         ("adapter_config.json", "lora_dropout", NAN),

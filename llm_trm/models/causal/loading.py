@@ -17,12 +17,15 @@ from llm_trm.models.causal.card import EVALUATION_FILE, About, about, inner, rea
 from llm_trm.models.causal.card import FACTS_FILE as FACTS_FILE
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.modeling import TRMForCausalLM
+from llm_trm.models.hub_code import require_own_kernels
 from llm_trm.models.loading import language_model_source, pretrained
-from llm_trm.ranges import ADAPTER_RANK, SHARE_BELOW_ONE, WEIGHT, Range, require_in
+from llm_trm.ranges import ADAPTER_RANK, SHARE_BELOW_ONE, WEIGHT, Range, Whole, require_in, shown
 
 #: Beside adapters, and nothing else.
 ADAPTERS_FILE = "adapter_config.json"
 _ADAPTERS: dict[str, Range] = {"r": ADAPTER_RANK, "lora_alpha": WEIGHT, "lora_dropout": SHARE_BELOW_ONE}
+#: The same of single layers, by their names.
+_PATTERNS: dict[str, Range] = {"rank_pattern": ADAPTER_RANK, "alpha_pattern": WEIGHT}
 _CONFIG_FILE = "config.json"
 _REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wrote"
 
@@ -140,15 +143,18 @@ def load_latent_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     form = _form(str(name), tokenizer, known)
+    _require_tags(known.get("settings"), tokenizer, f"{source / FACTS_FILE}: settings: ")
     if (source / ADAPTERS_FILE).exists():
         model = _with_adapters(source, known, tokenizer, device, dtype, trust_remote_code)
     else:
-        kind = read_json(source / _CONFIG_FILE, _REMEDY).get("model_type")
+        config = read_json(source / _CONFIG_FILE, _REMEDY)
+        kind = config.get("model_type")
         if kind != TRMConfig.model_type:
             raise InputError(
                 f"{name} is a {kind} model without a recursion: train one with `llm-trm train lora --model "
                 f"{name}`"
             )
+        _require_tags(config, tokenizer, f"{source / _CONFIG_FILE}: ")
         model = pretrained(TRMForCausalLM, str(name), str(source), dtype=dtype).to(device)
     model.requires_grad_(False)
     if trainable:
@@ -200,6 +206,10 @@ def _with_adapters(
     base = known["base"]
     for setting, within in _ADAPTERS.items():
         require_in(within, setting, adapters.get(setting), InputError, f"{folder / ADAPTERS_FILE}: ")
+    for setting, within in _PATTERNS.items():
+        _require_pattern(within, setting, adapters.get(setting), f"{folder / ADAPTERS_FILE}: ")
+    if not trust_remote_code:
+        require_own_kernels(known["settings"], f"{folder / FACTS_FILE}: settings: ")
     language_model = pretrained(
         AutoModelForCausalLM,
         base,
@@ -220,6 +230,21 @@ def _with_adapters(
         raise InputError(
             f"{folder} does not fit the language model {base}: it was trained on another one"
         ) from error
+
+
+def _require_pattern(within: Range, setting: str, values: Any, where: str) -> None:
+    if values is not None and not isinstance(values, dict):
+        raise InputError(f"{where}{setting} must be a mapping of names of layers, not {shown(values)}")
+    for layer, value in (values or {}).items():
+        require_in(within, f"{setting}[{layer!r}]", value, InputError, where)
+
+
+def _require_tags(settings: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise InputError, led by ``where``, unless the ids of ``<think>`` and ``</think>`` are tokens."""
+    within = Whole(0, len(tokenizer) - 1, "the tokenizer has no more")
+    for name in ("think_token_id", "end_think_token_id"):
+        if isinstance(settings, dict) and settings.get(name) is not None:
+            require_in(within, name, settings[name], InputError, where)
 
 
 def _train_reasoner(model: Any) -> None:

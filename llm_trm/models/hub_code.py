@@ -1,0 +1,82 @@
+"""What in a model's files would have transformers take code from the hub, beside Python files of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_trm.errors import InputError
+from llm_trm.files import read_json
+from llm_trm.ranges import shown
+
+#: Settings of ``attn_implementation``, ``_attn_implementation``, ``experts_implementation`` and the like.
+_KERNELS = ("_implementation", "_implementation_internal")
+#: Ways to decode that transformers 5 keeps on the hub, and the settings that choose them.
+_DECODING = (
+    "custom_generate",
+    "penalty_alpha",
+    "dola_layers",
+    "num_beam_groups",
+    "constraints",
+    "force_words_ids",
+)
+
+
+def require_own_kernels(described: Any, where: str) -> None:
+    """Raise InputError, led by ``where``, if ``described`` names kernels on the hub, which hold code.
+
+    Args:
+        described: JSON value of a configuration, whose parts may be configurations too.
+        where: The file, for instance ``"config.json: "``.
+    """
+    for name, kernels in _kernels(described):
+        raise InputError(
+            f"{where}{name} {shown(kernels)} is code on the hub, which was not run: take it out of the file, "
+            "or pass --trust-remote-code if you trust it"
+        )
+
+
+def require_no_hub_kernels(source: str, where: str, **options: Any) -> None:
+    """:func:`require_own_kernels` of the ``config.json`` and ``generation_config.json`` in ``source``.
+
+    Args:
+        source: What transformers would load; nothing happens where there is no such file.
+        where: What a message begins with, before the name of the file.
+        **options: For ``PretrainedConfig.get_config_dict``.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        described, _ = PretrainedConfig.get_config_dict(source, **options)
+    except (OSError, ValueError):
+        described = {}  # whoever loads it says so
+    require_own_kernels(described, f"{where}config.json: ")
+    decoding = Path(source) / "generation_config.json"
+    if decoding.is_file():
+        content = read_json(decoding, "mend the file, or take it out")
+        require_own_kernels(content, f"{where}generation_config.json: ")
+
+
+def without_hub_decoding(model: Any) -> Any:
+    """``model`` without ways to decode whose code lies on the hub: how to decode is for commands to say."""
+    config = getattr(model, "generation_config", None)
+    for name in _DECODING:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return model
+
+
+def _kernels(described: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(described, list):
+        for part in described:
+            yield from _kernels(part)
+    if not isinstance(described, dict):
+        return
+    for name, value in described.items():
+        if name.endswith(_KERNELS):
+            # A dict names those of the parts of a model.
+            named = value.values() if isinstance(value, dict) else (value,)
+            yield from ((name, one) for one in named if isinstance(one, str) and "/" in one)
+        else:
+            yield from _kernels(value)
