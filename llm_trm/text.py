@@ -46,6 +46,11 @@ def lines_of(text: str) -> list[str]:
     return [line.removesuffix("\r").removeprefix(_MARK) for line in text.split("\n")]
 
 
+def words_of(text: str) -> str:
+    """``text`` as questions are compared: white space at its ends counts for nothing, a run of it for one."""
+    return " ".join(text.split())
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text, whose strings are all text.
 

@@ -21,7 +21,7 @@ from llm_trm.data.questions import load_solved
 from llm_trm.errors import InputError
 from llm_trm.evaluate.questions import read_questions
 from llm_trm.files import read_json
-from llm_trm.text import is_text, lines_of, parse_json, read_lines, read_text
+from llm_trm.text import is_text, lines_of, parse_json, read_lines, read_text, words_of
 from llm_trm.train.phase1 import texts
 from llm_trm.train.phase3.train import _keep_completions
 from llm_trm.train.run.tracking import _lines_until
@@ -52,6 +52,10 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(content: bytes, tmp_
     (tmp_path / "a.txt").write_bytes(b"1+1\n" + content)
     with pytest.raises(UnicodeDecodeError, match="in line 2"):
         read_text(tmp_path / "a.txt")
+
+
+def test_questions_are_compared_by_their_words() -> None:
+    assert words_of(" 1 +\t\u00a02\r\n") == words_of("1 + 2") != words_of("1+2")
 
 
 def test_json_of_strings_that_are_text() -> None:

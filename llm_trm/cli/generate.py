@@ -126,7 +126,7 @@ def generate(
     checkpoint = chosen_checkpoint(checkpoint, model)
     asks = question is None and file is None and _is_terminal()
     questions = [] if asks else _questions(question, file)
-    if question is not None and not question.strip():
+    if question is not None and not questions[0].strip():
         raise InputError("the question is empty: ask something")
     import torch
 
@@ -186,7 +186,7 @@ def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, 
     from transformers import TextStreamer
 
     from llm_trm.errors import InputError
-    from llm_trm.text import is_text
+    from llm_trm.text import is_text, lines_of
 
     # With it input() edits lines and remembers them; Windows has none.
     with suppress(ImportError):
@@ -196,7 +196,7 @@ def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, 
     )
     while True:
         try:
-            asked = input("> ").strip()
+            asked = "\n".join(lines_of(input("> "))).strip()
         except (EOFError, KeyboardInterrupt):
             click.echo()
             return

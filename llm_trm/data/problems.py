@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count as count_up
 from itertools import islice
@@ -14,6 +15,7 @@ from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.memory import require_memory
+from llm_trm.ranges import shown
 from llm_trm.text import parse_json, read_lines, read_text
 
 ARITHMETIC = "arithmetic"
@@ -113,6 +115,17 @@ def load_questions(
     return [questions[turn] for turn in range(turns) for questions in drawn if turn < len(questions)]
 
 
+def located(dataset: str) -> str:
+    """``dataset``, as :func:`load_questions` takes it, with absolute paths: what names it may move."""
+    names = [name.strip() for name in dataset.split(",")]
+    return ",".join(str(Path(name).resolve()) if is_file(name) else name for name in names)
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` is that of a file of records, not of a data set on the hub."""
+    return name.endswith((".jsonl", ".json"))
+
+
 def require_problems(count: int) -> None:
     """Raise InputError if so many problems of the arithmetic world surely do not fit into memory."""
     require_memory(_BYTES_A_PROBLEM * count, f"{count:,} problems", "ask for fewer problems or steps")
@@ -128,7 +141,7 @@ def _source(name: str, split: Split, seed: int, world: World) -> Iterator[Questi
         return (Question(problem.question, problem.answer, problem.record()) for problem in problems)
     if name in HUB:
         return _hub(name, HUB[name], split)
-    if name.endswith((".jsonl", ".json")):
+    if is_file(name):
         return read_questions(Path(name))
     raise InputError(f"--dataset {name!r} is unknown: use {_choices()}")
 
@@ -220,9 +233,30 @@ def _question(place: str, record: dict[str, Any]) -> Question:
     text = record[column]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{place}: {column!r} is {text!r:.40} and no text: mend the file")
-    answer = next((str(record[name]) for name in ANSWER_COLUMNS if record.get(name) is not None), None)
+    answer = first_text(place, record, ANSWER_COLUMNS)
     require_untagged(place, "answer", answer or "")
     return Question(text, answer, record)
+
+
+def first_text(place: str, record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The text of the first of the columns ``names`` that is there and not null; None if there is none.
+
+    Raises:
+        InputError: It is neither text nor a finite number; the message begins with ``place``.
+    """
+    for name in names:
+        value = record.get(name)
+        if value is None:
+            continue
+        if isinstance(value, (dict, list)):
+            raise InputError(f"{place}: {name!r} is a {type(value).__name__} and no text: mend the row")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not isinstance(value, str) and not (number and math.isfinite(value)):
+            raise InputError(
+                f"{place}: {name!r} is {shown(value)}, neither text nor a finite number: mend the row"
+            )
+        return str(value)
+    return None
 
 
 def require_untagged(place: str, what: str, value: str) -> None:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_trm.data.problems import ANSWER_COLUMNS, HUB, QUESTION_COLUMNS, read_records, require_untagged
+from llm_trm.data.problems import (
+    ANSWER_COLUMNS,
+    HUB,
+    QUESTION_COLUMNS,
+    first_text,
+    is_file,
+    read_records,
+    require_untagged,
+)
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 
@@ -60,7 +68,7 @@ def load_solved(source: str, *, split: str = "train", whole_answers: bool = Fals
         InputError: Nothing there, a row that lacks a question or an answer, or one whose answer or reasoning
             holds the tags of thinking.
     """
-    rows = read_records(Path(source)) if source.endswith((".jsonl", ".json")) else _hub_rows(source, split)
+    rows = read_records(Path(source)) if is_file(source) else _hub_rows(source, split)
     found = [_solved(place, row, whole_answers) for place, row in rows]
     if not found:
         raise InputError(f"{source} is empty: it needs rows with a question and an answer")
@@ -104,7 +112,7 @@ def _solved(place: str, row: dict[str, Any], whole_answers: bool) -> Solved:
     answer = _column(place, row, ANSWER_COLUMNS, "answer")
     if not question.strip():
         raise InputError(f"{place}: the question is empty: mend the row, or take it out")
-    thinking = next((str(row[name]) for name in THINKING_COLUMNS if row.get(name) is not None), None)
+    thinking = first_text(place, row, THINKING_COLUMNS)
     if thinking is None and not whole_answers and _MARK in answer:
         thinking, _, answer = answer.rpartition(_MARK)
         thinking, answer = thinking.strip(), answer.strip()
@@ -117,13 +125,8 @@ def _solved(place: str, row: dict[str, Any], whole_answers: bool) -> Solved:
 
 
 def _column(place: str, row: dict[str, Any], names: tuple[str, ...], what: str) -> str:
-    for name in names:
-        value = row.get(name)
-        if value is None:
-            continue
-        if isinstance(value, (dict, list)):
-            raise InputError(f"{place}: {name!r} is a {type(value).__name__} and no text: mend the row")
-        return str(value)
+    if (text := first_text(place, row, names)) is not None:
+        return text
     raise InputError(
         f"{place}: no {what}; it has the columns {', '.join(map(repr, row)) or 'none'}: name one of them "
         f"{', '.join(names)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.errors import InputError
+from llm_trm.text import words_of
 
 if TYPE_CHECKING:
     from llm_trm.data.pairs import PairFiles
@@ -45,5 +46,5 @@ def require_held_out(
 
 def shared_problems(pairs: PairFiles, training: PairFiles) -> int:
     """How many of ``pairs`` are of a problem that ``training`` has too."""
-    seen = {record["problem"] for record in training.records()}
-    return sum(record["problem"] in seen for record in pairs.records())
+    seen = {words_of(str(record["problem"])) for record in training.records()}
+    return sum(words_of(str(record["problem"])) in seen for record in pairs.records())

@@ -89,7 +89,7 @@ def read_questions(text: str, source: str) -> list[Question]:
         raise InputError(
             f"{source} looks like JSON, as ARC tasks are, which only `llm-trm eval puzzle` takes: {_REMEDY}"
         )
-    if not text.strip():
+    if not any(line.strip() for line in lines):
         raise InputError(f"{source} holds no puzzle: {_REMEDY}")
     if re.search("[#SG]", text):
         return [_maze(block, where) for block, where in _mazes(lines, source)]

@@ -241,6 +241,17 @@ def test_problems_of_training_are_told_under_another_name(tmp_path: Path) -> Non
     assert "trained on" not in run(*common, str(copy)).stderr
 
 
+def test_blanks_hide_no_problem_of_training(tmp_path: Path) -> None:
+    learned, copy = tmp_path / "learned.jsonl", tmp_path / "copy.jsonl"
+    learned.write_text('{"question": "What is 1+1?", "answer": "2"}\n{"question": "2+2", "answer": "4"}\n')
+    questions = ["What is  1+1? ", " 2+2", "2+\t2"]
+    copy.write_text("".join(json.dumps({"question": asked, "answer": "4"}) + "\n" for asked in questions))
+    trained = save(latent_model(), tmp_path / "lora", data=str(learned))
+    arguments = ("--mode", "latent", "--max-new-tokens", "4", "--data", str(copy))
+    result = run("--checkpoint", str(trained), *arguments)
+    assert f"2 of the 3 problems are in {learned}" in result.stderr, result.output
+
+
 def test_modes_that_cannot_run_say_why(folder: Path, tmp_path: Path) -> None:
     decoder = tiny_decoder(vocab_size=262)
     tokenizer = tiny_tokenizer()

@@ -153,7 +153,7 @@ def test_draws_are_those_of_the_seed() -> None:
 
 def test_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("llm_trm.cli.generate._is_terminal", lambda: True)
-    lines = ["3+4*2", "", "1+" * 2500, "5-1"]
+    lines = ["3+4*2", "", "\ufeff", "1+" * 2500, "5-1"]
     written = tmp_path / "said.jsonl"
     result = run("--model", "arithmetic", "-v", "-o", str(written), stdin="\n".join(lines))
     assert result.exit_code == 0
@@ -175,6 +175,7 @@ def test_nonsense_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     tiny_decoder().save_pretrained(tmp_path / "llama")
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "mark.txt").write_text("\ufeff\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     arithmetic, latent = ("--model", "arithmetic"), ("--checkpoint", str(folder))
     for arguments, words in (
@@ -186,6 +187,9 @@ def test_nonsense_gets_one_line_and_exit_code_2(
         (("1+1", *arithmetic, "--mode", "latent"), ("mode latent cannot run", "--checkpoint")),
         (("1+" * 2500, *latent), ("5002 tokens", "4096", "shorten")),
         (("", *arithmetic), ("empty",)),
+        (("\ufeff", *arithmetic), ("empty",)),
+        (("\ufeff \n\ufeff\t", *arithmetic), ("empty",)),
+        (("--file", "mark.txt", *arithmetic), ("mark.txt", "no question")),
         (("1+1", "--file", "q.txt", *arithmetic), ("not both",)),
         (("--file", "q.txt", *arithmetic), ("q.txt", "No such file")),
         (("--file", "q.jsonl", *arithmetic), ("q.jsonl", "No such file")),

@@ -414,11 +414,17 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
         replace(config, resume=True, overwrite=True)
 
 
-def test_a_run_goes_on_with_its_own_problems(whole: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "problems.jsonl", ((f"{i}+1", str(i + 1)) for i in range(6)))
+def test_a_run_goes_on_with_its_own_problems(
+    whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "problems.jsonl", ((f"{i}+1", str(i + 1)) for i in range(6)))
+    monkeypatch.chdir(tmp_path)
+    file = "problems.jsonl"
     # Two steps an epoch: the run ends within one.
     config = config_of(whole, tmp_path / "run", dataset=file, eval_samples=2, steps=3, save_every=3)
     train_phase3(config)
+    known = load_latent_model(config.output).facts["phase3"]["dataset"]
+    assert known == str(tmp_path / file), "which is read from any directory"
     spy = Spy()
     train_phase3(replace(config, resume=True), spy)
     assert spy.steps == []
@@ -507,11 +513,13 @@ def test_problems_held_out_are_not_trained_on(tmp_path: Path) -> None:
     rows = [(f"{i}+1", str(i + 1)) for i in range(20)]
     rows[3] = ("what is it", "first\nthen")
     rows[4] = rows[1]
+    # Blanks make no other problem of it.
+    rows[19] = (" 1+1\n", "2")
     file = write(tmp_path / "problems.jsonl", iter(rows))
     config = config_of("none", tmp_path, dataset=file, eval_samples=5, steps=100)
     found = load_problems(config, 2)
     assert [question.text for question in found.held_out] == ["0+1", "1+1", "2+1", "1+1"]
-    assert [question.text for question in found.training] == [f"{i}+1" for i in range(5, 20)]
+    assert [question.text for question in found.training] == [f"{i}+1" for i in range(5, 19)]
     assert found.dropped == 2
     few = load_problems(config_of("none", tmp_path, dataset=file, eval_samples=5, steps=3), 2)
     assert len(few.training) == 6

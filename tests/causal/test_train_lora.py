@@ -228,6 +228,15 @@ class Heard(LoraReport):
         self.plan = plan
 
 
+def test_the_model_knows_its_questions_from_anywhere(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    train_lora(settings(world, output=tmp_path / "run", data="data.jsonl", steps=2))
+    assert load_latent_model(tmp_path / "run").facts["data"] == str(tmp_path / "data.jsonl")
+
+
 def test_what_is_held_out_is_not_trained_on(world: Path, tmp_path: Path) -> None:
     rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(12)]
     data = str(write_rows(tmp_path / "data.jsonl", [*rows, rows[3]]))
@@ -238,6 +247,9 @@ def test_what_is_held_out_is_not_trained_on(world: Path, tmp_path: Path) -> None
     assert (heard.plan.training, heard.plan.held_out, heard.plan.shared) == (9, 3, 4)
     with pytest.raises(InputError, match="holds every question"):
         train_lora(settings(world, output=tmp_path / "no", data=data, val_data=data))
+    blanks = write_rows(tmp_path / "blanks.jsonl", [{"question": " 2+1 ", "answer": "3"}, rows[4]])
+    train_lora(settings(world, output=tmp_path / "two", data=data, val_data=str(blanks), steps=2), heard)
+    assert (heard.plan.training, heard.plan.held_out, heard.plan.shared) == (11, 2, 2)
     # Files that change may hold out what has been trained on.
     for path in (Path(data), val_data):
         before = path.read_text()

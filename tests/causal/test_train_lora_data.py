@@ -55,6 +55,17 @@ def test_reads_questions(tmp_path: Path) -> None:
         ('{"question": " ", "answer": "1"}', "line 1: the question is empty"),
         ('{"question": "1", "answer": ["2"]}', "'answer' is a list and no text"),
         ('{"question": "1", "answer": "2", "think": "no"}', "think is 'no': write true or false"),
+        (
+            '{"question": "1", "answer": "2", "thinking": ["a", "b"]}',
+            "'thinking' is a list and no text",
+        ),
+        (
+            '{"question": "1", "answer": "2", "reasoning": false}',
+            "line 1: 'reasoning' is False, neither",
+        ),
+        ('{"question": "1", "answer": NaN}', "line 1: 'answer' is nan, neither text nor a finite number"),
+        ('{"question": "1", "answer": true}', "line 1: 'answer' is True, neither text"),
+        ('{"question": 1e400, "answer": "1"}', "line 1: 'question' is inf, neither text"),
         ("[1]", "line 1: not a JSON object"),
         ('{"question": ', "line 1: not JSON"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_trm.data.arithmetic import World
-from llm_trm.data.problems import HUB, Question, load_questions
+from llm_trm.data.problems import HUB, Question, load_questions, located
 from llm_trm.errors import InputError
 
 
@@ -46,6 +46,13 @@ def test_mixture_takes_turns_and_the_first_named_get_what_is_left_over(tmp_path:
     assert texts[:3] == [question.text for question in load_questions(f"{a},{b},{c}", 3)]
 
 
+def test_names_of_files_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert located("gsm8k, a.jsonl,b/c.json") == f"gsm8k,{tmp_path}/a.jsonl,{tmp_path}/b/c.json"
+    assert located("owner/name:main") == "owner/name:main"
+    assert located(f"{tmp_path}/a.jsonl") == f"{tmp_path}/a.jsonl"
+
+
 def test_only_as_many_lines_are_read_as_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"question": "how?"}\nnot json\n')
@@ -60,6 +67,11 @@ def test_only_as_many_lines_are_read_as_are_asked_for(tmp_path: Path) -> None:
         ("a.jsonl", "\n[1, 2]\n", ("a.jsonl, line 2", "JSON object")),
         ("a.jsonl", '{"question": 5}\n', ("a.jsonl, line 1", "'question'", "5")),
         ("a.jsonl", '{"question": " "}\n', ("a.jsonl, line 1", "'question'")),
+        ("a.jsonl", '{"question": 1e400}\n', ("a.jsonl, line 1", "'question'", "inf")),
+        ("a.jsonl", '{"question": "1", "answer": NaN}\n', ("a.jsonl, line 1", "'answer'", "nan")),
+        ("a.jsonl", '{"question": "1", "answer": true}\n', ("a.jsonl, line 1", "'answer'", "True")),
+        ("a.jsonl", '\n{"question": "1", "answer": ["1"]}\n', ("a.jsonl, line 2", "'answer'", "list")),
+        ("a.json", '[{"question": "1", "solution": -1e400}]', ("a.json, record 1", "'solution'", "inf")),
         ("a.json", "{", ("a.json", "not JSON")),
         ("a.json", '{"question": "how?"}', ("a.json", "array")),
         ("a.json", '[{"question": "how?"}, {}]', ("a.json, record 2", "question")),

@@ -216,6 +216,29 @@ def test_arc_shows_no_test_of_another_task(tmp_path: Path) -> None:
     assert len(read_split(tmp_path / "out", "test")) == 3
 
 
+@pytest.mark.parametrize("solved", [True, False])
+def test_arc_shows_no_test_of_its_own_task(solved: bool, tmp_path: Path) -> None:
+    own = task(2, 2, 3)
+    if not solved:
+        own["test"] = [{"input": pair["input"]} for pair in own["test"]]
+    folder = tasks(tmp_path / "tasks", a=own, c=task(7, 8, solved=solved))
+    result = run(arc, folder, "--augment", 0, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "demonstrations left out, since they test their own task: 1, such as a\n" in result.stderr
+    assert learned_questions(tmp_path / "out") == {7}
+    assert len(read_split(tmp_path / "out", "test")) == 3
+
+
+@pytest.mark.parametrize(
+    "named", [{"a": task(2, 3), "b": task(3, 2)}, {"a": task(2, 2)}, {"a": task(2, 2), "b": task(3, 3, 4)}]
+)
+def test_arc_with_nothing_to_train_on(named: dict[str, Any], tmp_path: Path) -> None:
+    folder = tasks(tmp_path / "tasks", **named)
+    with pytest.raises(InputError, match="no pairs are left to train on"):
+        run(arc, folder, "--augment", 0, "-o", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_mazes_of_a_data_set_that_are_held_out_are_not_trained_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -333,6 +333,7 @@ def refused(result: Result, *words: str) -> None:
     [
         ("hello", ["PUZZLE: 'h' is neither a digit nor a blank"]),
         ("", ["PUZZLE holds no puzzle"]),
+        ("\ufeff \n\ufeff", ["PUZZLE holds no puzzle"]),
         ("1...2", ["PUZZLE: the puzzle has 5 cells", "16, 36 or 81"]),
         ("1...\n..3\n.4..\n...2", ["PUZZLE, line 1: the puzzle has 4 cells"]),
         ("15" + "." * 14, ["cell (1, 2) holds 5", "digits 1 to 4"]),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llm_trm.cli.train.phase2_progress import ConsoleReport
 from llm_trm.errors import InputError
+from llm_trm.evaluate.held_out import shared_problems
 from llm_trm.files import read_tensors
 from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
@@ -247,6 +249,13 @@ def test_pairs_that_are_held_out_by_name(toy: Path, tmp_path: Path) -> None:
     assert len(run.order.samples) == 40
     assert len(run.validated) == len(run.held_out) == 10
     run.train()
+
+
+def test_blanks_make_no_other_problem() -> None:
+    def pairs(*problems: str) -> Any:
+        return SimpleNamespace(records=lambda: ({"problem": problem} for problem in problems), samples=3)
+
+    assert shared_problems(pairs("1+1 ", "\t2  + 2", "3"), pairs("1+1", "2 + 2", "33")) == 2
 
 
 def test_pairs_that_are_trained_on_are_not_held_out(toy: Path, tmp_path: Path) -> None:

@@ -51,8 +51,9 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.arc_files import is_labelled, merged, read_tasks
     from llm_trm.data.puzzles.arc_folder import write_arc
-    from llm_trm.data.puzzles.arc_overlap import learnable, without_tests_of_others
+    from llm_trm.data.puzzles.arc_overlap import learnable, without_tests
     from llm_trm.data.puzzles.arc_splits import plan_tasks
+    from llm_trm.errors import InputError
     from llm_trm.files import writable_folder
 
     writable_folder(output)
@@ -65,9 +66,18 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     learned, twins = learnable(tested, learned)
     if twins:
         click.echo(f"held out, since --evaluation has them under other names: {_such_as(twins)}", err=True)
-    tested, shown = without_tests_of_others(tested)
-    if shown:
-        click.echo(f"demonstrations left out, since they test another task: {_such_as(shown)}", err=True)
+    tested, shown = without_tests(tested)
+    if others := [pair for pair in shown if pair[0] != pair[1]]:
+        click.echo(f"demonstrations left out, since they test another task: {_such_as(others)}", err=True)
+    if own := [name for name, other in shown if name == other]:
+        click.echo(
+            f"demonstrations left out, since they test their own task: {len(own)}, such as {own[0]}", err=True
+        )
+    if not learned and not any(task.train for task in tested):
+        raise InputError(
+            "no pairs are left to train on, since all demonstrations are test pairs: give more tasks, or "
+            "whole ones with --evaluation"
+        )
     with progress_bar("tasks", len(tested) + len(learned)) as progress:
         plan = plan_tasks(tested, learned, augment, seed, progress)
     sizes = plan.sizes

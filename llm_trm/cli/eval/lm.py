@@ -242,24 +242,24 @@ def _tell_missing(missing: Mapping[Mode, str], modes: list[Mode], *, named: bool
 
 def _tell_trained(model: Any, data: str, split: str, asked: list[str]) -> None:
     """Say so where problems are among those that the model was trained on, as far as its folder tells."""
-    from llm_trm.data.problems import read_questions
+    from llm_trm.data.problems import is_file, read_questions
     from llm_trm.errors import InputError
     from llm_trm.models.causal.card import about
+    from llm_trm.text import words_of
 
     facts = about(model).facts
     sources = (str(facts.get("data")), str(facts.get("phase3", {}).get("dataset")))
     trained = {name.strip() for source in sources for name in source.split(",")}
-    files = {Path(name).resolve() for name in trained if name.endswith((".json", ".jsonl"))}
+    files = {Path(name).resolve() for name in trained if is_file(name)}
     named = {name.strip() for name in data.split(",")}
     for name in sorted(named):
-        local = name.endswith((".json", ".jsonl"))
-        if Path(name).resolve() in files if local else name in trained and split == "train":
+        if Path(name).resolve() in files if is_file(name) else name in trained and split == "train":
             click.echo(f"{name} is what the model was trained on, not held out from it", err=True)
     for file in sorted(files - {Path(name).resolve() for name in named}):
         # Gone, or no longer what it was: then nobody can tell.
         with suppress(InputError):
-            learned = {question.text for question in read_questions(file)}
-            if shared := sum(text in learned for text in asked):
+            learned = {words_of(question.text) for question in read_questions(file)}
+            if shared := sum(words_of(text) in learned for text in asked):
                 click.echo(
                     f"{shared} of the {len(asked)} problems are in {file}, which the model was trained on",
                     err=True,

@@ -37,20 +37,21 @@ def learnable(
     return kept, held_out
 
 
-def without_tests_of_others(tested: Sequence[ArcTask]) -> tuple[list[ArcTask], list[tuple[str, str]]]:
-    """``tested`` without the demonstrations that are test pairs of another task among them.
+def without_tests(tested: Sequence[ArcTask]) -> tuple[list[ArcTask], list[tuple[str, str]]]:
+    """``tested`` without the demonstrations that are test pairs, of another task among them or their own.
 
     Returns:
-        The tasks, and of each demonstration that is gone the names of its task and of the other.
+        The tasks, and of each demonstration that is gone the names of its task and of the one that it tests.
     """
     tests = _tests(tested)
     found, gone = [], []
     for task in tested:
         kept = []
         for pair in task.train:
-            others = [name for name in _tested_as(pair, tests) if name != task.name]
-            if others:
-                gone.append((task.name, others[0]))
+            tested_by = _tested_as(pair, tests)
+            if tested_by:
+                other = next((name for name in tested_by if name != task.name), task.name)
+                gone.append((task.name, other))
             else:
                 kept.append(pair)
         found.append(replace(task, train=tuple(kept)) if len(kept) < len(task.train) else task)

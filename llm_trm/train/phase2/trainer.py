@@ -27,6 +27,7 @@ from llm_trm.models.compression import (
 from llm_trm.models.contexts import Contexts, read_contexts
 from llm_trm.models.phase2 import COMPRESSOR_FOLDER
 from llm_trm.models.sequence_trm import SequenceTRM, SequenceTRMConfig, save_sequence_trm
+from llm_trm.text import words_of
 from llm_trm.train.phase2.config import Phase2Config
 from llm_trm.train.phase2.losses import SupervisionLoss, means_of
 from llm_trm.train.phase2.order import EpochOrder, graph_lengths, split
@@ -418,7 +419,7 @@ class TRMSequenceTrainer:
         if held_out_pairs is None:
             held_out = contexts
             training, self.validated = split(len(contexts), config.val_fraction, config.seed)
-            problems = [record["problem"] for record in pairs.records()]
+            problems = [words_of(str(record["problem"])) for record in pairs.records()]
             learned = {problems[number] for number in training}
             self._repeated = sum(problems[number] in learned for number in self.validated)
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.grading import is_correct
 from llm_trm.data.lessons import encode_each, opens_thought, question_prompt
-from llm_trm.data.problems import Question, load_questions
+from llm_trm.data.problems import Question, load_questions, located
 from llm_trm.data.questions import fingerprint
 from llm_trm.data.tags import THINK
 from llm_trm.errors import InputError
@@ -17,7 +17,7 @@ from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
 from llm_trm.models.loading import no_bars
-from llm_trm.text import read_lines
+from llm_trm.text import read_lines, words_of
 from llm_trm.train.phase3.config import (
     Accuracy,
     Phase3Config,
@@ -98,7 +98,7 @@ def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Ph
         "phase3_steps": config.steps,
         "phase3_accuracy_before": round(result.before.share, 4),
         "phase3_accuracy_after": round(result.after.share, 4),
-        "phase3": config.record(),
+        "phase3": {**config.record(), "dataset": located(config.dataset)},
     }
     with no_bars():
         trainer.save_model(str(config.output))
@@ -181,11 +181,13 @@ def load_problems(config: Phase3Config, prompts: int) -> Problems:
         return load_questions(config.dataset, count, split=split, seed=config.seed, world=config.world)
 
     held_out = graded(load(config.eval_samples, "test"))
-    asked = {question.text for question in held_out}
+    asked = {words_of(question.text) for question in held_out}
     wanted = config.steps * prompts
     # What has one split gives the held-out problems again.
     training = [
-        question for question in load(wanted + config.eval_samples, "train") if question.text not in asked
+        question
+        for question in load(wanted + config.eval_samples, "train")
+        if words_of(question.text) not in asked
     ]
     training = graded(training)[:wanted]
     if not held_out or len(training) < prompts:
