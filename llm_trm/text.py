@@ -31,6 +31,11 @@ def read_lines(path: Path, *, only_text: bool = False) -> Iterator[str]:
         yield from _decoded(file, only_text)
 
 
+def csv_lines(path: Path) -> Iterator[str]:
+    """The lines of a file as ``csv`` takes them: the newlines belong to cells that have several lines."""
+    return (f"{line}\n" for line in read_lines(path))
+
+
 def read_text(path: Path) -> str:
     """The lines of a file, joined by newlines. Raises as :func:`read_lines`."""
     return "\n".join(read_lines(path))

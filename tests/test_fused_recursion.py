@@ -22,10 +22,10 @@ from trm_kernels import (
     latent_recursion,
     reference,
 )
+from trm_kernels.config import Memory
 from trm_kernels.ops._launch import LAUNCHES
 from trm_kernels.ops.attention import dropout_keep
 from trm_kernels.ops.attention_common import Dropout
-from trm_kernels.ops.chain import Memory
 from trm_kernels.testing import ToleranceRule, recursion_and_gradients
 
 pytestmark = pytest.mark.interpreter

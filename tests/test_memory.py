@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from trm_kernels import NetworkConfig, reference
 from trm_kernels.backends.fused import block_parameters
+from trm_kernels.config import Memory
 from trm_kernels.ops import _launch
 from trm_kernels.ops._launch import TARGETS, record
-from trm_kernels.ops.chain import Memory
 from trm_kernels.ops.recursion import Numbers, Tensors, _recursion, _recursion_backward, _recursion_saving
 
 pytestmark = pytest.mark.interpreter

@@ -24,7 +24,7 @@ from llm_trm.files import read_json
 from llm_trm.text import is_text, lines_of, parse_json, read_lines, read_text, words_of
 from llm_trm.train.phase1 import texts
 from llm_trm.train.phase3.train import _keep_completions
-from llm_trm.train.run.tracking import _lines_until
+from llm_trm.train.run.tracking import lines_until
 
 #: Where str.splitlines cuts, and a newline does not stand.
 CUTS = ("\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\r")
@@ -124,7 +124,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "results": (".jsonl", lambda path: [line["question"] for line in results.read(path)]),
     "pairs": (".jsonl", lambda path: [record["question"] for record in _read_records(path, 2)]),
     "json": (".json", lambda path: [record["question"] for record in read_json(path, "")]),
-    "metrics": (".jsonl", lambda path: _questions(_lines_until(path, 9))),
+    "metrics": (".jsonl", lambda path: _questions(lines_until(path, 9))),
     "completions": (".jsonl", lambda path: _keep_completions(path, 9) or _questions(path.read_text("utf-8"))),
 }
 

@@ -10,6 +10,11 @@ from trm_kernels import arguments
 Family = Literal["seed", "scratch", "paper"]
 Mixer = Literal["attention", "tokens"]
 
+#: What a training step keeps of every network call: ``"fast"`` all that the backward reads;
+#: ``"balanced"`` not the pre-activations of the MLPs, which one GEMM a block computes again; ``"small"`` the
+#: input of the call alone.
+Memory = Literal["fast", "balanced", "small"]
+
 #: ``nn.RMSNorm(d, eps=None)`` takes the epsilon of float32 for bf16 and fp16 inputs too (measured,
 #: torch 2.13), but that of float64 for float64. One value keeps the function the same in all dtypes.
 FLOAT32_EPS = 1.1920928955078125e-07

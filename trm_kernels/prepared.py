@@ -68,7 +68,7 @@ class Frozen:
         # The tensors are held, and their memory too, should `.data` get another: so no other tensor can be
         # given their ids or their addresses.
         self._weights = {
-            id(weight): (weight, weight.detach(), _version(weight))
+            id(weight): (weight, weight.detach(), _place(weight), _version(weight))
             for net in networks
             for weight in net.parameters()
         }
@@ -138,8 +138,8 @@ class Frozen:
             found = self._weights.get(id(weight))
             if found is None:
                 raise FrozenError(f"a frozen network has been given other weights: {_REMEDY}")
-            _, memory, version = found
-            if _place(weight) != _place(memory) or _version(weight) != version:
+            _, _, place, version = found
+            if _place(weight) != place or _version(weight) != version:
                 raise FrozenError(f"the weights of a frozen network have been written to: {_REMEDY}")
 
     def _refuse_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -188,8 +188,11 @@ def matrices(
     return None if promise is None else promise.matrices(net, parameters, form, make)
 
 
-def number(net: nn.Module) -> int:
+def number(net: nn.Module, weights: Iterable[Tensor] | None = None) -> int:
     """Which promise covers ``net``; 0 for none. A number is never used again.
+
+    Args:
+        weights: Its parameters, if the caller has them: to find them takes a walk through its modules.
 
     Raises:
         FrozenError: As for :func:`matrices`.
@@ -197,7 +200,7 @@ def number(net: nn.Module) -> int:
     promise = _promise(net)
     if promise is None:
         return 0
-    promise.check(net.parameters())
+    promise.check(net.parameters() if weights is None else weights)
     return promise.number
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import backends
-from trm_kernels.backends.registry import Memory, Normalisation, Precision, Recursion, RunRecursion
+from trm_kernels.backends.registry import Normalisation, Precision, Recursion, RunRecursion
 from trm_kernels.backends.stepwise import step_by_step
+from trm_kernels.config import Memory
 from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, read_positions
 
@@ -109,20 +110,19 @@ def deep_recursion(
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision must be None or one of {get_args(Precision)}, not {precision!r}")
     asked = Recursion(n, T, mask, output_norm, with_gradients, memory, precision, read)
-    if isinstance(mask, Packing):
-        mask = mask.mask
+    valid = asked.valid
     stepwise: str | None = f"{type(net).__name__} is no network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
-        net.check(states[1], mask)
-        run, stepwise = _own_recursion(net, states, mask, asked)
+        net.check(states[1], valid)
+        run, stepwise = _own_recursion(net, states, asked)
         if run is not None:
             return run(net, states, asked)
     if precision is not None:
         raise backends.BackendError(f"precision={precision!r} cannot serve this call: {stepwise}")
 
     def call(h: Tensor) -> Tensor:
-        out = net(h) if mask is None else net(h, mask=mask)
+        out = net(h) if valid is None else net(h, mask=valid)
         return out if output_norm is None else output_norm(out)
 
     with torch.no_grad():
@@ -142,17 +142,17 @@ def _states(*states: Tensor) -> tuple[Tensor, ...]:
 
 
 def _own_recursion(
-    net: FusedModule, states: tuple[Tensor, ...], mask: Tensor | None, asked: Recursion
+    net: FusedModule, states: tuple[Tensor, ...], asked: Recursion
 ) -> tuple[RunRecursion | None, str | None]:
     """The recursion of the backend that serves ``net``, or None and why it is called step by step."""
-    backend = backends.BACKENDS[backends.select(net, states[1], mask).name]
+    backend = backends.BACKENDS[backends.select(net, states[1], asked.valid).name]
     if backend.recursion is None:
         reason: str | None = f"backend {backend.name!r} has no recursion of its own"
     else:
         reason = backend.recursion.refuses(net, states, asked)
         if reason is None:
             return backend.recursion.run, None
-    if backend.packed is not None and mask is not None and asked.precision is None:
+    if backend.packed is not None and asked.mask is not None and asked.precision is None:
         reason = backend.packed.refuses(net, states, asked)
         if reason is None:
             return backend.packed.run, None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llm_trm.errors import InputError
 from llm_trm.memory import require_memory
 from llm_trm.ranges import LAYERS, LENGTH, SHARE, VOCABULARY, WIDTH, Range, require_in, shown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 #: By the usual names and by those of older models.
 _SIZES: dict[str, Range] = {
@@ -22,29 +25,18 @@ _SIZES: dict[str, Range] = {
 _SHARES = ("_eps", "_epsilon", "dropout", "_pdrop")
 
 
-def require_numbers(source: str, where: str, **options: Any) -> None:
+def require_numbers(described: dict[str, Any], where: str) -> None:
     """Raise InputError, led by ``where``, if a number in a model's ``config.json`` makes no sense.
 
     Sizes are whole numbers that a model can have, epsilons and dropouts lie in [0, 1], and nothing is NaN.
     The file is looked at before transformers makes an object of it, which may count to the number of layers.
 
     Args:
-        source: What transformers would load; nothing happens where there is no such file.
-        **options: For ``PretrainedConfig.get_config_dict``.
+        described: What it holds.
     """
-    from transformers import PretrainedConfig
-
-    try:
-        described, _ = PretrainedConfig.get_config_dict(source, **options)
-    except (OSError, ValueError):
-        return  # whoever loads it says so
-    _require(described, where)
-
-
-def _require(described: dict[str, Any], where: str) -> None:
     for name, value in described.items():
         if isinstance(value, dict):
-            _require(value, f"{where}{name}: ")
+            require_numbers(value, f"{where}{name}: ")
         elif value is None or isinstance(value, list):  # lists are of models whose layers differ
             continue
         elif name in _SIZES:
@@ -55,22 +47,21 @@ def _require(described: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}{name} must be finite, not {shown(value)}")
 
 
-def require_buildable(name: str, source: str, dtype: torch.dtype | None, **options: Any) -> None:
-    """Raise InputError if the language model in ``source`` surely fits no memory.
+def require_buildable(
+    name: str, config: PretrainedConfig, dtype: torch.dtype | None, *, trust_remote_code: bool
+) -> None:
+    """Raise InputError if the language model that ``config`` describes surely fits no memory.
 
     Args:
         name: What the user calls it.
         dtype: Of its weights; None counts two bytes a number.
-        **options: For ``AutoConfig.from_pretrained``.
+        trust_remote_code: Whether code of the model's own may run.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(source, **options)
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=options.get("trust_remote_code", False)
-        )
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     size = 2 if dtype is None else dtype.itemsize
     require_memory(numbers * size, f"model {name} ({numbers:,} numbers)", "choose a smaller one")

@@ -37,22 +37,16 @@ def require_own_kernels(described: Any, where: str) -> None:
         )
 
 
-def require_no_hub_kernels(source: str, where: str, **options: Any) -> None:
-    """:func:`require_own_kernels` of the ``config.json`` and ``generation_config.json`` in ``source``.
+def require_no_hub_kernels(described: dict[str, Any], folder: Path, where: str) -> None:
+    """:func:`require_own_kernels` of a model's ``config.json`` and ``generation_config.json``.
 
     Args:
-        source: What transformers would load; nothing happens where there is no such file.
+        described: What the former holds.
+        folder: Of the latter; nothing happens where there is no such file.
         where: What a message begins with, before the name of the file.
-        **options: For ``PretrainedConfig.get_config_dict``.
     """
-    from transformers import PretrainedConfig
-
-    try:
-        described, _ = PretrainedConfig.get_config_dict(source, **options)
-    except (OSError, ValueError):
-        described = {}  # whoever loads it says so
     require_own_kernels(described, f"{where}config.json: ")
-    decoding = Path(source) / "generation_config.json"
+    decoding = folder / "generation_config.json"
     if decoding.is_file():
         content = read_json(decoding, "mend the file, or take it out")
         require_own_kernels(content, f"{where}generation_config.json: ")

@@ -129,20 +129,21 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
     folder = Path(source)
     if folder.is_dir():
         require_own_files(folder)
-    described = not folder.is_dir() or (folder / "config.json").exists()
+    builds = kind.__name__ in ("AutoModelForCausalLM", "TRMForCausalLM")
     options["trust_remote_code"] = trust_remote_code
     known = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
     try:
         with no_bars():
+            described = _description(source, **known)
             if not trust_remote_code:
-                require_no_hub_kernels(source, f"model {name}: ", **known)
+                require_no_hub_kernels(described, folder, f"model {name}: ")
             # What transformers would build until the process is killed is refused before.
-            require_numbers(source, f"model {name}: config.json: ", **known)
-            if kind is not AutoConfig and described:
+            require_numbers(described, f"model {name}: config.json: ")
+            if builds or (kind is not AutoConfig and described):
                 # First, since a tokenizer would warn of a type that it does not know.
-                AutoConfig.from_pretrained(source, **known)
-            if kind.__name__ in ("AutoModelForCausalLM", "TRMForCausalLM"):
-                require_buildable(name, source, options.get("dtype"), **known)
+                config = AutoConfig.from_pretrained(source, **known)
+                if builds:
+                    require_buildable(name, config, options.get("dtype"), trust_remote_code=trust_remote_code)
             return without_hub_decoding(kind.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         if isinstance(error, InputError) and name in str(error):
@@ -164,6 +165,17 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
             f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
             f"model on the hub, or {ARITHMETIC!r}"
         ) from error
+
+
+def _description(source: str, **options: Any) -> dict[str, Any]:
+    """What ``config.json`` holds, before transformers makes an object of it; nothing where it is missing."""
+    from transformers import PretrainedConfig
+
+    try:
+        described, _ = PretrainedConfig.get_config_dict(source, **options)
+    except (OSError, ValueError):
+        return {}  # whoever loads it says so
+    return dict(described)
 
 
 def require_own_files(folder: Path) -> None:

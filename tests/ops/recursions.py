@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trm_kernels import NetworkConfig, reference
 from trm_kernels.backends.fused import block_parameters
-from trm_kernels.ops.chain import Memory
+from trm_kernels.config import Memory
 from trm_kernels.ops.layouts import LAYOUTS
 from trm_kernels.ops.recursion import Numbers, Tensors, recursion
 from trm_kernels.packing import Packing

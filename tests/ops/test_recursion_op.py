@@ -21,9 +21,9 @@ from tests.ops.recursions import (
     results_and_gradients,
 )
 from trm_kernels.backends.fused import block_parameters
+from trm_kernels.config import Memory
 from trm_kernels.ops import chain_backward
 from trm_kernels.ops._launch import input_precision
-from trm_kernels.ops.chain import Memory
 from trm_kernels.ops.gemm import Outputs, gemm
 from trm_kernels.ops.layouts import LAYOUTS
 from trm_kernels.ops.mlp import mlp

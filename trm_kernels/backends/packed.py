@@ -64,8 +64,8 @@ class SortedRows(Rows):
 
 def refuses(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> str | None:
     """Why a recursion must run on the padded batch, or None."""
-    mask = asked.mask
-    if mask is None:
+    mask, valid = asked.mask, asked.valid
+    if mask is None or valid is None:
         return "there is no padding"
     if torch.compiler.is_compiling():
         return "torch.compile would compile again for other lengths"
@@ -74,7 +74,6 @@ def refuses(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> str
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "there are no rules for torch.func transforms or forward-mode differentiation"
     y = states[1]
-    valid = mask.mask if isinstance(mask, Packing) else mask
     if any(tensor.device != y.device for tensor in (*states, valid)):
         return "mask and states are on different devices"
     if y.dtype != torch.float32 and torch.is_autocast_enabled(y.device.type):
@@ -109,10 +108,11 @@ def run_recursion(
     ``run_part`` runs what lies between two attentions.
     """
     n, T, mask, output_norm, with_gradients, memory, _, read = asked
-    assert mask is not None
+    valid = asked.valid
+    assert mask is not None and valid is not None
     lengths = _lengths(mask)
     assert lengths is not None
-    rows = SortedRows.of(mask.mask if isinstance(mask, Packing) else mask, lengths)
+    rows = SortedRows.of(valid, lengths)
     given_z = states[2]
     x, y, z = (rows.pack(state)[0] for state in states)  # each [R, D]
     network = _PackedNetwork(net, rows, y, run_part)

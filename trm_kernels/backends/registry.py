@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
+from trm_kernels.config import Memory
 from trm_kernels.packing import Packing
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 Refusal = str | None
 Normalisation = Callable[[Tensor], Tensor]
 
-#: What the recursion with gradient keeps for its backward (:data:`trm_kernels.ops.chain.Memory`).
-Memory = Literal["fast", "balanced", "small"]
 #: How recursions may deviate from the precision of their states.
 Precision = Literal["fp8-nograd"]
 
@@ -36,6 +35,11 @@ class Recursion(NamedTuple):
     memory: Memory = "balanced"
     precision: Precision | None = None
     read: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which positions are valid [B, L], or None: all are."""
+        return self.mask.mask if isinstance(self.mask, Packing) else self.mask
 
 
 #: Runs a recursion over a network on states x, y and z [B, L, D] of one shape and dtype; gives y and z.

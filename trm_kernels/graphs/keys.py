@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -40,6 +40,11 @@ def storage(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.numel(), tensor.requires_grad
 
 
+def _held(stores: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    """The tensors in parameters or buffers of modules."""
+    return (tensor for store in stores for tensor in store.values() if tensor is not None)
+
+
 class ModuleWatch:
     """Notices changes to modules that a captured graph would not.
 
@@ -65,7 +70,11 @@ class ModuleWatch:
         self._stores: list[dict[str, Any]] = [
             store for module in seen for store in (module._parameters, module._buffers)
         ]
-        self._networks = [module for module in seen if isinstance(module, FusedModule)]
+        self._networks = [
+            (module, [part._parameters for part in module.modules()])
+            for module in seen
+            if isinstance(module, FusedModule)
+        ]
         self._names.update(*(module._parameters for module in seen))
         self._children = self._child_ids()
 
@@ -92,7 +101,7 @@ class ModuleWatch:
             kinds = sorted({type(tensor).__name__ for tensor in tensors if type(tensor) not in _PLAIN})
             raise CaptureError(f"a module holds a {kinds[0]}, not a plain tensor")
         # While a network is frozen, graphs read what was made of its weights.
-        self.promises = [*map(prepared.number, self._networks)]
+        self.promises = [prepared.number(net, _held(stores)) for net, stores in self._networks]
         state = (
             *self._children,
             *[module.training for module in self._modules],

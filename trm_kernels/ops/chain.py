@@ -19,22 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trm_kernels.config import Memory
 from trm_kernels.ops.attention import attention_forward
 from trm_kernels.ops.attention_common import Samples
 from trm_kernels.ops.gemm import sumsq_parts
 from trm_kernels.ops.layouts import Block
 from trm_kernels.ops.stream import Stream, rows_of, start
 from trm_kernels.ops.sublayer import Call, Slot, first_half, last_half, second_half
-
-#: What a training step keeps of every network call: ``"fast"`` all that the backward reads;
-#: ``"balanced"`` not the pre-activations of the MLPs, which one GEMM a block computes again; ``"small"`` the
-#: input of the call alone.
-Memory = Literal["fast", "balanced", "small"]
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.chain import Memory, Saved, enter, network_call, saved_spec
+from trm_kernels.config import Memory
+from trm_kernels.ops.chain import Saved, enter, network_call, saved_spec
 from trm_kernels.ops.layouts import Block, Sublayer
 from trm_kernels.ops.norm import rms_norm_backward
 from trm_kernels.ops.stream import Stream

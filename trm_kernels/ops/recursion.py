@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from trm_kernels.config import Memory
 from trm_kernels.first_order import first_order
 from trm_kernels.ops._library import define
 from trm_kernels.ops.attention_common import Samples, mask_ends
-from trm_kernels.ops.chain import Memory, Saved, recursion_forward, saved_spec
+from trm_kernels.ops.chain import Saved, recursion_forward, saved_spec
 from trm_kernels.ops.chain_backward import recursion_backward
 from trm_kernels.ops.layouts import LAYOUTS, unpack, with_matrices
 from trm_kernels.ops.stream import Norm
@@ -54,7 +55,7 @@ class Numbers(NamedTuple):
         output_eps: Of the norm after every network call; None: there is none.
         dropout: Probability of dropping an attention weight.
         operand: Dtype of the GEMMs' operands.
-        memory: What a training step keeps (:data:`~trm_kernels.ops.chain.Memory`).
+        memory: What a training step keeps (:data:`~trm_kernels.config.Memory`).
         fp8: Whether the GEMMs run in fp8; without gradient only.
     """
 

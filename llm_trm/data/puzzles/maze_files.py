@@ -10,7 +10,7 @@ from typing import Any
 from llm_trm.data.puzzles.maze import MazeGrid, parse_maze, solution_fault
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
-from llm_trm.text import parse_json, read_lines
+from llm_trm.text import csv_lines, parse_json, read_lines
 
 #: Names of the two columns; the first pair is the hub's.
 _COLUMNS = (("question", "answer"), ("maze", "solution"))
@@ -67,8 +67,7 @@ def load_mazes(dataset: str, split: str) -> Mazes:
 
 
 def _csv_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    # The newlines belong to cells that have several lines.
-    yield from csv.DictReader(f"{line}\n" for line in read_lines(path))
+    yield from csv.DictReader(csv_lines(path))
 
 
 def _json_records(path: Path) -> Iterator[Any]:

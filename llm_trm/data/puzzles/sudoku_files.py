@@ -16,7 +16,7 @@ from llm_trm.data.puzzles.sudoku import BLANKS, SHAPES, Shape, shape_of
 from llm_trm.data.puzzles.sudoku_rows import Progress, SudokuRows, row_error, untracked
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
-from llm_trm.text import parse_json, read_lines
+from llm_trm.text import csv_lines, parse_json
 
 #: Names of columns, in lower case.
 _PUZZLE_COLUMNS = ("puzzle", "puzzles", "quiz", "quizzes", "question")
@@ -55,9 +55,8 @@ def read_sudoku_file(path: Path) -> SudokuRows:
             first.
     """
     try:
-        # The newlines belong to cells that have several lines.
-        lines = (f"{line}\n" for line in read_lines(path))
-        rows = _json_rows(path, lines) if path.suffix == ".jsonl" else _csv_rows(path, lines)
+        read = _json_rows if path.suffix == ".jsonl" else _csv_rows
+        rows = read(path, csv_lines(path))
         return _collected(str(path), rows)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {_FILE}") from None

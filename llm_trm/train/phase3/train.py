@@ -17,7 +17,7 @@ from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
 from llm_trm.models.loading import no_bars
-from llm_trm.text import read_lines, words_of
+from llm_trm.text import words_of
 from llm_trm.train.phase3.config import (
     Accuracy,
     Phase3Config,
@@ -27,7 +27,7 @@ from llm_trm.train.phase3.config import (
     Problems,
 )
 from llm_trm.train.phase3.rewards import correctness_reward, format_reward
-from llm_trm.train.run.tracking import finish_tracking, new_accelerator, start_tracking
+from llm_trm.train.run.tracking import finish_tracking, lines_until, new_accelerator, start_tracking
 from llm_trm.upstream import checkpointing_option
 
 require("rl", "trl")
@@ -313,16 +313,7 @@ def _tags(latent: LatentModel) -> tuple[int, int]:
 
 def _keep_completions(path: Path, until: int) -> None:
     """Drop what a run that was cut off wrote behind the checkpoint that it goes on from."""
-    import json
-
-    kept = []
-    for line in read_lines(path, only_text=True) if path.exists() else ():
-        try:
-            if json.loads(line)["step"] <= until:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+    path.write_text(lines_until(path, until), encoding="utf-8")
 
 
 def _plan(config: Phase3Config, trainer: LatentGRPOTrainer, problems: Problems, start: int) -> Phase3Plan:

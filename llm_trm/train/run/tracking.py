@@ -116,7 +116,7 @@ def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
 
         @on_main_process
         def start(self) -> None:
-            write_text(path, "" if resumed_at is None else _lines_until(path, resumed_at))
+            write_text(path, "" if resumed_at is None else lines_until(path, resumed_at))
 
         @on_main_process
         def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
     return JSONLines()
 
 
-def _lines_until(path: Path, step: int) -> str:
+def lines_until(path: Path, step: int) -> str:
     """The whole lines of ``path`` up to ``step``; a line that a crash cut short is left out."""
     kept = []
     for line in read_lines(path, only_text=True) if path.exists() else ():
