@@ -1,6 +1,6 @@
 // A digest of weights: whether every bit of them is what it was when they were packed.
 //
-// Packing takes ten times as long as reading, so packed weights are kept between calls, and every call looks at all of
+// Packing takes three times as long as reading, so packed weights are kept between calls, and every call looks at all of
 // the weights: no pointer and no version tells who has written to memory.
 #pragma once
 
