@@ -150,7 +150,7 @@ def ours(case: PuzzleCase, folder: Path, device: torch.device) -> Ours:
     if not data.exists():
         write_data(case, data)
     config = settings(case, data, Path(tempfile.mkdtemp(dir=folder)))
-    trainer = Ours(replace(config, clip_norm=None, device=device.type))
+    trainer = Ours(replace(config, clip_norm=None, device="cuda" if device.type == "cuda" else "cpu"))
     trainer.model.train()
     return trainer
 

@@ -84,7 +84,7 @@ def train(
         "threads": torch.get_num_threads(),
         "puzzles": len(splits["train"]),
         "held_out": len(splits["test"]),
-        "config": config.to_json(),
+        "config": config.record(),
         "seconds": seconds,
         "history": result.history,
         "modes": [mode.to_json() for mode in modes],

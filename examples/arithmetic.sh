@@ -63,7 +63,7 @@ heading "The recursion alone, by the reward of its answers"
 if [[ ! -e $out/phase3/latent.json ]]; then
     resume=()
     compgen -G "$out/phase3/checkpoint-*/trainer_state.json" >/dev/null && resume=(--resume)
-    llm-trm train phase3 --checkpoint "$out/lora" --dataset arithmetic "${world[@]}" -o "$out/phase3" \
+    llm-trm train phase3 --checkpoint "$out/lora" --data arithmetic "${world[@]}" -o "$out/phase3" \
         --steps 100 --batch-size 256 --max-new-tokens 8 --kl 0.02 --eval-samples 500 --seed "$seed" "${resume[@]}"
 fi
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_trm.models.puzzle.losses import CellLoss, puzzle_loss
+from llm_trm.choices import CellLoss, HaltLoss
+from llm_trm.models.puzzle.losses import puzzle_loss
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig
 from llm_trm.models.sequence_trm import SequenceTRM
-from llm_trm.train.phase2.losses import Halting, HaltLoss, SupervisionLoss
+from llm_trm.train.phase2.losses import Halting, SupervisionLoss
 from tests.backend_double import alter
 from tests.test_training import BATCH, LENGTH, Sorter
 from trm_kernels import (

@@ -13,9 +13,10 @@ import click
 
 from llm_trm.benchmark.suites import CPU_TRAIN_WIDTH, SUITES, group_of, left_out, shrunk, suite
 from llm_trm.benchmark.workloads import Case, Mode
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.types import BATCH, LAYERS, LENGTH, SECONDS, SEED, WIDTH
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     import torch

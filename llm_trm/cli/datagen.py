@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.language_model import trust_option
 from llm_trm.cli.options.types import (
     BATCH,
@@ -22,14 +21,14 @@ from llm_trm.cli.options.types import (
     SEED,
     SHARE_ABOVE_ZERO,
 )
-from llm_trm.cli.options.world import world_options
+from llm_trm.cli.options.world import refuse_world_options, world_from, world_options
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     from llm_trm.data.generation import GenerationProgress
     from llm_trm.data.pairs import PairFiles
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand")
 #: Between two lines about the progress, where there is no terminal for a bar.
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -63,7 +62,7 @@ _SECONDS_BETWEEN_LINES = 30.0
     show_default=True,
     help="Of the data set; one that has a single split gives that.",
 )
-@world_options()
+@world_options
 @click.option(
     "--batch-size",
     type=BATCH,
@@ -135,14 +134,11 @@ _SECONDS_BETWEEN_LINES = 30.0
 @click.pass_context
 def datagen(
     context: click.Context,
+    /,
     model: str,
     dataset: str,
     num_samples: int,
     split: str,
-    operations: int,
-    min_operations: int | None,
-    modulus: int,
-    max_operand: int | None,
     batch_size: int,
     max_new_tokens: int,
     max_prompt_tokens: int,
@@ -156,6 +152,7 @@ def datagen(
     fresh: bool,
     trust_remote_code: bool,
     device: str,
+    **drawn: Any,
 ) -> None:
     """Let a language model think about problems, and keep its hidden states before and after.
 
@@ -171,14 +168,7 @@ def datagen(
       accelerate launch --num_processes 8 --no_python llm-trm datagen --num-samples 100000
     """
     chosen = resolve_device(device)
-    if "arithmetic" not in dataset.split(","):
-        for name in _OF_ARITHMETIC:
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                option = f"--{name.replace('_', '-')}"
-                raise click.UsageError(
-                    f"{option} is of --dataset arithmetic, and this is {dataset}: leave it out"
-                )
-    from llm_trm.data.arithmetic import World
+    refuse_world_options(context, dataset)
     from llm_trm.data.decoding import Limits
     from llm_trm.data.generation import DataGenConfig, ThinkingDataGenerator
     from llm_trm.data.processes import launched_processes
@@ -189,9 +179,7 @@ def datagen(
         model=model,
         dataset=dataset,
         split=split,  # type: ignore[arg-type]
-        world=World(
-            operations if min_operations is None else min_operations, operations, modulus, max_operand
-        ),
+        world=world_from(context, drawn),
         num_samples=num_samples,
         sampling=Sampling(temperature, top_p, seed),
         limits=Limits(max_prompt_tokens, max_new_tokens, answer_tokens),

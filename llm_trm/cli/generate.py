@@ -11,10 +11,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.language_model import chosen_checkpoint, memory_advice, model_options
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.types import BATCH, LENGTH, NO_OR_COUNT, NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Speaker

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.tries import noise_of, tries_options
 from llm_trm.cli.options.types import DELAY, DEPTH, FOLDER, SEED
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.solving import Attempt

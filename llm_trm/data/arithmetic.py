@@ -10,10 +10,11 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
 from llm_trm.errors import InputError
-from llm_trm.ranges import COUNT, MODULUS, OPERATIONS, require_ranges
+from llm_trm.ranges import COUNT, MODULUS, OPERATIONS
+from llm_trm.settings import Settings, setting
 
 Split = Literal["train", "test"]
 
@@ -49,33 +50,35 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class World:
-    """Which problems there are.
+class World(Settings):
+    """The arithmetic problems that exist.
 
-    Args:
-        min_operations, max_operations: Operations of a problem, drawn uniformly from this range.
-        modulus: Totals lie in 0 .. modulus - 1; a chain begins with 1 .. modulus - 1.
-        max_operand: Operands behind the first number are drawn from 1 .. max_operand; by default up to
-            modulus - 1.
+    The number of operations is drawn uniformly. A chain starts with 1 .. modulus - 1, and totals are in
+    0 .. modulus - 1.
 
     Raises:
-        InputError: An empty range, or a modulus below 2.
+        InputError: An empty range, or a value out of range.
     """
 
-    min_operations: Annotated[int, OPERATIONS] = 1
-    max_operations: Annotated[int, OPERATIONS] = 5
-    modulus: Annotated[int, MODULUS] = 10
-    max_operand: Annotated[int, COUNT] | None = None
+    min_operations: int = setting(1, "Minimum number of operations in an arithmetic problem.", OPERATIONS)
+    max_operations: int = setting(
+        5,
+        "Maximum number of operations in an arithmetic problem: its difficulty.",
+        OPERATIONS,
+        "--operations",
+    )
+    modulus: int = setting(10, "Totals of arithmetic problems are taken modulo this number.", MODULUS)
+    max_operand: int | None = setting(
+        None, "Largest operand after the first number; smaller is easier.", COUNT, unset="modulus - 1"
+    )
 
     def __post_init__(self) -> None:
-        require_ranges(self, InputError)
-        if not 1 <= self.min_operations <= self.max_operations:
+        super().__post_init__()
+        if self.min_operations > self.max_operations:
             raise InputError(
                 f"operations must be a range from 1 up, not {self.min_operations} to {self.max_operations}"
             )
-        if self.modulus < 2:
-            raise InputError(f"the modulus must be at least 2, not {self.modulus}")
-        if self.max_operand is not None and not 1 <= self.max_operand < self.modulus:
+        if self.max_operand is not None and self.max_operand >= self.modulus:
             raise InputError(
                 f"the largest operand must lie in 1 to {self.modulus - 1}, not {self.max_operand}"
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
+from llm_trm.choices import PromptForm
 from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
 from llm_trm.data.reasoning import IGNORED
 from llm_trm.data.tags import END_THINK, THINK
@@ -15,9 +16,6 @@ from llm_trm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-#: How a question is put: as the user's turn of a chat, or as ``Question: ...``, a line break, ``Answer: ``.
-PromptForm = Literal["chat", "plain"]
 
 
 def prompt_form(tokenizer: PreTrainedTokenizerBase, form: PromptForm | None = None) -> PromptForm:

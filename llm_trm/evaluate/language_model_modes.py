@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from llm_trm.data.lessons import PromptForm, encode_prompt, prompt_form, question_prompt
+from llm_trm.choices import PromptForm
+from llm_trm.data.lessons import encode_prompt, prompt_form, question_prompt
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
 from llm_trm.errors import InputError, shortened

@@ -18,9 +18,10 @@ from llm_trm.models.contexts import Contexts, errors
 from llm_trm.models.loading import load_thinking_model
 
 if TYPE_CHECKING:
+    from llm_trm.choices import Halting
     from llm_trm.data.pairs import PairFiles
     from llm_trm.models.compression import DimensionCompressor
-    from llm_trm.models.sequence_trm import Halting, SequenceTRM
+    from llm_trm.models.sequence_trm import SequenceTRM
 
 #: Names of the rows that are no baselines. The second is the ceiling that the compressor leaves.
 TRM, TRUE_STATE = "TRM", "true state"

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm_trm.choices import Task
 from llm_trm.data.puzzles import maze, sudoku
-from llm_trm.data.puzzles.dataset import Task
 from llm_trm.errors import InputError
 from llm_trm.text import lines_of
 

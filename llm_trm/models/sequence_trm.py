@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from llm_trm.choices import Halting
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
 from llm_trm.ranges import DEPTH, LAYERS, SHARE_BELOW_ONE, WIDTH, require_ranges
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork, halting_recursion
 from trm_kernels.config import FLOAT32_EPS, NetworkConfig
-
-#: Whose confidence stops a sample: its own, the mean of its batch (as in the original), or nobody's.
-Halting = Literal["sample", "batch", "none"]
 
 _WEIGHTS, _CONFIG = "trm.safetensors", "trm.json"
 

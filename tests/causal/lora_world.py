@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausa
 
 from llm_trm.data.arithmetic import World
 from llm_trm.models.tiny import tiny_tokenizer
-from llm_trm.train.lora.config import LoraTrainingConfig
+from llm_trm.train.lora.config import LoraTrainingConfig, ReasonerSettings
 
 SMALL = {"supervision_steps": 2, "n_latent_steps": 1, "n_deep_recursions": 1, "n_layers": 1}
 
@@ -74,5 +74,5 @@ def settings(folder: Path, **changes: Any) -> LoraTrainingConfig:
         "log_every": 1,
         "patience": 0,
     }
-    changes["reasoner"] = {**SMALL, **changes.get("reasoner", {})}
+    changes["reasoner"] = ReasonerSettings(**{**SMALL, **changes.get("reasoner", {})})
     return LoraTrainingConfig(**{**given, **changes})

@@ -28,7 +28,8 @@ from llm_trm.errors import InputError
 from llm_trm.models.causal import TRMForCausalLM, add_lora
 from llm_trm.models.causal.loading import load_latent_model, save_latent_model
 from llm_trm.models.tiny import tiny_tokenizer
-from llm_trm.train.phase3.config import Phase3Config, Phase3Report, Problems
+from llm_trm.train.phase3.config import Phase3Config
+from llm_trm.train.phase3.report import Phase3Report, Problems
 from llm_trm.train.phase3.train import grpo_arguments, load_problems, make_trainer, train_phase3
 from llm_trm.train.phase3.trainer import LatentGRPOTrainer, active_reasoner
 from tests.causal.tiny import tiny_decoder
@@ -406,7 +407,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
     for name, weight in snapshot(load_latent_model(config.output).model).items():
         # The original that peft keeps beside what is trained is drawn anew, and computes nothing.
         assert "original_module" in name or torch.equal(weight, weights[name]), name
-    with pytest.raises(InputError, match="begun with seed = 0, not 1"):
+    with pytest.raises(InputError, match="seed was 0 and is 1"):
         train_phase3(replace(config, resume=True, seed=1))
     with pytest.raises(InputError, match="holds a run already"):
         train_phase3(config)
@@ -421,9 +422,9 @@ def test_a_run_goes_on_with_its_own_problems(
     monkeypatch.chdir(tmp_path)
     file = "problems.jsonl"
     # Two steps an epoch: the run ends within one.
-    config = config_of(whole, tmp_path / "run", dataset=file, eval_samples=2, steps=3, save_every=3)
+    config = config_of(whole, tmp_path / "run", data=file, eval_samples=2, steps=3, save_every=3)
     train_phase3(config)
-    known = load_latent_model(config.output).facts["phase3"]["dataset"]
+    known = load_latent_model(config.output).facts["phase3"]["data"]
     assert known == str(tmp_path / file), "which is read from any directory"
     spy = Spy()
     train_phase3(replace(config, resume=True), spy)
@@ -433,7 +434,7 @@ def test_a_run_goes_on_with_its_own_problems(
         train_phase3(replace(config, resume=True))
     # What cannot begin has replaced nothing.
     with pytest.raises(InputError, match="cannot be read"):
-        train_phase3(replace(config, dataset="nothing.jsonl", overwrite=True))
+        train_phase3(replace(config, data="nothing.jsonl", overwrite=True))
     assert load_latent_model(config.output) and (config.output / "checkpoint-3").exists()
 
 
@@ -486,7 +487,7 @@ def test_prompts_have_the_tokens_of_training(adapted: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "gsm8k", "--operations", "3"], "--operations is of --dataset arithmetic"),
+        (["--dataset", "gsm8k", "--operations", "3"], "--operations is for --data arithmetic"),
         (["--group-size", "1"], "group-size"),
     ],
 )
@@ -516,12 +517,12 @@ def test_problems_held_out_are_not_trained_on(tmp_path: Path) -> None:
     # Blanks make no other problem of it.
     rows[19] = (" 1+1\n", "2")
     file = write(tmp_path / "problems.jsonl", iter(rows))
-    config = config_of("none", tmp_path, dataset=file, eval_samples=5, steps=100)
+    config = config_of("none", tmp_path, data=file, eval_samples=5, steps=100)
     found = load_problems(config, 2)
     assert [question.text for question in found.held_out] == ["0+1", "1+1", "2+1", "1+1"]
     assert [question.text for question in found.training] == [f"{i}+1" for i in range(5, 19)]
     assert found.dropped == 2
-    few = load_problems(config_of("none", tmp_path, dataset=file, eval_samples=5, steps=3), 2)
+    few = load_problems(config_of("none", tmp_path, data=file, eval_samples=5, steps=3), 2)
     assert len(few.training) == 6
     with pytest.raises(InputError, match="a step takes 16"):
         load_problems(config, 16)
@@ -537,7 +538,7 @@ def test_problems_held_out_are_not_trained_on(tmp_path: Path) -> None:
         ({"group_size": 1}, "at least 2"),
         ({"resume": True}, "no checkpoint to resume"),
         ({"checkpoint": "no/such/model/here"}, "is no folder"),
-        ({"eval_samples": 1, "dataset": "nothing.jsonl"}, "cannot be read"),
+        ({"eval_samples": 1, "data": "nothing.jsonl"}, "cannot be read"),
     ],
 )
 def test_bad_input(settings: dict[str, Any], message: str, whole: str, tmp_path: Path) -> None:

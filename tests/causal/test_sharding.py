@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from llm_trm.train.lora.config import LoraTrainingConfig
+from llm_trm.train.lora.config import LoraTrainingConfig, ReasonerSettings
 from tests.causal.lora_world import SMALL, settings, write_language_model, write_rows
 
 pytestmark = [
@@ -106,7 +106,7 @@ def test_sharded_training_is_data_parallel_training(
     config = settings(
         tmp_path,
         output=tmp_path / "parallel",
-        reasoner={"reasoner": reasoner, **size, **SMALL},
+        reasoner=ReasonerSettings(reasoner=reasoner, **size, **SMALL),
         steps=4,
         eval_every=2,
         learning_rate=RATE,

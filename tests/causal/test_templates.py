@@ -419,7 +419,8 @@ def test_questions_in_rewarded_training(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from llm_trm.models.causal import create_smollm_trm_model
     from llm_trm.models.causal.loading import save_latent_model
-    from llm_trm.train.phase3.config import Phase3Config, Problems
+    from llm_trm.train.phase3.config import Phase3Config
+    from llm_trm.train.phase3.report import Problems
     from llm_trm.train.phase3.train import grpo_arguments, make_trainer
 
     save_chat_model(tmp_path / "lm", tokenizer_of("r1"))

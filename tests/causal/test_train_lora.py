@@ -199,7 +199,7 @@ def test_resumed_training_ends_as_an_undisturbed_one(
         (tmp_path / run / "metrics.jsonl").read_text().count('"eval_loss"') for run in ("whole", "parts")
     ]
     assert lines == [3, 3]
-    with pytest.raises(InputError, match="trained with seed 0, not 1"):
+    with pytest.raises(InputError, match="seed was 0 and is 1"):
         train_lora(settings(world, output=tmp_path / "parts", resume=True, seed=1, **changes))
 
 
@@ -482,8 +482,8 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
 
     refused("longer than 5 tokens", max_length=5)
     refused("no checkpoint to resume", resume=True)
-    refused("is of a sequence reasoner", reasoner={"soft_tokens": 2})
-    refused("is of a latents reasoner", reasoner={"reasoner": "sequence", "num_latents": 2})
+    refused("is for a sequence reasoner", reasoner={"soft_tokens": 2})
+    refused("is for a latents reasoner", reasoner={"reasoner": "sequence", "num_latents": 2})
     refused("choose another folder", output=world / "lm", overwrite=True)
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")

@@ -61,7 +61,7 @@ def test_run_without_a_pair_says_what_to_do(model_folder: Path, tmp_path: Path) 
         (("--dtype", "fp16"), ("--dtype", "bf16")),
         (("--dataset", "gsm9k"), ("--dataset", "gsm8k")),
         (("--dataset", "missing.jsonl"), ("missing.jsonl", "No such file")),
-        (("--dataset", "gsm8k", "--modulus", "7"), ("--modulus", "--dataset arithmetic")),
+        (("--dataset", "gsm8k", "--modulus", "7"), ("--modulus", "--data arithmetic")),
         (("--min-operations", "9"), ("operations", "9 to 5")),
         (("--output", "/dev/null/pairs"), ("/dev/null/pairs", "cannot be written")),
         (("--model", "/no/such/model"), ("/no/such/model", "cannot be loaded")),

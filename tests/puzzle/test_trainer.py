@@ -126,7 +126,7 @@ def test_refusals(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="even size, not 3"):
         toy_config(toy, d_model=12, n_heads=4)
     toy_config(toy, d_model=12, n_heads=4, positions="learned")
-    with pytest.raises(InputError, match="exclude each other"):
+    with pytest.raises(InputError, match="choose one"):
         toy_config(toy, resume=True, overwrite=True)
 
 

@@ -10,7 +10,8 @@ from llm_trm.cli import main
 from llm_trm.data.arithmetic import World
 from llm_trm.evaluate.answers import answer_of
 from llm_trm.models import tiny
-from llm_trm.train.language_model import LanguageModelConfig, Lessons, train_language_model
+from llm_trm.train.lm.config import LanguageModelConfig
+from llm_trm.train.lm.train import Lessons, train_language_model
 
 transformers = pytest.importorskip("transformers")
 

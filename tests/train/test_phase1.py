@@ -24,7 +24,8 @@ from llm_trm.models.compression import compressor_facts, load_compressor, save_c
 from llm_trm.models.loading import ThinkingModel, load_thinking_model
 from llm_trm.models.tiny import PRESETS, tiny_language_model, tiny_tokenizer
 from llm_trm.train.phase1 import states as states_module
-from llm_trm.train.phase1.config import Phase1Config, StageResult
+from llm_trm.train.phase1.config import Phase1Config
+from llm_trm.train.phase1.report import StageResult
 from llm_trm.train.phase1.states import StateFiles, collect_states, fingerprint, write_index
 from llm_trm.train.phase1.texts import read_texts, solved_text, tokenised
 from llm_trm.train.phase1.trainer import DECODER_FILE, CompressorPretrainer

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from llm_trm.cli.group import Group
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.types import COUNT, SEED
-from llm_trm.cli.options.world import world_options
+from llm_trm.cli.options.world import world_from, world_options
 
 #: Of a problem of one operation with its trace, at least.
 _BYTES_A_LINE = 70
@@ -31,7 +32,7 @@ def data() -> None:
 
 @data.command(short_help="Write problems of the arithmetic world as JSONL.")
 @click.option("--num-samples", type=COUNT, default=1000, show_default=True, help="How many problems.")
-@world_options()
+@world_options
 @click.option(
     "--split",
     type=click.Choice(["train", "test"]),
@@ -47,15 +48,15 @@ def data() -> None:
     callback=output_file,
     help="JSONL file to write. [default: standard output]",
 )
+@click.pass_context
 def arithmetic(
+    context: click.Context,
+    /,
     num_samples: int,
-    operations: int,
-    min_operations: int | None,
-    modulus: int,
-    max_operand: int | None,
     split: str,
     seed: int,
     output: Path | None,
+    **drawn: Any,
 ) -> None:
     """Write chains of additions, subtractions and multiplications, with worked traces.
 
@@ -67,11 +68,10 @@ def arithmetic(
       llm-trm data arithmetic --num-samples 3
       llm-trm data arithmetic --operations 3 --split test --num-samples 500 -o held_out.jsonl
     """
-    from llm_trm.data.arithmetic import World
     from llm_trm.files import write_lines
     from llm_trm.memory import require_room
 
-    world = World(operations if min_operations is None else min_operations, operations, modulus, max_operand)
+    world = world_from(context, drawn)
     lines = (
         json.dumps(problem.record()) + "\n"
         for problem in world.problems(num_samples, split, seed)  # type: ignore[arg-type]

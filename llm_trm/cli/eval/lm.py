@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.language_model import chosen_checkpoint, memory_advice, model_options
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.types import BATCH, COUNT, LENGTH, SEED
-from llm_trm.cli.options.world import world_options
+from llm_trm.cli.options.world import refuse_world_options, world_from, world_options
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 _MODES = "no-think,think,latent"
 _ARITHMETIC = "arithmetic"
-_OF_ARITHMETIC = ("operations", "min_operations", "modulus", "max_operand", "seed")
 _OUTPUT = click.Path(path_type=Path, dir_okay=False)
 #: Tokens that suffice for the traces of arithmetic problems, and for most of written-out thinking.
 _FEW_TOKENS, _MANY_TOKENS = 256, 2048
@@ -72,7 +72,7 @@ def _modes(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     show_default=True,
     help="Problems; fewer if there are no more.",
 )
-@world_options()
+@world_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of arithmetic problems.")
 @click.option(
     "--batch-size",
@@ -110,16 +110,13 @@ def _modes(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.pass_context
 def lm(
     context: click.Context,
+    /,
     checkpoint: str | None,
     model: str | None,
     modes: list[Mode],
     data: str,
     split: str,
     num_samples: int,
-    operations: int,
-    min_operations: int | None,
-    modulus: int,
-    max_operand: int | None,
     seed: int,
     batch_size: int,
     max_new_tokens: int | None,
@@ -129,6 +126,7 @@ def lm(
     write_card: bool,
     trust_remote_code: bool,
     device: str,
+    **drawn: Any,
 ) -> None:
     """Let a language model answer the same problems at once, after thinking, and after a recursion.
 
@@ -146,14 +144,13 @@ def lm(
       llm-trm eval lm --checkpoint runs/gsm8k --data gsm8k --batch-size 8 --write-card
       llm-trm eval lm --model arithmetic --mode no-think,think
     """
-    _refuse_strangers(context, data)
+    refuse_world_options(context, data, "seed")
     from llm_trm.extras import require
 
     require("train", "transformers")
     from rich.console import Console
 
     from llm_trm.cli.bars import progress_bar
-    from llm_trm.data.arithmetic import World
     from llm_trm.data.problems import load_questions
     from llm_trm.evaluate.language_model import evaluate_language_model, require_graded
     from llm_trm.evaluate.language_model_modes import Decoding, load_speakers
@@ -166,7 +163,7 @@ def lm(
     checkpoint = chosen_checkpoint(checkpoint, model)
     if write_card:
         _require_card(checkpoint, modes)
-    world = World(operations if min_operations is None else min_operations, operations, modulus, max_operand)
+    world = world_from(context, drawn)
     asked = load_questions(data, num_samples, split=split, seed=seed, world=world)  # type: ignore[arg-type]
     questions = require_graded(asked)
     console = Console(highlight=False)
@@ -221,15 +218,6 @@ def _named(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def _refuse_strangers(context: click.Context, data: str) -> None:
-    if _ARITHMETIC in data.split(","):
-        return
-    for name in _OF_ARITHMETIC:
-        if _named(context, name):
-            option = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{option} is of --data {_ARITHMETIC}, and this is {data}: leave it out")
-
-
 def _tell_missing(missing: Mapping[Mode, str], modes: list[Mode], *, named: bool) -> None:
     """A mode that somebody named must run; of those that nobody did, one must."""
     from llm_trm.errors import InputError
@@ -248,7 +236,9 @@ def _tell_trained(model: Any, data: str, split: str, asked: list[str]) -> None:
     from llm_trm.text import words_of
 
     facts = about(model).facts
-    sources = (str(facts.get("data")), str(facts.get("phase3", {}).get("dataset")))
+    # Named dataset by versions before this one.
+    phase3 = facts.get("phase3", {})
+    sources = (str(facts.get("data")), str(phase3.get("data", phase3.get("dataset"))))
     trained = {name.strip() for source in sources for name in source.split(",")}
     files = {Path(name).resolve() for name in trained if is_file(name)}
     named = {name.strip() for name in data.split(",")}

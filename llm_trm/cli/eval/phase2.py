@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.language_model import trust_option
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.types import BATCH, DEPTH, FOLDER
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llm_trm.choices import Halting
     from llm_trm.data.pairs import PairFiles
     from llm_trm.evaluate.phase2 import Phase2Evaluation, Scores
-    from llm_trm.models.sequence_trm import Halting
 
 
 @click.command(short_help="Compare a trained recursion with the true states and with baselines.")

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.options.device import device_option, resolve_device
+from llm_trm.cli.options.device import device_option
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.tries import noise_of, tries_options
 from llm_trm.cli.options.types import BATCH, COUNT, DEPTH, FOLDER, SEED, SHARE_BELOW_ONE
+from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
     from rich.table import Table

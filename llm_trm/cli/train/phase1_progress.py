@@ -9,7 +9,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from llm_trm.cli.bars import training_bar
-from llm_trm.train.phase1.config import Progress, StageResult
+from llm_trm.train.phase1.report import Progress, StageResult
 
 
 class ConsoleProgress(Progress):

@@ -8,23 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.options.device import resolve_device
-from llm_trm.cli.options.types import (
-    BATCH,
-    CLIP_NORM,
-    COSINE,
-    COUNT,
-    DEPTH,
-    FOLDER,
-    HELD_OUT,
-    LAYERS,
-    LEARNING_RATE,
-    SEED,
-    SHARE_BELOW_ONE,
-    WEIGHT,
-    WIDTH,
-)
-from llm_trm.cli.train.options import run_options
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.train.phase2.config import Phase2Config
 
 if TYPE_CHECKING:
     from llm_trm.train.phase2.report import Phase2Result
@@ -33,162 +18,8 @@ _CURVES = "curves.png"
 
 
 @click.command(short_help="Train a recursion from the states before thinking to the one after.")
-@click.option(
-    "--data",
-    type=FOLDER,
-    default=Path("data/pairs"),
-    show_default=True,
-    help="Pairs that llm-trm datagen wrote.",
-)
-@click.option(
-    "--compressor",
-    type=FOLDER,
-    default=Path("runs/phase1"),
-    show_default=True,
-    help="Compressor that llm-trm train phase1 wrote.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=FOLDER,
-    default=Path("runs/phase2"),
-    show_default=True,
-    help="Folder of the run: checkpoints, settings, curves.",
-)
-@click.option(
-    "--val-fraction",
-    type=HELD_OUT,
-    default=0.05,
-    show_default=True,
-    help="Share of the pairs that is held out.",
-)
-@click.option("--val-data", type=FOLDER, help="Hold out these pairs instead.")
-@click.option(
-    "--layers", "n_layers", type=LAYERS, default=2, show_default=True, help="Blocks of the network."
-)
-@click.option(
-    "--heads",
-    "n_heads",
-    type=WIDTH,
-    help="Attention heads. [default: 8, or as many fewer as leave each 8 dimensions]",
-)
-@click.option(
-    "-n",
-    "--latent-steps",
-    "n_latent_steps",
-    type=DEPTH,
-    default=6,
-    show_default=True,
-    help="Latent steps of a recursion.",
-)
-@click.option(
-    "-T",
-    "--deep-recursions",
-    "n_deep_recursions",
-    type=DEPTH,
-    default=3,
-    show_default=True,
-    help="Recursions of a supervision step; the last one has gradients.",
-)
-@click.option(
-    "--dropout",
-    type=SHARE_BELOW_ONE,
-    default=0.0,
-    show_default=True,
-    help="Of attention weights (the original: 0.1).",
-)
-@click.option(
-    "--supervision-steps",
-    type=DEPTH,
-    default=8,
-    show_default=True,
-    help="Supervision steps a batch, and at most at inference.",
-)
-@click.option(
-    "--steps-per-update",
-    type=DEPTH,
-    default=1,
-    show_default=True,
-    help="Supervision steps whose gradients one update averages; as many as --supervision-steps for a single "
-    "update a batch.",
-)
-@click.option(
-    "--halt-loss",
-    type=click.Choice(["mse", "bce", "none"]),
-    default="mse",
-    show_default=True,
-    help="The halting head learns the cosine similarity (mse), or whether it is above a threshold (bce).",
-)
-@click.option(
-    "--halt-weight",
-    type=WEIGHT,
-    default=0.5,
-    show_default=True,
-    help="Weight of the halting loss.",
-)
-@click.option(
-    "--halt-threshold",
-    type=COSINE,
-    default=0.7,
-    show_default=True,
-    help="Threshold of bce in the first epoch.",
-)
-@click.option(
-    "--adaptive-threshold/--no-adaptive-threshold",
-    default=True,
-    show_default=True,
-    help="Afterwards 0.95 x the mean cosine similarity of the epoch before.",
-)
-@click.option(
-    "--halt-in-training",
-    type=click.Choice(["sample", "batch", "none"]),
-    default="none",
-    show_default=True,
-    help="Let confident samples leave a batch early: each for itself, or all by their mean.",
-)
-@click.option(
-    "--batch-size", type=BATCH, default=32, show_default=True, help="Samples a batch, of one process."
-)
-@click.option("--epochs", type=COUNT, default=100, show_default=True, help="Passes over the data.")
-@click.option(
-    "--learning-rate",
-    type=LEARNING_RATE,
-    default=1e-4,
-    show_default=True,
-    help="Peak of warm-up and cosine.",
-)
-@click.option(
-    "--warmup-ratio",
-    type=SHARE_BELOW_ONE,
-    default=0.1,
-    show_default=True,
-    help="Share of the updates with a rising rate.",
-)
-@click.option("--weight-decay", type=WEIGHT, default=0.1, show_default=True, help="Of AdamW.")
-@click.option("--clip-norm", type=CLIP_NORM, default=1.0, show_default=True, help="Largest gradient norm.")
-@click.option(
-    "--ema-decay",
-    type=SHARE_BELOW_ONE,
-    default=0.999,
-    show_default=True,
-    help="Of the average of the weights, which is validated and used.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "bf16", "fp32"]),
-    default="auto",
-    show_default=True,
-    help="bf16 is autocast; auto takes it on CUDA, and fp32 elsewhere.",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, held-out part and order.")
-@click.option("--patience", type=COUNT, help="Stop after so many epochs without a lower validation loss.")
-@click.option("--keep", type=COUNT, default=3, show_default=True, help="Best checkpoints to keep.")
-@click.option("--save-every", type=COUNT, help="Batches between checkpoints, besides one each epoch.")
-@click.option(
-    "--log-every", type=COUNT, default=10, show_default=True, help="Batches between two logged metrics."
-)
-@run_options
-def phase2(device: str, **options: Any) -> None:
+@settings_options(Phase2Config)
+def phase2(given: dict[str, Any]) -> None:
     """Train a SequenceTRM to lead, by recursion, from a context to the state after thinking.
 
     The states before <think> are compressed by the frozen compressor, a reasoning token is appended, and the
@@ -207,7 +38,7 @@ def phase2(device: str, **options: Any) -> None:
     \b
     SmolLM3-3B on a GPU, as the original did:
       llm-trm train phase1 --model HuggingFaceTB/SmolLM3-3B -o runs/smollm3-phase1
-      llm-trm datagen --model HuggingFaceTB/SmolLM3-3B --dataset gsm8k -o data/smollm3-gsm8k
+      llm-trm datagen --model HuggingFaceTB/SmolLM3-3B --data gsm8k -o data/smollm3-gsm8k
       llm-trm train phase2 --data data/smollm3-gsm8k --compressor runs/smollm3-phase1 \\
           -o runs/smollm3-phase2 --patience 10 --track wandb
 
@@ -222,10 +53,9 @@ def phase2(device: str, **options: Any) -> None:
 
     require("train", "accelerate")
     from llm_trm.cli.train.phase2_progress import ConsoleReport
-    from llm_trm.train.phase2.config import Phase2Config
     from llm_trm.train.phase2.trainer import TRMSequenceTrainer
 
-    config = Phase2Config(device=resolve_device(device).type, **options)
+    config = Phase2Config(**given)
     with ConsoleReport() as report:
         trainer = TRMSequenceTrainer(config, report)
         result = trainer.train()

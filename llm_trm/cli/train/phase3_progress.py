@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from llm_trm.cli.bars import training_bar
-from llm_trm.train.phase3.config import Phase3Plan, Phase3Report
+from llm_trm.train.phase3.report import Phase3Plan, Phase3Report
 
 
 class ConsoleReport(Phase3Report):

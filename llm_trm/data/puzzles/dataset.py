@@ -6,16 +6,15 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from llm_trm.choices import Task
 from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
 from llm_trm.ranges import COUNT, GRID_SIDE, VOCABULARY, require_ranges
-
-Task = Literal["sudoku", "maze", "arc"]
 
 #: The token of padding, in every vocabulary; as a label it means that the cell counts for nothing.
 PADDING = 0

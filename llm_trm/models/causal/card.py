@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llm_trm.data.lessons import PromptForm
+from llm_trm.choices import PromptForm
 from llm_trm.files import read_json, write_json, write_text
 from llm_trm.models.causal.reasoners import Reasoner
 from llm_trm.models.loading import ARITHMETIC

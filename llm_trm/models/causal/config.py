@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 
+from llm_trm.choices import Halting, ReasonerKind, Window
 from llm_trm.errors import InputError
-from llm_trm.models.sequence_trm import Halting
 from llm_trm.ranges import (
     DEPTH,
     LAYERS,
@@ -19,11 +19,6 @@ from llm_trm.ranges import (
     Range,
     require_in,
 )
-
-ReasonerKind = Literal["latents", "sequence"]
-#: What becomes of the oldest positions: they leave when the decoder's context is full, or as many as there
-#: are soft tokens leave at every recursion.
-Window = Literal["slide", "always"]
 
 _RANGES: dict[str, Range] = {
     "num_latents": LENGTH,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llm_trm.choices import Halting
 from llm_trm.errors import InputError
 from llm_trm.models.causal.recurring import Recurred, recur
 from llm_trm.models.compression import LatentAttentionCompressor
-from llm_trm.models.sequence_trm import Halting
 from llm_trm.ranges import DEPTH, NO_OR_DEPTH, require_in
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork
 from trm_kernels.config import FLOAT32_EPS

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_trm.data.lessons import PromptForm, prompt_form, prompts_fingerprint
+from llm_trm.choices import PromptForm
+from llm_trm.data.lessons import prompt_form, prompts_fingerprint
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 from llm_trm.files import read_json

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_trm.models.sequence_trm import Halting
+from llm_trm.choices import Halting
 from trm_kernels import HaltingResult, halting_recursion
 
 

@@ -5,16 +5,12 @@ Source: ``models/losses.py`` of SamsungSAILMontreal/TinyRecursiveModels; stablem
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_trm.choices import CellLoss
 from llm_trm.data.puzzles.dataset import PADDING
-
-#: How logits become probabilities.
-CellLoss = Literal["stablemax", "softmax"]
 
 _HALT_WEIGHT = 0.5
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llm_trm.data.puzzles.dataset import Task
+from llm_trm.choices import Positions, Task
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import replacing
 from llm_trm.models.puzzle.official_choice import TENSORS, Choice
@@ -29,7 +29,7 @@ from llm_trm.models.puzzle.official_file import (
     refuse_missing,
     refuse_unexpected,
 )
-from llm_trm.models.puzzle.paper import Positions, PuzzleTRM, PuzzleTRMConfig
+from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig
 
 #: Of torch.compile, of the loss head and of the halting wrapper.
 PREFIX = "_orig_mod.model.inner."

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any, get_args
 
-from llm_trm.data.puzzles.dataset import Task
+from llm_trm.choices import Task
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import write_text
 from llm_trm.models.puzzle.paper import PuzzleTRMConfig

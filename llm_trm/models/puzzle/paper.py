@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_trm.choices import Positions
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
 from llm_trm.ranges import (
@@ -34,9 +35,6 @@ from llm_trm.ranges import (
 from trm_kernels import SparseEmbedding, TinyRecursiveNetwork, deep_recursion, halting_recursion
 from trm_kernels.config import Mixer, NetworkConfig
 from trm_kernels.reference import CastedLinear
-
-#: How attention knows where a cell is. A token mixer knows by its weights, and takes none.
-Positions = Literal["rope", "learned", "none"]
 
 _WEIGHTS, _CONFIG = "puzzle_trm.safetensors", "puzzle_trm.json"
 

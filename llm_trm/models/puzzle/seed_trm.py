@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trm.models.sequence_trm import Halting
+from llm_trm.choices import Halting
 from llm_trm.ranges import DEPTH, NO_OR_DEPTH, VOCABULARY, require_in
 from trm_kernels import AsyncCount, RecursionMixin, TinyRecursiveNetwork, halting_recursion
 from trm_kernels.config import FLOAT32_EPS

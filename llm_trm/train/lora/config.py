@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from llm_trm.data.lessons import PromptForm
+from llm_trm.choices import DeviceName, Halting, Precision, PromptForm, ReasonerKind, Track, Window
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     ADAPTER_RANK,
     BATCH,
     CLIP_NORM,
     COUNT,
+    DEPTH,
     EPOCHS,
     HELD_OUT,
+    LAYERS,
     LEARNING_RATE,
     LENGTH,
     NO_OR_COUNT,
@@ -23,123 +25,170 @@ from llm_trm.ranges import (
     TRAINER_SEED,
     WEIGHT,
     WIDTH,
-    require_ranges,
 )
-from llm_trm.train.run.config import as_json
-from llm_trm.train.run.tracking import Track
+from llm_trm.settings import Settings, setting
+from llm_trm.train.run import settings as run
+from llm_trm.train.run.settings import RunSettings
 
-Precision = Literal["auto", "bf16", "fp32"]
-
-#: What may change when a run is resumed.
-_FREE = {
-    *("output", "resume", "overwrite", "device", "track", "patience", "keep", "log_every", "merge"),
-    *("gradient_checkpointing", "trust_remote_code"),
-}
-#: Settings that one kind of reasoner has.
+#: Settings that only one kind of reasoner has.
 _OF_ONE_KIND = {"num_latents": "latents", "d_compressed": "sequence", "soft_tokens": "sequence"}
 
 
 @dataclass(frozen=True)
-class LoraTrainingConfig:
+class ReasonerSettings(Settings):
+    """Settings of a :class:`~llm_trm.models.causal.TRMConfig`; None for its default, or that of ``--trm``."""
+
+    reasoner: ReasonerKind | None = setting(
+        None,
+        "Latents at the model's full width, or one reasoning state at a smaller width.",
+        unset="latents; sequence with --trm",
+    )
+    num_latents: int | None = setting(
+        None, "Number of latents M.", LENGTH, unset="256; 8 for models narrower than 512"
+    )
+    d_compressed: int | None = setting(
+        None, "Width D' of a sequence reasoner.", WIDTH, unset="256; a quarter of models up to 256 wide"
+    )
+    soft_tokens: int | None = setting(None, "Soft tokens K of a sequence reasoner.", DEPTH, unset="1")
+    n_layers: int | None = setting(None, "Number of blocks in the network.", LAYERS, "--layers", unset="2")
+    n_heads: int | None = setting(
+        None,
+        "Number of attention heads.",
+        WIDTH,
+        "--heads",
+        unset="8, or fewer, of at least 8 dimensions each",
+    )
+    n_latent_steps: int | None = setting(
+        None, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps", unset="6"
+    )
+    n_deep_recursions: int | None = setting(
+        None, "Recursions per supervision step.", DEPTH, "-T", "--deep-recursions", unset="3"
+    )
+    supervision_steps: int | None = setting(None, "Maximum number of supervision steps.", DEPTH, unset="8")
+    dropout: float | None = setting(
+        None, "Dropout of the recursion's attention weights.", SHARE_BELOW_ONE, unset="0"
+    )
+    halting: Halting | None = setting(
+        None,
+        "Stop a recursion early: each sample by itself, the batch by its mean, or never.",
+        unset="sample",
+    )
+    halting_loss_weight: float | None = setting(
+        None, "Weight of the halting head's loss.", WEIGHT, "--halt-weight", unset="0.1"
+    )
+    window: Window | None = setting(
+        None,
+        "With always, each recursion drops as many of the oldest positions as it adds.",
+        unset="slide",
+    )
+
+    def given(self) -> dict[str, Any]:
+        """The settings that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LoraTrainingConfig(RunSettings):
     """Settings of :func:`llm_trm.train.lora.train.train_lora`.
 
-    Attributes:
-        data: What to learn from; see :func:`~llm_trm.data.questions.load_solved`.
-        output: Folder of the finished model and of the checkpoints on the way.
-        model: The language model: ``"arithmetic"``, a folder, or a name on the hub.
-        val_data: What is held out; None for a part of ``data``.
-        val_fraction: Share of the different questions that is held out.
-        eval_samples: Held-out questions at most.
-        prompt_form: How questions are put; by default as a chat where the tokenizer has a template for it.
-        whole_answers: Learn to write what stands before ``####`` in an answer.
-        max_length: Tokens of a question and its answer at most; longer ones are left out. By default as many
-            as the language model's context holds.
-        trm: A run of phase 2 to start from.
-        reasoner: Settings of a :class:`~llm_trm.models.causal.TRMConfig` that were asked for.
-        lora: Whether the decoder gets adapters; otherwise it stays as it is.
-        lora_r, lora_alpha, lora_dropout: Of the adapters.
-        merge: Fold the adapters into the weights at the end, and write all of them.
-        curriculum: Stages in which written thinking is taken away; 0 for none of it from the beginning.
-        distill: Weight of the distance from the hidden states of the run with written thinking.
-        epochs: Passes over the data.
-        steps: Updates, instead of ``epochs``.
-        batch_size: Samples a batch, of one process.
-        accumulation: Batches an update.
-        learning_rate: Peak of warm-up and linear decay.
-        trm_learning_rate: That of the recursion and its compressor; by default a tenth of ``learning_rate``
-            for those of phase 2, so that they last until adapters and projection know them, and the same for
-            new ones.
-        warmup_ratio: Share of the updates with a rising rate.
-        weight_decay: Of AdamW, on matrices.
-        clip_norm: Largest gradient norm.
-        precision: ``"bf16"`` is autocast, with the frozen decoder in bfloat16; ``"auto"`` takes it on CUDA.
-        gradient_checkpointing: Compute the decoder's activations again in the backward pass.
-        eval_every: Updates between evaluations on what is held out, each with a checkpoint.
-        patience: Evaluations without a lower loss before the run stops; 0 for never.
-        keep: Best checkpoints to keep, besides the last.
-        log_every: Updates between two logged metrics.
-        seed: Of weights, held-out part, order and dropout.
-        resume: Go on from the last checkpoint in ``output``.
-        overwrite: Replace a run in ``output``.
-        track: Where metrics go.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        trust_remote_code: Run the Python files that the language model brings, if it needs them.
+    The learning rate of a recursion from phase 2 is a tenth of that of the rest by default, so that what it
+    learned lasts until adapters and projection have adjusted to it.
 
     Raises:
-        InputError: Settings that contradict each other.
+        InputError: A value out of range, or settings that contradict each other.
     """
 
-    data: str
-    output: Path
-    model: str = "arithmetic"
-    val_data: str | None = None
-    val_fraction: Annotated[float, HELD_OUT] = 0.05
-    eval_samples: Annotated[int, COUNT] = 500
-    prompt_form: PromptForm | None = None
-    whole_answers: bool = False
-    max_length: Annotated[int, LENGTH] | None = None
-    trm: Path | None = None
-    reasoner: dict[str, Any] = field(default_factory=dict)
-    lora: bool = True
-    lora_r: Annotated[int, ADAPTER_RANK] = 16
-    lora_alpha: Annotated[int, WIDTH] = 32
-    lora_dropout: Annotated[float, SHARE_BELOW_ONE] = 0.1
-    merge: bool = False
-    curriculum: Annotated[int, NO_OR_DEPTH] = 0
-    distill: Annotated[float, WEIGHT] = 0.0
-    epochs: Annotated[float, EPOCHS] = 3.0
-    steps: Annotated[int, COUNT] | None = None
-    batch_size: Annotated[int, BATCH] = 16
-    accumulation: Annotated[int, BATCH] = 1
-    learning_rate: Annotated[float, LEARNING_RATE] = 2e-4
-    trm_learning_rate: Annotated[float, LEARNING_RATE] | None = None
-    warmup_ratio: Annotated[float, SHARE_BELOW_ONE] = 0.1
-    weight_decay: Annotated[float, WEIGHT] = 0.01
-    clip_norm: Annotated[float, CLIP_NORM] = 1.0
-    precision: Precision = "auto"
-    gradient_checkpointing: bool = False
-    eval_every: Annotated[int, COUNT] = 100
-    patience: Annotated[int, NO_OR_COUNT] = 3
-    keep: Annotated[int, COUNT] = 3
-    log_every: Annotated[int, COUNT] = 10
-    seed: Annotated[int, TRAINER_SEED] = 0
-    resume: bool = False
-    overwrite: bool = False
-    track: Track | None = None
-    device: str = "cpu"
-    trust_remote_code: bool = False
+    data: str = setting(
+        ...,
+        "Questions and answers: a .jsonl file, a .json file with a list, gsm8k, math, or a dataset on the "
+        "hub (owner/name, or owner/name:configuration).",
+    )
+    output: Path = run.output("runs/lora")
+    model: str = setting("arithmetic", "Language model: arithmetic, a folder, or a name on the hub.")
+    val_data: str | None = setting(None, "Other questions to validate on.", unset="a part of --data")
+    val_fraction: float = setting(0.05, "Fraction of the distinct questions to hold out.", HELD_OUT)
+    eval_samples: int = setting(500, "Maximum number of held-out questions per evaluation.", COUNT)
+    trm: Path | None = setting(
+        None, "Start from the recursion that llm-trm train phase2 wrote to this folder."
+    )
+    reasoner: ReasonerSettings = field(default_factory=ReasonerSettings)
+    lora: bool = setting(True, "Train adapters on the q, k, v and o projections.")
+    lora_r: int = setting(16, "Rank of the adapters.", ADAPTER_RANK)
+    lora_alpha: int = setting(32, "Scale of the adapters, times the rank.", WIDTH)
+    lora_dropout: float = setting(
+        0.1, "Dropout of the adapters' input; 0 saves a sixth of the time on a CPU.", SHARE_BELOW_ONE
+    )
+    merge: bool = setting(False, "Merge the adapters into the weights at the end.", critical=False)
+    prompt_form: PromptForm | None = setting(
+        None,
+        "plain writes Question: ... Answer: <think> ...; chat applies the chat template.",
+        unset="chat if the tokenizer has a template",
+    )
+    whole_answers: bool = setting(False, "Also learn to write the part of an answer before ####.")
+    max_length: int | None = setting(
+        None,
+        "Maximum number of tokens of a question with its answer; longer ones are left out.",
+        LENGTH,
+        unset="the model's context",
+    )
+    curriculum: int = setting(
+        0,
+        "Number of stages in the first half of training that remove written thinking step by step (Coconut).",
+        NO_OR_DEPTH,
+    )
+    distill: float = setting(
+        0.0,
+        "Weight of the distance to the hidden states of a pass with written thinking (CODI).",
+        WEIGHT,
+    )
+    epochs: float = setting(3.0, "Number of passes over the data.", EPOCHS)
+    steps: int | None = setting(None, "Number of optimizer updates, instead of --epochs.", COUNT)
+    batch_size: int = setting(16, "Batch size per process.", BATCH)
+    accumulation: int = run.accumulation()
+    learning_rate: float = setting(
+        2e-4, "Peak learning rate: linear warm-up, then linear decay.", LEARNING_RATE
+    )
+    trm_learning_rate: float | None = setting(
+        None,
+        "Peak learning rate of the recursion and its compressor.",
+        LEARNING_RATE,
+        unset="a tenth of --learning-rate with --trm, otherwise the same",
+    )
+    warmup_ratio: float = setting(0.1, "Fraction of the updates used for warm-up.", SHARE_BELOW_ONE)
+    weight_decay: float = setting(0.01, "Weight decay of AdamW, on matrices.", WEIGHT)
+    clip_norm: float = setting(1.0, "Maximum gradient norm.", CLIP_NORM)
+    precision: Precision = setting(
+        "auto",
+        "bf16 trains under autocast, with the frozen weights in bfloat16; auto selects it on CUDA, and fp32 "
+        "elsewhere.",
+    )
+    gradient_checkpointing: bool = run.gradient_checkpointing()
+    eval_every: int = setting(100, "Updates between evaluations, each with a checkpoint.", COUNT)
+    patience: int = setting(
+        3,
+        "Stop after this many evaluations without a lower loss; 0 for never.",
+        NO_OR_COUNT,
+        critical=False,
+    )
+    keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
+    log_every: int = setting(10, "Updates between logged metrics.", COUNT, critical=False)
+    seed: int = setting(0, "Seed of the weights, the held-out part and the data order.", TRAINER_SEED)
+    trust_remote_code: bool = run.trust_remote_code()
+    track: Track | None = run.track()
+    resume: bool = run.resume()
+    overwrite: bool = run.overwrite()
+    device: DeviceName = run.device()
 
     def __post_init__(self) -> None:
-        require_ranges(self, InputError)
-        if self.resume and self.overwrite:
-            raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
-        if self.trm is not None and self.reasoner.get("reasoner", "sequence") != "sequence":
+        super().__post_init__()
+        asked = self.reasoner.given()
+        if self.trm is not None and self.reasoner.reasoner == "latents":
             raise InputError("--trm holds a sequence reasoner: leave --reasoner latents out")
-        kind = self.reasoner.get("reasoner", "latents" if self.trm is None else "sequence")
+        kind = self.reasoner.reasoner or ("latents" if self.trm is None else "sequence")
         for name, wanted in _OF_ONE_KIND.items():
-            if name in self.reasoner and kind != wanted:
+            if name in asked and kind != wanted:
                 raise InputError(
-                    f"--{name.replace('_', '-')} is of a {wanted} reasoner: leave it out, or choose "
+                    f"--{name.replace('_', '-')} is for a {wanted} reasoner: leave it out, or choose "
                     f"--reasoner {wanted}"
                 )
         if self.whole_answers and (self.curriculum or self.distill):
@@ -149,7 +198,7 @@ class LoraTrainingConfig:
 
     @property
     def recursion_rate(self) -> float | None:
-        """Peak of the learning rate of the recursion and its compressor; None for that of all."""
+        """Peak learning rate of the recursion and its compressor; None for that of all parameters."""
         if self.trm_learning_rate is None and self.trm is not None:
             return self.learning_rate / 10
         return self.trm_learning_rate
@@ -157,17 +206,4 @@ class LoraTrainingConfig:
     @property
     def bf16(self) -> bool:
         """Whether to compute in bfloat16."""
-        return self.precision == "bf16" or (self.precision == "auto" and self.device == "cuda")
-
-    def record(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return as_json(self)
-
-    def require_same(self, record: dict[str, Any]) -> None:
-        """Raise InputError unless a run with the settings ``record`` may be resumed with these."""
-        for name, value in self.record().items():
-            if name not in _FREE and record.get(name) != value:
-                raise InputError(
-                    f"{self.output} was trained with {name} {record.get(name)!r}, not {value!r}: resume with "
-                    "the same settings, or choose another folder"
-                )
+        return self.precision == "bf16" or (self.precision == "auto" and self.device_type == "cuda")

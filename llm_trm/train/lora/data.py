@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llm_trm.choices import PromptForm
 from llm_trm.data.lessons import (
-    PromptForm,
     answer_at_once,
     answer_tail,
     encode_each,

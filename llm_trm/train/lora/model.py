@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_trm.data.lessons import PromptForm, prompt_form
+from llm_trm.choices import PromptForm
+from llm_trm.data.lessons import prompt_form
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.models.causal import TRMForCausalLM, add_lora, add_think_tokens, think_ids
@@ -79,12 +80,13 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
     width = language_model.config.get_text_config().hidden_size
     if start is not None:
         require_width(start, width)
-    settings = default_sizes(width, config.reasoner) if start is None else start.settings
+    asked = config.reasoner.given()
+    settings = default_sizes(width, asked) if start is None else start.settings
     model = TRMForCausalLM.wrap(
         language_model,
         think_token_id=think,
         end_think_token_id=end_think,
-        **{**settings, **config.reasoner},
+        **settings | asked,
     )
     # AdamW's small steps would be rounded away in bfloat16, and so would what phase 2 found.
     model.model.reasoner.float()

@@ -320,7 +320,7 @@ def _trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip_norm,
         bf16=config.bf16,
-        use_cpu=config.device == "cpu",
+        use_cpu=config.device_type == "cpu",
         seed=config.seed,
         eval_strategy="steps",
         eval_steps=config.eval_every,
@@ -335,7 +335,7 @@ def _trainer(
         remove_unused_columns=False,
         # With a <think> in every process or in none, all trained weights take part in every loss.
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=config.device == "cuda",
+        dataloader_pin_memory=config.device_type == "cuda",
         **options,
     )
     if arguments.n_gpu > 1:

@@ -1,13 +1,13 @@
-"""What phase 1 is told, and what it tells: settings, results, progress."""
+"""Settings of phase 1."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
+from llm_trm.choices import DeviceName, Track
 from llm_trm.errors import InputError
-from llm_trm.models.loading import ARITHMETIC
 from llm_trm.ranges import (
     BATCH,
     COUNT,
@@ -17,15 +17,15 @@ from llm_trm.ranges import (
     SHARE_WITHIN,
     TOKENS,
     WIDTH,
-    require_ranges,
 )
-from llm_trm.train.phase1.reconstruction import Quality
-from llm_trm.train.run.tracking import Track
+from llm_trm.settings import setting
+from llm_trm.train.run import settings as run
+from llm_trm.train.run.settings import RunSettings
 
 Stage = Literal["1a", "1b"]
 Kind = Literal["dimension", "latent"]
 
-#: What other models than the arithmetic world's learn from, by stage: prose, and chats that think.
+#: Defaults of ``text`` and ``traces`` by stage, for all models except the arithmetic one.
 DEFAULT_DATASETS: dict[Stage, str] = {
     "1a": "HuggingFaceFW/fineweb-edu:sample-10BT",
     "1b": "open-r1/OpenR1-Math-220k",
@@ -33,78 +33,102 @@ DEFAULT_DATASETS: dict[Stage, str] = {
 
 
 @dataclass(frozen=True)
-class Phase1Config:
-    """Settings of :class:`CompressorPretrainer`. None stands for a default that depends on the model.
-
-    Attributes:
-        output: Folder of the run: stage folders ``1a`` and ``1b``; of a sweep, in a folder a width.
-        model: Name for :func:`llm_trm.models.loading.load_thinking_model`.
-        stage: Or ``"both"``, one after the other.
-        compressor: ``"dimension"`` or ``"latent"``.
-        d_compressed: D' of a dimension compressor; D/4 for D up to 512, else 256.
-        num_latents: M of a latent compressor; 8 for D up to 512, else 256.
-        sweep: Values of D' to train one compressor each for, in place of ``d_compressed``.
-        text, traces: What stages 1a and 1b learn from (:func:`llm_trm.train.phase1.texts.read_texts`); by
-            default arithmetic problems for the arithmetic model, else :data:`DEFAULT_DATASETS`.
-        start: Compressor that stage 1b starts from, if not ``output``'s own stage 1a.
-        num_tokens: States to compute for a stage; 100,000 for D up to 512, else 1,000,000.
-        max_length: Longest sequence that the language model reads, in tokens; 512, or its context if shorter.
-        lm_batch_size: Sequences that it reads at once.
-        held_out: Share of the texts that only validates.
-        epochs: Most passes over the states.
-        patience: Epochs without a better validation error after which training ends.
-        batch_size: Of an optimizer step, over all processes; 1024 states, or 32 sequences (latent).
-        learning_rate: Peak of warm-up and cosine; 0.2 / sqrt(D) (dimension) or 0.03 / sqrt(D) (latent).
-        init: Start of a dimension compressor: ``"orthogonal"``, or ``"pca"``, the optimum itself.
-        seed: Of weights and order.
-        device: ``"cpu"`` keeps off the accelerators; any other value takes what accelerate finds.
-        track: Where the curves go (:mod:`llm_trm.train.run.tracking`).
-        states: Folder of the computed states; ``output/states``.
-        keep_states: Whether they stay for the next run.
-        trust_remote_code: Run the Python files that the language model brings, if it needs them.
-        overwrite: Replace compressors that other settings made.
+class Phase1Config(RunSettings):
+    """Settings of a :class:`~llm_trm.train.phase1.trainer.CompressorPretrainer`.
 
     Raises:
-        InputError: Settings that contradict one another.
+        InputError: A value out of range, or settings that contradict each other.
     """
 
-    output: Path
-    model: str = ARITHMETIC
-    stage: Literal["1a", "1b", "both"] = "both"
-    compressor: Kind = "dimension"
-    d_compressed: Annotated[int, WIDTH] | None = None
-    num_latents: Annotated[int, LENGTH] | None = None
-    sweep: tuple[int, ...] = ()
-    text: str | None = None
-    traces: str | None = None
-    start: Path | None = None
-    num_tokens: Annotated[int, TOKENS] | None = None
-    max_length: Annotated[int, LENGTH] | None = None
-    lm_batch_size: Annotated[int, BATCH] = 16
-    held_out: Annotated[float, SHARE_WITHIN] = 0.1
-    epochs: Annotated[int, COUNT] = 20
-    patience: Annotated[int, COUNT] = 5
-    batch_size: Annotated[int, BATCH] | None = None
-    learning_rate: Annotated[float, LEARNING_RATE] | None = None
-    init: Literal["orthogonal", "pca"] = "orthogonal"
-    seed: Annotated[int, SEED] = 0
-    device: str = "auto"
-    track: Track | None = None
-    states: Path | None = None
-    keep_states: bool = True
-    trust_remote_code: bool = False
-    overwrite: bool = False
+    output: Path = run.output(
+        "runs/phase1", "Folder for the compressors: 1a and 1b in it, or d32/1a and so on of a sweep."
+    )
+    model: str = setting(
+        "arithmetic",
+        "Language model: arithmetic, which is bundled, a folder, or a name on the Hugging Face hub.",
+    )
+    stage: Literal["1a", "1b", "both"] = setting(
+        "both", "Stage 1a trains on text; stage 1b continues from 1a on thinking traces."
+    )
+    compressor: Kind = setting(
+        "dimension",
+        "dimension narrows every hidden state by a linear map; latent pools a sequence of states into a few.",
+    )
+    d_compressed: int | None = setting(
+        None, "Width D' of compressed states.", WIDTH, unset="D/4 for D up to 512, else 256"
+    )
+    num_latents: int | None = setting(
+        None, "Number of latents of --compressor latent.", LENGTH, unset="8 for D up to 512, else 256"
+    )
+    sweep: tuple[int, ...] = setting(
+        (), "Train one compressor per width, for example 32,64,96.", WIDTH, metavar="WIDTHS"
+    )
+    text: str | None = setting(
+        None,
+        "Text for stage 1a: a .txt or .jsonl file, or a dataset on the hub, NAME or NAME:SUBSET.",
+        unset=f"arithmetic problems for --model arithmetic, else {DEFAULT_DATASETS['1a']}",
+    )
+    traces: str | None = setting(
+        None,
+        "Traces for stage 1b: a .jsonl file with question, thinking and answer, a folder from llm-trm "
+        "datagen, or chats on the hub.",
+        unset=f"worked problems for --model arithmetic, else {DEFAULT_DATASETS['1b']}",
+    )
+    start: Path | None = setting(
+        None, "Compressor to start --stage 1b from.", None, "--from", unset="stage 1a in --output"
+    )
+    num_tokens: int | None = setting(
+        None,
+        "Hidden states per stage to train and validate on.",
+        TOKENS,
+        unset="100000 for D up to 512, else 1000000",
+    )
+    max_length: int | None = setting(
+        None,
+        "Maximum length of a text in tokens; longer texts are split.",
+        LENGTH,
+        unset="512, or the model's context if that is shorter",
+    )
+    lm_batch_size: int = setting(16, "Texts per forward pass of the language model.", BATCH)
+    val_fraction: float = setting(
+        0.1, "Fraction of the texts to hold out for validation.", SHARE_WITHIN, was=("--held-out",)
+    )
+    epochs: int = setting(20, "Maximum number of passes over the states.", COUNT)
+    patience: int = setting(5, "Stop after this many epochs without a lower validation error.", COUNT)
+    batch_size: int | None = setting(
+        None, "Batch size over all processes.", BATCH, unset="1024 states, or 32 sequences for latent"
+    )
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate: linear warm-up, then cosine decay.",
+        LEARNING_RATE,
+        unset="0.2/sqrt(D), or 0.03/sqrt(D) for latent",
+    )
+    init: Literal["orthogonal", "pca"] = setting(
+        "orthogonal", "Initial weights of stage 1a; pca is the optimum of a linear compressor."
+    )
+    seed: int = setting(0, "Seed of the weights and the data order.", SEED)
+    states: Path | None = setting(
+        None, "Folder for the hidden states, which other runs can share.", unset="states in --output"
+    )
+    keep_states: bool = setting(
+        True, "Whether to keep the hidden states for other runs.", None, "--keep-states/--drop-states"
+    )
+    trust_remote_code: bool = run.trust_remote_code()
+    track: Track | None = run.track()
+    overwrite: bool = setting(False, "Replace compressors that were made with other settings.", action=True)
+    device: DeviceName = run.device()
 
     def __post_init__(self) -> None:
-        require_ranges(self, InputError)
+        super().__post_init__()
         latent = self.compressor == "latent"
         contradictions = {
             "--d-compressed is the width of a dimension compressor: use --num-latents": latent
             and self.d_compressed is not None,
             "--sweep tries widths of a dimension compressor: leave it out, or --compressor latent": latent
             and bool(self.sweep),
-            "--init pca is the start of a dimension compressor: leave it out": latent and self.init == "pca",
-            "--num-latents is of a latent compressor: add --compressor latent": not latent
+            "--init pca is for a dimension compressor: leave it out": latent and self.init == "pca",
+            "--num-latents is for a latent compressor: add --compressor latent": not latent
             and self.num_latents is not None,
             "--sweep names the widths: leave --d-compressed out": bool(self.sweep)
             and self.d_compressed is not None,
@@ -120,72 +144,3 @@ class Phase1Config:
     def stages(self) -> tuple[Stage, ...]:
         """The stages to train, in order."""
         return ("1a", "1b") if self.stage == "both" else (self.stage,)
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """A trained compressor.
-
-    Attributes:
-        stage: ``"1a"`` or ``"1b"``.
-        size: D' of a dimension compressor, M of a latent one.
-        ratio: D / D', or the mean length of a sequence over M.
-        folder: Where it lies.
-        learned: Of the compressor, on the held-out states.
-        reference: On the same states, of the PCA of the training states (dimension), or of their mean
-            (latent), which is what a decoder can reach that learns nothing from the latents.
-        training_mse: Of the compressor, on the training states.
-        training_bound: On the same states, of the reference. No linear compressor is below that of PCA.
-        epochs: Passes until the best validation error; 0 is the start.
-    """
-
-    stage: Stage
-    size: int
-    ratio: float
-    folder: Path
-    learned: Quality
-    reference: Quality
-    training_mse: float
-    training_bound: float
-    epochs: int
-
-    def record(self) -> dict[str, Any]:
-        """The result as JSON, without its folder."""
-        return {
-            "stage": self.stage,
-            "size": self.size,
-            "compression_ratio": self.ratio,
-            "metrics": asdict(self.learned),
-            "reference": asdict(self.reference),
-            "training_mse": self.training_mse,
-            "training_bound": self.training_bound,
-            "epochs": self.epochs,
-        }
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any], folder: Path) -> StageResult:
-        """The result that :meth:`record` gave."""
-        return cls(
-            stage=record["stage"],
-            size=record["size"],
-            ratio=record["compression_ratio"],
-            folder=folder,
-            learned=Quality(**record["metrics"]),
-            reference=Quality(**record["reference"]),
-            training_mse=record["training_mse"],
-            training_bound=record["training_bound"],
-            epochs=record["epochs"],
-        )
-
-
-class Progress:
-    """What a run tells on the way. This one keeps silent."""
-
-    def say(self, line: str) -> None:
-        """Something happened."""
-
-    def states(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` states are computed."""
-
-    def training(self, what: str, done: int, total: int, loss: float, cosine: float) -> None:
-        """``done`` of ``total`` steps; the relative squared error of the last ones, the last validation."""

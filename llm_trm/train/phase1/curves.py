@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llm_trm.train.run.figure import HELD_OUT, TRAIN, drawn
 
 if TYPE_CHECKING:
-    from llm_trm.train.phase1.config import StageResult
+    from llm_trm.train.phase1.report import StageResult
 
 
 def plot_sweep(results: Sequence[StageResult], path: Path) -> None:

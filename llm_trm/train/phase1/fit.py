@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from llm_trm.errors import InputError
-from llm_trm.train.phase1.config import Progress
 from llm_trm.train.phase1.pca import Moments, PrincipalComponents, principal_components
 from llm_trm.train.phase1.reconstruction import Batch, Quality, Reconstruction, quality
+from llm_trm.train.phase1.report import Progress
 from llm_trm.train.phase1.states import StateFiles, padded
 from llm_trm.train.run.schedule import warmup_cosine
 

@@ -36,10 +36,11 @@ from llm_trm.models.compression import (
     save_compressor,
 )
 from llm_trm.models.loading import ARITHMETIC, ThinkingModel, load_thinking_model
-from llm_trm.train.phase1.config import DEFAULT_DATASETS, Phase1Config, Progress, Stage, StageResult
+from llm_trm.train.phase1.config import DEFAULT_DATASETS, Phase1Config, Stage
 from llm_trm.train.phase1.fit import Fit, Material, every_batch, fit
 from llm_trm.train.phase1.pca import moments
 from llm_trm.train.phase1.reconstruction import Quality, Reconstruction, quality
+from llm_trm.train.phase1.report import Progress, StageResult
 from llm_trm.train.phase1.states import StateFiles, collect_states, fingerprint, write_index
 from llm_trm.train.phase1.texts import arithmetic_texts, read_texts, tokenised
 from llm_trm.train.run.tracking import finish_tracking, new_accelerator, start_tracking
@@ -112,7 +113,7 @@ class CompressorPretrainer:
         }
         # What is trained from here on may need the memory.
         del model, corpora
-        start_tracking(self.accelerator, "llm-trm-phase1", asdict(config))
+        start_tracking(self.accelerator, "llm-trm-phase1", config.record())
         results = [
             self._train_stage(
                 stage, size, width, materials[stage], self._settings(stage, width, folders[stage])
@@ -192,7 +193,7 @@ class CompressorPretrainer:
             model,
             max_length=max_length,
             num_tokens=num_tokens,
-            held_out=config.held_out,
+            held_out=config.val_fraction,
             source=source or "the arithmetic world",
         )
         # A file may be sorted; a shard of states should be like any other.

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_trm.choices import Halting, HaltLoss
 from llm_trm.models.contexts import errors
-from llm_trm.models.sequence_trm import Halting
-
-#: What the halting head learns: the cosine similarity itself, whether it is above a threshold, or nothing.
-HaltLoss = Literal["mse", "bce", "none"]
 
 _PER_SAMPLE = ("mse", "cosine", "relative_error", "halt_loss", "halt_probability")
 

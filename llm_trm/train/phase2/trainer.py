@@ -125,9 +125,9 @@ class TRMSequenceTrainer:
                 self.checkpoints.clear()
             elif config.resume:
                 self.checkpoints.sweep()
-            write_json(config.output / _CONFIG, config.to_json())
+            write_json(config.output / _CONFIG, config.record())
             self.report.begin(self._plan())
-        start_tracking(self.accelerator, "llm-trm-phase2", config.to_json())
+        start_tracking(self.accelerator, "llm-trm-phase2", config.record())
         while self.epoch < config.epochs and not self._out_of_patience():
             self._train_epoch()
         finish_tracking(self.accelerator)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_trm.choices import PromptForm
 from llm_trm.data.grading import is_correct
-from llm_trm.data.lessons import PromptForm
 from llm_trm.data.tags import THINK
 from llm_trm.evaluate.answers import answer_tokens, own_answer
 

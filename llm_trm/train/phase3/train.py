@@ -18,14 +18,8 @@ from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
 from llm_trm.models.loading import no_bars
 from llm_trm.text import words_of
-from llm_trm.train.phase3.config import (
-    Accuracy,
-    Phase3Config,
-    Phase3Plan,
-    Phase3Report,
-    Phase3Result,
-    Problems,
-)
+from llm_trm.train.phase3.config import Phase3Config
+from llm_trm.train.phase3.report import Accuracy, Phase3Plan, Phase3Report, Phase3Result, Problems
 from llm_trm.train.phase3.rewards import correctness_reward, format_reward
 from llm_trm.train.run.tracking import finish_tracking, lines_until, new_accelerator, start_tracking
 from llm_trm.upstream import checkpointing_option
@@ -98,7 +92,7 @@ def train_phase3(config: Phase3Config, report: Phase3Report | None = None) -> Ph
         "phase3_steps": config.steps,
         "phase3_accuracy_before": round(result.before.share, 4),
         "phase3_accuracy_after": round(result.after.share, 4),
-        "phase3": {**config.record(), "dataset": located(config.dataset)},
+        "phase3": {**config.record(), "data": located(config.data)},
     }
     with no_bars():
         trainer.save_model(str(config.output))
@@ -178,7 +172,7 @@ def load_problems(config: Phase3Config, prompts: int) -> Problems:
         return kept
 
     def load(count: int, split: Any) -> list[Question]:
-        return load_questions(config.dataset, count, split=split, seed=config.seed, world=config.world)
+        return load_questions(config.data, count, split=split, seed=config.seed, world=config.world)
 
     held_out = graded(load(config.eval_samples, "test"))
     asked = {words_of(question.text) for question in held_out}
@@ -192,7 +186,7 @@ def load_problems(config: Phase3Config, prompts: int) -> Problems:
     training = graded(training)[:wanted]
     if not held_out or len(training) < prompts:
         raise InputError(
-            f"--dataset {config.dataset} has {len(held_out)} problems to hold out and {len(training)} others "
+            f"--data {config.data} has {len(held_out)} problems to hold out and {len(training)} others "
             f"whose answer can be graded, and a step takes {prompts}: use more problems, a smaller "
             "--batch-size, or fewer --eval-samples"
         )
@@ -212,7 +206,7 @@ def grpo_arguments(config: Phase3Config) -> GRPOConfig:
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.accumulation,
         num_generations=config.group_size,
         num_generations_eval=1,
         beta=config.kl,
@@ -236,7 +230,7 @@ def grpo_arguments(config: Phase3Config) -> GRPOConfig:
         save_steps=config.save_every,
         save_total_limit=3,
         seed=config.seed,
-        use_cpu=config.device == "cpu",
+        use_cpu=config.device_type == "cpu",
         use_cache=True,  # Otherwise Trainer turns it off in the model's config, which is saved.
         disable_tqdm=True,
         report_to="none",
@@ -262,8 +256,8 @@ def _arguments(config: Phase3Config) -> GRPOConfig:
         if "divisible" not in str(error):
             raise
         raise InputError(
-            f"--batch-size {config.batch_size} (of each process, times --gradient-accumulation "
-            f"{config.gradient_accumulation}) is no multiple of --group-size {config.group_size}: a step "
+            f"--batch-size {config.batch_size} (of each process, times --accumulation "
+            f"{config.accumulation}) is no multiple of --group-size {config.group_size}: a step "
             "takes whole groups"
         ) from error
 
@@ -298,7 +292,7 @@ def _require_same_problems(config: Phase3Config, problems: str) -> None:
     before = read_json(config.output / SETTINGS_FILE, "start over with --overwrite").get(_PROBLEMS, problems)
     if before != problems:
         raise InputError(
-            f"--dataset {config.dataset} holds other problems than when the run in {config.output} began: "
+            f"--data {config.data} holds other problems than when the run in {config.output} began: "
             "start over with --overwrite, or choose another folder"
         )
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
-from llm_trm.data.puzzles.dataset import Task
+from llm_trm.choices import CellLoss, DeviceName, Mixer, Positions, Precision, Task, Track
 from llm_trm.errors import InputError
-from llm_trm.models.puzzle.losses import CellLoss
-from llm_trm.models.puzzle.paper import Positions
 from llm_trm.ranges import (
     BATCH,
     CLIP_NORM,
@@ -24,102 +22,87 @@ from llm_trm.ranges import (
     SHARE_BELOW_ONE,
     WEIGHT,
     WIDTH,
-    require_ranges,
 )
-from llm_trm.train.run.config import as_json
-from llm_trm.train.run.tracking import Track
-from trm_kernels.config import Mixer
+from llm_trm.settings import setting, settings_of
+from llm_trm.train.run import settings as run
+from llm_trm.train.run.settings import RunSettings
 
 Preset = Literal["paper", "tiny"]
-PuzzleOptimizer = Literal["adamw", "adam-atan2"]
-Schedule = Literal["constant", "cosine"]
-Precision = Literal["auto", "bf16", "fp32"]
-
-#: Settings that do not decide what the weights become.
-_NOT_CRITICAL = {
-    *("data", "output", "device", "steps", "keep", "track", "resume", "overwrite"),
-    *("log_every", "eval_every", "eval_samples", "save_every"),
-}
 
 
 @dataclass(frozen=True)
-class PuzzleConfig:
-    """Settings of a :class:`PuzzleTrainer`.
+class PuzzleConfig(RunSettings):
+    """Settings of a :class:`~llm_trm.train.puzzle.trainer.PuzzleTrainer`; the defaults are the paper's.
 
-    Attributes:
-        data: Folder of puzzles that ``llm-trm data`` wrote.
-        output: Folder of the run.
-        mixer, positions, d_model, n_layers, n_heads, puzzle_len, puzzle_dim, n_latent_steps,
-            n_deep_recursions, max_steps: See :class:`~llm_trm.models.puzzle.paper.PuzzleTRMConfig`.
-        steps: Supervision steps, each with an update.
-        batch_size: Samples in flight.
-        optimizer: Of the parameters.
-        learning_rate: After the warm-up.
-        warmup_steps: Steps over which it rises.
-        schedule: ``"constant"`` as in the paper, or ``"cosine"``, which would reach 0 at ``steps``.
-        weight_decay: Decoupled.
-        puzzle_learning_rate, puzzle_weight_decay: Of the sign-SGD of the puzzle embeddings.
-        clip_norm: Largest gradient norm; None for no clipping, as in the paper.
-        ema_decay: Of the average of the weights, which is what is evaluated and saved.
-        cell_loss: Kind of cross-entropy.
-        exploration: Probability with which a sample must go on for a random number of steps.
-        augment: Whether every sample is turned by a random symmetry of its task.
-        precision: Of the residual stream; ``"auto"`` takes bf16 on CUDA and fp32 elsewhere.
-        nograd_precision: ``"fp8"`` runs the recursions without gradient in fp8 (compute capability 9.0).
-        seed: Of weights, order, augmentation and exploration.
-        eval_every: Steps between evaluations, each of which ends with a checkpoint.
-        eval_samples: Test puzzles of such an evaluation, drawn at random, for all seeds the same; 0 for no
-            evaluation.
-        save_every: Steps between further checkpoints.
-        keep: Checkpoints kept for their accuracy.
-        log_every: Steps between two reads of the training metrics.
-        resume: Go on from the last checkpoint in ``output``.
-        overwrite: Replace the run in ``output``.
-        track: Where metrics are logged.
-        device: ``"auto"``, ``"cuda"``, ``"mps"`` or ``"cpu"``.
+    Raises:
+        InputError: A value out of range, or settings that contradict each other.
     """
 
-    data: Path
-    output: Path
-    mixer: Mixer = "attention"
-    positions: Positions = "rope"
-    d_model: Annotated[int, WIDTH] = 512
-    n_layers: Annotated[int, LAYERS] = 2
-    n_heads: Annotated[int, WIDTH] = 8
-    puzzle_len: Annotated[int, NO_OR_LENGTH] = 16
-    puzzle_dim: Annotated[int, NO_OR_LENGTH] = 512
-    n_latent_steps: Annotated[int, DEPTH] = 6
-    n_deep_recursions: Annotated[int, DEPTH] = 3
-    max_steps: Annotated[int, DEPTH] = 16
-    steps: Annotated[int, COUNT] = 65_100
-    batch_size: Annotated[int, BATCH] = 768
-    optimizer: PuzzleOptimizer = "adam-atan2"
-    learning_rate: Annotated[float, LEARNING_RATE] = 1e-4
-    warmup_steps: Annotated[int, NO_OR_COUNT] = 2000
-    schedule: Schedule = "constant"
-    weight_decay: Annotated[float, WEIGHT] = 1.0
-    puzzle_learning_rate: Annotated[float, LEARNING_RATE] = 1e-4
-    puzzle_weight_decay: Annotated[float, WEIGHT] = 1.0
-    clip_norm: Annotated[float, CLIP_NORM] | None = None
-    ema_decay: Annotated[float, SHARE_BELOW_ONE] = 0.999
-    cell_loss: CellLoss = "stablemax"
-    exploration: Annotated[float, SHARE] = 0.1
-    augment: bool = True
-    precision: Precision = "auto"
-    nograd_precision: Literal["fp8"] | None = None
-    seed: Annotated[int, SEED] = 0
-    eval_every: Annotated[int, COUNT] = 5000
-    eval_samples: Annotated[int, NO_OR_COUNT] = 512
-    save_every: Annotated[int, COUNT] | None = None
-    keep: Annotated[int, COUNT] = 3
-    log_every: Annotated[int, COUNT] = 20
-    resume: bool = False
-    overwrite: bool = False
-    track: Track | None = None
-    device: str = "auto"
+    data: Path = setting(..., "Folder of puzzles from llm-trm data.", critical=False)
+    output: Path = run.output(None)
+    steps: int = setting(65_100, "Number of supervision steps, each with an update.", COUNT, critical=False)
+    batch_size: int = setting(768, "Number of samples in flight.", BATCH)
+    learning_rate: float = setting(1e-4, "Learning rate after the warm-up.", LEARNING_RATE)
+    warmup_steps: int = setting(2000, "Steps of linear warm-up.", NO_OR_COUNT)
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "Learning rate after the warm-up: constant, or cosine decay to 0 at --steps."
+    )
+    optimizer: Literal["adamw", "adam-atan2"] = setting("adam-atan2", "Optimizer of the dense parameters.")
+    weight_decay: float = setting(1.0, "Decoupled weight decay of the dense parameters.", WEIGHT)
+    puzzle_learning_rate: float = setting(
+        1e-4, "Learning rate of the puzzle embeddings (sign-SGD).", LEARNING_RATE
+    )
+    puzzle_weight_decay: float = setting(1.0, "Weight decay of the puzzle embeddings.", WEIGHT)
+    clip_norm: float | None = setting(None, "Maximum gradient norm.", CLIP_NORM, unset="no clipping")
+    ema_decay: float = setting(
+        0.999, "Decay of the moving average of the weights, which is evaluated and saved.", SHARE_BELOW_ONE
+    )
+    cell_loss: CellLoss = setting("stablemax", "How the logits of a cell become probabilities.")
+    exploration: float = setting(
+        0.1, "Probability that a sample must continue for a random number of steps.", SHARE
+    )
+    d_model: int = setting(512, "Width of the network.", WIDTH)
+    n_layers: int = setting(2, "Number of blocks in the network.", LAYERS, "--layers")
+    n_heads: int = setting(8, "Number of attention heads.", WIDTH, "--heads")
+    mixer: Mixer = setting("attention", "Attention, or an MLP over positions (mlp_t).")
+    positions: Positions = setting("rope", "Position encoding.")
+    puzzle_len: int = setting(16, "Positions in front of the puzzle for its embedding.", NO_OR_LENGTH)
+    puzzle_dim: int = setting(512, "Size of a puzzle embedding; 0 for none.", NO_OR_LENGTH)
+    n_latent_steps: int = setting(6, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps")
+    n_deep_recursions: int = setting(3, "Recursions per supervision step.", DEPTH, "-T", "--deep-recursions")
+    max_steps: int = setting(16, "Maximum number of supervision steps per sample.", DEPTH)
+    augment: bool = setting(True, "Apply a random symmetry of the task to every sample.")
+    precision: Precision = setting(
+        "auto", "Precision of the residual stream; auto selects bf16 on CUDA, and fp32 elsewhere."
+    )
+    nograd_precision: Literal["fp8"] | None = setting(
+        None,
+        "fp8 runs the recursions without gradient in fp8 (compute capability 9.0).",
+        unset="as --precision",
+    )
+    seed: int = setting(0, "Seed of the weights, the data order, augmentation and exploration.", SEED)
+    eval_every: int = setting(
+        5000, "Steps between evaluations, each with a checkpoint.", COUNT, critical=False
+    )
+    eval_samples: int = setting(
+        512,
+        "Number of test puzzles per evaluation, the same for every seed; 0 for none. llm-trm eval puzzle "
+        "evaluates all of them.",
+        NO_OR_COUNT,
+        critical=False,
+    )
+    save_every: int | None = setting(
+        None, "Steps between checkpoints besides those of evaluations.", COUNT, unset="none", critical=False
+    )
+    keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
+    log_every: int = setting(20, "Steps between logged metrics.", COUNT, critical=False)
+    track: Track | None = run.track()
+    resume: bool = run.resume()
+    overwrite: bool = run.overwrite()
+    device: DeviceName = run.device()
 
     def __post_init__(self) -> None:
-        require_ranges(self, InputError)
+        super().__post_init__()
         if self.mixer == "tokens" and self.positions != "none":
             raise InputError(
                 f"--mixer tokens has no position encoding: leave --positions {self.positions} out"
@@ -138,21 +121,14 @@ class PuzzleConfig:
                 f"--puzzle-dim {self.puzzle_dim} does not fit --puzzle-len {self.puzzle_len} positions of "
                 f"{self.d_model}: choose a larger --puzzle-len, or --puzzle-dim 0"
             )
-        if self.resume and self.overwrite:
-            raise InputError("--resume and --overwrite exclude each other: leave one out")
 
     @property
     def critical(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the run that it resumes."""
-        skipped = _NOT_CRITICAL - ({"steps"} if self.schedule == "cosine" else set())
-        return {name: value for name, value in asdict(self).items() if name not in skipped}
-
-    def to_json(self) -> dict[str, Any]:
-        """All settings as JSON values."""
-        return as_json(self)
+        """See :attr:`Settings.critical`; a cosine schedule also depends on the number of steps."""
+        return super().critical | ({"steps": self.steps} if self.schedule == "cosine" else {})
 
 
-#: What the official commands set besides the defaults above.
+#: Settings of the official commands that differ from the defaults above.
 _PAPER: dict[Task, dict[str, Any]] = {
     "sudoku": {"mixer": "tokens", "positions": "none"},
     "maze": {"n_latent_steps": 4},
@@ -188,24 +164,37 @@ _TINY_TASKS: dict[Task, dict[str, Any]] = {"sudoku": {"mixer": "tokens", "positi
 
 
 def preset(name: Preset, task: Task) -> dict[str, Any]:
-    """What a preset sets for a task, besides the defaults: fields of :class:`PuzzleConfig`."""
+    """The settings of a preset for a task that differ from the defaults of :class:`PuzzleConfig`."""
     if name == "paper":
         return _PAPER[task]
     return {**_TINY, **_TINY_TASKS.get(task, {})}
 
 
 def configure(name: Preset, task: Task, **given: Any) -> PuzzleConfig:
-    """The settings of a preset, but for those that are given and not None.
+    """The settings of a preset, except those that are given; None is for none, or for not given.
 
     A given mixer decides on the position encoding, unless that is given too.
     """
-    chosen = {**preset(name, task)}
-    if given.get("mixer") is not None and given["mixer"] != chosen.get("mixer", "attention"):
-        chosen["positions"] = "none" if given["mixer"] == "tokens" else "rope"
-    names = {field.name for field in fields(PuzzleConfig)}
-    return PuzzleConfig(
-        **{
-            **chosen,
-            **{key: value for key, value in given.items() if value is not None and key in names},
+    optional = {one.name for one in settings_of(PuzzleConfig) if one.optional}
+    given = {key: value for key, value in given.items() if value is not None or key in optional}
+    chosen = preset(name, task)
+    mixer = given.get("mixer", chosen.get("mixer", "attention"))
+    if mixer != chosen.get("mixer", "attention"):
+        chosen = chosen | {"positions": "none" if mixer == "tokens" else "rope"}
+    return PuzzleConfig(**chosen | given)
+
+
+def preset_texts() -> dict[str, str]:
+    """The defaults of the settings that presets change, for the help."""
+    own = {field.name: field.default for field in fields(PuzzleConfig)}
+    texts = {}
+    for one in settings_of(PuzzleConfig):
+        values: dict[str, set[Any]] = {
+            name: {preset(name, task).get(one.name, own[one.name]) or one.unset for task in get_args(Task)}
+            for name in get_args(Preset)
         }
-    )
+        if values["paper"] != values["tiny"] or len(values["paper"]) > 1:
+            texts[one.name] = "; ".join(
+                f"{name} {' or '.join(sorted(map(str, found)))}" for name, found in values.items()
+            )
+    return texts

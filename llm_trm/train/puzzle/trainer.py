@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from llm_trm.data.puzzles.augment import augmentation
 from llm_trm.data.puzzles.dataset import read_info, read_split, repeated
+from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
 from llm_trm.evaluate.puzzle import PuzzleScore, draw_puzzles, score, with_answers
 from llm_trm.files import writable_folder, write_json
@@ -74,7 +75,7 @@ class PuzzleTrainer:
         self.checkpoints = Checkpoints(config.output, config.keep)
         self.checkpoints.permit(resume=config.resume, overwrite=config.overwrite)
         resumed = read_progress(self.checkpoints.last, PuzzleProgress) if config.resume else None
-        self.device = _device(config.device)
+        self.device = resolve_device(config.device)
         if config.nograd_precision and not _has_fp8(self.device):
             raise InputError(
                 "--nograd-precision fp8 needs a GPU of compute capability 9.0 or newer: leave it out"
@@ -103,11 +104,11 @@ class PuzzleTrainer:
             self.checkpoints.clear()
         elif config.resume:
             self.checkpoints.sweep()
-        write_json(config.output / _CONFIG, config.to_json())
+        write_json(config.output / _CONFIG, config.record())
         if self.accelerator is not None:
             from llm_trm.train.run.tracking import start_tracking
 
-            start_tracking(self.accelerator, "llm-trm-puzzle", config.to_json())
+            start_tracking(self.accelerator, "llm-trm-puzzle", config.record())
         self.report.begin(self._plan())
         self.model.train()
         since = time.perf_counter()
@@ -406,9 +407,3 @@ class PuzzleTrainer:
 
 def _has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,8 +6,9 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from llm_trm.choices import Track
 from llm_trm.data.processes import world_size
 from llm_trm.errors import InputError
 from llm_trm.extras import require
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
-#: ``--track``.
-Track = Literal["wandb", "tensorboard", "jsonl"]
 
 #: What ``--track jsonl`` writes in the folder of the run.
 JSONL_FILE = "metrics.jsonl"

@@ -3,60 +3,24 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
-from llm_trm.data.arithmetic import World
 from llm_trm.data.lessons import encode_prompt, question_prompt
 from llm_trm.data.processes import world_size
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import END, tiny_language_model, tiny_tokenizer
-from llm_trm.ranges import BATCH, COUNT, LEARNING_RATE, SHARE, TRAINER_SEED, require_ranges
+from llm_trm.train.lm.config import LanguageModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Label of tokens that the model is not to learn to write (the value that cross entropy ignores).
 _NO_LABEL = -100
-
-
-@dataclass(frozen=True)
-class LanguageModelConfig:
-    """Settings of :func:`train_language_model`.
-
-    Attributes:
-        output: Folder of the finished model and of the checkpoints on the way.
-        preset: Size of the model (:data:`llm_trm.models.tiny.PRESETS`).
-        world: Problems to learn from.
-        thinking_share: Share of the samples with a worked trace; the others have an empty one, in the prompt.
-        steps: Optimizer steps.
-        batch_size: Samples a step, of one process.
-        learning_rate: Peak of the schedule: warm-up over 5% of the steps, then cosine to 0.
-        seed: Of weights and samples.
-        save_every: Steps between checkpoints.
-        resume: Go on from the last checkpoint in ``output``.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
-    """
-
-    output: Path
-    preset: str = "tiny"
-    world: World = field(default_factory=World)
-    thinking_share: Annotated[float, SHARE] = 0.6
-    steps: Annotated[int, COUNT] = 1200
-    batch_size: Annotated[int, BATCH] = 128
-    learning_rate: Annotated[float, LEARNING_RATE] = 2e-3
-    seed: Annotated[int, TRAINER_SEED] = 0
-    save_every: Annotated[int, COUNT] = 200
-    resume: bool = False
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        require_ranges(self, InputError)
 
 
 class Lessons(Dataset[dict[str, list[int]]]):
@@ -114,8 +78,8 @@ def train_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, 
         adam_beta2=0.95,
         max_grad_norm=1.0,
         seed=config.seed,
-        use_cpu=config.device == "cpu",
-        bf16=config.device == "cuda",
+        use_cpu=config.device_type == "cpu",
+        bf16=config.device_type == "cuda",
         logging_steps=25,
         save_steps=config.save_every,
         save_total_limit=2,

@@ -1,0 +1,79 @@
+"""What phase 1 reports: progress, and the result of each stage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_trm.train.phase1.config import Stage
+from llm_trm.train.phase1.reconstruction import Quality
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A trained compressor.
+
+    Attributes:
+        stage: ``"1a"`` or ``"1b"``.
+        size: D' of a dimension compressor, M of a latent one.
+        ratio: D / D', or the mean length of a sequence over M.
+        folder: Where it lies.
+        learned: Of the compressor, on the held-out states.
+        reference: On the same states, of the PCA of the training states (dimension), or of their mean
+            (latent), which is what a decoder can reach that learns nothing from the latents.
+        training_mse: Of the compressor, on the training states.
+        training_bound: On the same states, of the reference. No linear compressor is below that of PCA.
+        epochs: Passes until the best validation error; 0 is the start.
+    """
+
+    stage: Stage
+    size: int
+    ratio: float
+    folder: Path
+    learned: Quality
+    reference: Quality
+    training_mse: float
+    training_bound: float
+    epochs: int
+
+    def record(self) -> dict[str, Any]:
+        """The result as JSON, without its folder."""
+        return {
+            "stage": self.stage,
+            "size": self.size,
+            "compression_ratio": self.ratio,
+            "metrics": asdict(self.learned),
+            "reference": asdict(self.reference),
+            "training_mse": self.training_mse,
+            "training_bound": self.training_bound,
+            "epochs": self.epochs,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], folder: Path) -> StageResult:
+        """The result that :meth:`record` gave."""
+        return cls(
+            stage=record["stage"],
+            size=record["size"],
+            ratio=record["compression_ratio"],
+            folder=folder,
+            learned=Quality(**record["metrics"]),
+            reference=Quality(**record["reference"]),
+            training_mse=record["training_mse"],
+            training_bound=record["training_bound"],
+            epochs=record["epochs"],
+        )
+
+
+class Progress:
+    """What a run tells on the way. This one keeps silent."""
+
+    def say(self, line: str) -> None:
+        """Something happened."""
+
+    def states(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` states are computed."""
+
+    def training(self, what: str, done: int, total: int, loss: float, cosine: float) -> None:
+        """``done`` of ``total`` steps; the relative squared error of the last ones, the last validation."""

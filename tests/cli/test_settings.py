@@ -1,0 +1,213 @@
+"""Settings that are declared once: options, help, config files, records and checks come from the fields."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from llm_trm.choices import DeviceName
+from llm_trm.cli.group import Group
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.data.arithmetic import World
+from llm_trm.errors import InputError
+from llm_trm.ranges import COUNT, LEARNING_RATE, SHARE, WIDTH
+from llm_trm.settings import Settings, flat, setting, settings_of
+from llm_trm.train.lm.config import LanguageModelConfig
+from llm_trm.train.lora.config import LoraTrainingConfig, ReasonerSettings
+from llm_trm.train.phase1.config import Phase1Config
+from llm_trm.train.phase2.config import Phase2Config
+from llm_trm.train.phase3.config import Phase3Config
+from llm_trm.train.puzzle.config import PuzzleConfig, configure
+from llm_trm.train.run import settings as run
+from llm_trm.train.run.settings import RunSettings
+
+CONFIGS = (LanguageModelConfig, LoraTrainingConfig, Phase1Config, Phase2Config, Phase3Config, PuzzleConfig)
+
+
+@dataclass(frozen=True)
+class Toy(RunSettings):
+    """A run of everything that a setting can be."""
+
+    data: str = setting(..., "Data.")
+    output: Path = run.output("runs/toy")
+    steps: int = setting(10, "Steps.", COUNT, "-n", "--num-steps", was=("--updates",))
+    rate: float | None = setting(None, "Rate.", LEARNING_RATE, unset="a tenth")
+    widths: tuple[int, ...] = setting((), "Widths.", WIDTH, metavar="WIDTHS")
+    kind: Literal["a", "b"] = setting("a", "Kind.")
+    share: float = setting(0.0, "Share.", SHARE, critical=False)
+    merge: bool = setting(False, "Merge.")
+    keep: bool = setting(True, "Keep.", None, "--keep/--drop")
+    world: World = field(default_factory=World)
+    resume: bool = run.resume()
+    overwrite: bool = run.overwrite()
+    device: DeviceName = run.device()
+
+
+made: list[Toy] = []
+
+
+@click.command()
+@click.option("--task", default="sudoku")
+@settings_options(Toy)
+def toy(task: str, given: dict[str, Any]) -> None:
+    made.append(Toy(**given))
+
+
+main = Group("llm-trm", commands={"toy": toy})
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["toy", *arguments])
+
+
+def parsed(*arguments: str) -> Toy:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return made.pop()
+
+
+def test_options_become_settings() -> None:
+    assert parsed("--data", "x", "--device", "cpu") == Toy("x", device="cpu")
+    given = parsed(
+        *("--data", "x", "-n", "3", "--rate", "0.5", "--widths", "8,16", "--kind", "b", "--merge", "--drop"),
+        *("--operations", "2", "--max-operand", "3", "-o", "there", "--overwrite", "--device", "cpu"),
+    )
+    assert given == Toy(
+        *("x", Path("there"), 3, 0.5, (8, 16), "b"),
+        merge=True,
+        keep=False,
+        world=World(1, 2, 10, 3),
+        overwrite=True,
+        device="cpu",
+    )
+
+
+def test_former_names_are_accepted_and_not_shown() -> None:
+    assert parsed("--data", "x", "--updates", "7").steps == 7
+    shown = invoke("--help").output
+    assert "--updates" not in shown and "-n, --num-steps" in shown
+    assert "--updates" not in invoke("--data", "x", "--num-steps", "0").output
+
+
+def test_help_says_what_the_fields_say() -> None:
+    shown = " ".join(invoke("--help").output.split())
+    for words in (
+        *("Steps. [default: 10; 1<=x<=1000000000]", "Rate. [default: a tenth]", "Kind. [default: a]"),
+        *("--merge / --no-merge", "--keep / --drop", "[default: keep]", "Data. [required]", "Widths."),
+        *("Share. [default: 0.0; 0<=x<=1]", "--resume Resume", "Largest operand", "--config FILE"),
+    ):
+        assert words in shown
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_a_config_file_gives_settings_and_the_command_line_overrides_them(
+    suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"settings.{suffix}"
+    if suffix == "json":
+        file.write_text('{"data": "x", "steps": 3, "merge": true, "rate": null, "world": {"modulus": 7}}')
+    else:
+        file.write_text('data = "x"\nnum-steps = 3\nmerge = true\n[world]\nmodulus = 7\n')
+    assert parsed("--config", str(file)) == Toy(
+        "x", steps=3, merge=True, world=World(modulus=7), device=parsed("--data", "x").device
+    )
+    changed = parsed("-n", "4", "--no-merge", "--modulus", "8", "--config", str(file), "--data", "y")
+    assert (changed.data, changed.steps, changed.merge, changed.world.modulus) == ("y", 4, False, 8)
+
+
+def test_a_config_file_may_name_other_parameters_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('data = "x"\ntask = "maze"\n')
+    assert parsed("--config", str(tmp_path / "c.toml")).data == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.json", '{"data": "x", "colour": 1}', "colour is no setting of llm-trm toy"),
+        ("c.json", '{"data": "x", "world": {"colour": 1}}', "world.colour is no setting"),
+        ("c.json", '{"data": "x", "steps": 0}', "must be at least 1, not 0"),
+        ("c.json", '{"data": "x", "steps": 1.5}', "must be a whole number, not 1.5"),
+        ("c.json", '{"data": "x", "rate": NaN}', "must lie in (0, 100], not nan"),
+        ("c.json", '{"data": "x", "kind": "c"}', "'c' is not one of 'a', 'b'"),
+        ("c.json", '{"data": "x", "merge": "perhaps"}', "perhaps"),
+        ("c.json", '{"data": "x", "steps": null}', "steps must not be null"),
+        ("c.json", "[1]", "holds no settings by name"),
+        ("c.json", '{"data"', "is not JSON"),
+        ("c.toml", "data = ", "is not TOML"),
+        ("c.toml", "\udcff", "is not TOML"),
+        ("none.toml", None, "does not exist"),
+    ],
+)
+def test_bad_config_files_get_one_line(name: str, text: str | None, words: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    result = invoke("--config", str(tmp_path / name))
+    assert result.exit_code == 2 and words in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_record_reads_back(tmp_path: Path) -> None:
+    asked = parsed("--data", "x", "--widths", "8", "--rate", "1", "--modulus", "7", "--resume")
+    (tmp_path / "config.json").write_text(json.dumps({**asked.record(), "resume": True}))
+    again = parsed("--config", str(tmp_path / "config.json"))
+    assert again.record() == asked.record()
+    assert asked.resume and not again.resume  # what to do with a run is no setting of it
+
+
+def test_a_resumed_run_has_the_same_settings() -> None:
+    run = Toy("x", rate=0.5)
+    before = json.loads(json.dumps(run.record()))
+    run.require_same(before)
+    Toy("x", rate=0.5, share=0.5, output=Path("moved"), resume=True).require_same(before)
+    run.require_same({name: value for name, value in before.items() if name != "merge"})
+    run.require_same({**before, "updates": before.pop("steps")})
+    with pytest.raises(InputError, match="modulus was 10 and is 7"):
+        Toy("x", rate=0.5, world=World(modulus=7)).require_same(before)
+    with pytest.raises(InputError, match=r"rate was 0.5 and is None; merge was False and is True"):
+        Toy("x", merge=True).require_same(before)
+
+
+def test_values_are_checked_in_python_too() -> None:
+    for wrong in ({"steps": 0}, {"rate": -1.0}, {"widths": (8, 0)}, {"kind": "c"}, {"merge": 1}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Toy("x", **wrong)
+    with pytest.raises(InputError, match="exclude each other"):
+        Toy("x", resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_of_a_training_is_a_setting(config: type[Settings]) -> None:
+    settings = settings_of(config)
+    assert {one.group or one.name for one in settings} == set(config.__dataclass_fields__)
+    options = [option for one in settings for option in (*one.options, *one.was)]
+    assert len(options) == len(set(options))
+    for one in settings:
+        assert (one.help.endswith(".") and one.help[0].isupper()) or one.help.split()[0] in one.choices, one
+        if one.kind in (int, float):
+            assert one.within is not None, one.name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LanguageModelConfig(Path("a"), world=World(2, 3)),
+        LoraTrainingConfig(
+            "a", trm=Path("b"), reasoner=ReasonerSettings(reasoner="sequence", d_compressed=8)
+        ),
+        Phase1Config(Path("a"), sweep=(8, 16)),
+        Phase2Config(n_heads=2),
+        Phase3Config(world=World(1, 2), kl=0.0),
+        configure("paper", "maze", data=Path("a"), output=Path("b")),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_record_of_a_training_holds_all_of_its_settings(config: Settings) -> None:
+    values, unknown = flat(type(config), json.loads(json.dumps(config.record())))
+    assert unknown == []
+    assert set(values) == {one.name for one in settings_of(type(config)) if not one.action}
