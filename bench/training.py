@@ -171,7 +171,7 @@ class OurTrainer:
 
     def samples(self, numbers: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Contexts [L_i, D'] and targets [D'] of these samples, on the CPU."""
-        contexts = self.trainer.contexts
+        contexts = self.trainer.inputs.contexts
         offsets, rows, targets = contexts.offsets.tolist(), contexts.rows.cpu(), contexts.targets.cpu()
         return [rows[offsets[i] : offsets[i + 1]] for i in numbers], [targets[i] for i in numbers]
 

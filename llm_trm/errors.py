@@ -10,6 +10,18 @@ class InputError(ValueError):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A training was stopped by a signal, after it wrote a checkpoint; the message says how to continue.
+
+    Attributes:
+        signal: Number of the signal.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def one_line(error: Exception, longest: int | None = 200) -> str:
     """What ``error`` says, on one line of at most ``longest`` characters, if that is not None."""
     return " ".join(str(error).split())[:longest]

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, Interrupted, one_line
 
 
 class UserError(click.ClickException):
@@ -33,6 +33,9 @@ def _one_line_errors() -> Iterator[None]:
         raise UserError(" ".join(error.format_message().split()) + hint) from error
     except InputError as error:
         raise UserError(one_line(error, None)) from error
+    except Interrupted as interrupted:
+        click.echo(f"llm-trm: {interrupted}", err=True)
+        raise click.exceptions.Exit(128 + interrupted.signal) from interrupted
 
 
 class Group(click.Group):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,7 +184,7 @@ def test_values_are_checked_in_python_too() -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_field_of_a_training_is_a_setting(config: type[Settings]) -> None:
     settings = settings_of(config)
-    assert {one.group or one.name for one in settings} == set(config.__dataclass_fields__)
+    assert {one.group or one.name for one in settings} == {field.name for field in fields(config)}
     options = [option for one in settings for option in (*one.options, *one.was)]
     assert len(options) == len(set(options))
     for one in settings:

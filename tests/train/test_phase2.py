@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,8 @@ from llm_trm.files import read_tensors
 from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.train import TRMSequenceTrainer
-from llm_trm.train.phase2.report import Phase2Report, Phase2Result
+from llm_trm.train.phase2.report import Phase2Result
+from llm_trm.train.run.report import Report
 from tests.train.toy import content_of, toy_config, write_compressor, write_pairs, write_toy
 
 
@@ -31,18 +32,16 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("toy"))
 
 
-class AtEachBatch(Phase2Report):
+class AtEachBatch(Report):
     def __init__(self, action: Callable[[int], None]) -> None:
         self.action, self.batches = action, 0
 
-    def batch(self, epoch: int, batch: int, metrics: Mapping[str, float] | None) -> None:
+    def step(self, step: int) -> None:
         self.batches += 1
         self.action(self.batches)
 
 
-def trainer(
-    toy: Path, output: Path, report: Phase2Report | None = None, **options: Any
-) -> TRMSequenceTrainer:
+def trainer(toy: Path, output: Path, report: Report | None = None, **options: Any) -> TRMSequenceTrainer:
     return TRMSequenceTrainer(toy_config(toy, output=output, **options), report)
 
 
@@ -88,12 +87,12 @@ def test_what_is_saved_is_the_average_and_is_validated(toy: Path, tmp_path: Path
     assert len(weights) == 8
     for after in weights:
         average = [0.9 * mean + 0.1 * new for mean, new in zip(average, after, strict=True)]
-    saved = read_tensors(run.checkpoints.last / "trm.safetensors", "")
+    saved = read_tensors(run.run.checkpoints.last / "trm.safetensors", "")
     for (name, _), expected in zip(run.model.named_parameters(), average, strict=True):
         torch.testing.assert_close(saved[name].double(), expected, rtol=1e-6, atol=1e-7)
 
-    model, compressor, facts = load_phase2(run.checkpoints.last)
-    batch = run.held_out.batch(run.validated)
+    model, compressor, facts = load_phase2(run.run.checkpoints.last)
+    batch = run.inputs.held_out.batch(run.inputs.validated)
     state = model.reason(batch.context, batch.mask, max_steps=1, halting="none").state
     error = float((state - batch.target).square().mean())
     assert error == pytest.approx(result.history[-1]["validation"]["mse"], rel=1e-5)
@@ -247,7 +246,7 @@ def test_pairs_that_are_held_out_by_name(toy: Path, tmp_path: Path) -> None:
         toy, tmp_path / "run", val_data=write_pairs(tmp_path / "held_out", count=10, seed=9), epochs=1
     )
     assert len(run.order.samples) == 40
-    assert len(run.validated) == len(run.held_out) == 10
+    assert len(run.inputs.validated) == len(run.inputs.held_out) == 10
     run.train()
 
 
@@ -284,7 +283,7 @@ def test_problems_that_come_twice_are_told(
     with ConsoleReport() as report:
         report.begin(plan)
     said = " ".join(capsys.readouterr().out.split())
-    assert "8 of those held out are of problems that are trained on too" in said
+    assert "8 held-out samples are of problems that are also trained on" in said
 
 
 @pytest.mark.parametrize(("width", "heads"), [(12, 1), (16, 2), (24, 2), (32, 4), (64, 8), (4, 1)])

@@ -11,16 +11,16 @@ import accelerate.tracking  # noqa: F401
 import torch
 import torch._dynamo
 
-from llm_trm.train.phase2.report import Phase2Report
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
+from llm_trm.train.run.report import Report
 from tests.train.toy import toy_config
 
 
-class StopAfter(Phase2Report):
+class StopAfter(Report):
     def __init__(self, batches: int) -> None:
         self.left = batches
 
-    def batch(self, *_: Any) -> None:
+    def step(self, step: int) -> None:
         self.left -= 1
         if self.left == 0:
             os._exit(7)

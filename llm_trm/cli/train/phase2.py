@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ from llm_trm.train.phase2.config import Phase2Config
 
 if TYPE_CHECKING:
     from llm_trm.train.phase2.report import Phase2Result
-
-_CURVES = "curves.png"
 
 
 @click.command(short_help="Train a recursion from the states before thinking to the one after.")
@@ -64,6 +61,7 @@ def phase2(given: dict[str, Any]) -> None:
 
 
 def _summarise(output: Path, result: Phase2Result) -> None:
+    from llm_trm.cli.train.console import show_curves
     from llm_trm.train.phase2.curves import plot_curves
     from llm_trm.train.phase2.report import best_record
 
@@ -79,7 +77,5 @@ def _summarise(output: Path, result: Phase2Result) -> None:
         f"{held_out['halted_cosine']:.4f} after {held_out['halt_steps']:.2f} steps."
     )
     click.echo(f"It is in {result.best}.")
-    if importlib.util.find_spec("matplotlib"):
-        plot_curves(result.history, output / _CURVES)
-        click.echo(f"The curves are in {output / _CURVES}.")
+    show_curves(plot_curves, result.history, output)
     click.echo(f"Next: llm-trm eval phase2 --checkpoint {output} --data HELD_OUT_PAIRS")

@@ -22,6 +22,9 @@ class LanguageModelConfig(RunSettings):
         InputError: A value out of range, or both ``resume`` and ``overwrite``.
     """
 
+    COMMAND = "lm"
+    FILE = "lm.json"
+
     output: Path = run.output("runs/lm", "Folder for the model, in Hugging Face format, and its checkpoints.")
     preset: Literal["tiny"] = setting("tiny", "Size of the model.")
     world: World = field(default_factory=World)

@@ -98,6 +98,9 @@ class LoraTrainingConfig(RunSettings):
         InputError: A value out of range, or settings that contradict each other.
     """
 
+    COMMAND = "lora"
+    FILE = "lora.json"
+
     data: str = setting(
         ...,
         "Questions and answers: a .jsonl file, a .json file with a list, gsm8k, math, or a dataset on the "

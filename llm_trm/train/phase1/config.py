@@ -40,6 +40,8 @@ class Phase1Config(RunSettings):
         InputError: A value out of range, or settings that contradict each other.
     """
 
+    COMMAND = "phase1"
+
     output: Path = run.output(
         "runs/phase1", "Folder for the compressors: 1a and 1b in it, or d32/1a and so on of a sweep."
     )

@@ -36,6 +36,8 @@ class Phase2Config(RunSettings):
         InputError: A value out of range, or settings that contradict each other.
     """
 
+    COMMAND = "phase2"
+
     data: Path = setting(Path("data/pairs"), "Folder of pairs from llm-trm datagen.", critical=False)
     compressor: Path = setting(
         Path("runs/phase1"), "Folder of a compressor from llm-trm train phase1.", critical=False

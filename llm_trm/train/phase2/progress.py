@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-from llm_trm.ranges import AMOUNT, COSINE, FINITE, PLACE, require_ranges
+from llm_trm.ranges import AMOUNT, COSINE, PLACE
+from llm_trm.train.run import run
 
 
-@dataclass(frozen=True)
-class Progress:
+@dataclass(frozen=True, kw_only=True)
+class Progress(run.Progress):
     """Where a run stands, as JSON values.
 
     Attributes:
-        epoch, batch: The epoch and the batch in it to go on with, counted from 0.
-        updates: Updates so far.
-        skipped: Updates so far that were skipped because a gradient was not finite.
-        threshold: Of the halting loss.
-        sums: Sums of the training metrics of the epoch so far, over ``steps`` updates.
-        steps: Updates that ``sums`` covers.
-        history: Records of the finished epochs.
-        settings: What a resumed run must share.
-
-    Raises:
-        ValueError: A number that is not finite, out of range or of the wrong type.
+        epoch, batch: The epoch to continue with and the batch in it, counted from 0.
+        updates: Number of updates so far.
+        skipped: Number of updates so far that were skipped since a gradient was not finite.
+        threshold: Threshold of the halting loss.
     """
 
     epoch: Annotated[int, PLACE]
@@ -31,10 +25,3 @@ class Progress:
     updates: Annotated[int, PLACE]
     skipped: Annotated[float, AMOUNT]
     threshold: Annotated[float, COSINE]
-    sums: dict[str, Annotated[float, FINITE]]
-    steps: Annotated[float, AMOUNT]
-    history: list[dict[str, Any]]
-    settings: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        require_ranges(self)

@@ -1,4 +1,4 @@
-"""What phase 2 tells of a run, and to whom."""
+"""What phase 2 reports: its plan, and the result."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_trm.train.run.report import Plan
 
-@dataclass(frozen=True)
-class Phase2Plan:
-    """What a run is about to do, for its report.
+
+@dataclass(frozen=True, kw_only=True)
+class Phase2Plan(Plan):
+    """What a run is about to do; a step is a batch.
 
     Attributes:
-        training, held_out: Samples.
-        repeated: Held-out samples of a problem that is trained on too.
+        training, held_out: Number of samples.
+        repeated: Number of held-out samples of a problem that is trained on too.
         width: D'.
-        parameters: Trainable numbers of the model.
-        batches: Of an epoch.
-        updates: Of the whole run.
-        epochs: Of the whole run.
-        batch_size: Of all processes together.
-        start: Epoch and batch to go on from, counted from 0.
-        device: In words.
+        parameters: Number of trainable parameters.
+        batches: Batches per epoch.
+        updates: Updates of the whole run.
+        epochs: Epochs of the whole run.
+        batch_size: Batch size of all processes together.
+        device: Device, precision and processes, as text.
     """
 
     training: int
@@ -35,7 +36,6 @@ class Phase2Plan:
     updates: int
     epochs: int
     batch_size: int
-    start: tuple[int, int]
     device: str
 
 
@@ -44,11 +44,11 @@ class Phase2Result:
     """How a run ended.
 
     Attributes:
-        best: Checkpoint of the lowest validation loss.
-        history: A record an epoch: ``epoch`` (from 1), ``updates`` so far, ``skipped`` ones among those of
-            the epoch, ``learning_rate`` at its end, ``threshold`` in it, and the means ``train`` and
+        best: Checkpoint with the lowest validation loss.
+        history: One record per epoch: ``epoch`` (from 1), ``updates`` so far, ``skipped`` updates in the
+            epoch, ``learning_rate`` at its end, ``threshold`` in it, and the means ``train`` and
             ``validation``.
-        skipped: Updates that were skipped because their gradient was not finite.
+        skipped: Number of updates that were skipped because their gradient was not finite.
         stopped_early: Whether patience ended it.
     """
 
@@ -59,19 +59,6 @@ class Phase2Result:
 
 
 def best_record(history: Sequence[Mapping[str, Any]]) -> int:
-    """Place of the record with the lowest validation loss; NaN counts as infinitely high."""
+    """Index of the record with the lowest validation loss; NaN counts as infinitely high."""
     losses = [record["validation"]["mse"] for record in history]
-    return min(range(len(losses)), key=lambda place: math.inf if math.isnan(losses[place]) else losses[place])
-
-
-class Phase2Report:
-    """Hears how a run goes; this one says nothing. Only the main process calls it."""
-
-    def begin(self, plan: Phase2Plan) -> None:
-        """Training begins."""
-
-    def batch(self, epoch: int, batch: int, metrics: Mapping[str, float] | None) -> None:
-        """Batch ``batch`` of ``epoch``, both from 1, is on its way; ``metrics`` where new ones came."""
-
-    def epoch(self, record: Mapping[str, Any]) -> None:
-        """An epoch has been validated; ``record`` as in :class:`Phase2Result`."""
+    return min(range(len(losses)), key=lambda at: math.inf if math.isnan(losses[at]) else losses[at])

@@ -35,6 +35,9 @@ class Phase3Config(RunSettings):
         InputError: A value out of range, or both ``resume`` and ``overwrite``.
     """
 
+    COMMAND = "phase3"
+    FILE = "phase3.json"
+
     checkpoint: str = setting(
         "runs/lora",
         "Language model with a recursion: a folder from llm-trm train lora, or a name on the hub.",

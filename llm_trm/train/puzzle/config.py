@@ -38,6 +38,8 @@ class PuzzleConfig(RunSettings):
         InputError: A value out of range, or settings that contradict each other.
     """
 
+    COMMAND = "puzzle"
+
     data: Path = setting(..., "Folder of puzzles from llm-trm data.", critical=False)
     output: Path = run.output(None)
     steps: int = setting(65_100, "Number of supervision steps, each with an update.", COUNT, critical=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
@@ -71,9 +71,16 @@ def precision() -> Any:
 class RunSettings(Settings):
     """Base class of the settings of a training, which have a field ``output``.
 
+    Attributes:
+        COMMAND: The training in ``llm-trm train COMMAND``.
+        FILE: The file in ``output`` that keeps the settings.
+
     Raises:
         InputError: Both ``resume`` and ``overwrite``, or what :class:`~llm_trm.settings.Settings` rejects.
     """
+
+    COMMAND: ClassVar[str]
+    FILE: ClassVar[str] = "config.json"
 
     def __post_init__(self) -> None:
         super().__post_init__()
