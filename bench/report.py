@@ -55,17 +55,27 @@ class DeviceReport:
         return drawn
 
     def provenance(self, *groups: Group) -> str:
-        """Versions, commits and days behind the results of some groups, or of all."""
+        """Versions, commits and dates of the results of some groups, or of all."""
         found: dict[str, None] = {}
-        for result, run in zip(self.results, self.runs, strict=True):
-            if groups and result.group not in groups:
-                continue
+        for run in self._runs_of(groups):
             versions = run["versions"]
             found[
                 f"torch {versions['torch']}, triton {versions['triton'] or '-'}, "
-                f"commit {(run['commit'] or 'unknown')[:13]}, {run['time'][:10]}"
+                f"commit {_commit(run)}, {run['time'][:10]}"
             ] = None
         return "; ".join(found)
+
+    def commits(self, *groups: Group) -> str:
+        """Commits of the results of some groups, or of all."""
+        return ", ".join(dict.fromkeys(_commit(run) for run in self._runs_of(groups)))
+
+    def _runs_of(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        pairs = zip(self.results, self.runs, strict=True)
+        return [run for result, run in pairs if not groups or result.group in groups]
+
+
+def _commit(run: Mapping[str, Any]) -> str:
+    return str(run["commit"] or "unknown")[:13]
 
 
 def load(folder: Path) -> list[DeviceReport]:
@@ -115,10 +125,11 @@ def _medians(results: Sequence[CaseResult]) -> str:
 
 
 def summary(reports: list[DeviceReport]) -> str:
-    """One line a case, without peers and scaling."""
+    """One line per case, without peers and scaling."""
     parts = []
     for report in reports:
-        parts += [f"{report.device} ({report.provenance('main')}):", _medians(report.of("main"))]
+        source = f"Measured on {report.device} (commits {report.commits('main')})."
+        parts += [_medians(report.of("main")), source]
     return "\n\n".join(parts + _missing(reports))
 
 
