@@ -138,7 +138,7 @@ def write_data(case: PuzzleCase, folder: Path) -> None:
 class Ours(PuzzleTrainer):
     """The trainer, with a step that reads its metrics as training does."""
 
-    def run(self) -> None:
+    def one_step(self) -> None:
         """One step."""
         self.take_step()
         self._take_metrics(self.step.poll())
@@ -182,7 +182,7 @@ def check(case: PuzzleCase, device: torch.device, folder: Path) -> float:
     plain = plain_of(trainer, compiled=False, exploration=0.0)
     worst = 0.0
     for _ in range(_CHECKED_STEPS):
-        expected = plain.step(trainer.feed.batch(trainer.at))
+        expected = plain.step(trainer.feed.batch(trainer.run.step))
         trainer.take_step()
         (window,) = trainer.step.drain()
         # No counts: one of 324 cells that flips on a rounding error would be 0.3%.
@@ -248,7 +248,7 @@ def run_case(
         for name, under in plains.items():
             plain = plain_of(trainer, compiled=under, exploration=trainer.config.exploration)
             calls[name] = _plain_call(plain, trainer)
-        calls[OURS] = lambda _: trainer.run()
+        calls[OURS] = lambda _: trainer.one_step()
         expected = {}
         for name, call in calls.items():
             progress(f"warm-up of {name}")
@@ -273,7 +273,7 @@ def run_case(
 
 
 def _plain_call(plain: PlainPuzzleTrainer, trainer: Ours) -> Call:
-    batches: list[tuple[Tensor, Tensor, Tensor]] = [trainer.feed.batch(trainer.at)]
+    batches: list[tuple[Tensor, Tensor, Tensor]] = [trainer.feed.batch(trainer.run.step)]
 
     def call(_: int) -> None:
         plain.step(batches[0])

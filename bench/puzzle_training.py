@@ -73,7 +73,7 @@ def train(
         result = trainer.train()
         seconds = time.perf_counter() - begin
         # The last, not the best: that one was chosen by these very puzzles.
-        model, _ = load_puzzle(trainer.checkpoints.last)
+        model, _ = load_puzzle(trainer.run.checkpoints.last)
         test = read_split(data, "test").to(device)
         modes = _modes(model.to(device), test, config.max_steps, config.batch_size)
     return {

@@ -1,4 +1,4 @@
-"""Errors that the user can put right."""
+"""Errors that the user can correct, and interruptions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class InputError(ValueError):
     """Bad input: one line that names the file or option at fault and the remedy.
 
-    The command line prints it as it is and ends with exit code 2.
+    The command line prints it and exits with code 2.
     """
 
 
@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(error: Exception, longest: int | None = 200) -> str:
-    """What ``error`` says, on one line of at most ``longest`` characters, if that is not None."""
+    """The message of ``error`` on one line, cut to ``longest`` characters unless that is None."""
     return " ".join(str(error).split())[:longest]
 
 

@@ -1,11 +1,11 @@
-"""Which numbers options, settings and files may hold. Imports no torch, so that help is quick."""
+"""Ranges of the numbers in options, settings and files. Imports no torch, so that help is quick."""
 
 from __future__ import annotations
 
 import numbers
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ class Whole:
 
     Attributes:
         least, most: The smallest and the largest.
-        why: What there is no more of, for the refusal of a larger number.
+        why: Why a larger number is rejected, for the message.
     """
 
     least: int
@@ -25,7 +25,7 @@ class Whole:
     why: str = ""
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with ``value``, to be read behind its name; None if nothing is."""
+        """What is wrong with ``value``, to follow its name in a message; None if it is valid."""
         if not _is(value, numbers.Integral):
             return f"must be a whole number, not {shown(value)}"
         if value < self.least:
@@ -41,7 +41,7 @@ class Real:
 
     Attributes:
         least, most: The bounds.
-        least_open, most_open: Whether a bound itself is left out.
+        least_open, most_open: Whether the bound itself is excluded.
     """
 
     least: float
@@ -50,12 +50,12 @@ class Real:
     most_open: bool = False
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with ``value``, to be read behind its name; None if nothing is."""
+        """What is wrong with ``value``, to follow its name in a message; None if it is valid."""
         if not _is(value, numbers.Real):
             return f"must be a number, not {shown(value)}"
         above = self.least < value if self.least_open else self.least <= value
         below = value < self.most if self.most_open else value <= self.most
-        if above and below:  # which NaN never is
+        if above and below:  # never true for NaN
             return None
         begin, end = "(" if self.least_open else "[", ")" if self.most_open else "]"
         return f"must lie in {begin}{self.least:.10g}, {self.most:.10g}{end}, not {shown(value)}"
@@ -65,20 +65,20 @@ Range = Whole | Real
 
 _LARGEST = sys.float_info.max
 
-#: Of samples, steps, epochs: more than any run gets through.
+#: Numbers of samples, steps and epochs: more than any run has.
 COUNT, NO_OR_COUNT = Whole(1, 10**9), Whole(0, 10**9)
-#: Of samples, contexts or completions at a time.
+#: Numbers of samples, contexts or completions at a time.
 BATCH = Whole(1, 2**20)
-#: Of states and tables, and what divides a width: heads, ranks.
+#: Widths of states and tables, and what divides them: heads, ranks.
 WIDTH, NO_OR_WIDTH = Whole(1, 2**20, "a wider model fits nowhere"), Whole(0, 2**20)
 LAYERS = Whole(1, 1024, "a deeper model fits nowhere")
-#: Of LoRA: beyond the width of a model it gains nothing.
+#: Ranks of LoRA: beyond the width of a model, a higher rank gains nothing.
 ADAPTER_RANK = Whole(1, 2**14)
-#: Of sequences: tokens, cells, latents.
+#: Lengths of sequences: tokens, cells, latents.
 LENGTH, NO_OR_LENGTH = Whole(1, 2**30), Whole(0, 2**30)
-#: Rows or columns of a puzzle, and of a maze that is made here.
+#: Rows or columns of a puzzle, and of a generated maze.
 GRID_SIDE, MAZE_SIDE = Whole(1, 10_000), Whole(3, 1000)
-#: Of an ARC task, besides itself.
+#: Augmented copies of an ARC task.
 SYMMETRIES = Whole(0, 8 * 362_880 - 1, "a grid has no more")
 #: Steps of a maze's path, and clues of a Sudoku.
 PATH_STEPS, CLUES = Whole(2, 10**6), Whole(1, 81)
@@ -92,28 +92,28 @@ DEPTH, NO_OR_DEPTH = Whole(1, 10_000), Whole(0, 10_000)
 OPERATIONS, MODULUS = Whole(1, 10_000), Whole(2, 10**9)
 #: torch's and numpy's generators take more; so do sums of a seed and a number of steps.
 SEED = Whole(0, 2**63 - 1)
-#: Of what was made when any whole number was one.
+#: Seeds in older files, when any whole number was allowed.
 ANY_SEED = Whole(-(10**30), 10**30)
-#: transformers seeds numpy's old generator too.
+#: transformers also seeds NumPy's legacy generator.
 TRAINER_SEED = Whole(0, 2**32 - 1, "NumPy's generator takes no larger one")
-#: How far a run has come, what a file counts, and sums of metrics.
+#: Progress of a run, counts in files, and sums of metrics.
 PLACE, AMOUNT, FINITE = Whole(0, 2**63 - 1), Real(0, 2.0**53), Real(-_LARGEST, _LARGEST)
-#: Of a launch.
+#: Settings of a distributed launch.
 PROCESSES, PORT = Whole(1, 2**20), Whole(0, 65_535)
 LEARNING_RATE = Real(0, 100, least_open=True)
-#: Passes over the data, where a part of one counts.
+#: Passes over the data, which may be fractions.
 EPOCHS = Real(0, 10**6, least_open=True)
-#: Of losses, rewards and decays.
+#: Weights of losses and rewards, and weight decay.
 WEIGHT = Real(0, 10**6)
 CLIP_NORM = Real(0, 10**12, least_open=True)
-#: Temperatures, and deviations of noise.
+#: Temperatures, and standard deviations of noise.
 SPREAD, NO_OR_SPREAD = Real(0, 10**6, least_open=True), Real(0, 10**6)
 SHARE, SHARE_BELOW_ONE = Real(0, 1), Real(0, 1, most_open=True)
 SHARE_ABOVE_ZERO = Real(0, 1, least_open=True)
 SHARE_WITHIN = Real(0, 1, least_open=True, most_open=True)
-#: Of the data that is held out, and of a cosine similarity.
+#: The held-out fraction of the data, and cosine similarities.
 HELD_OUT, COSINE = Real(0, 0.5, least_open=True), Real(-1, 1)
-#: Seconds of a benchmark, minutes of tuning, seconds that a picture stays, the difficulty of a Sudoku.
+#: Seconds of a benchmark, minutes of tuning, seconds per frame, and the difficulty of a Sudoku.
 SECONDS, MINUTES, DELAY = Real(1, 10**7), Real(0, 10**6, least_open=True), Real(0, 60)
 RATING = Real(-(10**9), 10**9)
 #: The base of rotary frequencies.
@@ -121,7 +121,7 @@ ROPE_THETA = Real(0, 10**15, least_open=True)
 
 
 def shown(value: object, longest: int = 30) -> str:
-    """``value`` as a message quotes it: a number of a thousand digits is cut."""
+    """``value`` as a message quotes it: long numbers are shortened."""
     text = _huge(value) or repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 
@@ -144,15 +144,15 @@ def require_in(
 
 
 def require_ranges(settings: Any, error: type[Exception] = ValueError, where: str = "") -> None:
-    """Raise ``error`` unless the fields of a dataclass hold what their annotations say.
+    """Raise ``error`` unless the fields of a dataclass have values that their annotations allow.
 
-    Read are ``Annotated[int, COUNT]`` and its like, ``bool`` and ``Literal[...]``, each of them ``| None``
-    where None is allowed, and dicts of such values; other annotations allow anything.
+    Checked are ``Annotated[int, COUNT]`` and the like, ``bool`` and ``Literal[...]``, each also with
+    ``| None``, and dicts of such values; other annotations allow anything.
 
     Args:
         settings: An instance of a dataclass.
-        error: What to raise; its message names the field.
-        where: What the message begins with, for instance the name of a file and a colon.
+        error: Exception to raise; its message names the field.
+        where: Start of the message, for example the name of a file and a colon.
     """
     kind: Any = type(settings)
     for name, allowed in _declared(kind):
@@ -162,7 +162,8 @@ def require_ranges(settings: Any, error: type[Exception] = ValueError, where: st
 
 @cache
 def _declared(kind: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(get_type_hints(kind, include_extras=True).items())
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple((field.name, hints[field.name]) for field in fields(kind))
 
 
 def _fault(allowed: Any, value: object) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,9 @@ def _one_line_errors() -> Iterator[None]:
     except Interrupted as interrupted:
         click.echo(f"llm-trm: {interrupted}", err=True)
         raise click.exceptions.Exit(128 + interrupted.signal) from interrupted
+    except KeyboardInterrupt as interrupted:
+        click.echo("llm-trm: interrupted", err=True)
+        raise click.exceptions.Exit(128 + signal.SIGINT) from interrupted
 
 
 class Group(click.Group):

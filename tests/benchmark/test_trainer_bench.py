@@ -96,7 +96,7 @@ def test_both_train_on_the_same_samples(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_lengths_lie_between_a_third_and_the_whole(tmp_path: Path) -> None:
-    lengths = OurTrainer(TrainingCase(16, 24, 20), tmp_path, CPU).trainer.contexts.lengths
+    lengths = OurTrainer(TrainingCase(16, 24, 20), tmp_path, CPU).trainer.inputs.contexts.lengths
     assert min(lengths) == 8
     assert max(lengths) == 24
     assert len(lengths) == 81  # one is held out

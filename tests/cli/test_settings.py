@@ -11,6 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from bench.option_tables import PAGE, page
+from bench.report import ROOT
 from llm_trm.choices import DeviceName
 from llm_trm.cli.group import Group
 from llm_trm.cli.options.settings import settings_options
@@ -211,3 +213,8 @@ def test_the_record_of_a_training_holds_all_of_its_settings(config: Settings) ->
     values, unknown = flat(type(config), json.loads(json.dumps(config.record())))
     assert unknown == []
     assert set(values) == {one.name for one in settings_of(type(config)) if not one.action}
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    """``python -m bench.option_tables`` writes it."""
+    assert (ROOT / PAGE).read_text(encoding="utf-8") == page()

@@ -184,4 +184,4 @@ def test_training_says_which_tests_it_repeats(tmp_path: Path) -> None:
     sizes = ["--d-model", "16", "--heads", "2", "--layers", "1", "--batch-size", "4", "--device", "cpu"]
     result = CliRunner().invoke(main, [*words, *sizes, "--no-augment"])
     assert result.exit_code == 0, result.output
-    assert "4 test puzzles are trained on too" in result.output
+    assert "4 test puzzles are also trained on" in result.output

@@ -15,8 +15,9 @@ from llm_trm.errors import InputError
 from llm_trm.files import read_json
 from llm_trm.models.puzzle.loading import load_puzzle
 from llm_trm.train.puzzle.config import configure
-from llm_trm.train.puzzle.report import PuzzlePlan, PuzzleReport
+from llm_trm.train.puzzle.report import PuzzlePlan
 from llm_trm.train.puzzle.trainer import PuzzleTrainer
+from llm_trm.train.run.report import Report
 from tests.killing import check_kills
 from tests.puzzle import worker
 from tests.puzzle.toy import content_of, toy_config, write_toy
@@ -27,7 +28,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("toy"))
 
 
-class Listener(PuzzleReport):
+class Listener(Report):
     def __init__(self) -> None:
         self.plan: PuzzlePlan | None = None
         self.steps: list[int] = []
@@ -36,7 +37,7 @@ class Listener(PuzzleReport):
     def begin(self, plan: PuzzlePlan) -> None:
         self.plan = plan
 
-    def step(self, step: int, metrics: Any) -> None:
+    def step(self, step: int) -> None:
         self.steps.append(step)
 
     def evaluated(self, record: Any) -> None:
@@ -81,14 +82,14 @@ def test_every_parameter_moves(toy: Path, tmp_path: Path) -> None:
 
 def test_augmentation_and_order_follow_the_seed(toy: Path, tmp_path: Path) -> None:
     runs = [PuzzleTrainer(toy_config(toy, output=tmp_path / str(seed), seed=seed)) for seed in (0, 0, 1)]
-    batches = [trainer.feed.batch(trainer.at)[0] for trainer in runs]
+    batches = [trainer.feed.batch(trainer.run.step)[0] for trainer in runs]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 
 
 def test_a_batch_larger_than_the_data(toy: Path, tmp_path: Path) -> None:
     trainer = PuzzleTrainer(toy_config(toy, output=tmp_path, batch_size=100))
-    assert trainer.feed.batch(trainer.at)[0].shape == (100, 9)
+    assert trainer.feed.batch(trainer.run.step)[0].shape == (100, 9)
 
 
 def test_killed_at_random_moments_ends_with_the_same_weights(toy: Path, tmp_path: Path) -> None:
@@ -135,7 +136,8 @@ def test_evaluates_on_puzzles_from_everywhere_that_have_answers(toy: Path, tmp_p
     split.labels[::2] = 0
     write_puzzles(tmp_path / "data", read_info(toy), {"train": read_split(toy, "train"), "test": split})
     few, all_of_them = (
-        PuzzleTrainer(toy_config(tmp_path / "data", eval_samples=samples)).held_out for samples in (4, 100)
+        PuzzleTrainer(toy_config(tmp_path / "data", eval_samples=samples)).inputs.held_out
+        for samples in (4, 100)
     )
     assert torch.equal(all_of_them.inputs, split.inputs[1::2])
     assert len(few) == 4 and not torch.equal(few.inputs, all_of_them.inputs[:4])

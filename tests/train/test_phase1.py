@@ -256,7 +256,7 @@ def test_second_run_reads_states_and_keeps_what_it_made(config: Phase1Config, ca
     before = {path: path.read_bytes() for path in config.output.glob("1?/*")}
     assert train(config) == first
     assert calls.count == 0
-    with pytest.raises(InputError, match=r"other settings \(seed 0, now 1\): add --overwrite"):
+    with pytest.raises(InputError, match=r"other settings \(seed was 0 and is 1\): add --overwrite"):
         train(replace(config, seed=1))
     assert {path: path.read_bytes() for path in config.output.glob("1?/*")} == before
     changed = train(replace(config, seed=1, overwrite=True))
@@ -411,7 +411,7 @@ def test_nan_in_states_is_refused_where_it_arises_and_where_it_is_read(
     broken = load_thinking_model(str(model_folder))
     with torch.no_grad():
         broken.model.get_input_embeddings().weight[broken.tokenizer("7")["input_ids"][0]] = float("nan")
-    with pytest.raises(InputError, match="NaN or infinite states for the text that begins '7"):
+    with pytest.raises(InputError, match="NaN or infinite states for the text that starts with '7"):
         collect_states(broken, sequences_of(broken, "1+1", "7*7"), tmp_path / "states")
     assert not list((tmp_path / "states").iterdir())
 

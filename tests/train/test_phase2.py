@@ -23,6 +23,7 @@ from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.train import TRMSequenceTrainer
 from llm_trm.train.phase2.report import Phase2Result
+from llm_trm.train.run.checkpoints import Checkpoints
 from llm_trm.train.run.report import Report
 from tests.train.toy import content_of, toy_config, write_compressor, write_pairs, write_toy
 
@@ -99,6 +100,19 @@ def test_what_is_saved_is_the_average_and_is_validated(toy: Path, tmp_path: Path
     own = load_compressor(toy / "compressor")
     assert torch.equal(compressor.compress.weight, own.compress.weight)
     assert facts["max_steps"] == 1 and facts["halting"] == "sample" and facts["language_model"] == "toy"
+
+
+def test_a_run_of_an_older_version_is_resumed_with_the_defaults_of_new_settings(
+    toy: Path, tmp_path: Path
+) -> None:
+    train(toy, tmp_path, epochs=1)
+    state = Checkpoints(tmp_path).last / "state.json"
+    described = json.loads(state.read_text())
+    del described["settings"]["dropout"]
+    state.write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"dropout was 0.0 and is 0.5"):
+        train(toy, tmp_path, epochs=1, resume=True, dropout=0.5)
+    assert train(toy, tmp_path, epochs=1, resume=True).history
 
 
 def test_best_of_a_run_is_loaded(toy: Path, tmp_path: Path) -> None:

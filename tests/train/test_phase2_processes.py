@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import socket
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -50,11 +51,12 @@ def share(
     output: Path,
     options: dict[str, Any],
     stop_after: int | None = None,
+    number: int | None = None,
 ) -> list[int | None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (toy, output, options, stop_after)
+    arguments = (toy, output, options, stop_after, number)
     processes: list[BaseProcess] = [
         context.Process(target=worker.run_rank, args=(rank, 2, port, *arguments)) for rank in range(2)
     ]
@@ -99,3 +101,21 @@ def test_two_processes_go_on_bit_for_bit(context: ForkServerContext, toy: Path, 
     assert share(context, toy, tmp_path / "b", options, stop_after=5)[0] == 7
     assert share(context, toy, tmp_path / "b", options) == [0, 0]
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_a_signal_to_one_process_stops_both_after_the_same_batch(
+    context: ForkServerContext, toy: Path, tmp_path: Path
+) -> None:
+    # They agree every second batch. The main process alone is sent the signal, after the first one.
+    options = {"epochs": 2, "batch_size": 4, "dropout": 0.1, "log_every": 2}
+    assert share(context, toy, tmp_path / "a", options) == [0, 0]
+    assert share(context, toy, tmp_path / "b", options, 1, signal.SIGTERM) == [9, 9]
+    assert Checkpoints(tmp_path / "b").last.name == "batch-00000002"
+    assert share(context, toy, tmp_path / "b", options) == [0, 0]
+    last = Checkpoints(tmp_path / "a").last
+    ends = [
+        read_tensors(tmp_path / name / "checkpoints" / last.name / "state.safetensors", "") for name in "ab"
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

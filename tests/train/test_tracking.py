@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 
+from llm_trm.choices import Track
 from llm_trm.errors import InputError
-from llm_trm.train.run.tracking import JSONL_FILE, finish_tracking, make_accelerator, new_accelerator
+from llm_trm.train.run.tracking import JSONL_FILE, finish_tracking, new_accelerator, start_tracking
+
+
+def make_accelerator(track: Track | None, folder: Path, resumed_at: int | None = None) -> Any:
+    accelerator = new_accelerator(track, folder, device="cpu", resumed_at=resumed_at)
+    start_tracking(accelerator, "project", {"path": folder})
+    return accelerator
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -18,7 +25,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    accelerator = make_accelerator("jsonl", tmp_path, "project", {"path": tmp_path}, device="cpu")
+    accelerator = make_accelerator("jsonl", tmp_path)
     accelerator.log({"loss": 0.5}, step=3)
     accelerator.log({"loss": 0.25, "cosine": 0.9}, step=6)
     finish_tracking(accelerator)
@@ -27,7 +34,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 def test_resumed_run_drops_lines_of_later_steps_and_half_ones(tmp_path: Path) -> None:
     (tmp_path / JSONL_FILE).write_text('{"step": 3, "loss": 1}\n{"step": 6, "loss": 2}\n{"step": 5, "lo')
-    accelerator = make_accelerator("jsonl", tmp_path, "project", {}, device="cpu", resumed_at=3)
+    accelerator = make_accelerator("jsonl", tmp_path, resumed_at=3)
     accelerator.log({"loss": 7.0}, step=4)
     assert lines(tmp_path) == [{"step": 3, "loss": 1}, {"step": 4, "loss": 7.0}]
 
@@ -36,12 +43,12 @@ def test_new_run_begins_the_file_anew_and_only_when_it_starts(tmp_path: Path) ->
     (tmp_path / JSONL_FILE).write_text('{"step": 3}\n')
     new_accelerator("jsonl", tmp_path, device="cpu")
     assert lines(tmp_path) == [{"step": 3}]
-    make_accelerator("jsonl", tmp_path, "project", {}, device="cpu")
+    make_accelerator("jsonl", tmp_path)
     assert lines(tmp_path) == []
 
 
 def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
-    accelerator = make_accelerator(None, tmp_path, "project", {}, device="cpu")
+    accelerator = make_accelerator(None, tmp_path)
     accelerator.log({"loss": 0.5}, step=3)
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,40 @@ import accelerate.tracking  # noqa: F401
 import torch
 import torch._dynamo
 
+from llm_trm.errors import Interrupted
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
 from llm_trm.train.run.report import Report
 from tests.train.toy import toy_config
 
 
 class StopAfter(Report):
-    def __init__(self, batches: int) -> None:
-        self.left = batches
+    """Ends the process after so many batches, or sends it a signal."""
+
+    def __init__(self, batches: int, number: int | None = None) -> None:
+        self.left, self.number = batches, number
 
     def step(self, step: int) -> None:
         self.left -= 1
-        if self.left == 0:
+        if self.left == 0 and self.number is not None:
+            signal.raise_signal(self.number)
+        elif self.left == 0:
             os._exit(7)
 
 
-def run(folder: Path, output: Path, options: dict[str, Any], stop_after: int | None = None) -> None:
-    """Train, from the last checkpoint in ``output`` if there is one."""
+def run(
+    folder: Path,
+    output: Path,
+    options: dict[str, Any],
+    stop_after: int | None = None,
+    number: int | None = None,
+) -> None:
+    """Train, from the last checkpoint in ``output`` if there is one; exit code 9 if it was interrupted."""
     torch.set_num_threads(1)
     config = toy_config(folder, output=output, resume=(output / "index.json").exists(), **options)
-    TRMSequenceTrainer(config, StopAfter(stop_after) if stop_after else None).train()
+    try:
+        TRMSequenceTrainer(config, StopAfter(stop_after, number) if stop_after else None).train()
+    except Interrupted:
+        sys.exit(9)
 
 
 def run_rank(rank: int, processes: int, port: int, *arguments: Any) -> None:

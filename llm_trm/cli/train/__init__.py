@@ -20,17 +20,17 @@ from llm_trm.cli.group import Group
     },
 )
 def train() -> None:
-    """Train a language model, a compressor, a recursion that replaces thinking, or one that solves puzzles.
+    """Train a puzzle solver, or a recursion that replaces a language model's thinking.
 
     \b
     Puzzles:
       llm-trm train puzzle   a recursion on Sudoku, mazes or ARC
     \b
-    A recursion instead of thinking, in order:
-      llm-trm train lm       a tiny language model that thinks (one ships with the package)
+    A recursion that replaces thinking, in this order:
+      llm-trm train lm       a tiny language model that thinks (one is bundled)
       llm-trm train phase1   a compressor of its hidden states
       llm-trm datagen        its states before and after thinking
-      llm-trm train phase2   a recursion from the ones to the others
+      llm-trm train phase2   a recursion from the states before to the state after
       llm-trm train lora     the language model and the recursion together, on questions and answers
-      llm-trm train phase3   the recursion alone, by the reward of its answers
+      llm-trm train phase3   only the recursion, by reinforcement learning
     """

@@ -1,4 +1,4 @@
-"""How trainings show that they are at work."""
+"""The progress of trainings in a terminal."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from llm_trm.train.phase1.config import Phase1Config
 @click.command(short_help="Train a compressor of a language model's hidden states.")
 @settings_options(Phase1Config)
 def phase1(given: dict[str, Any]) -> None:
-    """Train a compressor of a frozen language model's hidden states, to lose as little as it can.
+    """Train a compressor of a frozen language model's hidden states, to lose as little as possible.
 
-    The states are computed once and kept on disk. Then the compressor learns to bring them back: the linear
-    one with its own weights transposed, and beside it stands what PCA reaches, which no linear compressor can
-    beat on the states that it learned from; the latent one through a decoder that is thrown away. The figures
-    are of texts that were held out. The same command runs on several processes under `accelerate launch`.
+    The states are computed once and kept on disk. Then the compressor learns to reconstruct them: a linear
+    compressor with its own transposed weights, a latent one through an auxiliary decoder. Results are of
+    held-out texts. Those of a linear compressor are shown next to PCA, which no linear compressor can beat on
+    its training states. Run the same command again after an interruption: it continues where it stopped.
 
     \b
     Examples:
@@ -43,11 +43,11 @@ def phase1(given: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(result_table(results, latent))
     if latent:
-        click.echo("On held-out states, beside what the mean of the training states reaches.")
+        click.echo("On held-out states, next to the mean of the training states.")
     else:
         click.echo(
-            "On held-out states. PCA is that of the training states: on those, no linear compressor has a "
-            "lower MSE; it bounds neither other states nor the cosine."
+            "On held-out states. PCA was computed on the training states: there, no linear compressor has a "
+            "lower MSE. It is no bound on other states, nor on the cosine."
         )
     written = [config.output / SWEEP_FILE, config.output / SWEEP_PLOT] if config.sweep else []
     click.echo("Written: " + ", ".join(map(str, [*written, *(result.folder for result in results)])))

@@ -1,4 +1,4 @@
-"""How ``llm-trm train phase1`` shows that it is at work, and its table."""
+"""The progress and the result table of ``llm-trm train phase1``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_trm.train.phase1.report import Progress, StageResult
 
 
 class ConsoleProgress(Progress):
-    """A bar a task on stderr, if that is a terminal; else a line a task, when it ends."""
+    """One bar per task on stderr if that is a terminal, otherwise one line per finished task."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,7 +48,7 @@ class ConsoleProgress(Progress):
 
 
 def result_table(results: Sequence[StageResult], latent: bool) -> Table:
-    """The results, a row a compressor, all figures of held-out states."""
+    """The results, one row per compressor, all measured on held-out states."""
     table = Table(box=None, pad_edge=False)
     other = "mean state" if latent else "PCA"
     columns = ["stage", "M" if latent else "D'", "ratio", "cosine", f"cosine, {other}", "relative error"]

@@ -17,14 +17,13 @@ if TYPE_CHECKING:
 @click.command(short_help="Train a recursion from the states before thinking to the one after.")
 @settings_options(Phase2Config)
 def phase2(given: dict[str, Any]) -> None:
-    """Train a SequenceTRM to lead, by recursion, from a context to the state after thinking.
+    """Train a SequenceTRM that leads, by recursion, from a context to the state after thinking.
 
-    The states before <think> are compressed by the frozen compressor, a reasoning token is appended, and the
-    recursion refines it, supervision step by supervision step, towards the compressed state at </think>.
-    Each step has its own loss and update. A halting head learns how good the state is, so that at inference
-    every sample stops when it is content. Each epoch ends with a validation of the averaged weights on
-    held-out pairs and a checkpoint; a run that was killed goes on with --resume as if nothing had happened,
-    on a CPU bit for bit.
+    The frozen compressor compresses the states before <think>. The recursion refines an appended reasoning
+    token, supervision step by supervision step, towards the compressed state at </think>. Each step has its
+    own loss and update. A halting head learns how good the state is, so that every sample stops early at
+    inference. Each epoch ends with a validation of the averaged weights on held-out pairs and a checkpoint.
+    An interrupted run continues with --resume, on a CPU bit for bit.
 
     \b
     On the arithmetic world, on a CPU:
@@ -41,9 +40,9 @@ def phase2(given: dict[str, Any]) -> None:
 
     \b
     Variants:
-      llm-trm train phase2 --steps-per-update 8    one update a batch
-      llm-trm train phase2 --halt-loss bce         halt above a threshold that follows the training
-      llm-trm train phase2 --resume                go on after a crash
+      llm-trm train phase2 --steps-per-update 8    one update per batch
+      llm-trm train phase2 --halt-loss bce         halt above a threshold that adapts
+      llm-trm train phase2 --resume                continue an interrupted run
       accelerate launch --num_processes 8 --no_python llm-trm train phase2 ...    on 8 GPUs
     """
     from llm_trm.extras import require
@@ -72,7 +71,7 @@ def _summarise(output: Path, result: Phase2Result) -> None:
     if result.skipped:
         click.echo(f"{result.skipped} updates were skipped, as their gradients were not finite.")
     click.echo(
-        f"Best: epoch {best['epoch']}, held-out mse {held_out['mse']:.6f}, cosine {held_out['cosine']:.4f}, "
+        f"Best: epoch {best['epoch']}, held-out MSE {held_out['mse']:.6f}, cosine {held_out['cosine']:.4f}, "
         f"relative error {held_out['relative_error']:.4f}; halting sample by sample: cosine "
         f"{held_out['halted_cosine']:.4f} after {held_out['halt_steps']:.2f} steps."
     )

@@ -1,4 +1,4 @@
-"""How ``llm-trm train phase2`` shows that it is at work."""
+"""The progress of ``llm-trm train phase2``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
 )
 @settings_options(PuzzleConfig, {"data": "data/TASK", "output": "runs/TASK"} | preset_texts())
 def puzzle(task: Task | None, preset: Preset, given: dict[str, Any]) -> None:
-    """Train a Tiny Recursive Model on puzzles, as arXiv 2510.04871 does.
+    """Train a Tiny Recursive Model on puzzles, as in arXiv 2510.04871.
 
-    A sample stays in flight for up to --max-steps supervision steps, each with a loss and an update, and
-    leaves when its halting head says that it is solved; a new puzzle takes its place. Every --eval-every
-    steps the averaged weights are evaluated on --eval-samples test puzzles and a checkpoint is written; the
-    best three are kept. A run that was killed goes on with --resume, on a CPU bit for bit.
+    A sample stays in flight for up to --max-steps supervision steps, each with a loss and an update. When its
+    halting head predicts that it is solved, a new puzzle takes its place. Every --eval-every steps the
+    averaged weights are evaluated on --eval-samples test puzzles, and a checkpoint is written. An interrupted
+    run continues with --resume, on a CPU bit for bit.
 
     \b
     On a CPU:
@@ -68,6 +67,9 @@ def puzzle(task: Task | None, preset: Preset, given: dict[str, Any]) -> None:
 
 
 def _summarise(output: Path, result: PuzzleResult) -> None:
+    from llm_trm.cli.train.console import show_curves
+    from llm_trm.train.puzzle.curves import plot_curves
+
     tested = [record for record in result.history if record["test"] is not None]
     if tested:
         best = max(tested, key=lambda record: record["test"]["exact"])
@@ -76,11 +78,7 @@ def _summarise(output: Path, result: PuzzleResult) -> None:
             f"puzzles solved, after {best['seconds']:.0f} s of training."
         )
     click.echo(f"It is in {result.best}.")
-    if importlib.util.find_spec("matplotlib") and result.history:
-        from llm_trm.train.puzzle.curves import plot_curves
-
-        plot_curves(result.history, output / "curves.png")
-        click.echo(f"The curves are in {output / 'curves.png'}.")
+    show_curves(plot_curves, result.history, output)
     click.echo(
         f"Next: llm-trm eval puzzle --checkpoint {output}, or llm-trm solve --checkpoint {output} PUZZLE"
     )

@@ -205,8 +205,3 @@ class LoraTrainingConfig(RunSettings):
         if self.trm_learning_rate is None and self.trm is not None:
             return self.learning_rate / 10
         return self.trm_learning_rate
-
-    @property
-    def bf16(self) -> bool:
-        """Whether to compute in bfloat16."""
-        return self.precision == "bf16" or (self.precision == "auto" and self.device_type == "cuda")

@@ -1,4 +1,4 @@
-"""The picture of a sweep. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
+"""The figure of a sweep, with matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plot_sweep(results: Sequence[StageResult], path: Path) -> None:
-    """Draw cosine similarity against D', learned and PCA, to the PNG file ``path``."""
+    """Plot cosine similarity by D', learned and PCA, to the PNG file ``path``."""
     ordered = sorted(results, key=lambda result: result.size)
     widths = [result.size for result in ordered]
     with drawn(path, size=(6, 4), xlabel="compressed width D'", dpi=150) as (axis,):

@@ -1,10 +1,11 @@
-"""The optimisation of a compressor on states in files, on one process or several."""
+"""Fits a compressor to hidden states in files, in one process or several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,22 +16,24 @@ from llm_trm.train.phase1.pca import Moments, PrincipalComponents, principal_com
 from llm_trm.train.phase1.reconstruction import Batch, Quality, Reconstruction, quality
 from llm_trm.train.phase1.report import Progress
 from llm_trm.train.phase1.states import StateFiles, padded
+from llm_trm.train.phase1.unfinished import FitProgress, Unfinished
+from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.schedule import warmup_cosine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _WARM_UP = 0.1
-#: Relative decrease of the validation error that counts as one.
+#: Relative decrease of the validation error that counts as an improvement.
 _LEAST_GAIN = 1e-4
-#: Steps between readings of the loss, each of which waits for the device.
+#: Steps between readings of the loss, which wait for the device.
 _READ_EVERY = 20
 _EVAL_ROWS, _EVAL_SEQUENCES = 8192, 32
 
 
 @dataclass
 class Material:
-    """States of one stage: those to learn from with their moments, and those to validate on."""
+    """The hidden states of one stage: to train on, with their moments, and to validate on."""
 
     training: StateFiles
     validation: StateFiles
@@ -38,7 +41,7 @@ class Material:
 
     @cached_property
     def components(self) -> PrincipalComponents:
-        """Of the states to learn from."""
+        """Principal components of the training states."""
         return principal_components(self.moments.second)
 
 
@@ -47,13 +50,13 @@ class Fit:
     """How to optimise.
 
     Attributes:
-        sequences: Batches are of padded sequences (latent compressors), not of single states.
-        batch_size: Sequences or states of an optimizer step, over all processes.
-        learning_rate: Peak of warm-up over a tenth of the steps, then cosine to 0.
-        weight_decay: Of AdamW.
-        epochs: Most passes over the states.
-        patience: Epochs without a better validation error after which training ends.
-        seed: Of the order.
+        sequences: Whether batches hold padded sequences (latent compressors) or single states.
+        batch_size: Sequences or states per optimizer step, over all processes.
+        learning_rate: Peak learning rate: warm-up over a tenth of the steps, then cosine decay to 0.
+        weight_decay: Weight decay of AdamW.
+        epochs: Maximum number of passes over the states.
+        patience: Epochs without a lower validation error after which training stops.
+        seed: Seed of the order.
     """
 
     sequences: bool
@@ -85,24 +88,30 @@ def fit(
     accelerator: Accelerator,
     progress: Progress,
     what: str,
-    first_step: int = 0,
+    *,
+    first_step: int,
+    unfinished: Unfinished,
+    interruption: Interruption,
 ) -> tuple[int, int]:
     """Minimise the squared error of ``module``, over the states' mean square, and keep the best weights.
 
-    Every process draws the same batches and takes its share of each, and gradients are averaged so that each
+    Every process draws the same batches and takes its part of each, and gradients are averaged so that each
     state counts once: the result does not depend on the number of processes, apart from rounding.
 
     Args:
         module: Trained in place; ends in eval mode, on the accelerator's device, with the weights of the best
             validation error, which may be those that it came with.
         what: Name of the run, for progress and trackers.
-        first_step: Of the trackers' count.
+        first_step: First step of the trackers.
+        unfinished: Where an interrupted optimisation is kept, and continues from.
+        interruption: Asks to stop.
 
     Returns:
         The epochs that the best weights took, and the steps that were made.
 
     Raises:
         InputError: Fewer states or sequences in a batch than processes.
+        Interrupted: The state is in ``unfinished``.
     """
     files, device = material.training, accelerator.device
     count = files.sequences if settings.sequences else files.rows
@@ -112,44 +121,65 @@ def fit(
             "processes: use fewer processes, or a larger --batch-size and more --num-tokens"
         )
     per_epoch = max(1, count // settings.batch_size)
+    total = per_epoch * settings.epochs
+    warm_up = max(1, round(_WARM_UP * total))
     optimizer = torch.optim.AdamW(
         module.parameters(), settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
-    schedule = _schedule(optimizer, per_epoch * settings.epochs)
     wrapped, stepper = accelerator.prepare(module, optimizer)
-    best = now = quality(module, every_batch(material.validation, settings.sequences, device))
-    best_epoch, stale, weights, steps = 0, 0, _copied(module), 0
+    if (found := unfinished.read(module, optimizer)) is not None:
+        standing, weights = found
+        best, now = Quality(**standing.best), Quality(**standing.now)
+        best_epoch, stale, steps = standing.best_epoch, standing.stale, standing.steps
+        progress.say(f"{what}: continuing after step {steps}")
+    else:
+        best = now = quality(module, every_batch(material.validation, settings.sequences, device))
+        best_epoch, stale, weights, steps = 0, 0, _copied(module), 0
     # accelerate averages gradients over the processes: each loss is over the mean share of a batch.
     scale = material.moments.power * files.width / accelerator.num_processes
-    for epoch in range(settings.epochs):
+    for epoch in range(steps // per_epoch, settings.epochs):
         module.train()
         recent: list[Tensor] = []
-        for (states, mask), rows in _shares(files, settings, epoch, accelerator):
+        shares = _shares(files, settings, epoch, accelerator)
+        for (states, mask), rows in islice(shares, steps - epoch * per_epoch, None):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * warmup_cosine(steps, total, warm_up)
             error = wrapped(states, mask) - states
             loss = (error if mask is None else error[mask]).square().sum() / (rows * scale)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
             stepper.step()
-            schedule.step()
             stepper.zero_grad()
             steps += 1
             recent.append(loss.detach())
             if steps % _READ_EVERY == 0 or steps % per_epoch == 0:
                 seen = float(torch.stack(recent).mean())
                 recent.clear()
-                progress.training(what, steps, per_epoch * settings.epochs, seen, now.cosine_similarity)
+                progress.training(what, steps, total, seen, now.cosine_similarity)
                 accelerator.log({f"{what}/loss": seen}, first_step + steps)
-        module.eval()
-        now = _agreed(quality(module, every_batch(material.validation, settings.sequences, device)))
-        accelerator.log(
-            {f"{what}/held-out {name}": value for name, value in asdict(now).items()}, first_step + steps
-        )
-        stale = 0 if now.mse < best.mse * (1 - _LEAST_GAIN) else stale + 1
-        if now.mse < best.mse:
-            best, best_epoch, weights = now, epoch + 1, _copied(module)
-        if stale >= settings.patience:
-            progress.say(f"{what}: no better for {stale} epochs, stopped after epoch {epoch + 1}")
-            break
+            if interruption.wanted(steps, accelerator) and steps < (epoch + 1) * per_epoch:
+                break
+        if steps == (epoch + 1) * per_epoch:
+            module.eval()
+            now = _agreed(quality(module, every_batch(material.validation, settings.sequences, device)))
+            values = {f"{what}/held-out {name}": value for name, value in asdict(now).items()}
+            accelerator.log(values, first_step + steps)
+            stale = 0 if now.mse < best.mse * (1 - _LEAST_GAIN) else stale + 1
+            if now.mse < best.mse:
+                best, best_epoch, weights = now, epoch + 1, _copied(module)
+            if stale >= settings.patience:
+                progress.say(f"{what}: no better for {stale} epochs, stopped after epoch {epoch + 1}")
+                break
+        if interruption.agreed:
+            if accelerator.is_main_process:
+                standing = FitProgress(
+                    steps, best_epoch, stale, asdict(best), asdict(now), unfinished.settings
+                )
+                unfinished.write(standing, module, weights, optimizer)
+            accelerator.wait_for_everyone()
+            raise interruption.stop(steps)
+    if accelerator.is_main_process:
+        unfinished.remove()
     accelerator.free_memory()
     module.load_state_dict(weights)
     module.eval()
@@ -159,7 +189,7 @@ def fit(
 def _shares(
     files: StateFiles, settings: Fit, epoch: int, accelerator: Accelerator
 ) -> Iterator[tuple[Batch, int]]:
-    """This process's share of every batch of an epoch, and how many states the whole batch has."""
+    """This process's part of every batch of an epoch, and the number of states in the whole batch."""
     generator = torch.Generator().manual_seed((settings.seed * 100_003 + epoch) % 2**64)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     device = accelerator.device
@@ -173,15 +203,10 @@ def _shares(
 
 
 def _agreed(found: Quality) -> Quality:
-    """The main process's measurement: processes that decided for themselves could wait for one another."""
+    """The main process's measurement: processes that decided for themselves could deadlock."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([found])[0]
-
-
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    warm_up = max(1, round(_WARM_UP * steps))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warm_up))
 
 
 def _copied(module: torch.nn.Module) -> dict[str, Tensor]:

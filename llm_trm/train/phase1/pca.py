@@ -1,11 +1,11 @@
-"""The best that a linear compressor can do.
+"""The optimum of a linear compressor.
 
 Among all linear maps of rank D', with or without tied weights but without a bias, the projection on the D'
-leading eigenvectors of the uncentred second moment E[h h^T] has the least mean squared error (Eckart and
-Young, 1936): the sum of the other eigenvalues, over D. The bound has two limits. It holds on the states
-whose second moment was taken; on others, a learned compressor may be better by chance. And it holds for the
-squared error, so for the relative error, which is a function of it, but not for the mean cosine similarity,
-where each state counts alike whatever its length.
+leading eigenvectors of the uncentred second moment E[h h^T] has the lowest mean squared error (Eckart and
+Young, 1936): the sum of the other eigenvalues, over D. The bound has two limits. It holds on the states whose
+second moment was computed; on others, a learned compressor may be better by chance. And it holds for the
+squared error, and so for the relative error, but not for the mean cosine similarity, where each state counts
+the same whatever its length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Moments:
     """First and second moments of states h, in float64 on the CPU.
 
     Attributes:
-        rows: How many states.
+        rows: Number of states.
         mean: E[h], [D].
         second: E[h h^T], [D, D].
     """
@@ -33,7 +33,7 @@ class Moments:
 
     @property
     def power(self) -> float:
-        """Mean square of a state's numbers, E[|h|^2] / D."""
+        """Mean square of a state's elements, E[|h|^2] / D."""
         return float(self.second.trace()) / len(self.mean)
 
 
@@ -54,7 +54,7 @@ class PrincipalComponents:
         return self.vectors[:width].float()
 
     def mse(self, width: int) -> float:
-        """Mean squared error of the best linear compressor to ``width``, on the states that were seen."""
+        """Mean squared error of the best linear compressor to ``width`` on these states."""
         return float(self.values[width:].sum()) / len(self.values)
 
 

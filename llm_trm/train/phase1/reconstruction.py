@@ -1,4 +1,4 @@
-"""What a compressor loses: states compressed and brought back, and how far they are from what they were."""
+"""Reconstructs compressed hidden states, and measures the difference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Quality:
     """How well states h were reconstructed as r.
 
     Attributes:
-        mse: Mean of (r - h)^2 over all numbers.
+        mse: Mean of (r - h)^2 over all elements.
         cosine_similarity: Mean over the states of cos(r, h).
         relative_error: |r - h| / |h|, Frobenius norms over all states.
     """
@@ -31,11 +31,11 @@ class Quality:
 
 
 class Reconstruction(nn.Module):
-    """A compressor and what undoes it, as one module, so that DDP sees its forward pass.
+    """A compressor and its decoder as one module, so that DDP sees the forward pass.
 
     Args:
-        compressor: A :class:`DimensionCompressor` undoes itself; any other needs a decoder.
-        decoder: For a latent compressor.
+        compressor: A :class:`DimensionCompressor` is its own decoder; others need one.
+        decoder: Decoder of a latent compressor.
     """
 
     def __init__(self, compressor: Compressor, decoder: LatentDecoder | None = None) -> None:
@@ -46,7 +46,7 @@ class Reconstruction(nn.Module):
         self.decoder = decoder
 
     def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Reconstruct a :data:`Batch`, in float32 whatever autocast says: same shape as ``states``."""
+        """Reconstruct a :data:`Batch` in float32, also under autocast: same shape as ``states``."""
         with torch.autocast(states.device.type, enabled=False):
             if isinstance(self.compressor, DimensionCompressor):
                 return self.compressor.decompress(self.compressor(states))

@@ -18,13 +18,13 @@ class StageResult:
         stage: ``"1a"`` or ``"1b"``.
         size: D' of a dimension compressor, M of a latent one.
         ratio: D / D', or the mean length of a sequence over M.
-        folder: Where it lies.
-        learned: Of the compressor, on the held-out states.
-        reference: On the same states, of the PCA of the training states (dimension), or of their mean
-            (latent), which is what a decoder can reach that learns nothing from the latents.
-        training_mse: Of the compressor, on the training states.
-        training_bound: On the same states, of the reference. No linear compressor is below that of PCA.
-        epochs: Passes until the best validation error; 0 is the start.
+        folder: Folder of the compressor.
+        learned: Quality of the compressor on the held-out states.
+        reference: Quality on the same states of PCA of the training states (dimension), or of their mean
+            (latent), which a decoder reaches that learns nothing from the latents.
+        training_mse: MSE of the compressor on the training states.
+        training_bound: MSE of the reference on the training states. No linear compressor is below PCA.
+        epochs: Epochs until the lowest validation error; 0 is the start.
     """
 
     stage: Stage
@@ -38,7 +38,7 @@ class StageResult:
     epochs: int
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON, without its folder."""
+        """The result as JSON values, without the folder."""
         return {
             "stage": self.stage,
             "size": self.size,
@@ -52,7 +52,7 @@ class StageResult:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], folder: Path) -> StageResult:
-        """The result that :meth:`record` gave."""
+        """The result that :meth:`record` returned."""
         return cls(
             stage=record["stage"],
             size=record["size"],
@@ -67,13 +67,13 @@ class StageResult:
 
 
 class Progress:
-    """What a run tells on the way. This one keeps silent."""
+    """Follows a run of phase 1; this one is silent."""
 
     def say(self, line: str) -> None:
-        """Something happened."""
+        """A line of text for the user."""
 
     def states(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` states are computed."""
+        """``done`` of ``total`` states of a part are computed."""
 
     def training(self, what: str, done: int, total: int, loss: float, cosine: float) -> None:
-        """``done`` of ``total`` steps; the relative squared error of the last ones, the last validation."""
+        """``done`` of ``total`` steps are made: their relative squared error, and the last validation."""

@@ -1,12 +1,12 @@
 """Hidden states of a frozen language model over texts, computed once and kept in files.
 
-A folder of states holds ``states.json``, the index, and numbered shards of some 16,000 states each. A shard
-is written whole or not at all, so that an interrupted run goes on where it was, and several processes each
-make every n-th shard. The folder's name is a fingerprint of the model and the tokens: other weights or other
-texts are other folders, and the same are never computed twice.
+A folder of states contains ``states.json``, the index, and numbered shards of about 16,000 states each. A
+shard is written completely or not at all, so that an interrupted run continues where it stopped, and each of
+n processes makes every n-th shard. The folder's name is a fingerprint of the model and the tokens: different
+weights or texts get different folders, and the same states are never computed twice.
 
 =============  =============  ============================================================================
-``states``     ``[rows, D]``  states after the model's final norm, sequence behind sequence, no padding
+``states``     ``[rows, D]``  states after the model's final norm, sequence after sequence, no padding
 ``lengths``    ``[N]``        int64, the length of each sequence
 =============  =============  ============================================================================
 """
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 INDEX = "states.json"
 _SHARD_ROWS = 16_384
-#: Shards whose rows are shuffled together, and bytes up to which the shards stay in memory.
+#: Number of shards that are shuffled together, and the size up to which shards stay in memory.
 _POOL = 8
 _KEPT_BYTES = 1 << 30
-#: Values of each weight that the fingerprint of a model reads.
+#: Number of values of each weight that the fingerprint of a model reads.
 _PROBES = 64
 
 
 def fingerprint(model: ThinkingModel, sequences: Sequence[Tensor]) -> str:
-    """What the states depend on, in 16 hexadecimal digits: tokens; names, shapes, samples of the weights."""
+    """A hash of the tokens and of names, shapes and samples of the weights, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, weight in model.model.state_dict().items():
         values = weight.flatten()
@@ -65,7 +65,7 @@ def final_states(model: ThinkingModel, sequences: Sequence[Tensor]) -> list[Tens
     tokens = pad_sequence([tokens.long() for tokens in sequences], batch_first=True).to(device)
     lengths = torch.tensor([len(tokens) for tokens in sequences], device=device)
     mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    # The backbone alone: its last_hidden_state is the last of output_hidden_states, without all the others.
+    # Only the backbone: its last_hidden_state is the last of output_hidden_states, without all the others.
     backbone: Any = model.model.base_model
     states = backbone(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
     return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
@@ -81,18 +81,18 @@ def collect_states(
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the shards of ``folder`` that are missing and that fall to this process.
+    """Write the missing shards of ``folder`` that are assigned to this process.
 
-    :func:`write_index` completes the folder when every process is done.
+    :func:`write_index` completes the folder once every process is done.
 
     Args:
-        sequences: Token ids [length] each, in the order in which they shall lie in the files.
-        batch_size: Sequences that the model reads at once.
-        process, processes: This process makes every ``processes``-th shard, from ``process``.
-        progress: Called with the tokens that this process has done, and has to do.
+        sequences: Token ids [length] each, in the order of the files.
+        batch_size: Sequences per forward pass of the model.
+        process, processes: This process makes every ``processes``-th shard, starting with ``process``.
+        progress: Called with the number of tokens that this process has done, and has to do.
 
     Raises:
-        InputError: The model gives NaN, runs out of memory, or the folder cannot be written.
+        InputError: The model returns NaN or runs out of memory, or the folder cannot be written.
     """
     writable_folder(folder)
     plan = _plan([len(tokens) for tokens in sequences])
@@ -105,7 +105,7 @@ def collect_states(
         lengths = [len(tokens) for tokens in share]
         if not path.exists():
             states: list[Tensor] = [torch.empty(0)] * len(share)
-            # Sequences of like length share a batch, so that little of it is padding.
+            # Sequences of similar length share a batch, so that there is little padding.
             order = sorted(range(len(share)), key=lengths.__getitem__, reverse=True)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
@@ -118,7 +118,7 @@ def collect_states(
 
 
 def write_index(model: ThinkingModel, sequences: Sequence[Tensor], folder: Path) -> None:
-    """Write the index of ``folder``, when all its shards are there."""
+    """Write the index of ``folder``, once all its shards exist."""
     lengths = [len(tokens) for tokens in sequences]
     shards = [{"rows": sum(lengths[a:b]), "sequences": b - a} for a, b in _plan(lengths)]
     write_json(folder / INDEX, {"model": model.name, "width": model.hidden_size, "shards": shards})
@@ -126,12 +126,12 @@ def write_index(model: ThinkingModel, sequences: Sequence[Tensor], folder: Path)
 
 @dataclass
 class StateFiles:
-    """States in files, read shard by shard; those that fit in 1 GiB are read once.
+    """Hidden states in files, read shard by shard; up to 1 GiB in total is read only once.
 
     Attributes:
-        folder: Where they lie.
+        folder: Folder of the files.
         width: D.
-        shards: Rows and sequences of each shard.
+        shards: Number of rows and sequences in each shard.
     """
 
     folder: Path
@@ -155,23 +155,23 @@ class StateFiles:
 
     @property
     def rows(self) -> int:
-        """States in all shards."""
+        """Number of states in all shards."""
         return sum(rows for rows, _ in self.shards)
 
     @property
     def sequences(self) -> int:
-        """Sequences in all shards."""
+        """Number of sequences in all shards."""
         return sum(sequences for _, sequences in self.shards)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Every state once, in order: [rows, D] with at most ``size`` rows, as they were stored."""
+        """Every state once, in order: [rows, D] with at most ``size`` rows, as stored."""
         for number in range(len(self.shards)):
             yield from torch.cat(self.shard(number)).split(size)
 
     def shuffled_rows(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Every state once, in an order drawn from ``generator``: [size, D]; a smaller rest is left out.
+        """Every state once, in an order drawn from ``generator``: [size, D]; a smaller remainder is dropped.
 
-        If there are fewer than ``size``, they are the one batch.
+        If there are fewer states than ``size``, they are the only batch.
         """
         size = min(size, self.rows)
         rest = torch.empty(0)
@@ -184,7 +184,7 @@ class StateFiles:
             rest = rows[order[whole:]]
 
     def shuffled_sequences(self, size: int, generator: torch.Generator) -> Iterator[list[Tensor]]:
-        """Every sequence once, in an order drawn from ``generator``: ``size`` times [length, D], no rest."""
+        """Every sequence once, in an order drawn from ``generator``: ``size`` x [length, D], no remainder."""
         size = min(size, self.sequences)
         rest: list[Tensor] = []
         for pool in self._pools(generator):
@@ -199,7 +199,7 @@ class StateFiles:
         """The sequences of a shard, [length, D] each.
 
         Raises:
-            InputError: The file is missing, broken, or holds NaN.
+            InputError: The file is missing or broken, or contains NaN.
         """
         if number in self._kept:
             return self._kept[number]
@@ -226,7 +226,7 @@ class StateFiles:
 
 
 def padded(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sequences [length, D] as one batch [B, L, D], padded behind, and its mask [B, L] (True = valid)."""
+    """Sequences [length, D] as one right-padded batch [B, L, D], and its mask [B, L] (True = valid)."""
     lengths = torch.tensor([len(states) for states in sequences])
     batch = pad_sequence(list(sequences), batch_first=True)
     return batch, torch.arange(batch.shape[1]) < lengths[:, None]
@@ -238,20 +238,20 @@ def _read(model: ThinkingModel, sequences: Sequence[Tensor]) -> list[Tensor]:
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"model {model.name} runs out of memory on {len(sequences)} sequences of up to "
-            f"{max(map(len, sequences))} tokens: take a smaller --lm-batch-size or --max-length"
+            f"{max(map(len, sequences))} tokens: choose a smaller --lm-batch-size or --max-length"
         ) from error
     for tokens, rows in zip(sequences, states, strict=True):
         if not rows.isfinite().all():
             text = model.tokenizer.decode(tokens[:20].tolist())
             raise InputError(
-                f"model {model.name} gives NaN or infinite states for the text that begins {text!r}: leave "
-                "it out, or use another model"
+                f"model {model.name} returns NaN or infinite states for the text that starts with {text!r}: "
+                "leave it out, or use another model"
             )
     return states
 
 
 def _plan(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges of sequences, one a shard."""
+    """Ranges of sequences, one per shard."""
     plan, start, rows = [], 0, 0
     for i, length in enumerate(lengths):
         rows += length

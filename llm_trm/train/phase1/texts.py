@@ -1,4 +1,4 @@
-"""Texts for a language model to read: files, chats, solved problems, hub datasets; and their tokens."""
+"""Texts for a language model to read, from files, chats, solved problems or hub datasets, as tokens."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from llm_trm.models.loading import ThinkingModel
 from llm_trm.text import parse_json, read_lines
 
 _QUESTION = ("question", "problem")
-#: What the model said comes before what it should have said: pair files have both.
+#: The model's response comes before the reference answer: pair files have both.
 _ANSWER = ("response", "answer", "solution")
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
 def read_texts(source: str, model: ThinkingModel, *, thinking: bool) -> Iterator[str]:
-    """Texts of ``source``, one after another.
+    """The texts of ``source``, one after another.
 
     Args:
-        source: A ``.txt`` file, whose texts blank lines separate; a ``.jsonl`` file, or a folder of them;
+        source: A ``.txt`` file with texts separated by blank lines; a ``.jsonl`` file, or a folder of them;
             or a dataset on the hub, ``NAME`` or ``NAME:SUBSET``, streamed from its training split. A record
             is a text if it has ``text`` or ``content``; a chat if it has ``messages`` or ``conversations``;
-            a solved problem if it has ``question`` or ``problem``, perhaps ``thinking``, and ``answer``,
+            a solved problem if it has ``question`` or ``problem``, optionally ``thinking``, and ``answer``,
             ``response`` or ``solution``.
-        model: Whose chat template is applied to chats and problems.
-        thinking: Whether problems must come with their thinking.
+        model: Its chat template is applied to chats and problems.
+        thinking: Whether problems must include their thinking.
 
     Raises:
-        InputError: No such source, one that cannot be read, or a record without the columns above.
+        InputError: A source that does not exist or cannot be read, or a record without these columns.
     """
     path = Path(source)
     records: Iterable[tuple[str, Any]]
@@ -63,7 +63,7 @@ def read_texts(source: str, model: ThinkingModel, *, thinking: bool) -> Iterator
 
 
 def arithmetic_texts(model: ThinkingModel, seed: int, *, thinking: bool) -> Iterator[str]:
-    """Solved problems of the arithmetic world's training split, with worked traces or without; endless."""
+    """An endless sequence of solved training problems of the arithmetic world, with or without traces."""
     world, index = World(), 0
     while True:
         problem = world.problem("train", seed, index)
@@ -75,7 +75,7 @@ def arithmetic_texts(model: ThinkingModel, seed: int, *, thinking: bool) -> Iter
 def solved_text(model: ThinkingModel, question: str, thinking: str | None, answer: str) -> Passage:
     """The chat in which ``model`` is asked ``question`` and answers, after ``thinking`` if there is any.
 
-    All three are text, whatever tokens they name.
+    All three are plain text, even if they spell out special tokens.
     """
     prompt = model.prompt(question, thinking=thinking is not None)
     opened = "" if opens_thought(model.tokenizer, "chat") else THINK
@@ -92,15 +92,15 @@ def tokenised(
     held_out: float,
     source: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Tokens of ``texts``, in pieces, split into those to learn from and those to validate on.
+    """The tokens of ``texts`` in pieces, split into training and validation.
 
-    Equal texts fall on the same side, by a hash of the text, so that the split depends on no seed.
+    A hash of the text decides, so that equal texts are on the same side and the split depends on no seed.
 
     Args:
-        texts: Read until ``num_tokens`` are reached.
-        max_length: Longest piece, in tokens; a longer text makes several.
-        held_out: Share of the distinct texts to validate on, in (0, 1); at least one text.
-        source: What the texts come from, for messages.
+        texts: Read until there are ``num_tokens`` tokens.
+        max_length: Maximum length of a piece in tokens; a longer text makes several pieces.
+        held_out: Fraction of the distinct texts to validate on, in (0, 1); at least one text.
+        source: Where the texts come from, for messages.
 
     Returns:
         Training and validation pieces, int32 [length] each, in the order of the texts.
@@ -113,7 +113,7 @@ def tokenised(
     total = 0
     for source_text in texts:
         (ids,) = encode(model.tokenizer, [source_text])
-        # A chat template has written the token that begins a text, or left it out.
+        # A chat template has already written, or left out, the token that starts a text.
         chat = isinstance(source_text, Passage) or (bool(bos) and source_text.startswith(str(bos)))
         if not chat:
             ids = surroundings(model.tokenizer)[0] + ids
@@ -127,7 +127,7 @@ def tokenised(
     if len(keys) < 2:
         raise InputError(
             f"{source} holds {'one text' if keys else 'no text'}: at least two different ones are needed, to "
-            "learn from and to validate on"
+            "train on and to validate on"
         )
     validation = set(keys[: min(math.ceil(held_out * len(keys)), len(keys) - 1)])
     return (
@@ -156,7 +156,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path} line {number}", parse_json(line)
         except ValueError as error:
             raise InputError(
-                f"{path} line {number} is not JSON ({one_line(error)}): mend or remove the line"
+                f"{path} line {number} is not JSON ({one_line(error)}): correct or remove the line"
             ) from error
 
 
@@ -232,7 +232,7 @@ def _chat(turns: list[Any], where: str, model: ThinkingModel) -> str:
 def _said_by_others(
     rendered: str, messages: list[dict[str, Any]], where: str, model: ThinkingModel
 ) -> tuple[tuple[int, int], ...]:
-    """Where in a chat others speak than the model: that is text. Its own turns hold the tags of thinking."""
+    """Spans of a rendered chat that others than the model wrote: plain text. Its own turns have the tags."""
     names = control_tokens(model.tokenizer).values()
     texts, place = [], 0
     for message in messages:
@@ -245,7 +245,7 @@ def _said_by_others(
             texts += [] if own else [(found, place)]
         elif not own and any(name in said for name in names):
             raise InputError(
-                f"{where}: {shortened(said)} names a token, and the chat template does not render it as it "
-                "is: take the record out, or write it in other words"
+                f"{where}: {shortened(said)} names a special token, and the chat template changes the text: "
+                "remove the record, or reword it"
             )
     return tuple(texts)

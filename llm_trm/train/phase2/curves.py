@@ -1,4 +1,4 @@
-"""The picture of a run of phase 2. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
+"""The curves of a phase 2 run, with matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_trm.train.run.figure import HELD_OUT, OTHER, TRAIN, drawn
 
 
 def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw error, cosine similarity, halting and learning rate against the epoch, to the PNG file ``path``.
+    """Plot error, cosine similarity, halting and learning rate by epoch to the PNG file ``path``.
 
     Args:
         history: Records of :class:`~llm_trm.train.phase2.report.Phase2Result`, at least one.

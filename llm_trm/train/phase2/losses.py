@@ -1,4 +1,4 @@
-"""The loss of a supervision step: distance to the target, and what the halting head says of it."""
+"""The loss of a supervision step: the distance to the target, and the halting loss."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class SupervisionLoss(nn.Module):
     """``mse + weight * halting loss`` of the reasoning state, as :class:`~trm_kernels.TrainingStep` calls it.
 
     The halting head predicts how good the state is. ``"mse"``: (sigmoid(logit) - cosine)^2. ``"bce"``: binary
-    cross entropy against cosine > threshold. The cosine is a target and gets no gradient through it.
+    cross entropy against cosine > threshold. The cosine is a target: no gradient flows through it.
 
-    Samples that have halted in training (``leaves``) add nothing to the loss from the next step on; the mean
-    is over all samples of the batch still, so that it is the same however many processes share it.
+    Samples that have halted in training (``leaves``) no longer contribute to the loss from the next step on.
+    The mean is still over all samples of the batch, so that it does not depend on the number of processes.
 
     Args:
         halt_logits: Halting logits [B] of y [B, L + 1, D'].
         batch_size: B.
         halt: Kind of the halting loss.
-        weight: Of the halting loss.
-        threshold: Of ``"bce"``; a buffer, which may be filled anew between steps, captured ones too.
-        leaves: Whose confidence ends a sample's training on this batch: its own, the mean of the batch's, or
-            nobody's.
+        weight: Weight of the halting loss.
+        threshold: Threshold of ``"bce"``: a buffer, which may be refilled between steps, captured ones too.
+        leaves: What ends a sample's training on this batch early: its own halting probability, the mean of
+            the batch, or nothing.
     """
 
     threshold: Tensor
@@ -79,12 +79,12 @@ class SupervisionLoss(nn.Module):
         return loss, {**means, "active": active.mean()}
 
     def restart(self) -> None:
-        """Forget who left: a new batch begins."""
+        """Forget which samples left: a new batch starts."""
         self.left.fill_(False)
 
 
 def means_of(sums: Mapping[str, float], steps: float) -> dict[str, float]:
-    """What ``sums`` over ``steps`` supervision steps are on average, over active samples where they count."""
+    """The means of ``sums`` over ``steps`` supervision steps, of per-sample metrics over active samples."""
     active = sums.get("active", 0.0)
     return {
         name: value / max(active if name in _PER_SAMPLE else steps, 1e-12) for name, value in sums.items()

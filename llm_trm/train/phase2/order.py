@@ -1,4 +1,4 @@
-"""The order in which training reads contexts."""
+"""The order of the training samples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-#: Lengths at most that training batches are padded to where each length costs a CUDA graph.
+#: Maximum number of padded lengths if each one costs a CUDA graph.
 _GRAPHS = 8
 
 
 def split(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers 0 .. count - 1 in two sorted parts, the second of ``held_out`` of them, at least one."""
+    """The indices 0 .. count - 1 in two sorted parts; the second is a fraction ``held_out``, at least one."""
     chosen = random.Random(f"held out/{seed}").sample(
         range(count), min(count, max(1, round(count * held_out)))
     )
@@ -21,18 +21,18 @@ def split(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Batches of each epoch, a function of the seed and the epoch alone.
+    """The batches of each epoch, a function of the seed and the epoch alone.
 
-    Samples are shuffled, those beyond the last whole batch left out (others in each epoch), and the rest
-    sorted by length in pools of some batches, so that a batch has contexts of similar length. Where packed
-    rows make padding free, pools of one batch keep the batches random.
+    Samples are shuffled, those after the last complete batch are left out (different ones in each epoch), and
+    the rest are sorted by length within pools of several batches, so that a batch has contexts of similar
+    length. If packed rows make padding free, pools of one batch keep the batches random.
 
     Attributes:
-        samples: Numbers of the samples.
-        lengths: Length of every context, indexed by such a number.
-        batch_size: Samples of a batch, of all processes together.
-        seed: Of the shuffling.
-        pool: Batches of a pool.
+        samples: Indices of the samples.
+        lengths: Length of every context.
+        batch_size: Batch size of all processes together.
+        seed: Seed of the shuffling.
+        pool: Number of batches per pool.
     """
 
     samples: Sequence[int]
@@ -42,11 +42,11 @@ class EpochOrder:
     pool: int = 32
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
         return len(self.samples) // self.batch_size
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The batches of ``epoch`` in their order; a process of P takes every P-th sample of each."""
+        """The batches of ``epoch`` in order; each of P processes takes every P-th sample of a batch."""
         chance = random.Random(f"epoch/{self.seed}/{epoch}")
         order = list(self.samples)
         chance.shuffle(order)
@@ -61,7 +61,7 @@ class EpochOrder:
 
 
 def graph_lengths(longest: int) -> Callable[[int], int]:
-    """A bucket that makes at most 8 lengths, multiples of 8, of all up to ``longest``: few CUDA graphs."""
+    """A bucket function with at most 8 lengths up to ``longest``, all multiples of 8: few CUDA graphs."""
     from trm_kernels.graphs.buckets import multiple_of
 
     return multiple_of(-(-longest // (8 * _GRAPHS)) * 8)

@@ -27,7 +27,6 @@ from llm_trm.train.run.random_states import random_states, restore_random_states
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.run import Run
 from llm_trm.train.run.schedule import warmup_cosine
-from llm_trm.train.run.settings import require_same
 from llm_trm.train.run.training_state import restore_training, training_tensors, write_state
 from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
 from trm_kernels.metrics import MetricWindow
@@ -60,12 +59,13 @@ class TRMSequenceTrainer:
         resumed = self.run.resumed
         self.accelerator = self.run.launch(resumed.updates if resumed else None)
         self.device = self.accelerator.device
+        self._precision = "bf16" if config.bf16 else "fp32"
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.inputs = read_inputs(config, self.device, self.processes)
         self.settings = {
             **config.critical,
             "n_heads": self.inputs.heads,
-            "precision": self._precision(),
+            "precision": self._precision,
             "processes": self.processes,
             **self.inputs.digests,
         }
@@ -109,7 +109,8 @@ class TRMSequenceTrainer:
         while self.batch < len(batches):
             self.train_batch(batches[self.batch][self.rank :: self.processes])
             self.batch += 1
-            stop = self.run.advance(self.take_metrics(self.step.poll()))
+            self.run.step += 1
+            stop = self.run.stepped(self.take_metrics(self.step.poll()))
             due = stop or (save_every is not None and self.batch % save_every == 0)
             if due and self.batch < len(batches):
                 self._settle_metrics()
@@ -143,7 +144,7 @@ class TRMSequenceTrainer:
         self.run.evaluated(record)
 
     def train_batch(self, samples: Sequence[int]) -> None:
-        """All supervision steps and updates of one batch, given by the numbers of this process's samples."""
+        """All supervision steps and updates of one batch: the indices of this process's samples."""
         batch = self.inputs.contexts.batch(samples, self._bucket)
         self.step.restart()
         self.loss.restart()
@@ -160,7 +161,7 @@ class TRMSequenceTrainer:
                 break
 
     def _all_left(self) -> bool:
-        """Whether no sample of any process is left; waits for the device, as only leaving samples need it."""
+        """Whether all samples of all processes have halted; waits for the device."""
         staying = (~self.loss.left).sum()
         return int(self.accelerator.reduce(staying)) == 0
 
@@ -210,7 +211,7 @@ class TRMSequenceTrainer:
         return self.accelerator.reduce(tensor, how).tolist()
 
     def _save(self, validation: Mapping[str, float] | None) -> None:
-        """Write a checkpoint of this moment; all processes must call it."""
+        """Write a checkpoint; all processes must call this."""
         from accelerate.utils import gather_object
 
         own = {f"random.{self.rank}.{name}": state for name, state in random_states(self.device).items()}
@@ -246,7 +247,7 @@ class TRMSequenceTrainer:
         self.accelerator.wait_for_everyone()
 
     def _restore(self, progress: Progress) -> None:
-        require_same(self.config.output, progress.settings, self.settings)
+        self.config.require_same(progress.settings, self.settings)
         tensors = restore_training(self.run.checkpoints.last, self.model, self.average, self.optimizer)
         prefix = f"random.{self.rank}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -273,7 +274,7 @@ class TRMSequenceTrainer:
         self.model = SequenceTRM.from_config(sizes).to(self.device)
         if config.halt_loss == "none":
             self.model.halt_head.requires_grad_(False)
-        # From here on chance is dropout's, and each process has its own.
+        # From here on, random numbers are for dropout, and differ between processes.
         torch.manual_seed(config.seed + 1 + self.rank)
         random.seed(config.seed + 1 + self.rank)
         self.optimizer = capturable_adamw(
@@ -292,7 +293,7 @@ class TRMSequenceTrainer:
             leaves=config.halt_in_training,
         ).to(self.device)
         self._calls = config.supervision_steps // config.steps_per_update
-        self._autocast_dtype = torch.bfloat16 if self._precision() == "bf16" else None
+        self._autocast_dtype = torch.bfloat16 if config.bf16 else None
         self.step = TrainingStep(
             self.model.net,
             self.loss,
@@ -315,13 +316,8 @@ class TRMSequenceTrainer:
 
     def _mask(self, context: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         mask = self.model.extend_mask(mask)
-        # Nothing is computed for samples that left: all their positions count as padding.
+        # Nothing is computed for samples that have halted: all their positions count as padding.
         return mask if self.loss.leaves == "none" else mask * ~self.loss.left[:, None]
-
-    def _precision(self) -> str:
-        if self.config.precision != "auto":
-            return self.config.precision
-        return "bf16" if self.device.type == "cuda" else "fp32"
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -348,6 +344,6 @@ class TRMSequenceTrainer:
             updates=config.epochs * batches * self._calls,
             epochs=config.epochs,
             batch_size=self.order.batch_size,
-            device=f"{self.device}, {self._precision()}"
+            device=f"{self.device}, {self._precision}"
             + (f", {self.processes} processes" if self.processes > 1 else ""),
         )

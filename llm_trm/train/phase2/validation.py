@@ -1,4 +1,4 @@
-"""Held-out quality of a SequenceTRM."""
+"""Validation of a SequenceTRM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from llm_trm.models.contexts import Contexts, errors
 from llm_trm.models.sequence_trm import SequenceTRM
 
-#: Names of the numbers that :func:`validation_sums` adds up.
+#: Names of the metrics that :func:`validation_sums` adds up.
 MEASURED = (
     "mse",
     "cosine",
@@ -24,10 +24,10 @@ MEASURED = (
 def validation_sums(
     model: SequenceTRM, contexts: Contexts, samples: Sequence[int], batch_size: int, max_steps: int
 ) -> list[float]:
-    """Sums over ``samples`` of :data:`MEASURED`, and last the number of samples.
+    """Sums of :data:`MEASURED` over ``samples``, followed by the number of samples.
 
-    The first three are measured after ``max_steps`` supervision steps; those that begin with ``halted`` where
-    each sample's own halting logit ends it, after ``halt_steps``.
+    The first three are measured after ``max_steps`` supervision steps, those that start with ``halted`` at
+    the step where the sample's own halting logit ends the recursion, on average after ``halt_steps``.
     """
     device = model.reasoning_token.device
     sums = torch.zeros(len(MEASURED) + 1, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,7 @@ from llm_trm.ranges import (
     WEIGHT,
     WIDTH,
 )
-from llm_trm.settings import setting, settings_of
+from llm_trm.settings import Setting, setting, settings_of
 from llm_trm.train.run import settings as run
 from llm_trm.train.run.settings import RunSettings
 
@@ -188,15 +188,14 @@ def configure(name: Preset, task: Task, **given: Any) -> PuzzleConfig:
 
 def preset_texts() -> dict[str, str]:
     """The defaults of the settings that presets change, for the help."""
-    own = {field.name: field.default for field in fields(PuzzleConfig)}
     texts = {}
     for one in settings_of(PuzzleConfig):
-        values: dict[str, set[Any]] = {
-            name: {preset(name, task).get(one.name, own[one.name]) or one.unset for task in get_args(Task)}
-            for name in get_args(Preset)
-        }
-        if values["paper"] != values["tiny"] or len(values["paper"]) > 1:
-            texts[one.name] = "; ".join(
-                f"{name} {' or '.join(sorted(map(str, found)))}" for name, found in values.items()
-            )
+        found = {name: _defaults(name, one) for name in get_args(Preset)}
+        if found["paper"] != found["tiny"] or len(found["paper"]) > 1:
+            texts[one.name] = "; ".join(f"{name} {' or '.join(values)}" for name, values in found.items())
     return texts
+
+
+def _defaults(name: Preset, one: Setting) -> list[str]:
+    values = [preset(name, task).get(one.name, one.default) for task in get_args(Task)]
+    return sorted({one.unset if value is None else str(value) for value in values})

@@ -1,4 +1,4 @@
-"""The picture of a puzzle run. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
+"""The curves of a puzzle run, with matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_trm.train.run.figure import HELD_OUT, TRAIN, drawn
 
 
 def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw accuracy against training time, and the loss, to the PNG file ``path``.
+    """Plot accuracy and loss by training time to the PNG file ``path``.
 
     Args:
         history: Records of :class:`~llm_trm.train.puzzle.report.PuzzleResult`, at least one.
@@ -34,7 +34,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
                 label="test puzzles",
             )
         accuracy.set_ylim(0, 1.02)
-        accuracy.set_ylabel("share of puzzles without a wrong cell")
+        accuracy.set_ylabel("fraction of puzzles without a wrong cell")
         accuracy.legend(fontsize=8)
         loss.plot(minutes, [record["train"]["loss"] for record in history], color=TRAIN)
         loss.set_yscale("log")

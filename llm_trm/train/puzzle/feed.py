@@ -1,4 +1,4 @@
-"""Batches of puzzles, in an order that a step's number decides."""
+"""Batches of puzzles, in an order that depends only on the step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Augment = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor]"]
 
 
 class Feed:
-    """Goes through a split again and again, each time in another order.
+    """Iterates over a split again and again, each time in a different order.
 
-    Samples of one puzzle identifier follow each other, as in the official batches: the sign-SGD of its
-    embedding then takes one step for all of them, and not one for each.
+    Samples with the same puzzle identifier are adjacent, as in the official batches: the sign-SGD of the
+    embedding then makes one step for all of them instead of one for each.
 
     Args:
-        split: At least one puzzle, on the device that batches are wanted on.
-        batch_size: B; a split with fewer puzzles is repeated in a batch.
-        seed: Of the orders.
-        augment: Turns every sample by a random symmetry; None for none.
+        split: At least one puzzle, on the device for the batches.
+        batch_size: B; a split with fewer puzzles is repeated within a batch.
+        seed: Seed of the orders.
+        augment: Applies a random symmetry to every sample; None for none.
     """
 
     def __init__(self, split: PuzzleSplit, batch_size: int, seed: int, augment: Augment | None) -> None:

@@ -1,27 +1,26 @@
-"""What puzzle training tells of a run, and to whom."""
+"""What puzzle training reports: its plan, and the result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_trm.train.run.report import Plan
 
-@dataclass(frozen=True)
-class PuzzlePlan:
-    """What a run is about to do.
+
+@dataclass(frozen=True, kw_only=True)
+class PuzzlePlan(Plan):
+    """What a run is about to do; a step is a supervision step.
 
     Attributes:
-        task: Of the puzzles.
+        task: Kind of puzzle.
         grid: Rows and columns.
-        training, evaluated: Puzzles.
-        repeated: Test puzzles that are training puzzles too.
-        parameters: Numbers of the model that the paper counts.
-        steps: Of the whole run.
+        training, evaluated: Number of puzzles.
+        repeated: Number of test puzzles that are training puzzles too.
+        parameters: Number of parameters that the paper counts.
         batch_size: Samples in flight.
-        start: Steps that a resumed run has behind it.
-        device: In words.
+        device: Device and precision, as text.
     """
 
     task: str
@@ -30,9 +29,7 @@ class PuzzlePlan:
     evaluated: int
     repeated: int
     parameters: int
-    steps: int
     batch_size: int
-    start: int
     device: str
 
 
@@ -41,24 +38,11 @@ class PuzzleResult:
     """How a run ended.
 
     Attributes:
-        best: Checkpoint of the highest accuracy on test puzzles, or the last where none was evaluated.
-        history: A record an evaluation: ``step``, ``seconds`` of training so far, the means ``train`` since
+        best: Checkpoint with the highest accuracy on test puzzles, or the last one if none was evaluated.
+        history: One record per evaluation: ``step``, ``seconds`` of training so far, means ``train`` since
             the record before (``samples_per_second`` among them), and ``test``, a
             :class:`~llm_trm.evaluate.puzzle.PuzzleScore` as a dictionary, or None.
     """
 
     best: Path
     history: list[dict[str, Any]]
-
-
-class PuzzleReport:
-    """Hears how a run goes; this one says nothing."""
-
-    def begin(self, plan: PuzzlePlan) -> None:
-        """Training begins."""
-
-    def step(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Step ``step``, from 1, is on its way; ``metrics`` where new ones came."""
-
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """A record as in :class:`PuzzleResult` was added."""

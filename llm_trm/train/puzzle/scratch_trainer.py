@@ -1,4 +1,4 @@
-"""Trainer of :class:`~llm_trm.models.puzzle.TinyRecursiveModel`, on the captured training step."""
+"""A trainer for :class:`~llm_trm.models.puzzle.TinyRecursiveModel`, built on the captured training step."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _CLIP_NORM = 1.0
 
 
 class TRMTrainer:
-    """Trains on batches, each with all its supervision steps in one update (AdamW, clipped at norm 1).
+    """Trains on batches, with all supervision steps of a batch in one update (AdamW, clipped at norm 1).
 
     The loss is the original's: cross entropy plus binary cross entropy of the halting probability against
-    "wholly right", both as means over supervision steps; the second is taken of logits, and has a gradient
-    where the probability has rounded to 0 or 1. Each supervision step runs its backward at once, so
-    that one recursion's graph is alive, not all of them; gradients are those of the sum. On CUDA an update is
-    replayed as a graph.
+    whether the whole answer is right, both averaged over supervision steps. The second is computed from
+    logits, so it has a gradient even where the probability has rounded to 0 or 1. Each supervision step runs
+    its backward pass at once, so that only one recursion's graph is alive; the gradients are those of the
+    sum. On CUDA an update is replayed as a graph.
 
-    The learning rate of update k, counted from 1, is ``lr`` x min(1, k / ``warmup_steps``). (The original
-    takes its first update at the full rate, and the k-th with k - 1.) An update whose gradient is not finite
-    is skipped, with a warning: a model without ``output_norm`` may need fewer supervision steps.
+    The learning rate of update k, counted from 1, is ``lr`` x min(1, k / ``warmup_steps``). (In the original
+    the first update has the full rate, and the k-th the factor of k - 1.) An update whose gradient is not
+    finite is skipped with a warning: a model without ``output_norm`` may need fewer supervision steps.
 
     Args:
         model: Moved to ``device``.
         lr: Learning rate after the warm-up.
-        weight_decay: Of AdamW, with betas 0.9 and 0.95.
-        warmup_steps: Updates of linear warm-up.
-        ema_decay: Share of the averaged weights that an update keeps.
-        device: By default, where the model is.
-        ignore_index: Label of cells that count for nothing.
+        weight_decay: Weight decay of AdamW (betas 0.9 and 0.95).
+        warmup_steps: Number of updates of linear warm-up.
+        ema_decay: Decay of the moving average of the weights.
+        device: By default the model's device.
+        ignore_index: Label of cells to ignore.
 
     Attributes:
-        ema_model: A copy of the model that holds the averaged weights, in evaluation mode and without
-            gradients; float32 where the model is bfloat16 or float16. It follows every update.
-        step_count: Updates so far, skipped ones included.
+        ema_model: A copy of the model with the averaged weights, in evaluation mode and without gradients;
+            float32 if the model is bfloat16 or float16. Every update changes it.
+        step_count: Number of updates so far, including skipped ones.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TRMTrainer:
         targets: Tensor,
         loss_weights: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of all supervision steps together, with one read of the device.
+        """The loss of all supervision steps together; waits for the device once.
 
         Args:
             predictions: Logits [B, L, V] of each step.
@@ -85,7 +85,7 @@ class TRMTrainer:
             loss_weights: Weight of each step, 1 by default; the weighted sum is divided by their number.
 
         Returns:
-            The loss, one element, and ``total_loss``, ``task_loss`` and ``halt_loss``.
+            The loss, a scalar, and ``total_loss``, ``task_loss`` and ``halt_loss``.
 
         Raises:
             ValueError: Lists of different lengths, or empty ones.
@@ -110,19 +110,19 @@ class TRMTrainer:
         return total, dict(zip(("total_loss", "task_loss", "halt_loss"), values, strict=True))
 
     def train_step(self, batch: tuple[Tensor, Tensor], num_supervision_steps: int = 16) -> dict[str, float]:
-        """One update from a batch.
+        """Make one update from a batch.
 
         Args:
             batch: Questions and answers, integers [B, L], on any device.
-            num_supervision_steps: Supervision steps, each from the states that the one before left.
+            num_supervision_steps: Supervision steps, each from the states of the previous one.
 
         Returns:
             ``total_loss``, ``task_loss`` and ``halt_loss``: means over the supervision steps. ``accuracy``:
-            share of the cells that the last one's answer has right. ``lr``: learning rate of this update.
+            fraction of the cells that are right after the last one. ``lr``: learning rate of this update.
             ``grad_norm``: before clipping. ``skipped``: 1.0 if the gradient was not finite, else 0.0.
         """
         inputs, targets = batch
-        self.model.embed(inputs[:0].to(self.device))  # refuses a wrong length before anything changes
+        self.model.embed(inputs[:0].to(self.device))  # rejects a wrong length before anything changes
         self.model.train()
         if num_supervision_steps not in self._steps:
             self._steps[num_supervision_steps] = self._build(num_supervision_steps)
@@ -171,8 +171,8 @@ class TRMTrainer:
 class _StepLoss(nn.Module):
     """The loss of one supervision step, as :class:`~trm_kernels.TrainingStep` calls it.
 
-    ``taken`` counts the supervision steps of an update on the device: the accuracy of the last alone is
-    reported, and a mean over steps is what the training step makes of a metric.
+    ``taken`` counts the supervision steps of an update on the device: only the accuracy of the last one is
+    reported, while the training step averages every metric over the steps.
     """
 
     taken: Tensor
@@ -207,5 +207,5 @@ def _losses(logits: Tensor, halt_logits: Tensor, targets: Tensor, ignore_index: 
     wide = torch.promote_types(logits.dtype, torch.float32)
     task = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=ignore_index)
     right = ((logits.argmax(dim=-1) == targets) | (targets == ignore_index)).all(dim=1)
-    # Not F.binary_cross_entropy: NaN in a probability is a device assertion there, which ends the process.
+    # Not F.binary_cross_entropy: there, a NaN probability is a device assertion, which ends the process.
     return task, F.binary_cross_entropy_with_logits(halt_logits.to(wide), right.to(wide))

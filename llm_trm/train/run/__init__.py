@@ -1,1 +1,1 @@
-"""What every run has: checkpoints, state, schedule, tracking."""
+"""Shared by all trainings: settings, checkpoints, state, metrics, trackers, reports, interruption."""

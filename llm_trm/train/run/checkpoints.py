@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are there whole or not at all, the best few and the last."""
+"""Checkpoints of a run: folders that are complete or absent; the best few and the last are kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _START_OVER = "start over with --overwrite"
 class Checkpoints:
     """The checkpoints of the run in ``folder``, and its index.
 
-    A checkpoint is written to a folder of another name and renamed when all of it has reached the disk; then
-    the index, which alone says what counts, is replaced; then folders that it does not name are removed. So
-    a crash at any moment leaves the old state or the new one.
+    A checkpoint is written to a folder with another name and renamed when all of it has reached the disk.
+    Then the index, which alone defines what counts, is replaced, and folders that it does not name are
+    removed. A crash at any moment leaves either the old state or the new one.
 
     Args:
-        folder: Of the run.
-        keep: How many checkpoints are kept for their validation loss, beside the last.
+        folder: Folder of the run.
+        keep: Number of checkpoints to keep for their validation loss, in addition to the last.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -38,12 +38,12 @@ class Checkpoints:
         return self._index_path.exists()
 
     def permit(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise InputError unless a run may begin, or go on, in this folder."""
+        """Raise InputError unless a run may start, or continue, in this folder."""
         output = self._index_path.parent
         if self.exist() and not (resume or overwrite):
             raise InputError(
-                f"{output} holds a run already: go on with --resume, replace it with --overwrite, or choose "
-                "another folder"
+                f"{output} holds a run already: continue it with --resume, replace it with --overwrite, or "
+                "choose another folder"
             )
         if resume and not self.exist():
             raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
@@ -59,17 +59,17 @@ class Checkpoints:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint of the lowest validation loss, None if none has one."""
+        """The checkpoint with the lowest validation loss; None if none was validated."""
         best = self._index()["best"]
         return self._folder / best if best else None
 
     @contextmanager
     def new(self, name: str, loss: float | None) -> Iterator[Path]:
-        """A folder to write into, which is the last checkpoint once the block has ended without an error.
+        """A folder to write to, which becomes the last checkpoint if the block ends without an error.
 
         Args:
-            name: Of the checkpoint.
-            loss: Its validation loss, by which the best are kept; None if it was not validated.
+            name: Name of the checkpoint.
+            loss: Validation loss, which decides what is kept; None if it was not validated.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self._folder))
@@ -79,7 +79,7 @@ class Checkpoints:
             index = self._index() if self.exist() else {"last": None, "best": None, "kept": []}
             if name in _named(index):
                 raise ValueError(f"checkpoint {name} exists already")
-            shutil.rmtree(target, ignore_errors=True)  # a crash left it before it was in the index
+            shutil.rmtree(target, ignore_errors=True)  # left by a crash, before it was in the index
             publish(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +92,7 @@ class Checkpoints:
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove what the index does not name."""
+        """Remove everything that the index does not name."""
         named = _named(self._index())
         for path in self._folder.iterdir():
             if path.name not in named:

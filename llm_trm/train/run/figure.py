@@ -1,4 +1,4 @@
-"""Pictures of runs. They need matplotlib: ``pip install "llm-trm[plot]"``."""
+"""Figures of runs, with matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_trm.files import replacing
 
-#: What was trained on, what was held out, and what else there is to show.
+#: Colours of training data, held-out data, and everything else.
 TRAIN, HELD_OUT, OTHER = "#7f8fa6", "#2e7d22", "#e1b12c"
 
 
@@ -23,11 +23,11 @@ def drawn(
     xlabel: str,
     dpi: int = 120,
 ) -> Iterator[list[Any]]:
-    """Axes to draw on, row by row; the PNG file ``path`` is written, or replaced, when the block ends well.
+    """Axes to draw on, row by row; the PNG file ``path`` is written if the block ends without an error.
 
     Args:
-        size: Of the figure, in inches.
-        xlabel: Of every axis.
+        size: Size of the figure in inches.
+        xlabel: Label of every x axis.
     """
     import matplotlib
 
@@ -41,7 +41,7 @@ def drawn(
             axis.grid(alpha=0.3)
         yield list(axes.flat)
         with replacing(path) as temporary:
-            # No version in the file: the same results give the same bytes.
+            # Without the version of matplotlib, the same results give the same bytes.
             figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})
     finally:
         plt.close(figure)

@@ -30,7 +30,7 @@ class Interruption:
         self._every = every
         self._config: Any = config
         self._before: dict[int, Any] = {}
-        self._signal = 0
+        self._signal, self._agreed = 0, False
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other
@@ -46,22 +46,29 @@ class Interruption:
         self._signal = number
         self.__exit__()
 
+    @property
+    def agreed(self) -> bool:
+        """Whether :meth:`wanted` has been true: the same answer in every process."""
+        return self._agreed
+
     def wanted(self, step: int, accelerator: Accelerator | None = None) -> bool:
         """Whether to write a checkpoint and stop after ``step``: the same answer in every process."""
         if accelerator is None or accelerator.num_processes == 1:
-            return self._signal != 0
-        if step % self._every:
-            return False
-        import torch
+            self._agreed = self._signal != 0
+        elif step % self._every == 0:
+            import torch
 
-        asked = torch.tensor(self._signal, device=accelerator.device)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        self._signal = int(asked)
-        return self._signal != 0
+            asked = torch.tensor(self._signal, device=accelerator.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self._signal = int(asked)
+            self._agreed = self._signal != 0
+        return self._agreed
 
     def stop(self, step: int) -> Interrupted:
         """The exception that ends the training, once the checkpoint of ``step`` is written."""
         file = self._config.output / self._config.FILE
-        again = f"llm-trm train {self._config.COMMAND} --config {file} --resume"
+        again = f"llm-trm train {self._config.COMMAND} --config {file}"
+        if hasattr(self._config, "resume"):
+            again += " --resume"
         name = signal.Signals(self._signal).name
         return Interrupted(self._signal, f"{name}: stopped after step {step}; to continue: {again}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """States of Python's generator, torch's on the CPU, and that of ``device`` if it is a GPU."""
+    """States of Python's generator, of torch's on the CPU, and of that of ``device`` if it is a GPU."""
     _, words, gauss = random.getstate()
     states = {"python": torch.tensor(words), "torch": torch.get_rng_state()}
     if gauss is not None:
@@ -21,7 +21,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the generators to what :func:`random_states` gave."""
+    """Set the generators to the states that :func:`random_states` returned."""
     gauss = states.get("python_gauss")
     words = tuple(states["python"].tolist())
     random.setstate((3, words, None if gauss is None else float(gauss)))

@@ -117,9 +117,8 @@ class Run(Generic[P]):
         if self.accelerator is not None:
             self.accelerator.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
 
-    def advance(self, metrics: Mapping[str, float] | None) -> bool:
-        """Report that a step is done, with metrics if new ones came; whether the run is to stop after it."""
-        self.step += 1
+    def stepped(self, metrics: Mapping[str, float] | None) -> bool:
+        """Report that ``step`` is done, with new metrics if any; returns whether to stop after it."""
         if self.is_main:
             self.report.step(self.step)
             if metrics is not None:

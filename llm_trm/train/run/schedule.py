@@ -1,4 +1,4 @@
-"""Learning rate over a run."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """Share of the peak learning rate at update ``step``, counted from 0.
+    """Fraction of the peak learning rate at update ``step``, counted from 0.
 
-    Rises linearly to 1 over the first ``warmup`` updates, whose first has 1 / warmup, and falls from there
-    as a half cosine, which would reach 0 at ``total``.
+    It rises linearly to 1 over the first ``warmup`` updates, starting with 1 / warmup, and then falls as a
+    half cosine, which would reach 0 at ``total``.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llm_trm.choices import Precision
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
 from llm_trm.ranges import BATCH
@@ -93,26 +94,31 @@ class RunSettings(Settings):
         name: str = self.device  # type: ignore[attr-defined]
         return resolve_device(name).type
 
-    def require_same(self, earlier: Mapping[str, Any]) -> None:
-        """Raise InputError unless a run with the recorded settings ``earlier`` can be resumed with these.
+    @property
+    def bf16(self) -> bool:
+        """Whether ``precision`` means bfloat16 on the device."""
+        chosen: Precision = self.precision  # type: ignore[attr-defined]
+        return chosen == "bf16" or (chosen == "auto" and self.device_type == "cuda")
 
-        A setting that ``earlier`` lacks, recorded by a version that did not have it, counts as its default.
+    def require_same(self, earlier: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> None:
+        """Raise InputError, with every difference, unless a run can be resumed with these settings.
+
+        Args:
+            earlier: Recorded settings of the run. One that they lack, since an older version had no such
+                setting, counts as its default.
+            now: What must be the same; by default :attr:`critical`.
         """
         kind = type(self)
         defaults = {one.name: one.default for one in settings_of(kind) if one.default is not ...}
-        folder: Path = self.output  # type: ignore[attr-defined]
-        require_same(folder, defaults | flat(kind, earlier)[0], self.critical)
-
-
-def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError, with every difference, unless ``before`` has the values of ``now``."""
-    changed = [
-        f"{name} was {before.get(name)} and is {value}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise InputError(
-            f"{folder} cannot be resumed with other settings ({'; '.join(changed)}): use those of the run, "
-            "or start over with --overwrite"
-        )
+        before = {**defaults, **earlier, **flat(kind, earlier)[0]}
+        changed = [
+            f"{name} was {before.get(name)} and is {value}"
+            for name, value in (self.critical if now is None else now).items()
+            if before.get(name) != value
+        ]
+        if changed:
+            folder: Path = self.output  # type: ignore[attr-defined]
+            raise InputError(
+                f"{folder} cannot be resumed with other settings ({'; '.join(changed)}): use those of the "
+                "run, or start over with --overwrite"
+            )

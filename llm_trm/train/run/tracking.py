@@ -1,4 +1,4 @@
-"""Trackers of a run, through accelerate: wandb, tensorboard, or lines of JSON."""
+"""Trackers of a run, through accelerate: wandb, tensorboard, or JSON lines."""
 
 from __future__ import annotations
 
@@ -20,45 +20,30 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 
-#: What ``--track jsonl`` writes in the folder of the run.
+#: The file that ``--track jsonl`` writes in the folder of the run.
 JSONL_FILE = "metrics.jsonl"
 
 _NEEDS = {"wandb": ("wandb",), "tensorboard": ("tensorboard",), "jsonl": ()}
 
 
-def make_accelerator(
-    track: Track | None,
-    folder: Path,
-    project: str,
-    config: Mapping[str, Any],
-    *,
-    device: str = "auto",
-    resumed_at: int | None = None,
-) -> Accelerator:
-    """:func:`new_accelerator` and :func:`start_tracking` in one call."""
-    accelerator = new_accelerator(track, folder, device=device, resumed_at=resumed_at)
-    start_tracking(accelerator, project, config)
-    return accelerator
-
-
 def new_accelerator(
     track: Track | None, folder: Path, *, device: str = "auto", resumed_at: int | None = None
 ) -> Accelerator:
-    """An :class:`accelerate.Accelerator` whose tracker has not begun: nothing is written yet.
+    """An :class:`accelerate.Accelerator` whose tracker has not started: nothing is written yet.
 
     Args:
-        track: Where ``accelerator.log(values, step)`` will go; None for nowhere.
-        folder: Of the run; tensorboard's event files and ``metrics.jsonl`` will lie there.
-        device: ``"cpu"`` keeps off the accelerators; any other value takes what accelerate finds.
-        resumed_at: Step that a resumed run goes on from: the lines that ``metrics.jsonl`` has of later steps
-            will be dropped. None begins the file anew.
+        track: Where ``accelerator.log(values, step)`` logs; None for nowhere.
+        folder: Folder of the run, for tensorboard's event files and ``metrics.jsonl``.
+        device: ``"cpu"`` uses no GPU; for any other value, accelerate chooses.
+        resumed_at: Step that a resumed run continues from: lines of later steps will be dropped from
+            ``metrics.jsonl``. None starts a new file.
 
     Raises:
-        InputError: accelerate or the tracker's package is not installed, or the environment of a launch makes
-            no sense.
+        InputError: accelerate or the tracker's package is not installed, or the environment variables of a
+            launch make no sense.
     """
     require("train", "accelerate")
-    world_size()  # accelerate's own complaint would be a traceback
+    world_size()  # otherwise accelerate would end with a traceback
     from accelerate import Accelerator
 
     require_tracker(track)
@@ -71,11 +56,12 @@ def new_accelerator(
 
 
 def start_tracking(accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
-    """Begin the tracker's run; the folder must exist by now.
+    """Start the tracker's run; the folder must exist.
 
     Args:
-        project: Name of the project at the tracker.
-        config: Settings of the run, kept with it. Values that are no number, string or bool become strings.
+        project: Name of the project.
+        config: Settings of the run, which the tracker keeps. Values other than numbers, strings and bools
+            become strings.
     """
     if accelerator.log_with:
         plain = {
@@ -86,21 +72,23 @@ def start_tracking(accelerator: Accelerator, project: str, config: Mapping[str, 
 
 
 def finish_tracking(accelerator: Accelerator) -> None:
-    """Close the trackers; the process group stays, unlike in ``accelerator.end_training()``."""
+    """Close the trackers but, unlike ``accelerator.end_training()``, not the process group."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
 
 def require_tracker(track: Track | None) -> None:
-    """Raise InputError unless what ``track`` needs is installed."""
+    """Raise InputError unless the package of the tracker is installed."""
     for package in _NEEDS[track] if track else ():
         if importlib.util.find_spec(package) is None:
             raise InputError(f"--track {track} needs {package}: pip install {package}, or use --track jsonl")
 
 
 def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
-    """A tracker that appends a JSON object a call to ``metrics.jsonl`` in ``folder``; see
-    :func:`new_accelerator`. Its ``start()`` is to be called once the folder exists."""
+    """A tracker that appends one JSON object per call to ``metrics.jsonl`` in ``folder``.
+
+    Call its ``start()`` once the folder exists. ``resumed_at``: see :func:`new_accelerator`.
+    """
     from accelerate.tracking import GeneralTracker, on_main_process
 
     path = folder / JSONL_FILE
@@ -119,7 +107,7 @@ def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
 
         @on_main_process
         def store_init_configuration(self, values: dict[str, Any]) -> None:
-            """The run's folder holds its settings already."""
+            """Does nothing: the run's folder has its settings."""
 
         @on_main_process
         def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
@@ -130,7 +118,7 @@ def json_tracker(folder: Path, resumed_at: int | None) -> GeneralTracker:
 
 
 def lines_until(path: Path, step: int) -> str:
-    """The whole lines of ``path`` up to ``step``; a line that a crash cut short is left out."""
+    """The complete lines of ``path`` up to ``step``, without a line that a crash cut short."""
     kept = []
     for line in read_lines(path, only_text=True) if path.exists() else ():
         try:

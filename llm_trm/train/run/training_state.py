@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds beside the model: all that a resumed run needs to go on bit for bit."""
+"""The state in a checkpoint: everything that a run needs, besides the model, to resume bit for bit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _REMEDY = "start over with --overwrite"
 
 
 def write_state(folder: Path, progress: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Write where a run stands, a dataclass of JSON values, and its tensors into ``folder``."""
+    """Write the progress of a run, a dataclass of JSON values, and its tensors to ``folder``."""
     write_tensors(folder / _TENSORS, tensors)
     write_json(folder / _PROGRESS, asdict(progress))
 
 
 def read_progress(folder: Path, kind: type[P]) -> P:
-    """The progress that :func:`write_state` wrote; InputError if it is missing, broken or of another kind."""
+    """The progress that :func:`write_state` wrote; InputError if it is missing, broken or another kind."""
     path = folder / _PROGRESS
     described = read_json(path, _REMEDY)
     try:
@@ -39,22 +39,13 @@ def read_progress(folder: Path, kind: type[P]) -> P:
         raise InputError(f"{path} does not say where the run stood: {_REMEDY}") from error
 
 
-def require_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError unless the settings that a run in ``folder`` had ``before`` are those of ``now``."""
-    changed = [
-        f"{name} was {before.get(name)} and is {value}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise InputError(
-            f"{folder} cannot be resumed with other settings ({'; '.join(changed)}): give those of the run, "
-            f"or {_REMEDY}"
-        )
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The tensors that :func:`write_state` wrote; InputError if the file is missing or broken."""
+    return read_tensors(folder / _TENSORS, _REMEDY)
 
 
 def training_tensors(model: nn.Module, average: ParameterAverage, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights, their averages, and the optimizer's moments, by name; not copies."""
+    """Weights, their averages, and the optimizer's moments by name, not copied."""
     tensors = {}
     for (name, parameter), mean in zip(model.named_parameters(), average.averages, strict=True):
         tensors[f"weights.{name}"] = parameter.detach()
@@ -67,13 +58,12 @@ def training_tensors(model: nn.Module, average: ParameterAverage, optimizer: Opt
 def restore_training(
     folder: Path, model: nn.Module, average: ParameterAverage, optimizer: Optimizer
 ) -> dict[str, Tensor]:
-    """Take over what :func:`training_tensors` gave; returns all tensors of the checkpoint.
+    """Restore what :func:`training_tensors` returned; returns all tensors of the checkpoint.
 
     Raises:
         InputError: A missing or broken file, or one of another model.
     """
-    path = folder / _TENSORS
-    tensors = read_tensors(path, _REMEDY)
+    tensors = read_state(folder)
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     positions = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -87,6 +77,6 @@ def restore_training(
                 _, moment, name = key.split(".", 2)
                 state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path} holds another model than this run's: {_REMEDY}") from error
+        raise InputError(f"{folder / _TENSORS} holds another model than this run's: {_REMEDY}") from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return tensors
