@@ -86,7 +86,8 @@ class Phase2Config(RunSettings):
         1e-4, "Peak learning rate: linear warm-up, then cosine decay.", LEARNING_RATE
     )
     warmup_ratio: float = setting(0.1, "Fraction of the updates used for warm-up.", SHARE_BELOW_ONE)
-    weight_decay: float = setting(0.1, "Weight decay of AdamW (betas 0.9 and 0.95).", WEIGHT)
+    weight_decay: float = setting(0.1, "Weight decay of AdamW.", WEIGHT)
+    beta2: float = setting(0.95, "Decay of AdamW's second moments; the first have 0.9.", SHARE_BELOW_ONE)
     clip_norm: float = setting(1.0, "Maximum gradient norm.", CLIP_NORM)
     ema_decay: float = setting(
         0.999, "Decay of the moving average of the weights, which is validated and saved.", SHARE_BELOW_ONE

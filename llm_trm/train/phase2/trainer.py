@@ -280,7 +280,7 @@ class TRMSequenceTrainer:
         self.optimizer = capturable_adamw(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             config.learning_rate,
-            betas=(0.9, 0.95),
+            betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
         self.average = ParameterAverage(self.model.parameters(), config.ema_decay)
