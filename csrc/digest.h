@@ -1,25 +1,25 @@
-// A digest of weights: whether every bit of them is what it was when they were packed.
+// A digest of weights, which shows whether they have changed since they were packed.
 //
-// Packing takes three times as long as reading, so packed weights are kept between calls, and every call looks at all of
-// the weights: no pointer and no version tells who has written to memory.
+// Packing takes three times as long as reading, so packed weights are cached between calls. Every call reads all
+// weights, because no pointer or version counter detects every write to memory.
 #pragma once
 
 #include "team.h"
 
 namespace trm::TRM_ISA {
 
-constexpr int64_t kStripe = 256;             // bytes that go into the chains at once
-constexpr int64_t kDigestBlock = 64 << 10;  // bytes that one thread takes
+constexpr int64_t kStripe = 256;             // bytes added to the chains at once
+constexpr int64_t kDigestBlock = 64 << 10;  // bytes per work item of a thread
 constexpr int kChainVectors = kStripe / static_cast<int64_t>(sizeof(Bits));
 static_assert(kDigestBlock % kStripe == 0);
 
 typedef uint32_t BitsAnywhere __attribute__((vector_size(W * 4), aligned(1), may_alias));
 
-// Two chains of 32 bits for each of the 64 words of a stripe.
+// Two 32-bit chains for each of the 64 words of a stripe.
 //
-// A step maps a chain's state, and the word that goes in, one to one: a change of one word always shows. Changes of
-// several words of one chain have to cancel in both of its states, one time in 2^64. The order counts: a sum would not
-// see rows change places.
+// Each step is a bijection of the chain's state and of the input word, so a change of one word is always detected.
+// Changes of several words of a chain go undetected only if they cancel in both states, with probability 2^-64. The
+// order matters, because a sum would not detect swapped rows.
 struct Chains {
     Bits first[kChainVectors], second[kChainVectors];
 
@@ -49,14 +49,14 @@ struct Chains {
         }
         return folded;
     }
-    // One to one in either, and the order counts.
+    // A bijection in each argument that depends on the order.
     TRM_INLINE static uint64_t fold(uint64_t folded, uint64_t next) {
         folded = (folded ^ next) * 0x9E3779B97F4A7C15u;
         return folded ^ folded >> 32;
     }
 };
 
-// The two digests of `bytes` bytes, a last stripe that is not full with zeros behind it.
+// Computes the two digests of `bytes` bytes. An incomplete last stripe is padded with zeros.
 inline void digest_block(const char* data, int64_t bytes, uint64_t* digests) {
     Chains chains;
     const int64_t whole = bytes / kStripe * kStripe;
@@ -72,16 +72,16 @@ inline void digest_block(const char* data, int64_t bytes, uint64_t* digests) {
 
 inline int64_t digest_blocks(const Span& span) { return (span.bytes + kDigestBlock - 1) / kDigestBlock; }
 
-// Two digests of each block of the spans, one behind the other, by all threads of a team.
+// Computes two digests of each block of the spans, one after another, with all threads of a team.
 inline void digest_spans(const Span* spans, int64_t count, uint64_t* digests, const Team& team) {
     int64_t before = 0, all = 0;
     for (int64_t s = 0; s < count; ++s) all += digest_blocks(spans[s]);
     const int64_t first = team.first(all), last = team.last(all);
     for (int64_t s = 0; s < count && before < last; ++s) {
         const int64_t blocks = digest_blocks(spans[s]);
-        for (int64_t i = greater(first, before); i < lesser(last, before + blocks); ++i) {
+        for (int64_t i = max(first, before); i < min(last, before + blocks); ++i) {
             const int64_t at = (i - before) * kDigestBlock;
-            digest_block(spans[s].data + at, lesser(kDigestBlock, spans[s].bytes - at), digests + 2 * i);
+            digest_block(spans[s].data + at, min(kDigestBlock, spans[s].bytes - at), digests + 2 * i);
         }
         before += blocks;
     }

@@ -1,4 +1,4 @@
-// Which compilation of the kernels runs: the best that the machine can execute.
+// Selection of the best compilation of the kernels that the machine can execute.
 #include "dispatch.h"
 
 #include <cstdlib>
@@ -20,7 +20,7 @@ extern const Kernels table;
 
 const Kernels* kernels(const char* name) {
 #if defined(__x86_64__)
-    // These ask the operating system too: it must save the wide registers.
+    // These builtins also check the operating system, which must save the wide registers.
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (!std::strcmp(name, "avx512")) {
         const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

@@ -1,5 +1,5 @@
-// Which attention weights are dropped: a hash of seed, call, head, row and key, so that the backward, and any number
-// of threads, find the same ones.
+// Dropout of attention weights by a hash of seed, call, head, row and key, so that the backward and any number of
+// threads drop the same weights.
 #pragma once
 
 #include "vector.h"
@@ -24,11 +24,11 @@ public:
         high_ = static_cast<uint32_t>(hash >> 32);
     }
 
-    // 1 / (1 - probability) for keys that are kept, 0 for others, of W keys from `key` on.
+    // Factors of W keys starting at `key`: 1 / (1 - probability) if kept, 0 if dropped.
     TRM_INLINE Vec factor(int64_t key) const {
         Bits x;
         TRM_UNROLL for (int i = 0; i < W; ++i) x[i] = static_cast<uint32_t>(i);
-        // Multiply and shift, twice, with a key of the row's between: each bit of it reaches each bit of the result.
+        // Multiply and shift twice, mixing in the row's hash: every input bit affects every bit of the result.
         x = (x + static_cast<uint32_t>(key)) * 0x9e3779b9u + low_;
         x = (x ^ (x >> 16)) * 0x85ebca6bu;
         x = (x ^ (x >> 13) ^ high_) * 0xc2b2ae35u;

@@ -1,5 +1,6 @@
-// A network applied to packed rows, by one thread of a team: products, norms and activations of its share of the rows,
-// one barrier a block, before attention reads the keys and values of all (or two, around an MLP over positions).
+// Forward of a network on packed rows, by one thread of a team. The thread computes products, norms and activations of
+// its own rows, with one barrier per block before attention reads the keys and values of all rows (or two barriers,
+// around an MLP over positions).
 #pragma once
 
 #include "attention.h"
@@ -7,7 +8,7 @@
 
 namespace trm::TRM_ISA {
 
-// What every call of a network reads, the same for all threads.
+// Arguments of every call of a network, the same for all threads.
 struct Problem {
     Problem(const Network& n, const Batch& b, const Recursion& r)
         : net(n), batch(b), recursion(r), sizes(n), samples(b) {}
@@ -19,12 +20,12 @@ struct Problem {
     Samples samples;
 };
 
-// Rotates heads [first, last) of queries and keys, in row `row` of qkv, by the row's position; `place`: its place in
+// Rotates heads [first, last) of queries and keys in row `row` of qkv by the row's position; `index` is its index in
 // its sample. `sign` -1 rotates back.
-inline void rotate_heads(const Problem& p, float* qkv, int64_t row, int64_t place, int64_t first, int64_t last,
+inline void rotate_heads(const Problem& p, float* qkv, int64_t row, int64_t index, int64_t first, int64_t last,
                          float sign) {
     const Sizes& s = p.sizes;
-    const int64_t table = (p.batch.positions ? p.batch.positions[row] : place) * (s.head / 2);
+    const int64_t table = (p.batch.positions ? p.batch.positions[row] : index) * (s.head / 2);
     for (int part = 0; part < 2; ++part) {
         float* heads = qkv + row * row_stride(3 * s.width) + part * s.width + first * s.head;
         rotate_row(heads, last - first, s.head, p.batch.cos + table, p.batch.sin + table, sign);
@@ -35,54 +36,56 @@ class Forward {
 public:
     Forward(const Problem& problem, const PackedBlock* blocks, const Shared& shared, const Scratch& scratch, Team team)
         : p_(problem), s_(problem.sizes), blocks_(blocks), shared_(shared), t_(scratch), team_(team),
-          shares_(team, problem.batch.rows, kChunkRows),
-          channels_(team, problem.sizes.channels(problem.batch.rows), kChunkRows) {}
+          row_schedule_(team, problem.batch.rows, kChunkRows),
+          channel_schedule_(team, problem.sizes.channels(problem.batch.rows), kChunkRows) {}
 
-    // net(h) in place, for the rows of all threads; `kept`: [blocks] and the call's own, or null. Afterwards, as
-    // before, a thread may read and write the rows that are its own.
+    // Computes net(h) in place, for the rows of all threads. `kept` [blocks] and `kept_call` may be null. Before and
+    // after the call, a thread may access only its own rows.
     void call(int64_t index, const KeptBlock* kept, const KeptCall* kept_call) {
-        if (shares_.varies) team_.wait();
+        if (row_schedule_.dynamic) team_.wait();
         int64_t* counter = shared_.counters + index * (2 * p_.net.blocks + 1);
-        shares_.chunks(counter++, [&](int64_t first, int64_t last) { hand_over(0, kept, first, last); });
+        row_schedule_.chunks(counter++, [&](int64_t first, int64_t last) { prepare_mixer(0, kept, first, last); });
         for (int64_t b = 0; b < p_.net.blocks; ++b) {
             team_.wait();
-            const int64_t turn = turn_;
-            turn_ ^= 1;
+            const int64_t buffer = buffer_;
+            buffer_ ^= 1;
             if (s_.tokens()) {
-                channels_.chunks(counter, [&](int64_t first, int64_t last) { mix_tokens(b, kept, first, last); });
+                channel_schedule_.chunks(
+                    counter, [&](int64_t first, int64_t last) { apply_token_mixer(b, kept, first, last); });
                 team_.wait();
             }
-            shares_.chunks(counter + 1, [&](int64_t first, int64_t last) {
+            row_schedule_.chunks(counter + 1, [&](int64_t first, int64_t last) {
                 if (s_.tokens()) {
-                    take_tokens(first, last);
+                    channels_to_rows(first, last);
                 } else {
-                    mix(b, index * p_.net.blocks + b, turn, kept, first, last);
+                    add_attention(b, index * p_.net.blocks + b, buffer, kept, first, last);
                 }
-                transform(b, kept, first, last);
-                if (b + 1 < p_.net.blocks) hand_over(b + 1, kept, first, last);
+                add_mlp(b, kept, first, last);
+                if (b + 1 < p_.net.blocks) prepare_mixer(b + 1, kept, first, last);
             });
             counter += 2;
         }
-        if (shares_.varies) team_.wait();
+        if (row_schedule_.dynamic) team_.wait();
         if (p_.recursion.output_eps >= 0.0f) normalise_output(kept_call);
     }
 
-    // The rows that are this thread's own between calls.
+    // The rows that this thread owns between calls.
     int64_t first() const { return team_.first(p_.batch.rows); }
     int64_t last() const { return team_.last(p_.batch.rows); }
     float* h(int64_t row) const { return shared_.h + row * row_stride(s_.width); }
 
 private:
-    // What a block's mixer reads of these rows, for all to read after the next barrier.
-    void hand_over(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
-        s_.tokens() ? give_tokens(block, kept, first, last) : project(block, kept, first, last);
+    // Prepares these rows for a block's mixer; all threads may read the result after the next barrier.
+    void prepare_mixer(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
+        s_.tokens() ? rows_to_channels(block, kept, first, last) : project(block, kept, first, last);
     }
 
-    // Queries, keys and values of a block, keys and values for all to read after the next barrier.
+    // Computes queries, keys and values of a block. All threads may read keys and values after the next barrier.
     void project(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
         const ptrdiff_t ld = row_stride(s_.width), ldqkv = row_stride(3 * s_.width);
         const PackedMatrix& m = blocks_[block].qkv;
-        const float* input = kept ? enter(first, last, kept[block].scale1, &kept[block].first) : enter(first, last);
+        const float* input =
+            kept ? block_input(first, last, kept[block].scale1, &kept[block].first) : block_input(first, last);
         float* qkv = kept ? kept[block].qkv : shared_.qkv;
         product(last - first, s_.width, input, ld, m.forward, panels_of(3 * s_.width), t_.partial,
                 [&](int64_t i, int64_t panel, const Vec* v) {
@@ -91,15 +94,16 @@ private:
                     TRM_UNROLL for (int j = 0; j < kPanelVectors; ++j) store(to + j * W, v[j] + load(bias + j * W));
                 });
         if (p_.net.rotary) rotate(qkv, first, last);
-        share_keys(s_, p_.samples, attention_input(qkv, turn_, 0), first, last);
+        pack_keys_and_values(s_, p_.samples, attention_input(qkv, buffer_, 0), first, last);
     }
 
-    // The attention of a block, added to the stream.
-    void mix(int64_t block, int64_t call, int64_t turn, const KeptBlock* kept, int64_t first, int64_t last) {
+    // Adds the attention of a block to the stream.
+    void add_attention(int64_t block, int64_t call, int64_t buffer, const KeptBlock* kept, int64_t first,
+                       int64_t last) {
         const ptrdiff_t ld = row_stride(s_.width);
         const float* qkv = kept ? kept[block].qkv : shared_.qkv;
-        attend(s_, p_.samples, attention_input(qkv, turn, call), first, last, t_, t_.rows, ld,
-               kept ? kept[block].top : nullptr, kept ? kept[block].inverse : nullptr);
+        attend(s_, p_.samples, attention_input(qkv, buffer, call), first, last, t_, t_.rows, ld,
+               kept ? kept[block].maxima : nullptr, kept ? kept[block].inverses : nullptr);
         for (int64_t r = first; r < last; ++r) {
             float* row = t_.rows + (r - first) * ld;
             for (int64_t c = s_.width; c < s_.padded; ++c) row[c] = 0.0f;
@@ -109,12 +113,14 @@ private:
         if (!p_.net.pre_norm) normalise_stream(kept ? kept[block].scale1 : nullptr, first, last);
     }
 
-    // The MLP of a block, added to the stream.
-    void transform(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
+    // Adds the MLP of a block to the stream.
+    void add_mlp(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
         const ptrdiff_t ld = row_stride(s_.width), ldinner = row_stride(round_up(s_.inner, W));
         const PackedMatrix& m = blocks_[block].up;
-        const float* input = kept ? enter(first, last, kept[block].scale2, &kept[block].second) : enter(first, last);
-        expand({m, s_.width, s_.up, ldinner, p_.net.gated}, input, ld, first, last, kept ? &kept[block].up : nullptr);
+        const float* input =
+            kept ? block_input(first, last, kept[block].scale2, &kept[block].second) : block_input(first, last);
+        up_project({m, s_.width, s_.up, ldinner, p_.net.gated}, input, ld, first, last,
+                   kept ? &kept[block].up : nullptr);
         add_product(blocks_[block].down, s_.inner, t_.inner, ldinner, first, last);
         if (p_.net.pre_norm) return;
         normalise_stream(kept ? kept[block].scale2 : nullptr, first, last);
@@ -122,15 +128,16 @@ private:
             for (int64_t r = first; r < last; ++r) keep_row(h(r), s_.width, kept[block].result, r);
     }
 
-    struct Expansion {
+    struct UpProjection {
         const PackedMatrix& matrix;
         int64_t depth, columns;
         ptrdiff_t ldinner;
         bool gated;
     };
 
-    // The inner rows of an MLP, to the scratch: the activation of input @ matrix + bias.
-    void expand(const Expansion& m, const float* input, ptrdiff_t ld, int64_t first, int64_t last, const Panels* kept) {
+    // Writes the inner rows of an MLP to the scratch: the activation of input @ matrix + bias.
+    void up_project(const UpProjection& m, const float* input, ptrdiff_t ld, int64_t first, int64_t last,
+                    const Panels* kept) {
         product(last - first, m.depth, input, ld, m.matrix.forward, panels_of(m.columns), t_.partial,
                 [&](int64_t i, int64_t panel, Vec* v) {
                     const float* bias = m.matrix.bias + panel * kPanel;
@@ -149,8 +156,8 @@ private:
                 });
     }
 
-    // A token mixer's input: these rows, normalised where the network is pre-norm, as columns.
-    void give_tokens(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
+    // Writes these rows, normalised if pre-norm, as columns of a token mixer's input.
+    void rows_to_channels(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
         const ptrdiff_t ld = row_stride(s_.width), ldtokens = row_stride(s_.length);
         const float* input = h(first);
         if (p_.net.pre_norm) {
@@ -170,8 +177,8 @@ private:
         }
     }
 
-    // The MLP over positions of channels [first, last); post-norm with its residual and norm.
-    void mix_tokens(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
+    // Applies the MLP over positions to channels [first, last); if post-norm, including residual and norm.
+    void apply_token_mixer(int64_t block, const KeptBlock* kept, int64_t first, int64_t last) {
         const ptrdiff_t ld = row_stride(s_.length), ldinner = row_stride(round_up(s_.token_inner, W));
         const int64_t padded = round_up(s_.length, kPanel);
         const PackedBlock& m = blocks_[block];
@@ -180,7 +187,7 @@ private:
             for (int64_t c = s_.length; c < padded; ++c) row(r)[c] = 0.0f;
             if (kept) keep_row(row(r), s_.length, kept[block].tokens, r);
         }
-        expand({m.qkv, s_.length, s_.token_up, ldinner, s_.token_gated}, row(first), ld, first, last,
+        up_project({m.qkv, s_.length, s_.token_up, ldinner, s_.token_gated}, row(first), ld, first, last,
                kept ? &kept[block].token_up : nullptr);
         product(last - first, s_.token_inner, t_.inner, ldinner, m.out.forward, panels_of(s_.length), t_.partial,
                 [&](int64_t i, int64_t panel, const Vec* v) {
@@ -201,8 +208,9 @@ private:
         }
     }
 
-    // A token mixer's output, back to these rows: added to the stream, or (post-norm) in its place.
-    void take_tokens(int64_t first, int64_t last) {
+    // Transposes a token mixer's output back to these rows: adds it to the stream or, if post-norm, replaces the
+    // stream.
+    void channels_to_rows(int64_t first, int64_t last) {
         const ptrdiff_t ldtokens = row_stride(s_.length);
         for (int64_t r = first; r < last; ++r) {
             const float* from = shared_.tokens + s_.column(r);
@@ -223,12 +231,13 @@ private:
                         store(to + j * W, load(to + j * W) + (v[j] + load(bias + j * W)));
                 },
                 [&](int64_t i, int height, int64_t panel) {
-                    fetch(h(first + i) + panel * kPanel, row_stride(s_.width), height);
+                    prefetch(h(first + i) + panel * kPanel, row_stride(s_.width), height);
                 });
     }
 
-    // What a mixer or an MLP reads of these rows: the stream, normalised to the scratch where the network is pre-norm.
-    const float* enter(int64_t first, int64_t last, float* scales = nullptr, const Panels* kept = nullptr) {
+    // Returns the input of a mixer or MLP for these rows: the stream, or if pre-norm, the normalised rows in the
+    // scratch.
+    const float* block_input(int64_t first, int64_t last, float* scales = nullptr, const Panels* kept = nullptr) {
         const float* input = h(first);
         if (p_.net.pre_norm) {
             normalise(first, last, scales);
@@ -239,7 +248,7 @@ private:
         return input;
     }
 
-    // The normalised stream, to the rows of the scratch.
+    // Writes the normalised stream to the rows of the scratch.
     void normalise(int64_t first, int64_t last, float* scales) {
         const ptrdiff_t ld = row_stride(s_.width);
         for (int64_t r = first; r < last; ++r) {
@@ -276,14 +285,14 @@ private:
     }
 
     void rotate(float* qkv, int64_t first, int64_t last) const {
-        for_stretches(p_.samples, first, last, [&](Stretch part) {
+        for_row_ranges(p_.samples, first, last, [&](RowRange part) {
             for (int64_t r = part.first; r < part.last; ++r)
                 rotate_heads(p_, qkv, r, r - p_.samples.starts[part.sample], 0, s_.heads, 1.0f);
         });
     }
 
-    AttentionInput attention_input(const float* qkv, int64_t turn, int64_t call) const {
-        return {qkv,         shared_.keys[turn],     shared_.values[turn], p_.samples.keys, p_.batch.rows,
+    AttentionInput attention_input(const float* qkv, int64_t buffer, int64_t call) const {
+        return {qkv,         shared_.keys[buffer],     shared_.values[buffer], p_.samples.keys, p_.batch.rows,
                 shared_.first_key, p_.recursion.dropout, p_.recursion.seed,    call};
     }
 
@@ -293,10 +302,10 @@ private:
     Shared shared_;
     Scratch t_;
     Team team_;
-    Shares shares_, channels_;
-    // Which of the two buffers of keys and values is written next. Two suffice: whoever writes one has passed the
-    // barrier that all its readers reached after they had read it.
-    int64_t turn_ = 0;
+    RowSchedule row_schedule_, channel_schedule_;
+    // Index of the buffer of keys and values that is written next. Two are enough: before a thread writes one, it has
+    // passed a barrier that all readers reach after reading that buffer.
+    int64_t buffer_ = 0;
 };
 
 }  // namespace trm::TRM_ISA

@@ -1,4 +1,4 @@
-// The recursion on one instruction set: the functions of kernels.h.
+// The recursion for one instruction set: the functions of kernels.h.
 
 #include "backward.h"
 #include "digest.h"
@@ -21,42 +21,43 @@ extern const Kernels table;
 namespace {
 
 // The scratch of one thread.
-struct Private {
+struct ThreadScratch {
     Scratch forward;
     AttentionScratch attention;
     float* gradient;
 };
 
-Private lay_private(Arena& arena, const Problem& p, bool backward) {
-    Private t{};
-    t.forward = lay_scratch(arena, p.sizes, p.samples);
+ThreadScratch lay_out_thread_scratch(Arena& arena, const Problem& p, bool backward) {
+    ThreadScratch t{};
+    t.forward = lay_out_scratch(arena, p.sizes, p.samples);
     if (backward) {
-        if (!p.sizes.tokens()) t.attention = lay_attention_scratch(arena, p.sizes, p.samples.longest);
-        t.gradient = arena.take(kGradientScratch);
+        if (!p.sizes.tokens()) t.attention = lay_out_attention_scratch(arena, p.sizes, p.samples.longest);
+        t.gradient = arena.allocate(kGradientScratch);
     }
     return t;
 }
 
-// Where calls are run again, the backward keeps what it reads of one call.
-KeptCall lay_kept(Arena& arena, const Problem& p, bool input, bool blocks, KeptBlock* to) {
-    const KeptCall call = lay_kept_call(arena, p.sizes, p.recursion, p.batch.rows, input);
-    for (int64_t b = 0; blocks && b < p.net.blocks; ++b) to[b] = lay_kept_block(arena, p.net, p.sizes, p.batch.rows);
+// If calls are recomputed, the backward stores the kept data of one call at a time.
+KeptCall lay_out_kept(Arena& arena, const Problem& p, bool input, bool blocks, KeptBlock* to) {
+    const KeptCall call = lay_out_kept_call(arena, p.sizes, p.recursion, p.batch.rows, input);
+    for (int64_t b = 0; blocks && b < p.net.blocks; ++b)
+        to[b] = lay_out_kept_block(arena, p.net, p.sizes, p.batch.rows);
     return call;
 }
 
-// The buffers of a forward or backward, in its workspace.
+// The buffers of a forward or backward in its workspace.
 struct Workspace {
     Workspace(float* base, const Problem& p, bool backward, int threads) : arena(base), gradient{}, again{} {
-        shared = lay_shared(arena, p.net, p.sizes, p.samples, p.recursion, p.batch.rows);
+        shared = lay_out_shared(arena, p.net, p.sizes, p.samples, p.recursion, p.batch.rows);
         if (backward) {
-            gradient = lay_shared_gradient(arena, p.net, p.sizes, p.recursion, p.batch.rows, threads);
-            for (int64_t b = 0; b < p.net.blocks; ++b) gradients[b] = lay_block_gradient(arena, p.sizes);
-            if (p.recursion.recompute) again = lay_kept(arena, p, false, true, kept);
+            gradient = lay_out_shared_gradient(arena, p.net, p.sizes, p.recursion, p.batch.rows, threads);
+            for (int64_t b = 0; b < p.net.blocks; ++b) gradients[b] = lay_out_block_gradient(arena, p.sizes);
+            if (p.recursion.recompute) again = lay_out_kept(arena, p, false, true, kept);
         }
-        first_private_ = arena.used();
-        lay_private(arena, p, backward);
-        private_size_ = arena.used() - first_private_;
-        for (int t = 1; t < threads; ++t) lay_private(arena, p, backward);
+        first_scratch_ = arena.used();
+        lay_out_thread_scratch(arena, p, backward);
+        scratch_size_ = arena.used() - first_scratch_;
+        for (int t = 1; t < threads; ++t) lay_out_thread_scratch(arena, p, backward);
         if (!base) return;
         for (int64_t i = 0; i < forward_counters(p.net, p.recursion); ++i) shared.counters[i] = 0;
         for (int64_t i = 0; backward && i < backward_counters(p.net, p.recursion); ++i) gradient.counters[i] = 0;
@@ -67,46 +68,46 @@ struct Workspace {
         }
     }
 
-    Private of_thread(float* base, const Problem& p, bool backward, int thread) const {
-        Arena from(base + first_private_ + thread * private_size_);
-        return lay_private(from, p, backward);
+    ThreadScratch of_thread(float* base, const Problem& p, bool backward, int thread) const {
+        Arena from(base + first_scratch_ + thread * scratch_size_);
+        return lay_out_thread_scratch(from, p, backward);
     }
 
     Arena arena;
     Shared shared;
     SharedGradient gradient;
-    BlockGradient gradients[kMostBlocks];
+    BlockGradient gradients[kMaxBlocks];
     KeptCall again;
-    KeptBlock kept[kMostBlocks];
+    KeptBlock kept[kMaxBlocks];
 
 private:
-    int64_t first_private_, private_size_;
+    int64_t first_scratch_, scratch_size_;
 };
 
 int64_t kept_call_size(const Problem& p) {
     Arena arena(nullptr);
-    KeptBlock blocks[kMostBlocks];
-    lay_kept(arena, p, p.recursion.recompute, !p.recursion.recompute, blocks);
+    KeptBlock blocks[kMaxBlocks];
+    lay_out_kept(arena, p, p.recursion.recompute, !p.recursion.recompute, blocks);
     return arena.used();
 }
 
-// What was kept of call `index`.
+// Returns the kept data of call `index`.
 KeptCall kept_call(const Problem& p, float* kept, int64_t size, int64_t index, KeptBlock* blocks) {
     Arena arena(kept + index * size);
-    return lay_kept(arena, p, p.recursion.recompute, !p.recursion.recompute, blocks);
+    return lay_out_kept(arena, p, p.recursion.recompute, !p.recursion.recompute, blocks);
 }
 
-void lay_packed(const Network& net, Arena& arena, bool backward, PackedBlock* blocks) {
+void lay_out_packed(const Network& net, Arena& arena, bool backward, PackedBlock* blocks) {
     const Sizes sizes(net);
-    for (int64_t b = 0; b < net.blocks; ++b) lay_block(arena, sizes, blocks[b]);
-    // Behind the others, so that a forward finds its own whether these are there or not.
-    for (int64_t b = 0; b < net.blocks && backward; ++b) lay_block_backward(arena, sizes, blocks[b]);
+    for (int64_t b = 0; b < net.blocks; ++b) lay_out_block(arena, sizes, blocks[b]);
+    // After all forward matrices, whose offsets therefore do not depend on `backward`.
+    for (int64_t b = 0; b < net.blocks && backward; ++b) lay_out_block_backward(arena, sizes, blocks[b]);
 }
 
 int64_t packed_size(const Network& net, bool backward) {
     Arena arena(nullptr);
-    PackedBlock blocks[kMostBlocks] = {};
-    lay_packed(net, arena, backward, blocks);
+    PackedBlock blocks[kMaxBlocks] = {};
+    lay_out_packed(net, arena, backward, blocks);
     return arena.used();
 }
 
@@ -121,8 +122,8 @@ int64_t workspace_size(const Network& net, const Batch& batch, const Recursion& 
 void pack(const Network& net, const Block* parameters, bool backward, float* packed, int threads) {
     const Sizes sizes(net);
     Arena arena(packed);
-    PackedBlock blocks[kMostBlocks] = {};
-    lay_packed(net, arena, backward, blocks);
+    PackedBlock blocks[kMaxBlocks] = {};
+    lay_out_packed(net, arena, backward, blocks);
     on_threads(threads, [&](Team team) {
         for (int64_t b = 0; b < net.blocks; ++b) {
             const Sources from = sources(net, sizes, parameters[b]);
@@ -141,13 +142,13 @@ void forward(const Network& net, const Batch& batch, const Recursion& recursion,
     const Problem p(net, batch, recursion);
     const Workspace w(workspace, p, false, threads);
     Arena arena(const_cast<float*>(packed));
-    PackedBlock blocks[kMostBlocks] = {};
-    lay_packed(net, arena, false, blocks);
+    PackedBlock blocks[kMaxBlocks] = {};
+    lay_out_packed(net, arena, false, blocks);
     const int64_t size = kept ? kept_call_size(p) : 0;
     on_threads(threads, [&](Team team) {
         Forward run(p, blocks, w.shared, w.of_thread(workspace, p, false, team.thread).forward, team);
         const int64_t d = net.width, ld = row_stride(d), steps = recursion.steps;
-        KeptBlock kept_blocks[kMostBlocks];
+        KeptBlock kept_blocks[kMaxBlocks];
         for (int64_t r = run.first(); r < run.last() && steps > 0; ++r) {
             float* question = w.shared.question + r * ld;
             read_row(recursion.x + r * d, d, question);
@@ -179,7 +180,7 @@ void forward(const Network& net, const Batch& batch, const Recursion& recursion,
     });
 }
 
-// The sums of `threads` rows, `ld` doubles apart.
+// Sums `threads` rows, `ld` doubles apart.
 void sum_threads(const double* rows, int64_t ld, int threads, int64_t columns, float* to) {
     for (int64_t c = 0; c < columns; ++c) {
         double total = 0.0;
@@ -194,12 +195,12 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
     const Problem p(net, batch, recursion);
     const Workspace w(workspace, p, true, threads);
     Arena arena(const_cast<float*>(packed));
-    PackedBlock blocks[kMostBlocks] = {};
-    lay_packed(net, arena, true, blocks);
+    PackedBlock blocks[kMaxBlocks] = {};
+    lay_out_packed(net, arena, true, blocks);
     const int64_t size = kept_call_size(p), d = net.width, ld = row_stride(d), steps = recursion.steps;
     const SharedGradient& g = w.gradient;
     on_threads(threads, [&](Team team) {
-        const Private mine = w.of_thread(workspace, p, true, team.thread);
+        const ThreadScratch mine = w.of_thread(workspace, p, true, team.thread);
         Forward again(p, blocks, w.shared, mine.forward, team);
         Backward run(p, blocks, w.gradients, g, mine.forward, mine.attention, mine.gradient, team);
         const int64_t first = again.first(), last = again.last(), padded = round_up(d, kPanel);
@@ -210,11 +211,11 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
             read_row(dy_out + r * d, d, run.h(r));
             for (int64_t c = 0; c < padded; c += W) store(g.question + r * ld + c, Vec{});
         }
-        KeptBlock kept_blocks[kMostBlocks];
+        KeptBlock kept_blocks[kMaxBlocks];
         for (int64_t i = steps; i >= 0; --i) {
             KeptCall call = kept_call(p, const_cast<float*>(kept), size, i, kept_blocks);
             if (recursion.recompute) {
-                // Until no one sums weight gradients over what the last call kept.
+                // Wait until all threads have finished the weight gradients that read the last call's data.
                 team.wait();
                 for (int64_t r = first; r < last; ++r)
                     for (int64_t c = 0; c < ld; c += W) store(again.h(r) + c, load(call.input + r * ld + c));
@@ -263,7 +264,7 @@ void backward(const Network& net, const Batch& batch, const Recursion& recursion
 int64_t digest_size(const Span* spans, int64_t count) {
     int64_t blocks = 0;
     for (int64_t s = 0; s < count; ++s) blocks += digest_blocks(spans[s]);
-    return 2 * greater(1, blocks);
+    return 2 * max(1, blocks);
 }
 
 void digest(const Span* spans, int64_t count, uint64_t* digests, int threads) {
@@ -280,7 +281,7 @@ void dropout_mask(const Recursion& recursion, int64_t call_block, int64_t head, 
         const Dropout dropout(recursion.dropout, recursion.seed, call_block, head, first_row + r);
         for (int64_t j = 0; j < rows; j += W) {
             const Vec factor = dropout.factor(j);
-            for (int64_t i = j; i < lesser(j + W, rows); ++i) mask[r * rows + i] = factor[i - j] > 0.0f ? 1.0f : 0.0f;
+            for (int64_t i = j; i < min(j + W, rows); ++i) mask[r * rows + i] = factor[i - j] > 0.0f ? 1.0f : 0.0f;
         }
     }
 }
@@ -299,7 +300,7 @@ struct MultiplyAdds {
         const Vec factor = splat(0.999f), term = splat(0.001f);
         for (int k = 0; k < kRounds; ++k) {
             TRM_UNROLL for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
-            // Without a hold on them, the compiler would drop the sums.
+            // Keep the compiler from removing the sums.
             TRM_UNROLL for (int i = 0; i < kChains; ++i) asm volatile("" : TRM_IN_REGISTER(sums[i]));
         }
         TRM_UNROLL for (int i = 0; i < kChains; ++i) kept[i] = sums[i];
@@ -308,7 +309,7 @@ struct MultiplyAdds {
     Vec kept[kChains];
 };
 
-// The micro-kernel on what lies in the first-level cache.
+// The micro-kernel on data in the L1 cache.
 struct CachedTile {
     static constexpr int kDeep = 4096 / kPanel;
     static constexpr double kOperations = 2.0 * kTileRows * kPanel * kDeep;
@@ -318,7 +319,7 @@ struct CachedTile {
         for (float& element : b) element = 0.25f;
     }
     void operator()() {
-        tiles<kPanelVectors, Left::kByRows>.of_rows[kTileRows](kDeep, a, kDeep, {b, 0}, c, kPanel, false, {b, 0});
+        tiles<kPanelVectors, Left::kByRows>.by_height[kTileRows](kDeep, a, kDeep, {b, 0}, c, kPanel, false, {b, 0});
     }
 
     alignas(64) float a[kTileRows * kDeep], b[kDeep * kPanel], c[kTileRows * kPanel];
@@ -326,11 +327,11 @@ struct CachedTile {
 
 template <class Work>
 double rate(double seconds, int threads) {
-    constexpr int kMostThreads = 1024;
-    double rates[kMostThreads] = {};
-    on_threads(static_cast<int>(lesser(threads, kMostThreads)), [&](Team team) {
+    constexpr int kMaxThreads = 1024;
+    double rates[kMaxThreads] = {};
+    on_threads(static_cast<int>(min(threads, kMaxThreads)), [&](Team team) {
         Work work;
-        // The first 2 ms after anything else, a pause or a long call, run 10 to 30% slower (Zen 3).
+        // The first 2 ms after a pause or other work are 10 to 30% slower (Zen 3).
         constexpr double kWarm = 2e-3;
         for (const double begin = omp_get_wtime(); omp_get_wtime() - begin < kWarm;) work();
         team.wait();

@@ -1,7 +1,7 @@
-// trm_kernels._native: the kernels' interface for Python (described in trm_kernels/_native.pyi).
+// trm_kernels._native: the Python interface of the kernels (documented in trm_kernels/_native.pyi).
 //
-// Tensors cross as integers, the addresses of their data, 0 for none: four tensors as arguments cost 12 to 21 us a
-// call, integers under 1. Python has checked dtypes, shapes, devices and strides, and keeps the tensors alive.
+// Tensors are passed as integers, the addresses of their data, 0 for none: four tensor arguments cost 12 to 21 us per
+// call, integers less than 1. Python checks dtypes, shapes, devices and strides, and keeps the tensors alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -26,8 +26,8 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void check(bool right, const char* complaint) {
-    if (!right) throw nb::value_error(complaint);
+void check(bool condition, const char* message) {
+    if (!condition) throw nb::value_error(message);
 }
 
 void check_threads(int threads) { check(threads >= 1, "threads must be at least 1"); }
@@ -40,14 +40,14 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// Raises ValueError where this build or machine lacks the set that is named, by the caller or the environment.
+// Raises ValueError if this build or machine does not support the instruction set named by the caller or environment.
 const trm::Kernels& find_kernels(const std::optional<std::string>& name) {
     const trm::Kernels* found = name ? trm::kernels(name->c_str()) : trm::kernels();
     if (found) return *found;
     std::string message;
     if (!name) message = std::string(trm::kInstructionSetVariable) + ": ";
-    message += "no instruction set '" + (name ? *name : std::string(std::getenv(trm::kInstructionSetVariable))) +
-               "' here: choose from ";
+    message += "instruction set '" + (name ? *name : std::string(std::getenv(trm::kInstructionSetVariable))) +
+               "' is not supported here: choose from ";
     for (const std::string& here : instruction_sets()) message += here + ", ";
     message.resize(message.size() - 2);
     throw nb::value_error(message.c_str());
@@ -57,9 +57,9 @@ struct Network {
     trm::Network shape;
     const trm::Kernels* kernels;
 
-    std::vector<trm::Block> blocks(const std::vector<Address>& addresses, const char* complaint) const {
+    std::vector<trm::Block> blocks(const std::vector<Address>& addresses, const char* message) const {
         static_assert(sizeof(trm::Block) == trm::kBlockTensors * sizeof(Address));
-        check(addresses.size() == static_cast<size_t>(shape.blocks) * trm::kBlockTensors, complaint);
+        check(addresses.size() == static_cast<size_t>(shape.blocks) * trm::kBlockTensors, message);
         std::vector<trm::Block> blocks(shape.blocks);
         std::memcpy(static_cast<void*>(blocks.data()), addresses.data(), addresses.size() * sizeof(Address));
         return blocks;
@@ -70,7 +70,7 @@ Network make_network(int64_t width, int64_t heads, int64_t inner, int64_t blocks
                      bool rotary, float eps, int64_t length, int64_t token_inner,
                      const std::optional<std::string>& instruction_set) {
     check(width >= 1 && heads >= 1 && inner >= 1 && blocks >= 1, "width, heads, inner and blocks must be at least 1");
-    check(blocks <= trm::kMostBlocks, "there are more blocks than the kernels lay out");
+    check(blocks <= trm::kMaxBlocks, "there are more blocks than the kernels support");
     check(width % heads == 0, "heads must divide width");
     check(!rotary || width / heads % 2 == 0, "rotary positions need an even head size");
     check(length >= 0 && (length == 0 || token_inner >= 1), "a token mixer needs a length and an inner width");
@@ -87,7 +87,7 @@ trm::Batch make_batch(int64_t rows, int64_t samples, Address starts, Address cos
 trm::Recursion make_recursion(int64_t steps, Address x, Address y, Address z, Address output_norm, float output_eps,
                               float dropout, uint64_t seed, bool recompute) {
     check(steps >= 0, "steps must not be negative");
-    check(dropout >= 0.0f && dropout < 1.0f, "dropout must lie in [0, 1)");
+    check(dropout >= 0.0f && dropout < 1.0f, "dropout must be in [0, 1)");
     return {steps,      at<float>(x), at<float>(y), at<float>(z), at<float>(output_norm),
             output_eps, dropout,      seed,         recompute};
 }
@@ -104,8 +104,8 @@ int64_t workspace_size(const Network& net, const trm::Batch& batch, const trm::R
     return net.kernels->workspace_size(net.shape, batch, recursion, backward, threads);
 }
 
-constexpr const char* kParameters = "parameters must hold an address for each tensor of each block";
-constexpr const char* kGradients = "gradients must hold an address for each tensor of each block";
+constexpr const char* kParameters = "parameters must have one address per tensor of each block";
+constexpr const char* kGradients = "gradients must have one address per tensor of each block";
 
 void pack(const Network& net, const std::vector<Address>& parameters, bool backward, Address packed, int threads) {
     check_threads(threads);
@@ -117,7 +117,7 @@ void pack(const Network& net, const std::vector<Address>& parameters, bool backw
 nb::tuple digest(const Network& net, const std::vector<Address>& addresses, const std::vector<int64_t>& bytes,
                  int threads) {
     check_threads(threads);
-    check(addresses.size() == bytes.size(), "there must be as many sizes as addresses");
+    check(addresses.size() == bytes.size(), "sizes and addresses must have the same length");
     std::vector<trm::Span> spans;
     for (size_t i = 0; i < bytes.size(); ++i) {
         check(bytes[i] >= 0, "sizes must not be negative");
@@ -171,7 +171,7 @@ double measure(double seconds, int threads, const std::optional<std::string>& na
 NB_MODULE(_native, m) {
     using namespace nb::literals;
 
-    // A graph that lives until the interpreter's end holds on to these objects, as it may.
+    // Autograd graphs may keep these objects alive until the interpreter exits, which is not a leak.
     nb::set_leak_warnings(false);
 
     m.def("instruction_sets", instruction_sets);

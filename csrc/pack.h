@@ -1,4 +1,4 @@
-// Weights as the products read them.
+// Packing of weights into the layout that products read.
 #pragma once
 
 #include "layout.h"
@@ -6,15 +6,15 @@
 
 namespace trm::TRM_ISA {
 
-// A matrix [outputs, inputs] of a block, its columns scaled by the weight of the norm in front of it.
+// A matrix [outputs, inputs] of a block, whose columns are scaled by the weight of the norm before it.
 struct Source {
     const float* weight;
     const float* bias;  // [outputs] or null
     const float* norm;  // [inputs] or null
     int64_t outputs, inputs;
-    int64_t gated;      // 0, or F: panels hold W rows of the first F outputs, then those W of the others
+    int64_t gated;      // 0, or F: panels alternate W of the first F outputs and the corresponding W of the others
 
-    // The output that column `column` of the packed matrix computes, or -1 for none.
+    // The output that column `column` of the packed matrix computes, or -1 for padding.
     TRM_INLINE int64_t output(int64_t column) const {
         if (gated == 0) return column < outputs ? column : -1;
         const int64_t n = column / kPanel * W + column % W;
@@ -41,7 +41,7 @@ inline Sources sources(const Network& net, const Sizes& s, const Block& b) {
             {b.down, b.down_bias, nullptr, d, f, 0}};
 }
 
-// Panel `panel` of outputs: [inputs, kPanel].
+// Packs panel `panel` of outputs: [inputs, kPanel].
 inline void pack_forward(const Source& m, int64_t panel, PackedMatrix to) {
     float* out = to.forward + panel * m.inputs * kPanel;
     for (int half = 0; half < kPanelVectors; ++half) {
@@ -52,7 +52,7 @@ inline void pack_forward(const Source& m, int64_t panel, PackedMatrix to) {
             to.bias[column] = m.bias && row >= 0 ? m.bias[row] : 0.0f;
         }
         for (int64_t k = 0; k < m.inputs; k += W) {
-            const int count = static_cast<int>(lesser(W, m.inputs - k));
+            const int count = static_cast<int>(min(W, m.inputs - k));
             const bool whole = count == W;
             const Vec scale = !m.norm ? splat(1.0f) : whole ? load(m.norm + k) : load_first(m.norm + k, count);
             Vec square[W];
@@ -66,7 +66,7 @@ inline void pack_forward(const Source& m, int64_t panel, PackedMatrix to) {
     }
 }
 
-// Panel `panel` of inputs: [columns, kPanel].
+// Packs panel `panel` of inputs: [columns, kPanel].
 inline void pack_backward(const Source& m, int64_t panel, PackedMatrix to) {
     const int64_t columns = m.columns();
     float* out = to.backward + panel * columns * kPanel;
@@ -74,7 +74,7 @@ inline void pack_backward(const Source& m, int64_t panel, PackedMatrix to) {
         const int64_t row = m.output(n);
         for (int j = 0; j < kPanelVectors; ++j) {
             const int64_t k = panel * kPanel + j * W;
-            const int count = static_cast<int>(greater(0, lesser(W, m.inputs - k)));
+            const int count = static_cast<int>(max(0, min(W, m.inputs - k)));
             Vec v = {};
             if (row >= 0 && count > 0) {
                 const float* from = m.weight + row * m.inputs + k;
@@ -86,22 +86,22 @@ inline void pack_backward(const Source& m, int64_t panel, PackedMatrix to) {
     }
 }
 
-// Packs a matrix, its panels shared out among the threads.
+// Packs a matrix, with its panels distributed over the threads.
 inline void pack_matrix(const Source& m, PackedMatrix to, const Team& team) {
     for (int64_t p = team.thread; p < panels_of(m.columns()); p += team.count) pack_forward(m, p, to);
     if (!to.backward) return;
     for (int64_t p = team.thread; p < panels_of(m.inputs); p += team.count) pack_backward(m, p, to);
 }
 
-// The gradients of a matrix [outputs, inputs] and of its norm's weight, from that of the packed one [columns, ld]
-// and its bias [columns]; the inputs are shared out among the threads.
+// Computes the gradients of a matrix [outputs, inputs], its bias and its norm's weight from those of the packed matrix
+// [columns, ld] and bias [columns], with the inputs distributed over the threads.
 inline void finish_gradient(const Source& m, const float* packed, ptrdiff_t ld, const float* packed_bias, float* weight,
                             float* bias, float* norm, const Team& team) {
     constexpr int64_t kColumns = 128;
     const int64_t blocks = (m.inputs + kColumns - 1) / kColumns;
     for (int64_t block = team.first(blocks); block < team.last(blocks); ++block) {
-        const int64_t begin = block * kColumns, count = lesser(kColumns, m.inputs - begin);
-        // In float, a sum over thousands of outputs would err more than autograd's, which sums over rows.
+        const int64_t begin = block * kColumns, count = min(kColumns, m.inputs - begin);
+        // A float sum over thousands of outputs would have a larger error than autograd, which sums over rows.
         double dots[kColumns] = {};
         for (int64_t n = 0; n < m.columns(); ++n) {
             const int64_t row = m.output(n);

@@ -5,20 +5,20 @@
 
 namespace trm::TRM_ISA {
 
-// Rows that a thread carries through a block at a time: enough to read each panel of weights but once or twice a
-// thread at usual sizes, few enough that their activations stay in the second-level cache.
+// Number of rows that a thread processes through a block at once: large enough that at usual sizes each thread reads a
+// panel of weights only once or twice, small enough that the activations stay in the L2 cache.
 constexpr int64_t kChunkRows = 12 * 14 / kTileRows * kTileRows;
-// Depth and columns of a part of a product: a panel of that depth fits the first-level cache or nearly so, and
-// partial sums of a chunk the second.
+// Depth and columns of a part of a product: a panel of that depth fits (almost) into the L1 cache, and the partial sums
+// of a chunk into the L2 cache.
 constexpr int64_t kDepth = 512;
 constexpr int64_t kPartPanels = 1024 / kPanel;
-// No multiple of 4 KiB from row to row: those of a tile would share a set of the first-level cache.
+// The row stride is not a multiple of 4 KiB, which would map the rows of a tile to the same L1 cache set.
 constexpr int64_t kPartialRow = kPartPanels * kPanel + 16;
 constexpr int64_t kPartialSize = kChunkRows * kPartialRow;
 
 constexpr int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// A matrix [rows, columns] by panels: [columns / kPanel, rows, kPanel], the last one filled up with zeros.
+// A matrix [rows, columns] in panels: [columns / kPanel, rows, kPanel], the last one padded with zeros.
 struct Panels {
     float* base;
     int64_t rows;
@@ -29,56 +29,59 @@ struct Panels {
     static constexpr int64_t size(int64_t rows, int64_t columns) { return panels_of(columns) * rows * kPanel; }
 };
 
-// The panels that come next, [depth, kPanel] each and `distance` floats apart: the tiles share them out among them.
+// Distributes the prefetching of the next panels, [depth, kPanel] each and `distance` floats apart, over the tiles.
 class NextPanels {
 public:
     NextPanels(const float* first, ptrdiff_t distance, int64_t depth, int64_t panels, int64_t tiles)
         : first_(first), distance_(distance), depth_(depth), each_((tiles + panels - 1) / panels),
           step_((kPanel + each_ - 1) / each_) {}
 
-    // What the next tile fetches.
-    TRM_INLINE Ahead share() {
-        const int64_t panel = tile_ >= each_, place = tile_++ - panel * each_;
-        return {first_ + panel * distance_ + place * depth_ * step_, step_};
+    // The part that the next tile prefetches.
+    TRM_INLINE Prefetch next_tile() {
+        const int64_t panel = tile_ >= each_, index = tile_++ - panel * each_;
+        return {first_ + panel * distance_ + index * depth_ * step_, step_};
     }
 
 private:
     const float* first_;
     ptrdiff_t distance_;
-    int64_t depth_, each_;  // tiles a panel
+    int64_t depth_, each_;  // each_: tiles per panel
     ptrdiff_t step_;
     int64_t tile_ = 0;
 };
 
-struct FetchNothing {
+struct NoPrefetch {
     void operator()(int64_t, int, int64_t) const {}
 };
 
-// A [rows, depth] times a matrix [depth, panels * kPanel] given by panels. Every row of the result is handed on as
-// finish(row, panel, vectors). `partial` [kPartialSize] is read where the depth takes several parts. fetch_first(row,
-// height, panel) is called before a tile runs whose rows are finished next, to fetch what `finish` reads.
-template <class Finish, class FetchFirst = FetchNothing>
+// Multiplies A [rows, depth] by a matrix [depth, panels * kPanel] in panels. Each row of the result is passed to
+// finish(row, panel, vectors). `partial` [kPartialSize] stores partial sums if the depth needs several parts.
+// prefetch_for(row, height, panel) is called before a tile whose rows are finished next, to prefetch what `finish`
+// reads.
+template <class Finish, class PrefetchFor = NoPrefetch>
 TRM_INLINE void product(int64_t rows, int64_t depth, const float* a, ptrdiff_t lda, const float* b, int64_t panels,
-                        float* partial, Finish&& finish, FetchFirst&& fetch_first = {}) {
-    alignas(64) float whole[greater(kTileRows, 2 * kWideRows) * kPanel];
+                        float* partial, Finish&& finish, PrefetchFor&& prefetch_for = {}) {
+    alignas(64) float whole[max(kTileRows, 2 * kWideRows) * kPanel];
     const int64_t parts = (depth + kDepth - 1) / kDepth;
     const int64_t part_depth = (depth + parts - 1) / parts;
     const int64_t part_panels = parts == 1 ? panels : kPartPanels;
     for (int64_t p0 = 0; p0 < panels; p0 += part_panels) {
-        const int64_t p1 = lesser(panels, p0 + part_panels);
+        const int64_t p1 = min(panels, p0 + part_panels);
         for (int64_t k = 0; k < depth; k += part_depth) {
-            const int64_t now = lesser(part_depth, depth - k);
+            const int64_t now = min(part_depth, depth - k);
             const bool last = k + now == depth;
             for (int64_t p = p0, wide; p < p1; p += wide) {
                 wide = panels_at_once(p1 - p);
                 const Right right{b + (p * depth + k) * kPanel, depth * kPanel};
-                NextPanels next(right.at + wide * right.distance, right.distance, now, wide, tiles_of(rows, most_rows(wide)));
+                NextPanels next(right.at + wide * right.distance, right.distance, now, wide,
+                                tiles_of(rows, max_rows(wide)));
                 const auto run = [&](int64_t first, int height) {
                     float* c = parts == 1 ? whole : partial + first * kPartialRow + (p - p0) * kPanel;
                     const ptrdiff_t ldc = parts == 1 ? wide * kPanel : kPartialRow;
                     if (last)
-                        for (int64_t q = 0; q < wide; ++q) fetch_first(first, height, p + q);
-                    tile_of<Left::kByRows>(wide, height)(now, a + first * lda + k, lda, right, c, ldc, k > 0, next.share());
+                        for (int64_t q = 0; q < wide; ++q) prefetch_for(first, height, p + q);
+                    tile_of<Left::kByRows>(wide, height)(now, a + first * lda + k, lda, right, c, ldc, k > 0,
+                                                         next.next_tile());
                     if (!last) return;
                     for (int i = 0; i < height; ++i) {
                         for (int64_t q = 0; q < wide; ++q) {
@@ -89,43 +92,43 @@ TRM_INLINE void product(int64_t rows, int64_t depth, const float* a, ptrdiff_t l
                         }
                     }
                 };
-                for_tiles(rows, run, most_rows(wide));
+                for_tiles(rows, run, max_rows(wide));
             }
         }
     }
 }
 
-// The gradient of a weight is summed over rows by groups of tiles of its own rows; a panel of inputs serves them all.
+// Weight gradients are computed in groups of tiles along the outputs; all tiles of a group reuse each panel of inputs.
 constexpr int64_t kGroupRows = kWideRows > 0 ? 10 * kWideRows : 4 * kTileRows;
 constexpr int64_t kGradientDepth = 512;
-constexpr int64_t kSummed = 32;
-// Scratch of weight_gradient, with room for the last vector's width.
+constexpr int64_t kSumBlock = 32;
+// Size of the scratch of weight_gradient, with padding for the last vector.
 constexpr int64_t kGradientScratch = kGroupRows * kGradientDepth + 64;
 
 constexpr int64_t groups_of(int64_t outputs) { return (outputs + kGroupRows - 1) / kGroupRows; }
 
-// Group `group` of dW [outputs, inputs] (+)= dY^T X over `rows` rows, and of db [outputs] (+)= the sums of dY.
-// dy: by rows, readable W floats past its end; x: by panels; dw: rows of `ldw` floats, whole panels.
+// Computes group `group` of dW [outputs, inputs] (+)= dY^T X over `rows` rows, and of db [outputs] (+)= the sums of dY.
+// dy: rows, readable W floats beyond the end; x: panels; dw: rows of `ldw` floats, whole panels.
 inline void weight_gradient(int64_t group, int64_t rows, int64_t outputs, int64_t inputs, const float* dy,
                             ptrdiff_t ldy, Panels x, float* dw, ptrdiff_t ldw, float* db, bool accumulate,
                             float* scratch) {
     const int64_t begin = group * kGroupRows;
-    const int64_t count = lesser(kGroupRows, outputs - begin);
+    const int64_t count = min(kGroupRows, outputs - begin);
     for (int64_t k = 0; k < rows; k += kGradientDepth) {
-        const int64_t now = lesser(kGradientDepth, rows - k);
+        const int64_t now = min(kGradientDepth, rows - k);
         const bool add = accumulate || k > 0;
-        // The columns of dY lie as tall tiles read them, those of the last panel too.
-        const int64_t most = most_rows(panels_at_once(panels_of(inputs)));
+        // The columns of dY are packed for the tallest tiles, including those for the last panel.
+        const int64_t max_height = max_rows(panels_at_once(panels_of(inputs)));
         const auto pack = [&](int64_t first, int height) {
             constexpr int kVectors = (kTileRows + W - 1) / W;
             float* packed = scratch + first * kGradientDepth;
             const float* from = dy + k * ldy + begin + first;
             Vec sums[kVectors] = {};
-            // Sums of sums: the bias of one running sum over all rows errs more than autograd's.
-            for (int64_t part = 0; part < now; part += kSummed) {
+            // Sum in blocks: a single running sum over all rows has a larger error than autograd's bias gradient.
+            for (int64_t part = 0; part < now; part += kSumBlock) {
                 Vec partial[kVectors] = {};
-                // Whole vectors, in order: what a row writes past its end, the next one overwrites.
-                for (int64_t r = part; r < lesser(now, part + kSummed); ++r) {
+                // Store whole vectors in order: the next row overwrites what a row writes beyond its end.
+                for (int64_t r = part; r < min(now, part + kSumBlock); ++r) {
                     TRM_UNROLL for (int j = 0; j < kVectors; ++j) {
                         if (j * W >= height) break;
                         const Vec v = load(from + r * ldy + j * W);
@@ -142,16 +145,16 @@ inline void weight_gradient(int64_t group, int64_t rows, int64_t outputs, int64_
                 bias = add ? bias + totals[i] : totals[i];
             }
         };
-        for_tiles(count, pack, most);
+        for_tiles(count, pack, max_height);
         for (int64_t p = 0, wide; p < panels_of(inputs); p += wide) {
             wide = panels_at_once(panels_of(inputs) - p);
             const Right right{x.at(k, p * kPanel), x.rows * kPanel};
-            NextPanels next(right.at + wide * right.distance, right.distance, now, wide, tiles_of(count, most));
+            NextPanels next(right.at + wide * right.distance, right.distance, now, wide, tiles_of(count, max_height));
             const auto run = [&](int64_t first, int height) {
                 tile_of<Left::kPacked>(wide, height)(now, scratch + first * kGradientDepth, height, right,
-                                            dw + (begin + first) * ldw + p * kPanel, ldw, add, next.share());
+                                            dw + (begin + first) * ldw + p * kPanel, ldw, add, next.next_tile());
             };
-            for_tiles(count, run, most);
+            for_tiles(count, run, max_height);
         }
     }
 }

@@ -1,11 +1,11 @@
-// What is done to single rows: norms, activations, copies between padded and exact rows.
+// Operations on single rows: norms, activations, and copies between padded and unpadded rows.
 #pragma once
 
 #include "product.h"
 
 namespace trm::TRM_ISA {
 
-// Rows inside are filled up to whole panels with zeros; rows of the caller end after `columns`.
+// Internal rows are padded with zeros to whole panels; rows of the caller end after `columns`.
 TRM_INLINE void read_row(const float* from, int64_t columns, float* to) {
     const int64_t padded = round_up(columns, kPanel);
     int64_t c = 0;
@@ -23,7 +23,7 @@ TRM_INLINE void write_row(const float* from, int64_t columns, float* to) {
     if (c < columns) store_first(to + c, load(from + c), static_cast<int>(columns - c));
 }
 
-// to += from; neither is touched behind `columns`.
+// to += from; neither is accessed beyond `columns`.
 TRM_INLINE void add_row(const float* from, int64_t columns, float* to) {
     int64_t c = 0;
     for (; c + W <= columns; c += W) store(to + c, load(to + c) + load(from + c));
@@ -48,7 +48,7 @@ TRM_INLINE float norm_scale(const float* h, int64_t columns, float eps) {
     return 1.0f / __builtin_sqrtf(mean + eps);
 }
 
-// Row `row` of a matrix by panels.
+// Stores row `row` of a matrix in panels.
 TRM_INLINE void keep_row(const float* from, int64_t columns, Panels to, int64_t row) {
     for (int64_t c = 0; c < columns; c += kPanel) {
         float* p = to.at(row, c);
@@ -56,7 +56,7 @@ TRM_INLINE void keep_row(const float* from, int64_t columns, Panels to, int64_t 
     }
 }
 
-// to = scale * (d - t * mean(d * t)) + (add ? add : 0): what a norm t = scale * h passes back of d.
+// to = scale * (d - t * mean(d * t)) + (add ? add : 0): the backward of a norm t = scale * h with output gradient d.
 TRM_INLINE void norm_backward(const float* d, Panels t, int64_t row, float scale, int64_t columns, const float* add,
                               float* to) {
     Vec s0 = {}, s1 = {};

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the extension module with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the tests of the native
-# backend with it: bash csrc/sanitize.sh [what pytest takes; tests/native by default].
-# PYTHON names an interpreter that has the test extra and pip (python by default); CXX a GCC (g++ by default).
+# Builds the extension module with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the native backend's tests
+# with it: bash csrc/sanitize.sh [pytest arguments; default: tests/native].
+# PYTHON is an interpreter with the test extra and pip (default: python); CXX is a GCC (default: g++).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,8 +10,8 @@ export CXX=${CXX:-g++}
 work=$(mktemp -d "${TMPDIR:-/tmp}/llm-trm-sanitize.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-# Python itself is not built for it, so the runtime must be loaded before it; and libstdc++, whose exceptions the
-# runtime wraps when it starts.
+# Python itself is built without sanitizers, so the runtime must be preloaded, and also libstdc++, whose exceptions the
+# runtime wraps at start-up.
 preload=
 for library in libasan.so libstdc++.so; do
     path=$("$CXX" -print-file-name="$library")
@@ -22,7 +22,7 @@ for library in libasan.so libstdc++.so; do
     preload+=${preload:+:}$(readlink -f "$path")
 done
 
-# Optimised, or the tests take too long; with the lines of the source in reports.
+# Optimised, because the tests would take too long otherwise, and with source lines in reports.
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 if ! "$python" -m pip install --quiet --no-deps --no-compile --target "$work/tree" "$root" \
     --config-settings=cmake.build-type=RelWithDebInfo \
@@ -36,8 +36,8 @@ if ! grep -q __asan_init "$work"/tree/trm_kernels/_native*.so; then
 fi
 cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$root/CMakeLists.txt" "$work/tree"
 
-# An environment of its own that sees the packages of $python, but not what its .pth files bring: an editable install
-# of the package would come before the one that was just built.
+# A separate environment that sees the packages of $python but ignores its .pth files: an editable install of the
+# package would take precedence over the one just built.
 "$python" -m venv --without-pip "$work/venv"
 packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 {
@@ -47,7 +47,7 @@ packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_pat
 
 cd "$work/tree"
 if (($# == 0)); then set -- tests/native; fi
-# Python and torch keep memory to the end of the process, which is no leak of ours. A report ends the process: pytest's
-# own capture of its standard error would take the report along.
+# Python and torch keep memory until the process exits, which is not a leak. A report ends the process, and pytest's
+# default capture of standard error would lose it.
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     "$work/venv/bin/python" -m pytest -p no:cacheprovider --capture=sys "$@"

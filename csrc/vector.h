@@ -1,8 +1,8 @@
-// One register of floats, in the vector extensions of GCC and Clang, and the functions on it.
+// A vector register of floats, using the vector extensions of GCC and Clang, and functions on it.
 //
-// Compiled once for each instruction set: CMake names it (TRM_ISA) and gives the floats in a register (TRM_WIDTH)
-// and the rows of a micro-kernel's tile (TRM_TILE_ROWS). Everything lies in a namespace of that name, and uses no
-// inline function of the standard library: the linker could keep the copy that another machine cannot run.
+// Compiled once per instruction set: CMake defines its name (TRM_ISA), the number of floats per register (TRM_WIDTH)
+// and the rows of a micro-kernel's tile (TRM_TILE_ROWS). All code is in a namespace of that name and uses no inline
+// function of the standard library, because the linker could keep a copy that another machine cannot run.
 #pragma once
 
 #include <cstddef>
@@ -21,19 +21,19 @@ constexpr int W = TRM_WIDTH;
 constexpr int kTileRows = TRM_TILE_ROWS;
 constexpr int kPanelVectors = 2;
 constexpr int kPanel = kPanelVectors * W;  // columns of a panel of a packed matrix
-// Rows of a tile that is two panels wide, or 0 where there are too few registers for one.
+// Rows of a tile that is two panels wide, or 0 if there are too few registers.
 constexpr int kWideRows = W == 16 ? 6 : 0;
 
 typedef float Vec __attribute__((vector_size(W * 4)));
 typedef uint32_t Bits __attribute__((vector_size(W * 4)));
-// For loads and stores: at any address of a float.
+// For loads and stores at any float address.
 typedef float VecAnywhere __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 TRM_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 TRM_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecAnywhere*>(p) = v; }
 TRM_INLINE Vec splat(float x) { return x - Vec{}; }
 
-// The first `count` floats, the others 0; and back.
+// Loads the first `count` floats, the others 0; stores the first `count` floats.
 TRM_INLINE Vec load_first(const float* p, int count) {
 #ifdef __AVX512F__
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
@@ -59,7 +59,7 @@ struct Lanes {
     typedef float Type __attribute__((vector_size(N * 4)));
 };
 
-// The lanes of v as one, by halves.
+// Reduces the lanes of v by halves.
 template <int N, class Combine>
 TRM_INLINE float reduce(typename Lanes<N>::Type v, Combine combine) {
     if constexpr (N == 2) {
@@ -74,11 +74,11 @@ TRM_INLINE float reduce(typename Lanes<N>::Type v, Combine combine) {
 TRM_INLINE float sum(Vec v) {
     return reduce<W>(v, [](auto a, auto b) { return a + b; });
 }
-TRM_INLINE float largest(Vec v) {
+TRM_INLINE float max(Vec v) {
     return reduce<W>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Of blocks of S lanes, a's even ones and b's even ones in between; or the odd ones.
+// Interleaves the even (or odd) blocks of S lanes of a and b.
 template <int S, bool Odd, int... I>
 TRM_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -88,7 +88,7 @@ TRM_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// Transposes a square of W rows.
+// Transposes a W x W matrix.
 template <int S = W / 2>
 TRM_INLINE void transpose(Vec (&rows)[W]) {
     TRM_UNROLL for (int i = 0; i < W; ++i) {
@@ -100,7 +100,7 @@ TRM_INLINE void transpose(Vec (&rows)[W]) {
     if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
-// 1 / x to 1 ulp, or 0 where it would be subnormal. AVX-512 divides 16 floats in 16 cycles; an approximation and a
+// 1 / x to 1 ulp, or 0 if the result would be subnormal. AVX-512 divides 16 floats in 16 cycles; an approximation and a
 // Newton step take 4.
 TRM_INLINE Vec reciprocal(Vec x) {
 #ifdef __AVX512F__
@@ -111,8 +111,8 @@ TRM_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
-// e^x to 1.5 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, k added to the exponent. Below -87.3 and
-// above 88.3 as there (1.2e-38 and 2.2e38); NaN for NaN.
+// e^x to 1.5 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and k added to the exponent. x is clamped to
+// [-87.3, 88.3] (1.2e-38 and 2.2e38); NaN propagates.
 TRM_INLINE Vec exp(Vec x) {
     const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's last bits are round(x / ln 2)
     const Vec low = splat(-87.3f), high = splat(88.3f);
@@ -139,9 +139,9 @@ TRM_INLINE Vec exp(Vec x) {
 #endif
 }
 
-// The normal distribution's cumulative function and density. The tail below 0 is half of erfcx(x) e^(-x^2) at
-// x = |u| / sqrt 2, and erfcx(x) a polynomial in 1 - t times t = 1 / (1 + x / 2.5), fitted for least relative error
-// (4e-7, and a fifth of that for x < 1): the tail of a fitted erf errs by four times eager's.
+// The cumulative distribution function and density of the normal distribution. The tail below 0 is
+// erfcx(x) e^(-x^2) / 2 at x = |u| / sqrt 2. erfcx(x) is t = 1 / (1 + x / 2.5) times a polynomial in 1 - t, fitted for
+// minimal relative error (4e-7, and a fifth of that for x < 1). The tail of a fitted erf has four times eager's error.
 struct Normal {
     Vec cdf, density;
 };
@@ -163,16 +163,16 @@ TRM_INLINE Normal normal(Vec u) {
     return {u < 0.0f ? tail : 1.0f - tail, 0.39894228f * e};
 }
 
-// Multiples of `of` that hold `n`.
+// The smallest multiple of `of` that is at least `n`.
 constexpr int64_t round_up(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-constexpr int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Floats from one row of an activation to the next: whole panels, and no multiple of a KiB, so that the rows of a
-// tile lie in different sets of the cache. Never less for more columns: buffers are laid for the most.
+// Row stride of an activation in floats: whole panels, but not a multiple of 1 KiB, so that the rows of a tile map to
+// different cache sets. It never decreases with more columns, because buffers are allocated for the maximum.
 constexpr int64_t row_stride(int64_t columns) {
     const int64_t whole = round_up(columns, kPanel);
-    return whole < 256 ? whole : greater(whole, whole / 256 * 256 + 16);
+    return whole < 256 ? whole : max(whole, whole / 256 * 256 + 16);
 }
 
 }  // namespace trm::TRM_ISA

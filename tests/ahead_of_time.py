@@ -1,9 +1,9 @@
-"""Compile every kernel configuration that the launchers choose, for targets that are not here.
+"""Compile every kernel configuration that the launchers choose, for targets that are not present.
 
-Run as a script, in a process without ``TRITON_INTERPRET=1``; prints one JSON line a configuration.
+Run as a script, in a process without ``TRITON_INTERPRET=1``; prints one JSON line per configuration.
 
-    python tests/ahead_of_time.py sm_90         # or sm_90+tf32: what changes where TF32 is allowed
-    python tests/ahead_of_time.py sm_90+core    # what the recursions of phase 2 and of the paper take, bf16
+    python tests/ahead_of_time.py sm_90         # or sm_90+tf32: configurations that TF32 changes
+    python tests/ahead_of_time.py sm_90+core    # configurations of phase 2 and of the paper, bf16
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from trm_kernels.ops.attention import attention_forward
 from trm_kernels.ops.attention_backward import attention_backward
 from trm_kernels.ops.attention_common import Dropout, Heads, Samples
 from trm_kernels.ops.dispatch import chosen_by
-from trm_kernels.ops.recursion import Numbers, Tensors, _recursion, _recursion_backward, _recursion_saving
+from trm_kernels.ops.recursion import (
+    AuxiliaryTensors,
+    Settings,
+    _recursion,
+    _recursion_backward,
+    _recursion_saving,
+)
 from trm_kernels.ops.tiles import LIBRARY_KERNELS, Choice, Problem, heuristic
 
-#: (B, L, D, H) of the regimes in docs/architecture.md; between them they take every tile.
+#: (B, L, D, H) of the regimes in docs/architecture.md; together they use every tile.
 SHAPES = ((32, 256, 256, 8), (1, 256, 256, 8), (768, 96, 512, 8), (1, 256, 2048, 16))
-#: Sudoku with 16 puzzle positions: a token mixer contracts over a length that nothing divides.
+#: Sudoku with 16 puzzle positions: a token mixer contracts over a length that no tile divides.
 UNALIGNED = (768, 97, 512, 8)
-#: Residual dtype and operand dtype. float16 compiles to the code of bfloat16 but for the conversions, so
-#: it is compiled once, where its route differs: its norms are not folded.
+#: Residual dtype and operand dtype. float16 compiles to the same code as bfloat16 except for conversions, so
+#: it is compiled only where it differs: its norms are not folded.
 PRECISIONS = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.bfloat16),
@@ -53,7 +59,7 @@ def run_recursion(
     packed: bool = False,
     output_norm: bool = False,
 ) -> None:
-    """Forward and backward of a latent recursion of one latent step on tensors without data."""
+    """Run forward and backward of a latent recursion with one latent step on tensors without data."""
     batch, length, width, heads = shape
     family, _, tokens = layout.partition("-")
     config = NetworkConfig(width, 2, heads, family=family, mixer=tokens or "attention", seq_len=length)
@@ -68,9 +74,9 @@ def run_recursion(
         starts, count = meta(batch + 1, dtype=torch.int32), meta(1, dtype=torch.int32)
         positions = batch * length
     cos = meta(positions, config.head_dim // 2, dtype=torch.float32) if config.rotary else None
-    tensors = Tensors(starts=starts, row_count=count, cos=cos, sin=cos)
+    tensors = AuxiliaryTensors(starts=starts, row_count=count, cos=cos, sin=cos)
     weight = meta(width, dtype=residual) if output_norm else None
-    numbers = Numbers(
+    settings = Settings(
         layout,
         1,
         heads,
@@ -82,14 +88,14 @@ def run_recursion(
         operand,
         "balanced",
     )
-    rest = parameters, [], weight, *tensors, *numbers
+    rest = parameters, [], weight, *tensors, *settings
     _recursion(states, states, states, *rest)
     out, _, saved = _recursion_saving(states, states, states, *rest)
     _recursion_backward(out, None, saved, True, True, *rest)
 
 
 def run_attention(head_size: int, dtype: torch.dtype, everything: bool) -> None:
-    """Attention alone, plain or with mask, RoPE and dropout."""
+    """Run attention separately, plain or with mask, RoPE and dropout."""
     batch, length, n_heads = 2, 96, 4
     qkv = meta(batch, length, 3 * n_heads * head_size, dtype=dtype)
     heads = Heads(n_heads, Samples(batch, length))
@@ -105,12 +111,12 @@ def run_attention(head_size: int, dtype: torch.dtype, everything: bool) -> None:
 
 
 def shipped(target: Target) -> Iterator[Launch]:
-    """One launch of every configuration: kernel, constants, dtypes, warps and stages."""
+    """Yield one launch of every configuration: kernel, constants, dtypes, warps and stages."""
     return _distinct(target, lambda: _record_everything(target))
 
 
 def core(target: Target) -> Iterator[Launch]:
-    """Those of the most used recursions."""
+    """Yield the configurations of the most used recursions."""
     return _distinct(target, _record_core)
 
 
@@ -126,27 +132,29 @@ def _distinct(target: Target, run: Callable[[], None]) -> Iterator[Launch]:
 
 
 def tf32(target: Target) -> Iterator[Launch]:
-    """The float32 configurations that change where TF32 is allowed."""
+    """Yield the float32 configurations that TF32 changes."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     return (launch for launch in shipped(target) if launch.constants.get("PRECISION") == "tf32")
 
 
 def run_fp8(shape: tuple[int, int, int, int]) -> None:
-    """A latent recursion without gradient, its products in fp8."""
+    """Run a latent recursion without gradients, with products in fp8."""
     batch, length, width, heads = shape
     for family in ("seed", "paper"):
         config = NetworkConfig(width, 1, heads, family=family)
         with torch.device("meta"):
             net = TinyRecursiveNetwork.from_config(config).to(torch.bfloat16)
         states = meta(batch, length, width, dtype=torch.bfloat16)
-        numbers = Numbers(
+        settings = Settings(
             family, 1, heads, batch, length, config.norm_eps, None, 0.0, torch.bfloat16, "fast", fp8=True
         )
-        _recursion(states, states, states, block_parameters(net.layers[0]), [], None, *Tensors(), *numbers)
+        _recursion(
+            states, states, states, block_parameters(net.layers[0]), [], None, *AuxiliaryTensors(), *settings
+        )
 
 
 def run_library() -> None:
-    """The epilogues alone, behind products of the library, and float32 ones beside 16-bit operands."""
+    """Run only the epilogues, after library products, including float32 epilogues for 16-bit operands."""
 
     def library(problem: Problem, target: Target) -> Choice:
         choice = heuristic(problem, target)
@@ -190,14 +198,14 @@ def _record_everything(target: Target) -> None:
 
 
 def describe(launch: Launch) -> str:
-    """What tells one configuration from another, whatever the sizes."""
+    """Return a description that identifies a configuration independent of sizes."""
     dtypes = [str(arg.dtype)[6:] for arg in launch.args if isinstance(arg, torch.Tensor)]
     constants = " ".join(f"{name}={value}" for name, value in launch.constants.items())
     name = launch.kernel.__name__
     return f"{name} {','.join(dtypes)} {constants} warps={launch.warps} stages={launch.stages}"
 
 
-#: Behind the ``+`` of a target.
+#: Selections after the ``+`` of a target.
 SELECTIONS: dict[str, Callable[[Target], Iterator[Launch]]] = {"": shipped, "tf32": tf32, "core": core}
 
 

@@ -1,4 +1,4 @@
-"""Puts other functions in the place of a backend's."""
+"""Replacement of functions of a backend."""
 
 from __future__ import annotations
 

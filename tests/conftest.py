@@ -1,8 +1,8 @@
-"""Set-up of every test: the interpreter where there is no GPU, the device, seeds, hypothesis.
+"""Common test set-up: Triton's interpreter if there is no GPU, the device, seeds, hypothesis.
 
-Triton reads ``TRITON_INTERPRET`` when it is imported, and ``trm_kernels.ops`` when that is: so it is set
-here, before any test module is loaded. Code that must see the real compiler (the ahead-of-time checks) runs
-in a process of its own, with :func:`compiler_environment` as its environment.
+Triton and ``trm_kernels.ops`` read ``TRITON_INTERPRET`` at import, so it is set here, before any test module
+is loaded. Code that needs the real compiler (the ahead-of-time checks) runs in a separate process with
+:func:`compiler_environment` as its environment.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import hypothesis
 import pytest
 import torch
 
-from tests import faster_interpreter, mended_interpreter
+from tests import faster_interpreter, patched_interpreter
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Where the package's own dependencies bring Triton, its absence is a failure and no reason to skip.
+# Where the package's dependencies include Triton, its absence is a failure and not a reason to skip.
 EXPECTS_TRITON = platform.system() == "Linux" and platform.machine() == "x86_64"
 
-#: What lies below these leans on what torch, Triton, transformers and others may change: marker ``upstream``.
-#: .ci/run repeats it on the lowest versions that pyproject.toml allows, .ci/newest on the newest.
+#: Tests that depend on details of torch, Triton, transformers and others: marker ``upstream``. .ci/run
+#: repeats them with the lowest versions that pyproject.toml allows, .ci/newest with the newest.
 UPSTREAM = (
     "causal",
     "data",
@@ -53,12 +53,12 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
     if HAS_TRITON:
         faster_interpreter.install()
-        mended_interpreter.install()
-# Triton 3.10 turns FP fusion off by default, and 3.9 warns about it: one meaning on every version.
+        patched_interpreter.install()
+# Triton 3.10 disables FP fusion by default, and 3.9 warns about it: use the same setting for all versions.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One worker a core: more threads each would only wait for one another.
+    # One worker per core: more threads per worker would only compete.
     torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("default", deadline=None)
@@ -68,7 +68,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let idle workers take tests from busy ones: some take minutes, and queues are handed out early."""
+    """Let idle workers take tests from busy ones: some take minutes, and queues are assigned early."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
@@ -86,7 +86,7 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, triton {triton}, device: {device}"
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest chooses by markers.
+@pytest.hookimpl(tryfirst=True)  # Before pytest selects by markers.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     upstream = [Path(__file__).parent / path for path in UPSTREAM]
     for item in items:
@@ -105,11 +105,11 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where tests put their tensors: the GPU, or the CPU with Triton's interpreter."""
+    """The device of test tensors: the GPU, or the CPU with Triton's interpreter."""
     return "cuda" if HAS_CUDA else "cpu"
 
 
 @pytest.fixture
 def compiler_environment() -> dict[str, str]:
-    """The environment of a subprocess in which Triton compiles instead of interpreting."""
+    """The environment for a subprocess in which Triton compiles instead of interpreting."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

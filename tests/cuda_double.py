@@ -1,4 +1,4 @@
-"""A double of ``torch.cuda`` for captures: streams that note their work, and what a capture forbids."""
+"""A double of ``torch.cuda`` for captures: streams that record work, and calls that a capture forbids."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 @dataclass(eq=False)
 class FakeStream:
-    """Notes what it is given, in order."""
+    """Records its work in order."""
 
     queue: list[object] = field(default_factory=list)
 
     def record_event(self) -> tuple[FakeStream, int]:
-        """The event: all that this stream had been given by now."""
+        """Return the event: everything enqueued on this stream so far."""
         return self, len(self.queue)
 
     def wait_event(self, event: tuple[FakeStream, int]) -> None:
@@ -32,13 +32,13 @@ class FakeStream:
         return [item for item in self.queue if isinstance(item, tuple)]
 
     def waits_for(self, work: object) -> bool:
-        """Whether what this stream is given next comes after ``work``."""
+        """Whether further work on this stream runs after ``work``."""
         earlier = [maker.queue[:length] for maker, length in self.events()]
         return work in self.queue or any(work in queue for queue in earlier)
 
 
 class FakeTensor:
-    """On a GPU that there is not, as far as :mod:`trm_kernels.streams` looks."""
+    """A tensor that :mod:`trm_kernels.streams` considers to be on a GPU."""
 
     is_cuda = True
     device = torch.device("cuda", 0)
@@ -51,7 +51,7 @@ class FakeTensor:
 
 
 class FakeGraph:
-    """Captures nothing; counts."""
+    """Captures nothing and counts calls."""
 
     def __init__(self) -> None:
         self.replays = self.resets = 0
@@ -64,11 +64,11 @@ class FakeGraph:
 
 
 class FakeCuda:
-    """Takes the place of the functions of ``torch.cuda`` that captures call.
+    """Replaces the functions of ``torch.cuda`` that captures call.
 
-    A capture is spoiled by whoever synchronises the device or empties the allocator's cache meanwhile, in any
-    thread, and these fail too. The generator sleeps from the beginning of a capture to the end of one that
-    was not spoiled, as in torch 2.11.
+    If any thread synchronises the device during a capture, that fails and invalidates the capture; emptying
+    the allocator's cache fails. The generator is unusable from the start of a capture until the end of a
+    valid one, as in torch 2.11.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ class FakeCuda:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     def draw(self) -> None:
-        """Draw a random number outside of a capture."""
+        """Draw a random number outside a capture."""
         if self.asleep:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
@@ -138,7 +138,7 @@ class FakeCuda:
             self.captures.remove(thread)
             if self.spoiled:
                 self.spoiled = False
-                # As torch: the stream stays the current one.
+                # As in torch, the stream stays the current one.
                 raise RuntimeError("operation failed due to a previous error during capture")
             self.asleep = False
             self.local.stream = before

@@ -1,5 +1,6 @@
-"""Triton's interpreter without its largest cost: it patches ``triton.language`` again on every call of a
-device function inside a kernel, a third to a half of the time that these tests take. Once a launch will do.
+"""A patch for the largest cost of Triton's interpreter: it patches ``triton.language`` in every call of a
+device function inside a kernel, which takes a third to a half of the time of these tests. Once per launch is
+enough.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Let a launch patch each set of language modules once; does nothing if Triton's internals have moved."""
+    """Patch each set of language modules once per launch; does nothing if Triton's internals have changed."""
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -21,16 +22,16 @@ def install() -> None:
     modules: dict[int, frozenset[int]] = {}
 
     def patch_once(function: Any) -> Any:
-        place = id(function.__globals__)
-        if place not in modules:
-            modules[place] = frozenset(
+        namespace = id(function.__globals__)
+        if namespace not in modules:
+            modules[namespace] = frozenset(
                 id(value)
                 for value in function.__globals__.values()
                 if value is language or value is language.core
             )
-        key = modules[place]
+        key = modules[namespace]
         if key in patched:
-            return None  # a device function: its caller patched, and its caller's caller restores
+            return None  # a device function: the kernel has patched and will restore
         scope = patch(function)
         if not patched and hasattr(scope, "restore"):
             restore = scope.restore

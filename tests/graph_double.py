@@ -1,4 +1,4 @@
-"""A double of CUDA graphs for any device: it notes a closure over static tensors and runs it again."""
+"""A double of CUDA graphs for any device: it stores a closure over static tensors and runs it again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _poisoned(outputs: Any) -> Any:
-    """Memory for ``outputs``, in which a capture computes nothing."""
+    """Allocate memory for ``outputs``, filled with NaN because a capture computes nothing."""
     if isinstance(outputs, tuple):
         return tuple(_poisoned(output) for output in outputs)
     return torch.full_like(outputs, torch.nan) if isinstance(outputs, Tensor) else outputs
@@ -38,7 +38,7 @@ class RecordedGraph:
     def replay(self) -> None:
         assert not self.released, "a released graph was replayed"
         self.replays += 1
-        with nested():  # a replay runs no Python, so that graphed functions inside do not come to act
+        with nested():  # a replay runs no Python, so graphed functions inside must not act
             results = self.function()
         for own, new in zip(_tensors(self.outputs), _tensors(results), strict=True):
             own.copy_(new)
@@ -51,9 +51,9 @@ class RecordingCapturer:
     """A capturer for tests.
 
     Args:
-        nbytes: Bytes that the next captures claim to need; the last one repeats.
-        traced: Whether to run the function while it is captured, to have outputs of its shapes; a function
-            that returns nothing and changes tensors in place must not run then.
+        nbytes: Bytes that successive captures report; the last value repeats.
+        traced: Whether to run the function during the capture, to get outputs of its shapes. Must be False
+            for a function that returns nothing and modifies tensors in place.
     """
 
     def __init__(self, *nbytes: int, traced: bool = True) -> None:
@@ -105,13 +105,13 @@ class RecordingCapturer:
 
 @dataclass(frozen=True)
 class _Result:
-    """The tensor that an earlier op of a recording gave."""
+    """The result of an earlier op in a recording."""
 
     number: int
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every op, with the memory that it reads."""
+    """Records every op with the memory that it reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,16 +128,16 @@ class _Recorder(TorchDispatchMode):
         return outputs
 
     def named(self, tree: Any) -> Any:
-        """``tree`` with results of earlier ops by number, and other tensors as they lie in memory now."""
+        """Replace results of earlier ops in ``tree`` by their numbers, and detach other tensors."""
         return tree_map_only(
             Tensor, lambda t: self.results[id(t)][1] if id(t) in self.results else t.detach(), tree
         )
 
 
 class LaunchingCapturer(RecordingCapturer):
-    """As strict as CUDA: a replay runs the ops that were captured, on the memory where they found it.
+    """As strict as CUDA: a replay runs the captured ops on the same memory.
 
-    No Python of the function runs again, so that what it would have read of modules by then goes unseen.
+    The Python code of the function does not run again, so later changes to modules go unnoticed.
     """
 
     def capture(
@@ -147,7 +147,7 @@ class LaunchingCapturer(RecordingCapturer):
             function()
         with _Recorder() as recorder:
             outputs = recorder.named(function())
-        ops = recorder.ops  # alone: views among the results would hold the parameters
+        ops = recorder.ops  # not the recorder: views among its results would keep the parameters alive
 
         def replay() -> Any:
             values: dict[_Result, Any] = {}

@@ -1,6 +1,6 @@
-"""Two kernels that hold the patterns of :mod:`trm_kernels.ops.hazards`, compiled and searched for them.
+"""Compile two kernels that contain the patterns of :mod:`trm_kernels.ops.hazards`, and search for them.
 
-Run as a script, in a process without ``TRITON_INTERPRET=1``; prints what is found in each, a JSON line each.
+Run as a script, in a process without ``TRITON_INTERPRET=1``; prints the findings, one JSON line per kernel.
 """
 
 from __future__ import annotations

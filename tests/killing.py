@@ -1,4 +1,4 @@
-"""Runs in processes of their own, killed at random moments and resumed."""
+"""Runs in separate processes that are killed at random moments and resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def finished(processes: list[BaseProcess]) -> list[int | None]:
-    """The exit codes of ``processes``, which have four minutes."""
+    """Return the exit codes of ``processes`` after at most four minutes."""
     for process in processes:
         process.join(timeout=240)
         process.kill()
@@ -21,15 +21,15 @@ def finished(processes: list[BaseProcess]) -> list[int | None]:
 def check_kills(
     start: Callable[[Path], BaseProcess], content_of: Callable[[Path], Any], folder: Path, kills: int
 ) -> None:
-    """Kill runs ``kills`` times; whatever was resumed must leave what an undisturbed run leaves.
+    """Kill runs ``kills`` times, and check that resumed runs produce the same results as an undisturbed run.
 
-    A run that ends before its next kill is compared too, and another one is begun: no speed of the machine
-    can keep the kills from happening.
+    If a run finishes before its next kill, it is compared too and a new one starts, so that all kills happen
+    at any machine speed.
 
     Args:
-        start: Starts a run into a folder, or goes on with the one there.
-        content_of: What a run left.
-        folder: Takes the runs.
+        start: Starts a run in a folder, or resumes the one there.
+        content_of: Reads the results of a run.
+        folder: Contains the runs.
     """
     assert finished([start(folder / "warm")]) == [0]  # starts the server, which imports torch
     begun = time.monotonic()

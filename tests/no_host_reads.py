@@ -1,4 +1,4 @@
-"""A watch for what makes the host wait for a device."""
+"""Detection of operations that make the host wait for a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NoHostReads(TorchDispatchMode):
-    """Raises where an operator's result, or its size, has to be known on the host."""
+    """Raises if the host needs to know an operator's result, or its size."""
 
     READS = (
         torch.ops.aten._local_scalar_dense.default,

@@ -1,4 +1,4 @@
-"""Every shipped kernel configuration compiles for GPUs that are not here, within their limits."""
+"""Every kernel configuration compiles for GPUs that are not present, within their limits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-#: Every configuration of a target takes 4 to 8 minutes of a core: those are marked slow.
+#: All configurations of a target take 4 to 8 minutes on one core and are marked slow.
 DEFAULT_TARGETS = ("sm_90+core",)
 
-# Not marked `interpreter`: nothing is launched, and a GPU run has better uses for these minutes.
+# Not marked `interpreter`: nothing is launched, so a GPU run need not spend this time.
 TARGETS = pytest.importorskip("trm_kernels.ops._launch", reason="triton is not installed").TARGETS
 
 
 def run_script(name: str, environment: dict[str, str], *arguments: str) -> list[Any]:
-    """The JSON lines that a script of this folder prints, in a process of its own."""
+    """Run a script of this folder in a separate process and return the JSON lines that it prints."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests" / name), *arguments],
         env={**environment, "PYTHONPATH": str(ROOT)},
@@ -56,13 +56,13 @@ def test_every_configuration_compiles_within_limits(
     rows = run_script("ahead_of_time.py", compiler_environment, target)
     expected = {"gemm_kernel", "attention_kernel", "attention_backward_q_kernel"}
     if not target.endswith("+tf32"):
-        expected.add("fold_kernel")  # multiplies no matrices, and so knows no TF32
+        expected.add("fold_kernel")  # multiplies no matrices, so TF32 does not apply
     assert expected <= {row["kernel"] for row in rows}
     wrong = [f"{row['configuration']}: {', '.join(faults(row))}" for row in rows if faults(row)]
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_fault_is_seen() -> None:
+def test_a_fault_is_detected() -> None:
     good = {
         "target": "sm_90",
         "kernel": "gemm_kernel",
@@ -82,7 +82,7 @@ def test_a_fault_is_seen() -> None:
     assert faults(good | {"hazards": ["a race"]})
 
 
-def test_kernels_with_the_known_races_are_recognised(compiler_environment: dict[str, str]) -> None:
+def test_kernels_with_the_known_races_are_detected(compiler_environment: dict[str, str]) -> None:
     of_operand, of_store = run_script("hazardous.py", compiler_environment)
     assert len(of_operand) == 1 and "operand of a product" in of_operand[0]
     assert of_store and all("stores to" in line for line in of_store)

@@ -1,4 +1,4 @@
-"""Which backend runs: argument, context, environment, auto; and the reasons it gives."""
+"""Backend selection by argument, context, environment and auto, and the reported reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(2, 5, 32)
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every backend replaced by one that serves, computes eagerly and notes its name."""
+    """Replace every backend by one that accepts all calls, computes eagerly and records its name."""
     ran: list[str] = []
 
     def note(name: str) -> backends.Backend:
@@ -50,7 +50,9 @@ def network(backend: str | None = None) -> TinyRecursiveNetwork:
     return TinyRecursiveNetwork(32, 1, 4, backend=backend)
 
 
-def test_the_nearest_choice_wins(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_with_the_highest_precedence_wins(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(choice, "_ENVIRONMENT", "compile")
     network()(X)
     with use_backend("triton"):
@@ -92,7 +94,9 @@ def test_blocks_choose_as_networks_do(calls: list[str]) -> None:
     assert calls == ["triton", "compile"]
 
 
-def test_auto_takes_the_next_and_says_why(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_the_next_backend_and_reports_why(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(backends.AUTO_ORDER, "cpu", ("native", "triton", "eager"))
     refuse(monkeypatch, "native", "no compiler", available=False)
     refuse(monkeypatch, "triton", "odd head size")
@@ -110,7 +114,7 @@ def test_a_forced_backend_that_refuses_raises(
 ) -> None:
     refuse(monkeypatch, "triton", "the moon is full", available)
     for choose in (lambda: network("triton")(X), lambda: network("triton").selected_backend(X)):
-        with pytest.raises(BackendError, match="'triton' cannot serve this call: the moon is full"):
+        with pytest.raises(BackendError, match="'triton' cannot handle this call: the moon is full"):
             choose()
     with use_backend("triton"), pytest.raises(BackendError, match="the moon is full"):
         network()(X)
@@ -128,7 +132,7 @@ def test_unknown_names(name: str) -> None:
         pass
 
 
-def test_every_backend_serves_or_says_why() -> None:
+def test_every_backend_runs_or_reports_why_not() -> None:
     net = network()
     for name in backends.BACKENDS:
         reason = backends.refusal(name, net, X)
@@ -166,7 +170,7 @@ def test_the_environment_chooses_and_is_checked() -> None:
     assert "ValueError: TRM_BACKEND: unknown backend 'cutlass'" in wrong.stderr
 
 
-def test_importing_needs_torch_alone() -> None:
+def test_importing_needs_only_torch() -> None:
     code = (
         "import sys\n"
         "for name in ('triton', 'numpy', 'click', 'rich', 'llm_trm', 'safetensors'):\n"
@@ -181,10 +185,10 @@ def test_importing_needs_torch_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_backend_of_ones_own_goes_before_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_backend_precedes_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, order in dict(backends.AUTO_ORDER).items():
         monkeypatch.setitem(backends.AUTO_ORDER, device, order)
-    # Set and deleted, so that it is gone again after the test.
+    # Set and deleted, so that monkeypatch removes it after the test.
     monkeypatch.setitem(backends.BACKENDS, "mine", backends.BACKENDS["eager"])
     monkeypatch.delitem(backends.BACKENDS, "mine")
     mine = backends.Backend(
@@ -193,7 +197,7 @@ def test_a_backend_of_ones_own_goes_before_earlier_ones(monkeypatch: pytest.Monk
     backends.register(mine)
     assert backends.AUTO_ORDER["cpu"] == ("mine", "native", "eager")
     assert torch.equal(network()(X), X + 1.0) and torch.equal(network("mine")(X), X + 1.0)
-    with pytest.raises(ValueError, match="there is a backend 'mine' already"):
+    with pytest.raises(ValueError, match="backend 'mine' already exists"):
         backends.register(mine)
     with pytest.raises(ValueError, match="'auto'"):
         backends.register(replace(mine, name="auto"))

@@ -1,4 +1,4 @@
-"""What surrounds a capture, on a double of ``torch.cuda``: streams, threads, what is forbidden meanwhile."""
+"""Conditions of a capture, with a double of ``torch.cuda``: streams, threads, forbidden calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trm_kernels.graphs import CaptureError, CudaCapturer
 from trm_kernels.graphs.function import _Buffers
 from trm_kernels.streams import Shared
 
-DEVICE = torch.device("cpu")  # of the few tensors that there are
+DEVICE = torch.device("cpu")  # of the few real tensors
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def in_threads(*functions: Callable[[], object]) -> None:
-    """Run them at the same time; raises what one of them raises."""
+    """Run the functions concurrently; raises if one of them raises."""
     errors: list[BaseException] = []
 
     def guarded(function: Callable[[], object]) -> None:
@@ -46,13 +46,13 @@ def capture(capturer: CudaCapturer, function: Callable[[], object]) -> object:
     return capturer.capture(function, DEVICE, capturer.new_pool(), warmup=0)
 
 
-def test_captures_of_two_caches_take_turns(cuda: FakeCuda) -> None:
-    """Each synchronises the device first, which would spoil the other."""
+def test_captures_of_two_caches_are_serialised(cuda: FakeCuda) -> None:
+    """Each synchronises the device first, which would invalidate the other."""
     inside = threading.Event()
 
     def function() -> None:
         inside.set()
-        threading.Event().wait(0.05)  # long enough for the other thread to come along
+        threading.Event().wait(0.05)  # long enough for the other thread to start
 
     def second() -> None:
         inside.wait()
@@ -97,7 +97,7 @@ def test_a_capture_is_not_disturbed_by_another_cache(cuda: FakeCuda, disturb: st
     in_threads(lambda: capture(CudaCapturer(), function), evict)
 
 
-def test_a_capture_that_fails_leaves_the_stream_and_says_why(cuda: FakeCuda) -> None:
+def test_a_failed_capture_leaves_the_stream_and_reports_the_reason(cuda: FakeCuda) -> None:
     capturer = CudaCapturer()
 
     def waits() -> None:
@@ -111,7 +111,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(cuda: FakeCuda) -> 
     capture(capturer, lambda: None)
 
 
-def test_what_precedes_a_capture_runs_on_its_stream_between_earlier_and_later_work(cuda: FakeCuda) -> None:
+def test_warm_up_runs_on_the_capture_stream_between_earlier_and_later_work(cuda: FakeCuda) -> None:
     capturer = CudaCapturer()
     cuda.default.queue.append("earlier")
     streams: list[FakeStream] = []
@@ -126,8 +126,8 @@ def test_what_precedes_a_capture_runs_on_its_stream_between_earlier_and_later_wo
     assert cuda.default.waits_for("work")
 
 
-def test_streams_take_turns_on_what_a_cache_holds(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And on what is made once for all of its calls, even where a call turns out to have no graph."""
+def test_streams_are_ordered_on_a_cache(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for tensors created once for all calls, even if a call has no graph."""
     monkeypatch.setattr(CudaCapturer, "unavailable", lambda self, device: None)
     fast = GraphedFunction(
         lambda x, mask: x * mask[..., None],
@@ -153,8 +153,8 @@ def test_streams_take_turns_on_what_a_cache_holds(cuda: FakeCuda, monkeypatch: p
     assert waited < second.queue.index(f"ones by {id(second)}")
 
 
-def test_what_replays_read_is_held_for_every_stream(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function may be dropped while its last replay, on another stream than the first, is under way."""
+def test_memory_of_replays_is_kept_for_every_stream(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function may be deleted during its last replay, on a different stream than the first."""
     monkeypatch.setattr(torch, "_foreach_copy_", lambda targets, sources: None)
     buffer = FakeTensor()
     maker, other = FakeStream(), FakeStream()

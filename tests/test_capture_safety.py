@@ -1,8 +1,8 @@
-"""Nothing that goes into a graph waits for the device or copies from the host, which a capture forbids.
+"""Captured code never waits for the device or copies from the host, which a capture forbids.
 
-Seen on ``meta`` tensors, which take the place of those on a GPU: they hold no data to wait for, and an
-operation that has one of them and one of the host is a copy. Triton's kernels are recorded, not launched.
-Not seen: ``torch.tensor``, and torch's own fused AdamW, which runs on no such tensors.
+The tests use ``meta`` tensors in place of GPU tensors: they have no data to wait for, and an operation on
+both a meta and a host tensor is a copy. Triton kernels are recorded, not launched. Not covered:
+``torch.tensor``, and torch's fused AdamW, which does not support meta tensors.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from trm_kernels import (
 pytestmark = pytest.mark.interpreter
 
 META = torch.device("meta")
-#: What reads a number, or the size of its result, from the device.
+#: Operations that read a number, or the size of their result, from the device.
 _FORBIDDEN = {"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2"}
 
 
 class Watch(TorchDispatchMode):
-    """Notes operations that wait for the device, or have tensors here and there."""
+    """Records operations that wait for the device, or that mix host and device tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The launches; ``meta`` tensors are served as those of a GPU."""
+    """Record launches, and treat ``meta`` tensors as GPU tensors."""
     from trm_kernels.ops import _launch
     from trm_kernels.ops import recursion as op
     from trm_kernels.ops._library import wants_gradient
@@ -71,17 +71,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     def recursion(*arguments: Any) -> Any:
         return (op._differentiable if wants_gradient(*arguments) else op._recursion)(*arguments)
 
-    # What the ops run, where the dispatcher would have such tensors give shapes alone.
+    # Call the implementations of the ops, because the dispatcher would only compute shapes for meta tensors.
     monkeypatch.setattr(op, "recursion", recursion)
     monkeypatch.setattr(op, "recursion_saving", op._recursion_saving)
     monkeypatch.setattr(op, "recursion_gradient", op._recursion_backward)
     alter(monkeypatch, "triton", refuses=lambda *_: None)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda *_: False
+    )  # which does not support the meta device
     with use_backend("triton"), _launch.record(_launch.TARGETS["sm_90"]) as launches:
         yield launches
 
 
-def test_the_watch_sees_what_a_capture_forbids() -> None:
+def test_the_watch_detects_what_a_capture_forbids() -> None:
     x = torch.empty(3, device=META)
     with Watch() as watch:
         torch.where(x > 0, x, 0.0).masked_fill_(x > 0, 2.0)
@@ -95,13 +97,13 @@ def test_the_watch_sees_what_a_capture_forbids() -> None:
         try:
             with watch:
                 culprit()
-        except (NotImplementedError, RuntimeError):  # there is no data
+        except (NotImplementedError, RuntimeError):  # meta tensors have no data
             pass
         assert watch.found, culprit
 
 
 def watched(step: TrainingStep, *batch: Tensor) -> list[str]:
-    """What a step does that a capture forbids."""
+    """Return the operations of a step that a capture forbids."""
     program = step._program(batch)
     step._run(program)  # warms up
     with Watch() as watch:

@@ -1,4 +1,4 @@
-"""Numbers that the public API refuses: NaN, infinity, bools, fractions, what is out of range."""
+"""Numbers that the public API rejects: NaN, infinity, bools, fractions, and values out of range."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ CASES: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("call", "name"), CASES)
-def test_nonsense_is_refused_by_name(call: Callable[[], object], name: str) -> None:
+def test_invalid_numbers_are_rejected_by_name(call: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^({name}|a and b) must"):
         call()
 
@@ -116,7 +116,7 @@ def test_the_ends_are_those_of_the_options() -> None:
 
 
 @pytest.mark.parametrize("lr", [0.0, 1, 1e-3])
-def test_what_makes_sense_is_taken(lr: float) -> None:
+def test_valid_numbers_are_accepted(lr: float) -> None:
     AdamATan2(_weights(), lr=lr)
     capturable_adamw(_weights(), lr=lr)
 

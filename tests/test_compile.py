@@ -1,4 +1,4 @@
-"""torch.compile: users' whole graphs through the drop-ins, and the ``compile`` backend's recompiles."""
+"""torch.compile: full graphs through the drop-in modules, and recompilations of the ``compile`` backend."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(**options: Any) -> TinyRecursiveNetwork:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The ``compile`` backend without inductor, and the graphs that it made."""
+    """Run the ``compile`` backend without inductor, and collect its graphs."""
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def test_fullgraph_with_every_choice_of_backend(options: dict[str, Any], backend
 
 
 def test_fullgraph_follows_the_context_and_the_input() -> None:
-    """A choice made outside the graph is guarded: changing it recompiles, and a refusal still raises."""
+    """The backend set outside the graph is guarded: a change recompiles, and refusals still raise."""
     net, x = build(), torch.randn(2, 7, 32)
     whole = torch.compile(net, backend="aot_eager", fullgraph=True)
     expected = net(x)
@@ -82,7 +82,7 @@ def test_fullgraph_follows_the_context_and_the_input() -> None:
     torch.testing.assert_close(whole(x), expected)
 
 
-def test_fullgraph_of_a_whole_recursion() -> None:
+def test_fullgraph_of_a_complete_recursion() -> None:
     net, (x, y, z) = build(), torch.randn(3, 2, 7, 32)
     whole = torch.compile(deep_recursion, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(
@@ -107,7 +107,7 @@ def test_fullgraph_of_a_patched_model() -> None:
 
 
 def train_step(net: TinyRecursiveNetwork, batch: int = 2, length: int = 7, T: int = 3) -> None:
-    """Two supervision steps: grad mode and the inputs' requires_grad flip on the way."""
+    """Run two supervision steps, in which grad mode and the inputs' requires_grad change."""
     x, y, z = torch.randn(3, batch, length, 32)
     for _ in range(2):
         y, z = deep_recursion(net, x, y, z, 2, T)
@@ -127,7 +127,7 @@ def test_no_recompile_within_a_recursion(traced: list[torch.fx.GraphModule]) -> 
 
 
 def test_recompiles_over_shapes_are_bounded(traced: list[torch.fx.GraphModule]) -> None:
-    """Batches and lengths become symbols once they change: their number does not matter."""
+    """Batch sizes and lengths become symbols once they change, so their number does not matter."""
     net = build(backend="compile")
     for batch, length in [(2, 7), (3, 9), (4, 12), (5, 15)]:
         train_step(net, batch, length)
@@ -138,8 +138,8 @@ def test_recompiles_over_shapes_are_bounded(traced: list[torch.fx.GraphModule]) 
     assert len(traced) == warm
 
 
-def test_networks_of_one_config_share_their_code_within_bounds(traced: list[torch.fx.GraphModule]) -> None:
-    """Ten networks of one configuration, trained in turn, stay below the recompile limit."""
+def test_networks_of_one_config_share_code_below_the_limit(traced: list[torch.fx.GraphModule]) -> None:
+    """Ten networks with one configuration, trained alternately, stay below the recompile limit."""
     for _ in range(10):
         train_step(build(backend="compile"), T=2)
     assert len(traced) <= 16
@@ -158,7 +158,7 @@ def test_masks_and_modes_stay_below_the_limit(traced: list[torch.fx.GraphModule]
 
 
 def test_the_compile_backend_computes_the_reference() -> None:
-    """Through inductor, once: outputs and gradients."""
+    """Outputs and gradients through inductor, once."""
     net = TinyRecursiveNetwork(16, 1, 2, backend="compile")
     x = torch.randn(2, 5, 16)
     if (reason := backends.refusal("compile", net, x)) is not None:
@@ -174,12 +174,12 @@ def test_the_compile_backend_computes_the_reference() -> None:
 
 
 def ragged(*lengths: int) -> Tensor:
-    """A mask [B, L]."""
+    """Return a mask [B, L]."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 def results(net: TinyRecursiveNetwork, mask: Tensor, backend: str, **options: Any) -> list[Tensor]:
-    """y, z and all gradients of a recursion on a padded batch."""
+    """Return y, z and all gradients of a recursion on a padded batch."""
     torch.manual_seed(0)
     like = next(net.parameters())
     states = [torch.randn(*mask.shape, net.config.d_model).to(like).requires_grad_() for _ in range(3)]
@@ -191,8 +191,8 @@ def results(net: TinyRecursiveNetwork, mask: Tensor, backend: str, **options: An
 
 
 @pytest.mark.parametrize("options", [{}, {"family": "scratch"}, {"family": "paper"}], ids=str)
-def test_padding_is_left_out(options: dict[str, Any], traced: list[torch.fx.GraphModule]) -> None:
-    """Compiled are the rows before and behind an attention, in each grad mode."""
+def test_padding_is_not_computed(options: dict[str, Any], traced: list[torch.fx.GraphModule]) -> None:
+    """The rows before and after attention are compiled, in each grad mode."""
     net, mask = build(**options).double(), ragged(7, 3, 5)
     for memory in ("fast", "small"):
         ours, expected = (results(net, mask, name, memory=memory) for name in ("compile", "eager"))
@@ -202,12 +202,12 @@ def test_padding_is_left_out(options: dict[str, Any], traced: list[torch.fx.Grap
 
 
 def graph_rows(graph: torch.fx.GraphModule) -> int:
-    """The rows of the stream that a graph takes."""
+    """Return the number of stream rows in a graph's input."""
     shapes = [node.meta["example_value"].shape for node in graph.graph.nodes if node.op == "placeholder"]
     return next(int(shape[0]) for shape in shapes if len(shape) == 2 and shape[1] == 32)
 
 
-def test_lengths_do_not_compile_again(traced: list[torch.fx.GraphModule]) -> None:
+def test_new_lengths_do_not_recompile(traced: list[torch.fx.GraphModule]) -> None:
     net = build()
     for lengths in ((7, 3), (9, 4, 2), (5, 8)):
         results(net, ragged(*lengths), "compile")

@@ -1,7 +1,7 @@
-"""Every autograd.Function of trm_kernels under torch.compile, against a plain call: outputs and gradients.
+"""Every autograd.Function of trm_kernels under torch.compile, with outputs and gradients compared to eager.
 
-torch.compile traces an autograd.Function by rules of its own, which move from one torch to the next, and what
-they lose is lost in silence: 2.11 gives zeros where a forward returns a tensor that it wrote in place.
+torch.compile traces an autograd.Function with its own rules, which change between torch versions and may lose
+gradients silently: 2.11 returns zeros if a forward returns a tensor that it modified in place.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def randn(device: str, **shapes: tuple[int, ...]) -> Leaves:
 
 
 def gather(rows_of: Callable[[Tensor], Rows], device: str) -> Case:
-    """Both ways, with something between them that differs from row to row."""
+    """Pack and unpack, with an operation between them that differs per row."""
     mask = holes(device)
 
     def call(leaves: Leaves) -> tuple[Tensor, ...]:
@@ -135,7 +135,8 @@ def one_call(device: str) -> Case:
     return recursion("scratch", 0, device, mask=holes(device))
 
 
-#: Cases of each function; those of ``trm_kernels.ops`` are what the ops of the same names differentiate by.
+#: Cases of each function. Those of ``trm_kernels.ops`` implement the gradients of the ops with the same
+#: names.
 CASES: dict[type[torch.autograd.Function], tuple[Callable[[str], Case], ...]] = {
     _Gather: (packing_made_inside, packing_made_outside, sorted_rows),
     _Normalise: (normalise,),
@@ -145,12 +146,12 @@ CASES: dict[type[torch.autograd.Function], tuple[Callable[[str], Case], ...]] = 
     _Attention: (rotated_attention,),
     _Recursion: (packed_recursion, small_recursion, one_call),
 }
-#: Never traced: a refusal, or another backend under ``auto``.
+#: Never traced: the backend refuses, or ``auto`` selects another one.
 REFUSED = {NativeRecursion}
 
 
 def defined() -> set[type[torch.autograd.Function]]:
-    """Every autograd.Function of the package."""
+    """Return every autograd.Function of the package."""
     for module in pkgutil.walk_packages(trm_kernels.__path__, "trm_kernels."):
         importlib.import_module(module.name)
     found, unseen = set(), [torch.autograd.Function]
@@ -177,7 +178,7 @@ def runs(function: type[torch.autograd.Function]) -> Iterator[None]:
 
 
 def agree(found: Leaves, expected: Leaves) -> None:
-    """What gets lost is a whole gradient; digits differ where padding is packed in one call of the two."""
+    """Compare loosely: errors lose complete gradients; rounding differs if only one call packs padding."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensor.norm() > 0.0, name
@@ -193,14 +194,14 @@ def agree(found: Leaves, expected: Leaves) -> None:
 def test_gradients_are_those_of_a_plain_call(
     function: type[torch.autograd.Function], make: Callable[[str], Case], backend: str, device: str
 ) -> None:
-    call, leaves = make("cpu" if function is _ShortAttention else device)  # which serves CPUs alone
+    call, leaves = make("cpu" if function is _ShortAttention else device)  # which runs only on CPUs
     with runs(function):
         expected = results_and_gradients(call, leaves)
     agree(results_and_gradients(torch.compile(call, fullgraph=True, backend=backend), leaves), expected)
 
 
 def results(net: TinyRecursiveNetwork, call: Callable[..., tuple[Tensor, ...]], states: Leaves) -> Leaves:
-    """What ``call(**states)`` returns, the gradients of the states that have one, and of all parameters."""
+    """Return the results of ``call(**states)``, and the gradients of states and parameters."""
     net.zero_grad()
     leaves = {name: state.clone().requires_grad_() for name, state in states.items()}
     out = call(**leaves)
@@ -218,7 +219,7 @@ def results(net: TinyRecursiveNetwork, call: Callable[..., tuple[Tensor, ...]], 
 def test_gradients_of_a_recursion_over_padding(
     recurse: Callable[..., tuple[Tensor, Tensor]], backend: str, device: str
 ) -> None:
-    """What a user compiles: Functions within Functions, packed inside, and without gradient before with."""
+    """Typical user code: nested Functions, packing inside, and calls without gradients before one with."""
     net = TinyRecursiveNetwork(8, 1, 2, backend=backend).to(device)
     mask = holes(device)[[0, 2]]
     numbers = {"n": 1, "T": 2} if recurse is deep_recursion else {"n": 1}
@@ -232,7 +233,7 @@ def test_gradients_of_a_recursion_over_padding(
 
 
 @pytest.mark.skipif(native_module.unavailable() is not None, reason="the native module is not built")
-def test_the_native_backend_refuses_and_auto_is_right() -> None:
+def test_the_native_backend_refuses_and_auto_is_correct() -> None:
     net = TinyRecursiveNetwork(16, 1, 2)
     states = {"x": torch.randn(2, 5, 16)}
 

@@ -1,4 +1,4 @@
-"""Compressors of hidden states, their files, and the bound that PCA gives."""
+"""Compressors of hidden states, their files, and the PCA bound."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTH = 24
 
 
 def states(rows: int = 400, rank: int = 6, seed: int = 0) -> Tensor:
-    """States of low rank with a mean and some noise [rows, WIDTH]."""
+    """Return states of low rank with a mean and some noise [rows, WIDTH]."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(rank, WIDTH, generator=torch.Generator().manual_seed(99)) + 0.5
     noise = torch.randn(rows, WIDTH, generator=generator)
@@ -211,7 +211,7 @@ def test_damaged_files_get_one_line_with_file_and_remedy(damage: object, file: s
     assert "\n" not in message
 
 
-def test_missing_folder_and_other_width_say_what_to_do(tmp_path: Path) -> None:
+def test_missing_folder_and_other_width_suggest_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist: train one with llm-trm train phase1"):
         load_compressor(tmp_path / "nothing")
     compressor = DimensionCompressor(WIDTH, 5)
@@ -231,7 +231,7 @@ def test_pca_is_the_least_error_and_is_predicted_exactly() -> None:
         bound = components.mse(width)
         best.requires_grad_(False).double()
         assert float(best.reconstruction_loss(exact)) == pytest.approx(bound, rel=1e-5)
-        # Any other weights, orthonormal or near the optimum, are worse.
+        # All other weights, orthonormal or near the optimum, are worse.
         assert DimensionCompressor(WIDTH, width).reconstruction_loss(h) > bound
         best.compress.weight += 0.01 * torch.randn(width, WIDTH)
         assert best.reconstruction_loss(exact) > bound
@@ -255,7 +255,7 @@ def test_latent_reconstruction_beats_the_mean() -> None:
         optimizer.zero_grad()
         (module(h, None) - h).square().mean().backward()
         optimizer.step()
-    # A decoder that knows nothing but the position reaches the variance within each place.
+    # A decoder that knows only the position reaches the variance at each position.
     by_place = (held_out - held_out.mean(0)).square().mean()
     error = quality(module, [(held_out, None)]).mse
     assert error < 0.5 * float(by_place)

@@ -1,4 +1,4 @@
-"""Training with the fused kernels follows training with eager, step by step."""
+"""Training with the fused kernels matches training with eager, step by step."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_sixty_steps_agree_with_eager(device: str) -> None:
     for name, parameter in eager.state_dict().items():
         other, start = fused.state_dict()[name], before[name]
         if name.endswith("in_proj_bias"):
-            # Softmax ignores what all keys share: the key bias has no gradient but rounding, which Adam
-            # scales up to whole steps.
+            # Softmax ignores a shift of all keys: the key bias has no gradient except rounding, which Adam
+            # scales up to full steps.
             parameter, other, start = (
                 torch.cat((tensor[:WIDTH], tensor[2 * WIDTH :])) for tensor in (parameter, other, start)
             )
         # Rounding differs from the first step on, and Adam divides by small second moments: parameters
-        # agree to a small share of the distance that they travelled.
+        # agree within a small fraction of the distance that they moved.
         assert (other - parameter).norm() < 0.02 * (parameter - start).norm(), name

@@ -1,4 +1,4 @@
-"""Two gloo processes: DDP, and FSDP2 sharding whole networks, against one process."""
+"""Two gloo processes, with DDP and with FSDP2 sharding complete networks, compared to one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORLD = 2
 
 
 class Model(nn.Module, RecursionMixin):
-    """Two networks' worth of parameters, so that sharding by network leaves something at the root."""
+    """A model with parameters outside its networks, so that sharding by network leaves some at the root."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Model(nn.Module, RecursionMixin):
 
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of the mean over samples, by parameter name."""
+    """Return gradients of the mean over samples, by parameter name."""
     model(x).square().sum(dim=(1, 2)).mean().backward()
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
 
@@ -76,7 +76,7 @@ def sharded_by_network(rank: int) -> None:
 
 
 def sharded_by_layer(rank: int) -> None:
-    """patch leaves a network whose layers are sharded on their own: its parent would see DTensors."""
+    """patch() keeps a network whose layers are sharded separately, because its parent would see DTensors."""
     from torch.distributed.fsdp import fully_shard
 
     model = seed.TRM()
@@ -104,6 +104,6 @@ def entry(rank: int, store: str) -> None:
 
 
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All checks in one start of the processes, which takes longer than they do."""
+    """Run all checks with one start of the processes, which takes longer than the checks."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     mp.spawn(entry, args=(str(tmp_path / "store"),), nprocs=WORLD)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomically written files."""
 
 import os
 import stat
@@ -18,7 +18,7 @@ from llm_trm.files import (
 )
 
 
-def test_what_is_written_is_read(tmp_path) -> None:
+def test_written_files_are_read_back(tmp_path) -> None:
     write_json(tmp_path / "a.json", {"b": [1, None]})
     assert read_json(tmp_path / "a.json", "") == {"b": [1, None]}
     write_tensors(tmp_path / "a.safetensors", {"t": torch.arange(6).view(2, 3).t()})

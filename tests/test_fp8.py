@@ -1,4 +1,4 @@
-"""Recursions in fp8: the kernels against their emulation, what is refused, and what is kept apart."""
+"""Recursions in fp8: the kernels compared to their emulation, unsupported calls, and separate caches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def network(family: str, device: str, *, layers: int = 2) -> TinyRecursiveNetwor
     net = TinyRecursiveNetwork(WIDTH, layers, HEADS, family=family, backend="triton").to(device).eval()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # norms and biases that are not ones and zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))  # otherwise norms are ones and biases zeros
     return net
 
 
@@ -31,7 +31,7 @@ def states(device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact_rows(rows: int, device: str) -> Tensor:
-    """Small integers with a largest of 448 / 32, each row times a power of two: nothing in it rounds."""
+    """Return small integers up to 448 / 32, with rows scaled by powers of two, which need no rounding."""
     values = torch.randint(-8, 9, (rows, WIDTH)).float()
     values[:, 0] = 14.0
     return (values * 2.0 ** torch.randint(-3, 4, (rows, 1)).float()).to(device)
@@ -71,7 +71,7 @@ class TestKernels:
         assert torch.equal(product(quantise_rows(a), quantise_rows(weight)), a @ weight.t())
 
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_a_whole_recursion(self, family: str, device: str) -> None:
+    def test_a_complete_recursion(self, family: str, device: str) -> None:
         net, (x, y, z) = network(family, device), states(device)
         norm = torch.nn.RMSNorm(WIDTH).to(device) if family == "seed" else None
         arguments: dict[str, Any] = {"n": 1, "T": 2, "output_norm": norm}
@@ -81,13 +81,13 @@ class TestKernels:
             emulated = deep_recursion(EmulatedNetwork(net), x, y, z, **arguments)
             full = deep_recursion(net, x, y, z, **arguments)
         for one, other, exact in zip(found, emulated, full, strict=True):
-            # A value between two of e4m3 may fall to either by the last bit of a sum: rarely.
+            # In rare cases, the last bit of a sum determines to which e4m3 neighbour a value rounds.
             assert relative_error(one, other) < 0.1 * relative_error(one, exact)
             assert relative_error(one, exact) > 1e-3
 
     @pytest.mark.parametrize("autocast", [False, True])
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_beside_bfloat16_it_is_as_right_as_its_emulation(
+    def test_in_bfloat16_it_is_as_accurate_as_its_emulation(
         self, family: str, autocast: bool, device: str
     ) -> None:
         """By the tolerance rule; the truth is the emulation in float32."""
@@ -97,7 +97,7 @@ class TestKernels:
             torch.manual_seed(seed)
             net = network(family, device)
             if family == "paper":
-                # Or post-norm amplifies the rounding to fp8 until half of the result is noise.
+                # Otherwise post-norm amplifies the rounding to fp8 until half of the result is noise.
                 with torch.no_grad():
                     for parameter in net.parameters():
                         parameter.mul_(0.5)
@@ -136,13 +136,13 @@ class TestKernels:
             assert torch.equal(one, other)
 
     def test_the_op_refuses_a_gradient(self, device: str) -> None:
-        from trm_kernels.backends.fused import _Applied
+        from trm_kernels.backends.fused import _Call
 
         net, (_, y, _) = network("seed", device, layers=1), states(device)
         with pytest.raises(RuntimeError, match="has no gradient"):
-            _Applied(net, y, 0)(None, y, None, fp8=True)
+            _Call(net, y, 0)(None, y, None, fp8=True)
 
-    def test_matrices_of_each_precision_are_kept_apart(self, device: str) -> None:
+    def test_matrices_of_each_precision_are_separate(self, device: str) -> None:
         net, (x, y, z) = network("seed", device, layers=1), states(device)
 
         def run(precision: Any) -> Tensor:
@@ -163,7 +163,7 @@ def test_other_backends_refuse(backend: str, device: str) -> None:
 
 
 def test_a_foreign_network_refuses(device: str) -> None:
-    with pytest.raises(BackendError, match="Linear is no network of this package"):
+    with pytest.raises(BackendError, match="Linear is not a network of this package"):
         deep_recursion(
             torch.nn.Linear(WIDTH, WIDTH).to(device), *states(device), 1, 1, precision="fp8-nograd"
         )

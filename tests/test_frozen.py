@@ -1,4 +1,4 @@
-"""Frozen networks: what kernels read of them is made once, and whatever may change them is stopped."""
+"""Frozen networks: matrices are prepared once, and changes to weights raise."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ BACKENDS = pytest.mark.parametrize(
 
 
 def built(backend: str, device: str) -> tuple[TinyRecursiveNetwork, Tensor]:
-    """A network of this backend, and an input, where the backend runs."""
+    """Return a network with this backend, and an input, on a device where the backend runs."""
     place = device if backend == "triton" else "cpu"
     return build(place, backend), torch.randn(1, 3, 16, device=place)
 
 
 def folds_of(net: TinyRecursiveNetwork, x: Tensor) -> int:
-    """Launches of the fold in one call without gradient."""
+    """Return the number of fold launches in one call without gradients."""
     before = LAUNCHES["fold_kernel"]
     with torch.no_grad():
         net(x)
@@ -65,7 +65,7 @@ def step(net: TinyRecursiveNetwork) -> None:
     torch.optim.AdamW(net.parameters(), lr=0.1).step()
 
 
-#: What raises at once.
+#: Actions that raise immediately.
 STOPPED: dict[str, Callable[[TinyRecursiveNetwork], object]] = {
     "an optimizer's step": step,
     "load_state_dict": lambda net: net.load_state_dict(net.state_dict()),
@@ -80,11 +80,11 @@ STOPPED: dict[str, Callable[[TinyRecursiveNetwork], object]] = {
 
 
 @pytest.mark.parametrize("what", STOPPED)
-def test_what_may_change_the_weights_is_stopped(what: str) -> None:
+def test_actions_that_may_change_weights_raise(what: str) -> None:
     net = build()
     before = copy.deepcopy(net.state_dict())
     with frozen(net):
-        with pytest.raises(FrozenError, match=r"frozen network: do it outside of trm_kernels\.frozen"):
+        with pytest.raises(FrozenError, match=r"frozen network: do it outside trm_kernels\.frozen"):
             STOPPED[what](net)
         assert not net.training
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -97,19 +97,19 @@ def in_place(net: TinyRecursiveNetwork) -> None:
 
 
 def other_storage(net: TinyRecursiveNetwork) -> None:
-    """A new storage may lie where the old one would, were it not held."""
+    """If the old storage were not kept alive, the new one might get its address."""
     weight = net.layers[0].norm1.weight
     weight.data = torch.full_like(weight, 2.0)
 
 
 def transposed(net: TinyRecursiveNetwork) -> None:
-    """The same memory, read otherwise."""
+    """The same memory with different strides."""
     weight = net.layers[0].self_attn.out_proj.weight
     weight.data = weight.data.T
 
 
 def where_the_old_one_lay(net: TinyRecursiveNetwork) -> None:
-    """Were the old storage not held, a new one of the same size would often get its address."""
+    """If the old storage were not kept alive, a new one of the same size would often get its address."""
     weight = net.layers[0].self_attn.out_proj.weight
     weight.data = torch.empty(0)
     weight.data = torch.full((16, 16), 2.0)
@@ -130,7 +130,7 @@ def load_a_block(net: TinyRecursiveNetwork) -> None:
     net.layers[0].load_state_dict({name: value + 0.3 for name, value in net.layers[0].state_dict().items()})
 
 
-#: What the next call sees.
+#: Changes that the next call detects.
 SEEN = (
     in_place,
     other_storage,
@@ -144,7 +144,7 @@ SEEN = (
 
 @BACKENDS
 @pytest.mark.parametrize("change", SEEN)
-def test_the_next_call_says_that_weights_have_changed(
+def test_the_next_call_reports_changed_weights(
     change: Callable[..., None], backend: str, device: str
 ) -> None:
     net, x = built(backend, device)
@@ -162,12 +162,12 @@ def test_the_next_call_says_that_weights_have_changed(
 def test_functional_call_with_other_weights_is_refused(backend: str, device: str) -> None:
     net, x = built(backend, device)
     replaced = {"layers.0.mlp.0.weight": torch.randn(64, 16, device=x.device)}
-    with torch.no_grad(), frozen(net), pytest.raises(FrozenError, match="other weights"):
+    with torch.no_grad(), frozen(net), pytest.raises(FrozenError, match="been replaced"):
         torch.func.functional_call(net, replaced, (x,))
 
 
 @pytest.mark.interpreter
-def test_triton_folds_once_while_frozen_and_else_in_every_call(device: str) -> None:
+def test_triton_folds_once_while_frozen_else_in_every_call(device: str) -> None:
     net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
     assert (folds_of(net, x), folds_of(net, x)) == (2, 2), "one matrix a sublayer"
     for _ in range(2):
@@ -193,7 +193,7 @@ def test_native_packs_and_reads_once_while_frozen(monkeypatch: pytest.MonkeyPatc
 
 
 @BACKENDS
-def test_gradients_are_recorded_as_ever(backend: str, device: str) -> None:
+def test_gradients_are_recorded_while_frozen(backend: str, device: str) -> None:
     net, x = built(backend, device)
     expected = torch.autograd.grad(net.forward_eager(x).sum(), list(net.parameters()))
     with frozen(net):
@@ -205,7 +205,7 @@ def test_gradients_are_recorded_as_ever(backend: str, device: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_operand_dtypes_are_told_apart(device: str) -> None:
+def test_operand_dtypes_are_distinguished(device: str) -> None:
     net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
     with torch.no_grad(), frozen(net):
         net(x)
@@ -216,7 +216,7 @@ def test_operand_dtypes_are_told_apart(device: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_what_was_made_in_inference_mode_serves_training(device: str) -> None:
+def test_matrices_prepared_in_inference_mode_work_in_training(device: str) -> None:
     net, x = build(device, "triton").requires_grad_(False), torch.randn(1, 3, 16, device=device)
     with frozen(net):
         with torch.inference_mode():
@@ -230,7 +230,7 @@ def test_what_was_made_in_inference_mode_serves_training(device: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("family", ["scratch", "paper"])
-def test_fp8_takes_turns_with_other_precisions(family: str, device: str) -> None:
+def test_fp8_alternates_with_other_precisions(family: str, device: str) -> None:
     net = TinyRecursiveNetwork(16, 1, 1, family=family, backend="triton").to(device).eval()
     given = torch.randn(3, 1, 3, 16, device=device).unbind()
 
@@ -248,12 +248,12 @@ def test_fp8_takes_turns_with_other_precisions(family: str, device: str) -> None
 
 
 @pytest.mark.interpreter
-def test_a_capture_reads_what_was_made_before_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside a capture matrices would lie in its memory, and be folded anew by every replay."""
+def test_a_capture_reads_matrices_prepared_before_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices prepared inside a capture would be in its memory, and every replay would fold them again."""
     if device == "cuda":
         pytest.skip("capturing for real: test_graphs.py")
     net, x = build(device, "triton"), torch.randn(1, 3, 16)
-    with frozen(net), prepared.read_in_captures([prepared.number(net)]) as read:
+    with frozen(net), prepared.read_in_captures([prepared.freeze_id(net)]) as read:
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
         assert (folds_of(net, x), folds_of(net, x)) == (2, 2) and not read
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: False)
@@ -263,40 +263,38 @@ def test_a_capture_reads_what_was_made_before_it(device: str, monkeypatch: pytes
 
 
 @pytest.mark.interpreter
-def test_a_capture_by_somebody_else_folds_the_weights_of_its_time(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may be replayed after the promise, or under another: a user's own capture, a race for a promise."""
+def test_a_foreign_capture_folds_the_current_weights(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be replayed after the freeze, or in another one: a user's own capture, a race for a freeze."""
     if device == "cuda":
         pytest.skip("capturing for real: test_graphs.py")
     net, x = build(device, "triton"), torch.randn(1, 3, 16)
     with frozen(net):
         assert (folds_of(net, x), folds_of(net, x)) == (2, 0)
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
-        with prepared.read_in_captures([prepared.number(net) - 1, prepared.number(net) + 1]) as read:
+        with prepared.read_in_captures([prepared.freeze_id(net) - 1, prepared.freeze_id(net) + 1]) as read:
             assert folds_of(net, x) == 2 and not read
         assert folds_of(net, x) == 2
 
 
-def test_graphed_functions_tell_captures_which_promises_their_keys_hold() -> None:
+def test_graphed_functions_pass_freeze_ids_of_their_keys_to_captures() -> None:
     seen: list[frozenset[int]] = []
     net = build(backend="eager")
 
     class Capturer(LaunchingCapturer):
         def capture(self, *args: Any) -> RecordedGraph:
-            seen.append(prepared._local.reading.promises)
+            seen.append(prepared._local.reading.freeze_ids)
             return super().capture(*args)
 
     fast, states = graphed(net, 1, 1, cache=GraphCache(capturer=Capturer())), torch.randn(3, 1, 3, 16)
     fast(*states)
     with frozen(net):
         fast(*states)
-        number = prepared.number(net)
+        number = prepared.freeze_id(net)
     assert seen == [{0}, {number}] and number > 0
 
 
 @pytest.mark.interpreter
-def test_compiled_calls_read_the_weights_of_their_time(device: str) -> None:
+def test_compiled_calls_read_the_current_weights(device: str) -> None:
     net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -305,7 +303,7 @@ def test_compiled_calls_read_the_weights_of_their_time(device: str) -> None:
         torch.testing.assert_close(compiled(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_graph_that_was_captured_frozen_is_not_replayed_after_it() -> None:
+def test_a_graph_captured_while_frozen_is_not_replayed_afterwards() -> None:
     net, cache = build(backend="eager"), GraphCache(capturer=LaunchingCapturer())
     fast, states = graphed(net, 1, 1, cache=cache), torch.randn(3, 1, 3, 16).unbind()
 
@@ -320,13 +318,13 @@ def test_a_graph_that_was_captured_frozen_is_not_replayed_after_it() -> None:
             right()
             assert cache.status().captures == captures
             in_place(net)
-            with pytest.raises(FrozenError, match="written to"):
+            with pytest.raises(FrozenError, match="been modified"):
                 fast(*states)
         right()
         assert cache.status().captures == captures, "the first graph serves again"
 
 
-def test_graphed_takes_the_promise_and_gives_it_back() -> None:
+def test_graphed_opens_and_closes_its_freeze() -> None:
     net, cache = build(backend="eager"), GraphCache(capturer=LaunchingCapturer())
     states = torch.randn(3, 1, 3, 16).unbind()
     fast = graphed(net, 1, 1, frozen=True, cache=cache)
@@ -353,27 +351,27 @@ def test_a_network_that_holds_its_own_graphs_is_freed() -> None:
     gone = weakref.ref(net)
     del net
     gc.collect()
-    assert gone() is None and not prepared._promises
+    assert gone() is None and not prepared._freezes
 
 
-def test_what_was_made_is_freed_with_the_promise() -> None:
+def test_matrices_are_freed_with_the_freeze() -> None:
     net, x = build(backend="native"), torch.randn(1, 3, 16)
     with torch.no_grad(), frozen(net):
         net(x)
-        ((_, shared),) = prepared._promise(net)._made[net].values()  # type: ignore[union-attr]
+        ((_, shared),) = prepared._freeze_of(net)._cache[net].values()  # type: ignore[union-attr]
         made = weakref.ref(shared)
         del shared
     assert made() is None
 
 
-def test_a_promise_is_kept_once() -> None:
-    promise = prepared.Frozen(build())
-    with promise, pytest.raises(RuntimeError, match="begun already"):
-        promise.open()
+def test_a_freeze_cannot_be_opened_twice() -> None:
+    freeze = prepared.Frozen(build())
+    with freeze, pytest.raises(RuntimeError, match="already open"):
+        freeze.open()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_child_that_was_forked_while_matrices_were_made_is_not_stuck() -> None:
+def test_a_child_forked_during_preparation_does_not_deadlock() -> None:
     net, begun, go_on = build(backend="native"), threading.Event(), threading.Event()
 
     def make() -> list[Tensor]:
@@ -398,7 +396,7 @@ def _freeze() -> None:
         pass
 
 
-def test_promises_nest_and_end_with_their_block() -> None:
+def test_freezes_nest_and_end_with_their_block() -> None:
     inner, outer = build(), nn.ModuleList([build(), build()])
     outer.append(inner)
     with frozen(outer):
@@ -412,13 +410,16 @@ def test_promises_nest_and_end_with_their_block() -> None:
         _ = 1 / 0
     step(inner)
     outer.train()
-    assert not prepared._promises
+    assert not prepared._freezes
 
 
-def test_what_cannot_be_frozen_is_said() -> None:
+def test_modules_that_cannot_be_frozen_raise() -> None:
     with pytest.raises(ValueError, match="training mode cannot be frozen"), frozen(build().train()):
         pass
-    with pytest.raises(ValueError, match="no network of trm_kernels in this Linear"), frozen(nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match="this Linear contains no network of trm_kernels"),
+        frozen(nn.Linear(2, 2)),
+    ):
         pass
     with pytest.raises(ValueError, match="nothing to freeze"):
         graphed(reference.TinyRecursiveNetwork(build().config), 1, 1, frozen=True)

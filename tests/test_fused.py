@@ -1,4 +1,4 @@
-"""Networks on the Triton backend against the reference, over families, dtypes, lengths, masks, strides."""
+"""Networks on the Triton backend compared to the reference, by family, dtype, length, mask and strides."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ STRIDES = ("contiguous", "transposed", "sliced", "expanded")
 
 
 def pairs(row: tuple) -> set[tuple]:
-    """Every two values of a row, with their places."""
+    """Return all pairs of values of a row, with their positions."""
     return set(itertools.combinations(enumerate(row), 2))
 
 
 def pairwise(*axes: tuple) -> list[tuple]:
-    """Rows that hold every pair of values of every two axes, chosen greedily."""
+    """Choose rows greedily that cover every pair of values of every two axes."""
     candidates = {row: pairs(row) for row in itertools.product(*axes)}
     wanted = set().union(*candidates.values())
     rows = []
@@ -59,7 +59,7 @@ def pairwise(*axes: tuple) -> list[tuple]:
 
 
 def make_mask(kind: str, batch: int, length: int, device: str) -> Tensor | None:
-    """Masks of each kind; ``reasoning`` is that of SequenceTRM: 1..1 0..0 1."""
+    """Return a mask of each kind; ``reasoning`` is that of SequenceTRM: 1..1 0..0 1."""
     if kind == "none":
         return None
     mask = torch.ones(batch, length, device=device)
@@ -72,13 +72,13 @@ def make_mask(kind: str, batch: int, length: int, device: str) -> Tensor | None:
     if kind == "reasoning":
         mask[:, -1] = 1.0
     if kind == "holes":
-        mask[-1] = 0.0  # a sample without any valid position is allowed
-        mask = mask.t().contiguous().t()  # and a mask need not be contiguous
+        mask[-1] = 0.0  # a sample without valid positions is allowed
+        mask = mask.t().contiguous().t()  # a mask need not be contiguous
     return mask
 
 
 def make_input(kind: str, batch: int, length: int, width: int, device: str) -> Tensor:
-    """Float64 inputs [B, L, D] in memory layouts that callers have."""
+    """Return float64 inputs [B, L, D] in typical memory layouts."""
     if kind == "transposed":
         return torch.randn(length, batch, width, dtype=torch.float64, device=device).transpose(0, 1)
     if kind == "sliced":
@@ -91,18 +91,18 @@ def make_input(kind: str, batch: int, length: int, width: int, device: str) -> T
 def networks(
     family: str, mixer: str, length: int, dtype: torch.dtype, device: str, width: int = 32, heads: int = 2
 ) -> tuple[TinyRecursiveNetwork, TinyRecursiveNetwork, TinyRecursiveNetwork]:
-    """The same network, its weights rounded to ``dtype``, on triton, on eager, and in float64."""
-    # Of two token mixers of one position, the first has gradients that one seed decides in any pool: with two
-    # blocks of the paper's 4 of 20 pools of 32 broke the rule.
+    """Return the same network, with weights rounded to ``dtype``, on triton, on eager, and in float64."""
+    # With two token mixers over one position, a single seed dominates the first one's gradients in any pool:
+    # with two of the paper's blocks, 4 of 20 pools of 32 violated the rule.
     layers = 1 if mixer == "tokens" and length == 1 else 2
     net = TinyRecursiveNetwork(width, layers, heads, family=family, mixer=mixer, seq_len=length)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
             if family == "paper":
-                # Its 256 inner units, the least there are, and its norms behind the sum amplify rounding
-                # errors otherwise: two tokens broke the rule as often in pools of 128 seeds as in pools of 2,
-                # and deep recursions with attention still in 1 of 6 pools of 16 (torch 2.13).
+                # Otherwise its minimum of 256 inner units and its norms after the sum amplify rounding
+                # errors: two tokens violated the rule as often in pools of 128 seeds as in pools of 2, and
+                # deep recursions with attention in 1 of 6 pools of 16 (torch 2.13).
                 parameter.mul_(0.5)
     ours = net.to(device, dtype)
     eager, truth = copy.deepcopy(ours), copy.deepcopy(ours).double()
@@ -111,10 +111,10 @@ def networks(
 
 
 def seeds_for(length: int, mixer: str) -> int:
-    """Seeds to pool: eight, but in the interpreter, at seconds a pass, four or two, or one long sequence.
+    """Return the number of seeds to pool: eight, or fewer in the interpreter, which takes seconds per pass.
 
-    The gradients of a token mixer of one position differ by orders of magnitude from seed to seed, so that
-    few seeds decide a pool: 1 of 32 pools of 16 broke the rule, and none of 16 of 32.
+    The gradients of a token mixer over one position differ by orders of magnitude between seeds, so few seeds
+    dominate a pool: 1 of 32 pools of 16 violated the rule, and none of 16 pools of 32.
     """
     if length == 1 and mixer == "tokens":
         return 32
@@ -124,16 +124,16 @@ def seeds_for(length: int, mixer: str) -> int:
 
 
 def pool_of(label: str, length: int) -> str:
-    """Where a gradient's errors are pooled.
+    """Return the pool for a gradient's errors.
 
-    Over one key, queries and keys have no gradient, and what rounding leaves in its place has no relative
-    error. There they are one tensor with the values, as in the families that store one matrix for all three.
+    With one key, queries and keys have no gradient, and rounding alone has no meaningful relative error. They
+    are then pooled with the values, as in the families that store one matrix for all three.
     """
     return re.sub(r"[qk]_proj", "v_proj", label) if length == 1 else label
 
 
 GRID = pairwise(FAMILIES, DTYPES, LENGTHS, MASKS, STRIDES)
-#: What GPUs run: each family with each mask and each stride.
+#: The GPU configurations: each family with each mask and each stride.
 GRID += [row for row in pairwise(FAMILIES, (torch.bfloat16,), (31, 97), MASKS, STRIDES) if row not in GRID]
 
 
@@ -195,7 +195,7 @@ def test_any_width_and_head_size(data: st.DataObject, batch: int, length: int, h
 
 
 def test_a_deep_recursion_meets_the_rule(device: str) -> None:
-    """Errors grow from step to step; they may not grow faster than eager's."""
+    """Errors grow with each step, but must not grow faster than eager's."""
     rule = ToleranceRule(torch.float32)
     for seed in range(4):
         torch.manual_seed(seed)
@@ -314,7 +314,7 @@ def test_refusals_name_the_reason(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert "hooks" in reason(watched)
 
     class Adapter(torch.nn.Linear):
-        """Stands for a LoRA wrapper: a linear layer that computes something else."""
+        """A linear layer that computes something else, such as a LoRA wrapper."""
 
     wrapped = copy.deepcopy(net)
     wrapped.layers[1].mlp[2] = Adapter(128, 32).to(device)
@@ -325,9 +325,9 @@ def test_refusals_name_the_reason(device: str, monkeypatch: pytest.MonkeyPatch) 
 
     unbiased = copy.deepcopy(net)
     unbiased.layers[0].self_attn.in_proj_bias = None
-    assert "lacks a parameter" in reason(unbiased)
+    assert "has no parameter" in reason(unbiased)
     if INTERPRET:
-        monkeypatch.setattr(ops, "INTERPRETS_BFLOAT16", False)  # as it is where no test has mended Triton's
+        monkeypatch.setattr(ops, "INTERPRETS_BFLOAT16", False)  # as in unpatched Triton
         assert "bit patterns" in reason(copy.deepcopy(net).bfloat16(), x.bfloat16())
 
 
@@ -339,7 +339,7 @@ def test_a_second_derivative_is_never_silently_dropped(device: str) -> None:
         gradient.square().sum().backward()
 
 
-def test_transforms_are_refused_and_auto_serves_them(device: str) -> None:
+def test_transforms_are_refused_and_run_on_auto(device: str) -> None:
     net = TinyRecursiveNetwork(16, 1, 2, family="scratch").to(device)
     x = torch.randn(1, 4, 16, device=device)
 
@@ -355,7 +355,7 @@ def test_transforms_are_refused_and_auto_serves_them(device: str) -> None:
         net(torch.autograd.forward_ad.make_dual(x, x))
 
 
-def test_rotary_tables_of_a_fake_call_are_not_kept(device: str) -> None:
+def test_rotary_tables_of_a_fake_call_are_not_cached(device: str) -> None:
     net = TinyRecursiveNetwork(16, 1, 2, family="scratch", backend="triton").to(device)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net(torch.randn(1, 11, 16, device=device))

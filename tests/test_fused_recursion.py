@@ -1,4 +1,4 @@
-"""Recursions as one chain of kernels: the tolerance rule, launches, which gradients flow, dropout."""
+"""Recursions as one chain of kernels: the tolerance rule, launches, gradient flow, dropout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trm_kernels.testing import ToleranceRule, recursion_and_gradients
 
 pytestmark = pytest.mark.interpreter
 LENGTH, WIDTH = 6, 16
-#: Patterns of a batch of two: padding behind, holes, and 1..1 0..0 1 (``SequenceTRM``).
+#: Patterns of a batch of two: padding at the end, gaps, and 1..1 0..0 1 (``SequenceTRM``).
 MASKS = {
     "none": None,
     "suffix": [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]],
@@ -47,9 +47,9 @@ def build(device: str, *, layers: int = 1, heads: int = 1, **options: Any) -> Ti
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
             if options.get("family") == "paper":
-                # Post-norm recursions amplify rounding errors of single rows. With weights of twice the size
-                # errors in bfloat16 are ten times as large, and 3% of pools of 2 seeds broke the rule (now
-                # none of 200); in float32, reading positions, 4 of 50 pools of 4 did (now none of 40).
+                # Post-norm recursions amplify rounding errors of single rows. With weights twice as large,
+                # errors in bfloat16 are ten times as large, and 3% of pools of 2 seeds violated the rule (now
+                # none of 200); in float32, with read positions, 4 of 50 pools of 4 did (now none of 40).
                 parameter.mul_(0.5)
     return net.to(device)
 
@@ -76,7 +76,7 @@ def hold_to_the_rule(
     seeds: int = 2,
     memory: Memory = "balanced",
 ) -> None:
-    """Outputs and gradients of a deep recursion: kernels, eager, and eager in float64."""
+    """Check outputs and gradients of a deep recursion: kernels, eager, and eager in float64."""
     rule = ToleranceRule(dtype)
     held = torch.float32 if autocast else dtype
     mask = mask_of(masking, device)
@@ -140,7 +140,7 @@ def test_float32_meets_the_rule(
 
 
 def bfloat16_rows() -> list[tuple[str, ...]]:
-    """Every two values together; token mixers take no mask, and post-norm networks no other norm."""
+    """Pairwise combinations; token mixers accept no mask, and post-norm networks no output norm."""
     rows = pairwise(
         tuple(FAMILIES), ("fast", "balanced", "small"), tuple(MASKS), ("pure", "autocast"), ("normed", "bare")
     )
@@ -162,7 +162,7 @@ def bfloat16_rows() -> list[tuple[str, ...]]:
 def test_bfloat16_meets_the_rule(
     family: str, memory: Memory, masking: str, precision: str, norm: str, device: str
 ) -> None:
-    """What GPUs run: norms folded, and under autocast a float32 stream with rounded operands."""
+    """The GPU configuration: folded norms, and under autocast a float32 stream with rounded operands."""
     with launched("fold_kernel" if family in ("seed", "scratch") else "gemm_kernel"):
         hold_to_the_rule(
             device,
@@ -189,7 +189,7 @@ def test_bfloat16_meets_the_rule(
 def test_float16_meets_the_rule(
     options: dict[str, Any], masking: str, normed: bool, autocast: bool, memory: Memory, device: str
 ) -> None:
-    """A route of its own where bfloat16 folds norms, and nowhere else."""
+    """It differs from bfloat16 only where bfloat16 folds norms."""
     with launched("rms_norm_backward_kernel"):
         hold_to_the_rule(
             device, torch.float16, options=options, n=2, T=2, masking=masking, normed=normed,
@@ -198,10 +198,10 @@ def test_float16_meets_the_rule(
 
 
 @pytest.mark.parametrize(("normed", "launches"), [(False, 1 + 7 * 10), (True, 1 + 7 * 11)])
-def test_a_latent_recursion_takes_as_many_launches_as_planned(
+def test_a_latent_recursion_has_the_expected_number_of_launches(
     normed: bool, launches: int, device: str
 ) -> None:
-    """One sum, then five kernels a block; a norm behind every call is one more; first of all, four folds."""
+    """Four folds, one sum, then five kernels per block; a norm after every call is one more."""
     net = build(device, layers=2).eval()
     norm = nn.RMSNorm(WIDTH, eps=1e-6).to(device) if normed else None
     x, y, z = (state[:1, :2] for state in states(device))
@@ -217,7 +217,7 @@ def test_a_latent_recursion_takes_as_many_launches_as_planned(
 @pytest.mark.parametrize(
     "case", ["y alone", "z alone", "frozen network", "frozen states", "one parameter", "x"]
 )
-def test_only_what_is_asked_for_gets_a_gradient(case: str, device: str) -> None:
+def test_only_tensors_that_require_gradients_get_one(case: str, device: str) -> None:
     net = build(device)
     eager = copy.deepcopy(net)
     eager.backend = "eager"
@@ -237,7 +237,7 @@ def test_only_what_is_asked_for_gets_a_gradient(case: str, device: str) -> None:
         (y * z if loss is None else loss).square().sum().backward()
         results.append([leaf.grad for leaf in (*leaves, *module.parameters())])
     for mine, theirs in zip(*results, strict=True):
-        # Autograd leaves None where nothing flows; one node for a whole recursion may leave zeros.
+        # Autograd returns None if no gradient flows; one node for a complete recursion may return zeros.
         theirs = torch.zeros_like(mine) if theirs is None and mine is not None else theirs
         assert (mine is None) == (theirs is None)
         if mine is not None:
@@ -293,7 +293,7 @@ def test_a_hook_on_the_network_sees_every_call(device: str) -> None:
     step_by_step = latent_recursion(net, *inputs, 2, mask=mask)
     handle.remove()
     assert len(calls) == 3
-    # Packed in one, padded in the other: the same rows, other tiles.
+    # One is packed and the other padded: the same rows in different tiles.
     torch.testing.assert_close(fused, step_by_step, rtol=1e-4, atol=1e-5)
     with launched("stream_kernel"):
         latent_recursion(net, *inputs, 2, mask=mask)
@@ -302,7 +302,7 @@ def test_a_hook_on_the_network_sees_every_call(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_follows_its_call_and_block(dtype: torch.dtype, device: str) -> None:
-    """Against the masks that the kernels draw: one seed a recursion, counted by call and block."""
+    """Compared to the masks that the kernels draw: one seed per recursion, with call and block as counter."""
     n, layers, heads, probability = 1, 2, 2, 0.4
     rule = ToleranceRule(dtype)
     for pooled in range(2):
@@ -394,7 +394,7 @@ def test_fullgraph_compile_keeps_the_kernels(masked: bool, device: str) -> None:
         ({"family": "paper", "mixer": "tokens"}, "none", torch.float32),
     ],
 )
-def test_only_the_positions_that_are_read_are_computed_and_right(
+def test_only_read_positions_are_computed_and_correct(
     options: dict[str, Any], masking: str, dtype: torch.dtype, device: str
 ) -> None:
     mask = mask_of(masking, device)
@@ -415,7 +415,7 @@ def test_only_the_positions_that_are_read_are_computed_and_right(
     rule.check()
 
 
-def test_positions_that_are_read_have_their_gradient(device: str) -> None:
+def test_read_positions_have_gradients(device: str) -> None:
     net, inputs = build(device), states(device)
     read = torch.tensor([[LENGTH - 1], [2]], device=device)
     expected, _ = latent_recursion(net.forward_eager, *inputs, 1, read=read)
@@ -431,7 +431,7 @@ def test_positions_that_are_read_have_their_gradient(device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_a_packing_of_known_size_stands_for_its_mask(backend: str, device: str) -> None:
+def test_a_packing_of_known_size_equals_its_mask(backend: str, device: str) -> None:
     net, inputs, mask = build(device), states(device), mask_of("holes", device)
     assert mask is not None
     net.backend = backend

@@ -1,4 +1,4 @@
-"""Graphs: which calls share one, what padding does, what is evicted, and how a fallback shows."""
+"""Graphs: which calls share one, padding, eviction, and reported fallbacks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def states(batch: int = 2, length: int = 8, width: int = 16) -> tuple[Tensor, Te
     return tuple(torch.randn(3, batch, length, width).unbind())  # type: ignore[return-value]
 
 
-# What a graph is captured for.
+# Calls that share a graph.
 
 
 def test_a_second_call_of_the_same_kind_replays() -> None:
@@ -66,7 +66,7 @@ def test_a_second_call_of_the_same_kind_replays() -> None:
     assert cache.status() == graphs.GraphStatus(graphs=1, captures=1, replays=3)
 
 
-def test_shape_dtype_and_static_arguments_have_graphs_of_their_own() -> None:
+def test_shape_dtype_and_static_arguments_have_separate_graphs() -> None:
     cache, capturer = recorded()
     fast = GraphedFunction(lambda x, factor=1: factor * x, cache=cache)
     x = torch.ones(3)
@@ -163,7 +163,7 @@ def _eval(model: nn.Sequential) -> None:
 @pytest.mark.parametrize(
     "change", [_new_storage, _assigned, _new_parameter, _new_submodule, _added_submodule, _eval]
 )
-def test_what_a_graph_would_not_see_is_captured_anew(change: object) -> None:
+def test_changes_that_a_graph_would_miss_are_captured_again(change: object) -> None:
     cache, capturer = recorded()
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0))
     fast = GraphedFunction(lambda x: model(x), modules=[model], cache=cache)
@@ -179,7 +179,7 @@ def test_what_a_graph_would_not_see_is_captured_anew(change: object) -> None:
 # Buffers.
 
 
-def test_results_are_copies_unless_asked_otherwise() -> None:
+def test_results_are_copies_unless_clone_is_false() -> None:
     cache, _ = recorded()
     kept, viewed = GraphedFunction(double, cache=cache), GraphedFunction(double, cache=cache, clone=False)
     for fast, expected in ((kept, 2.0), (viewed, 6.0)):
@@ -189,7 +189,7 @@ def test_results_are_copies_unless_asked_otherwise() -> None:
 
 
 def test_poisoned_buffers_leave_no_trace() -> None:
-    """Every call overwrites all inputs, and every replay all outputs."""
+    """Every call overwrites all inputs, and every replay overwrites all outputs."""
     cache, capturer = recorded()
     fast = GraphedFunction(lambda x, y: (x + y, None, x * y), cache=cache)
     x, y = torch.randn(2, 3, 4).unbind()
@@ -216,7 +216,7 @@ def test_strided_and_expanded_arguments() -> None:
 
 
 @pytest.mark.parametrize("bucket", [power_of_two, eighths, multiple_of(24)])
-def test_buckets_hold_their_sizes_and_are_buckets_themselves(bucket: graphs.Bucket) -> None:
+def test_buckets_are_large_enough_and_idempotent(bucket: graphs.Bucket) -> None:
     sizes = [bucket(size) for size in range(1, 3000)]
     assert all(rounded >= size for size, rounded in zip(range(1, 3000), sizes, strict=True))
     assert sizes == sorted(sizes)
@@ -256,7 +256,7 @@ def test_shapes_of_one_bucket_share_a_graph_and_results_are_cropped() -> None:
     assert len(capturer.graphs) == 2
 
 
-def test_padding_is_zero_whatever_lay_there_before() -> None:
+def test_padding_is_zero_after_larger_arguments() -> None:
     cache, _ = recorded()
     fast = GraphedFunction(
         lambda x: x.sum(dim=(0, 1)), axes=("BL",), buckets={"B": power_of_two, "L": power_of_two}, cache=cache
@@ -269,7 +269,7 @@ def test_padding_is_zero_whatever_lay_there_before() -> None:
 def test_axes_that_disagree_are_refused() -> None:
     cache, _ = recorded()
     fast = GraphedFunction(torch.add, axes=("B", "B"), buckets={"B": power_of_two}, cache=cache)
-    with pytest.raises(ValueError, match="axis B has size 3 and 4"):
+    with pytest.raises(ValueError, match="axis B has sizes 3 and 4"):
         fast(torch.ones(3), torch.ones(4))
     with pytest.raises(ValueError, match="no argument has the axes L"):
         GraphedFunction(torch.add, axes=("B", "B"), buckets={"L": power_of_two})
@@ -278,7 +278,7 @@ def test_axes_that_disagree_are_refused() -> None:
 # Bounds.
 
 
-def test_least_recently_used_graphs_make_room() -> None:
+def test_least_recently_used_graphs_are_evicted() -> None:
     cache, capturer = recorded(max_graphs=2)
     fast = GraphedFunction(double, cache=cache)
     one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
@@ -291,7 +291,7 @@ def test_least_recently_used_graphs_make_room() -> None:
     assert cache.status().evictions == 2
 
 
-def test_graphs_share_a_pool_until_it_holds_a_quarter_of_the_bound() -> None:
+def test_graphs_share_a_pool_up_to_a_quarter_of_the_limit() -> None:
     cache, capturer = recorded(10, max_bytes=100)
     fast = GraphedFunction(double, cache=cache)
     for size in range(1, 7):
@@ -301,7 +301,7 @@ def test_graphs_share_a_pool_until_it_holds_a_quarter_of_the_bound() -> None:
     assert cache.nbytes == 60
 
 
-def test_pools_used_longest_ago_are_given_up() -> None:
+def test_least_recently_used_pools_are_evicted() -> None:
     cache, capturer = recorded(30, max_bytes=100)
     fast = GraphedFunction(double, cache=cache)
     for size in (1, 2, 3):
@@ -312,16 +312,16 @@ def test_pools_used_longest_ago_are_given_up() -> None:
     assert cache.nbytes == 90 and capturer.trims == 1
 
 
-def test_a_pool_that_alone_holds_too_much_is_begun_anew() -> None:
+def test_a_pool_that_is_too_large_on_its_own_is_replaced() -> None:
     cache, capturer = recorded(20, 90, 50, max_bytes=100)
     fast = GraphedFunction(double, cache=cache)
     fast(torch.ones(1))
-    fast(torch.ones(2))  # 20 + 90 in one pool; alone, this graph takes 50
+    fast(torch.ones(2))  # 20 + 90 in one pool; on its own this graph takes 50
     assert [graph.released for graph in capturer.graphs] == [True, True, False]
     assert cache.nbytes == 50 and len(cache) == 1
 
 
-def test_a_graph_larger_than_the_bound_is_refused_and_said() -> None:
+def test_a_graph_larger_than_the_limit_is_rejected_and_reported() -> None:
     cache, capturer = recorded(200, max_bytes=100)
     fast = GraphedFunction(double, cache=cache)
     with pytest.warns(graphs.GraphFallbackWarning, match="more than the cache's 100 bytes"):
@@ -331,7 +331,7 @@ def test_a_graph_larger_than_the_bound_is_refused_and_said() -> None:
     assert list(cache.status().fallbacks.values()) == [2]
 
 
-def test_a_graph_that_is_refused_for_its_size_costs_no_other() -> None:
+def test_a_graph_rejected_for_its_size_evicts_no_other() -> None:
     cache, capturer = recorded(30, 200, max_bytes=100)
     fast = GraphedFunction(double, cache=cache)
     fast(torch.ones(1))
@@ -341,7 +341,7 @@ def test_a_graph_that_is_refused_for_its_size_costs_no_other() -> None:
     assert len(cache) == 1 and cache.nbytes == 30
 
 
-def test_clearing_returns_all_memory_and_forgets_refusals() -> None:
+def test_clearing_frees_all_memory_and_failed_keys() -> None:
     cache, capturer = recorded(10)
     fast = GraphedFunction(double, cache=cache)
     capturer.failure = RuntimeError("no")
@@ -356,13 +356,13 @@ def test_clearing_returns_all_memory_and_forgets_refusals() -> None:
 
 
 @pytest.mark.parametrize("bounds", [{"max_graphs": 0}, {"max_bytes": -1}])
-def test_bounds_that_make_no_sense(bounds: dict[str, int]) -> None:
+def test_invalid_limits_are_rejected(bounds: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         GraphCache(**bounds)  # type: ignore[arg-type]
 
 
-def test_a_function_that_is_gone_leaves_its_graphs_unreachable() -> None:
-    """A new function must not meet the graphs of an old one that had the same id."""
+def test_graphs_of_a_deleted_function_are_unreachable() -> None:
+    """A new function must not get the graphs of an old one that had the same id."""
     cache, capturer = recorded()
     for factor in range(6):
         fast = GraphedFunction(lambda x, factor=factor: factor * x, cache=cache)
@@ -376,7 +376,7 @@ def test_a_function_that_is_gone_leaves_its_graphs_unreachable() -> None:
 
 
 def fallback_of(fast: GraphedFunction, *arguments: Tensor, **static: object) -> str:
-    """The one reason for which a call falls back; the second time, without a warning."""
+    """Return the only reason for which a call falls back; its second call must not warn."""
     expected = fast.function(*arguments, **static)
     with pytest.warns(graphs.GraphFallbackWarning) as found:
         assert torch.equal(fast(*arguments, **static), expected)  # type: ignore[arg-type]
@@ -403,14 +403,14 @@ def test_the_environment_can_turn_graphs_off(monkeypatch: pytest.MonkeyPatch) ->
     assert "neither 0 nor 1" in str(graphs.unavailable())
 
 
-def test_gradients_are_not_for_replays() -> None:
+def test_recording_gradients_prevents_replays() -> None:
     for function, x in ((nn.Linear(3, 3), torch.ones(1, 3)), (double, torch.ones(1, requires_grad=True))):
         cache_internals._WARNED.clear()
         fast = GraphedFunction(function, cache=recorded()[0])
         assert "gradients" in fallback_of(fast, x)
 
 
-def test_hooks_are_not_for_replays() -> None:
+def test_hooks_prevent_replays() -> None:
     model = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
     fast = GraphedFunction(model, cache=recorded()[0])
     fast(torch.ones(1, 3))
@@ -438,7 +438,7 @@ def test_wrapped_parameters_are_not_watched() -> None:
     [
         ((torch.ones(0, 3),), {}, "empty"),
         ((torch.ones(3),), {"factor": [2]}, "factor is not hashable"),
-        ((torch.ones(3), torch.ones(3, device="meta")), {}, "on cpu and on meta"),
+        ((torch.ones(3), torch.ones(3, device="meta")), {}, "on cpu and meta"),
     ],
 )
 def test_calls_that_make_no_graph(arguments: tuple[Tensor, ...], static: dict, reason: str) -> None:
@@ -446,13 +446,13 @@ def test_calls_that_make_no_graph(arguments: tuple[Tensor, ...], static: dict, r
     assert reason in fallback_of(fast, *arguments, **static)
 
 
-def test_a_result_that_is_no_tensor_falls_back() -> None:
+def test_a_result_that_is_not_a_tensor_falls_back() -> None:
     fast = GraphedFunction(lambda x: {"x": x}, cache=recorded()[0])
-    with pytest.warns(graphs.GraphFallbackWarning, match="something else than tensors"):
+    with pytest.warns(graphs.GraphFallbackWarning, match="something other than tensors"):
         assert set(fast(torch.ones(1))) == {"x"}
 
 
-def test_a_failed_capture_is_not_tried_again_and_harms_no_other() -> None:
+def test_a_failed_capture_is_not_retried_and_does_no_harm() -> None:
     cache, capturer = recorded()
     fast = GraphedFunction(double, cache=cache)
     fast(torch.ones(1))
@@ -471,7 +471,7 @@ def test_a_failed_capture_is_not_tried_again_and_harms_no_other() -> None:
     )
 
 
-def test_what_the_function_raises_passes_through() -> None:
+def test_exceptions_of_the_function_propagate() -> None:
     cache, capturer = recorded()
 
     def function(x: Tensor) -> Tensor:
@@ -489,7 +489,7 @@ def test_what_the_function_raises_passes_through() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_llm_trm_env_says_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llm_trm_env_reports_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(CliRunner().invoke(main, ["env", "--json"]).stdout)
     assert facts["graphs"] == {"unavailable": "no CUDA device"}
     assert "unavailable, calls run without: no CUDA device" in CliRunner().invoke(main, ["env"]).stdout
@@ -500,7 +500,7 @@ def test_llm_trm_env_says_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatc
 # Nesting and threads.
 
 
-def test_inside_another_capture_a_function_simply_runs() -> None:
+def test_inside_another_capture_a_function_runs_eagerly() -> None:
     inner_cache, inner_capturer = recorded()
     outer_cache, outer_capturer = recorded()
     inner = GraphedFunction(double, cache=inner_cache)
@@ -594,9 +594,9 @@ def test_a_network_without_mask_is_not_padded_in_length() -> None:
     fast, _ = graphed_recursion(net)
     assert fast(*states(1, 97))[0].shape == (1, 97, 16)
     assert next(iter(fast.graphed.cache._entries.values())).payload.tensors[0].shape == (1, 97, 16)
-    with pytest.raises(ValueError, match="takes no mask"):
+    with pytest.raises(ValueError, match="accepts no mask"):
         graphed(net, 2, 2, length=eighths)
-    with pytest.raises(ValueError, match="takes no mask"):
+    with pytest.raises(ValueError, match="accepts no mask"):
         graphed(torch.tanh, 2, 2, length=eighths)
     with pytest.raises(ValueError, match="'auto'"):
         graphed(net, 2, 2, length="sometimes")
@@ -618,7 +618,7 @@ def test_options_reach_the_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_on_a_cpu_a_graphed_recursion_is_the_recursion() -> None:
+def test_on_a_cpu_a_graphed_recursion_is_the_plain_recursion() -> None:
     net = network()
     fast = graphed(net, 2, 2)
     x, y, z = states(3, 21)
@@ -661,7 +661,7 @@ def gpu_states(batch: int, length: int, width: int = 64) -> list[Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_replay_equals_the_plain_path_bit_for_bit(
+def test_gpu_replay_equals_the_eager_path_bit_for_bit(
     gpu_cache: GraphCache, backend: str, dtype: torch.dtype
 ) -> None:
     net = gpu_network().to(dtype).eval()
@@ -681,7 +681,7 @@ def test_gpu_replay_equals_the_plain_path_bit_for_bit(
 
 
 @pytest.mark.gpu
-def test_gpu_padded_equals_the_plain_path_on_the_bucket(gpu_cache: GraphCache) -> None:
+def test_gpu_padded_equals_the_eager_path_on_the_bucket(gpu_cache: GraphCache) -> None:
     net = gpu_network().eval()
     fast = graphed(net, 2, 2, batch=power_of_two, length=multiple_of(32), cache=gpu_cache)
     for batch, length in ((4, 64), (3, 50), (4, 40), (3, 64)):
@@ -716,8 +716,8 @@ def test_gpu_dropout_is_fresh_and_follows_the_generator(gpu_cache: GraphCache, b
 
 
 @pytest.mark.gpu
-def test_gpu_the_first_call_draws_what_a_plain_call_draws(gpu_cache: GraphCache) -> None:
-    """Warm-up and capture leave the generator where it was."""
+def test_gpu_the_first_call_draws_the_numbers_of_an_eager_call(gpu_cache: GraphCache) -> None:
+    """Warm-up and capture restore the state of the generator."""
     fast = GraphedFunction(lambda x: x + torch.rand_like(x), cache=gpu_cache)
     x = torch.zeros(1000, device="cuda")
     torch.cuda.manual_seed(3)
@@ -775,7 +775,7 @@ def test_gpu_a_parameter_update_between_replays_is_seen(gpu_cache: GraphCache, b
 
 
 @pytest.mark.gpu
-def test_gpu_moved_parameters_are_captured_anew(gpu_cache: GraphCache) -> None:
+def test_gpu_moved_parameters_are_captured_again(gpu_cache: GraphCache) -> None:
     net = gpu_network().eval()
     fast = graphed(net, 2, 2, cache=gpu_cache)
     x, y, z = gpu_states(2, 64)
@@ -810,7 +810,7 @@ def test_gpu_eviction_frees_memory() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("culprit", ["item", "raise"])
-def test_gpu_a_failed_capture_leaves_all_sound(gpu_cache: GraphCache, culprit: str) -> None:
+def test_gpu_a_failed_capture_does_no_harm(gpu_cache: GraphCache, culprit: str) -> None:
     def function(x: Tensor) -> Tensor:
         if x.shape == (2,):
             if culprit == "item":
@@ -825,7 +825,7 @@ def test_gpu_a_failed_capture_leaves_all_sound(gpu_cache: GraphCache, culprit: s
     with pytest.warns(graphs.GraphFallbackWarning, match="capturing failed"):
         assert fast(torch.ones(2, device="cuda")).tolist() == [2.0, 2.0]
     assert torch.cuda.current_stream() == stream
-    torch.rand(3, device="cuda")  # after a failed capture, torch 2.11 left to itself draws no more
+    torch.rand(3, device="cuda")  # after a failed capture, torch 2.11 itself could not draw any more
     for size in (1, 3, 2, 4, 1):
         assert fast(torch.ones(size, device="cuda")).tolist() == [2.0] * size
     assert gpu_cache.status().graphs == 3
@@ -833,7 +833,7 @@ def test_gpu_a_failed_capture_leaves_all_sound(gpu_cache: GraphCache, culprit: s
 
 
 @pytest.mark.gpu
-def test_gpu_the_steady_state_waits_for_nothing(gpu_cache: GraphCache) -> None:
+def test_gpu_the_steady_state_never_waits(gpu_cache: GraphCache) -> None:
     net = gpu_network().eval()
     fast = graphed(net, 2, 2, cache=gpu_cache)
     x, y, z = gpu_states(3, 50)
@@ -851,7 +851,7 @@ def test_gpu_the_steady_state_waits_for_nothing(gpu_cache: GraphCache) -> None:
 
 @pytest.mark.gpu
 def test_gpu_streams_are_ordered(gpu_cache: GraphCache) -> None:
-    """Graphs that share a pool must not overlap, whatever streams their callers are on."""
+    """Graphs that share a pool must not overlap, whatever streams their callers use."""
     fast = GraphedFunction(lambda x: (x @ x).relu() @ x, cache=gpu_cache)
     inputs = [torch.randn(size, size, device="cuda") / size for size in (512, 640, 768)]
     expected = [(x @ x).relu() @ x for x in inputs]

@@ -1,4 +1,4 @@
-"""Halting sample by sample: compaction changes no result, and the carry is that of the paper's code."""
+"""Per-sample halting: compaction changes no result, and the carry matches the paper's code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_counts_come_one_push_late() -> None:
     assert count.last() == 0 and count.last() is None
 
 
-def test_a_count_is_what_it_was_when_it_was_pushed() -> None:
+def test_a_count_has_its_value_at_push_time() -> None:
     count, value = AsyncCount(), torch.tensor(5)
     count.push(value)
     value.zero_()
@@ -37,7 +37,7 @@ def test_reads_keep_order_and_tags() -> None:
 
 
 def elementwise_step(x: Tensor, y: Tensor, limit: Tensor, count: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Each row on its own, whatever the batch size; a row halts when its count reaches its limit."""
+    """Compute each row independently of the batch size; a row halts when its count reaches its limit."""
     y = torch.sin(3.0 * y + x) + 0.25 * y
     return {"y": y, "count": count + 1}, count + 1 >= limit
 
@@ -63,7 +63,7 @@ def test_compaction_changes_no_bit(limits: list[int], max_steps: int, bucket: ob
         assert torch.equal(compacted.state[name], member), name
     for name, member in before.items():
         assert torch.equal(state[name], member), "the caller's tensors stay as they are"
-    # The row by itself, stepped by hand.
+    # Step a single row by hand.
     row = int(torch.randint(batch, ()))
     alone = y[row]
     for _ in range(int(expected[row])):
@@ -81,7 +81,8 @@ def test_compaction_saves_work_one_step_late() -> None:
         "count": torch.zeros(8, dtype=torch.int64),
     }
     result = halting_recursion(elementwise_step, state, 20)
-    # Five halt at step 1, which is known after step 2; the three left fit into 4; from step 3 on one is left.
+    # Five halt at step 1, which the host knows after step 2; the remaining three fit into 4; one runs from
+    # step 3 on.
     assert result.calls == (8, 8, 4, 4, 1, 1, 1, 1, 1, 1)
     assert result.exit_steps.tolist() == limits.tolist()
 
@@ -110,7 +111,7 @@ def test_an_empty_batch_and_refusals() -> None:
     assert empty.state["y"].shape == (0, 2) and empty.calls == ()
     with pytest.raises(ValueError, match="max_steps"):
         halting_recursion(elementwise_step, {"y": torch.zeros(1, 2)}, 0)
-    with pytest.raises(ValueError, match="one batch size"):
+    with pytest.raises(ValueError, match="same batch size"):
         halting_recursion(elementwise_step, {"y": torch.zeros(1, 2), "x": torch.zeros(2, 2)}, 1)
     with pytest.raises(ValueError, match="halting flag"):
         halting_recursion(lambda y: ({}, torch.tensor(True)), {"y": torch.zeros(2, 2)}, 1)
@@ -126,8 +127,8 @@ def network_step(net: TinyRecursiveNetwork, run: object) -> object:
     return step
 
 
-def test_a_network_gives_the_same_exits_and_states(device: str) -> None:
-    """Within rounding: a matrix product may sum in another order for another batch size."""
+def test_a_network_returns_the_same_exits_and_states(device: str) -> None:
+    """Equal within rounding: a matrix product may sum in another order for another batch size."""
     net = TinyRecursiveNetwork(16, 1, 2, backend="eager").eval().to(device)
     norm = torch.nn.RMSNorm(16, device=device)
     x, y, z = torch.randn(3, 12, 5, 16, device=device).unbind()
@@ -150,7 +151,7 @@ def test_a_network_gives_the_same_exits_and_states(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_compaction_waits_for_nothing_and_replays_graphs() -> None:
+def test_gpu_compaction_never_waits_and_replays_graphs() -> None:
     net = TinyRecursiveNetwork(64, 1, 4).eval().cuda()
     norm = torch.nn.RMSNorm(64, device="cuda")
     cache = GraphCache()
@@ -174,7 +175,7 @@ def test_gpu_compaction_waits_for_nothing_and_replays_graphs() -> None:
 # The carry.
 
 
-def test_a_carry_refills_halted_slots_alone() -> None:
+def test_a_carry_refills_only_halted_slots() -> None:
     carry = Carry([torch.zeros(3, 2), None, torch.zeros(3, dtype=torch.int64)])
     assert carry.halted.all()
     first = (torch.ones(3, 2), None, torch.tensor([1, 2, 3]))
@@ -197,7 +198,7 @@ def test_a_carry_refills_halted_slots_alone() -> None:
     assert carry.halted.all()
 
 
-def test_gradients_reach_the_initial_states_of_fresh_samples_alone() -> None:
+def test_gradients_reach_only_the_initial_states_of_new_samples() -> None:
     carry = Carry([torch.zeros(2, 1)])
     carry.advance(torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.tensor([True, False]))
     initial = torch.zeros(2, 1, 2, requires_grad=True)
@@ -209,7 +210,7 @@ def test_gradients_reach_the_initial_states_of_fresh_samples_alone() -> None:
 
 @given(seed=st.integers(0, 1000), batch=st.integers(1, 6), max_steps=st.integers(1, 5))
 def test_a_carry_loses_and_doubles_no_sample(seed: int, batch: int, max_steps: int) -> None:
-    """Against a carry of Python lists, sample by sample."""
+    """Compare to a carry of Python lists, sample by sample."""
     generator = torch.Generator().manual_seed(seed)
     carry = Carry([torch.zeros(batch, dtype=torch.int64)])
     slots: list[tuple[int, int] | None] = [None] * batch
@@ -233,7 +234,7 @@ def test_a_carry_loses_and_doubles_no_sample(seed: int, batch: int, max_steps: i
     assert len({sample for sample, _ in finished}) == len(finished)
 
 
-def test_exploration_keeps_samples_going() -> None:
+def test_exploration_makes_samples_continue() -> None:
     steps = exploration_steps(torch.zeros(4000), 6, 0.25)
     drawn = steps[steps > 0]
     assert 0.2 < len(drawn) / 4000 < 0.3
@@ -255,7 +256,7 @@ def test_samples_with_states_that_are_not_finite_start_again() -> None:
     assert carry.halted.tolist() == [True, False, True]
 
 
-def test_a_carry_refuses_data_that_do_not_fit() -> None:
+def test_a_carry_rejects_mismatched_data() -> None:
     with pytest.raises(ValueError, match="at least one"):
         Carry([None])
     with pytest.raises(ValueError, match="batch sizes"):

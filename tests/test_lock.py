@@ -1,4 +1,4 @@
-"""The lock and the lower bounds say the same as pyproject.toml."""
+"""The lock file and the lower bounds agree with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 from bench import lock
 
-#: Packages whose API that is used here moved before.
+#: Packages that have changed APIs that we use.
 MOVED_BEFORE = {"transformers", "trl", "peft", "datasets", "accelerate"}
 
 
@@ -31,7 +31,7 @@ def test_every_dependency_is_locked_within_its_bounds() -> None:
             assert exact.version in wanted.specifier, f"{pin} against {wanted}: python -m bench.lock"
 
 
-def test_every_lower_bound_is_what_the_floors_install() -> None:
+def test_floors_install_every_lower_bound() -> None:
     pins = {canonicalize_name(pin.name): pin.specifier for pin in lock.locked(lock.FLOORS)}
     for floor in lock.floors():
         assert pins.get(canonicalize_name(floor.name)) == floor.specifier, "python -m bench.lock"

@@ -1,4 +1,4 @@
-"""What a recursion moves and keeps, counted without a GPU: tensors without data, launches recorded."""
+"""Memory traffic and saved memory of a recursion, counted without a GPU from recorded launches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from trm_kernels.backends.fused import block_parameters
 from trm_kernels.config import Memory
 from trm_kernels.ops import _launch
 from trm_kernels.ops._launch import TARGETS, record
-from trm_kernels.ops.recursion import Numbers, Tensors, _recursion, _recursion_backward, _recursion_saving
+from trm_kernels.ops.recursion import (
+    AuxiliaryTensors,
+    Settings,
+    _recursion,
+    _recursion_backward,
+    _recursion_saving,
+)
 
 pytestmark = pytest.mark.interpreter
 BATCH, LENGTH, WIDTH, HEADS, N = 768, 97, 512, 8, 6
@@ -40,18 +46,18 @@ def state() -> Tensor:
 def arguments(
     layout: str, net: reference.TinyRecursiveNetwork, memory: Memory, output_norm: bool = False
 ) -> tuple[Any, ...]:
-    """The op's arguments behind the states."""
+    """Return the op's arguments after the states."""
     config = net.config
     parameters = [parameter.detach() for block in net.layers for parameter in block_parameters(block)]
     cos = torch.empty(LENGTH, config.head_dim // 2, device="meta") if config.rotary else None
     weight = torch.empty(WIDTH, dtype=DTYPE, device="meta") if output_norm else None
     eps = 1e-6 if output_norm else None
-    numbers = Numbers(layout, N, HEADS, BATCH, LENGTH, config.norm_eps, eps, 0.0, DTYPE, memory)
-    return parameters, [], weight, *Tensors(cos=cos, sin=cos), *numbers
+    settings = Settings(layout, N, HEADS, BATCH, LENGTH, config.norm_eps, eps, 0.0, DTYPE, memory)
+    return parameters, [], weight, *AuxiliaryTensors(cos=cos, sin=cos), *settings
 
 
 def passes(run: Callable[[], object]) -> float:
-    """[B, L, D] tensors that the launches of ``run`` read and write, row statistics left out."""
+    """Return how many [B, L, D] tensors the launches of ``run`` read and write, without row statistics."""
     with record(TARGETS["sm_90"]) as launches:
         run()
     tensors = [arg for launch in launches for arg in launch.args if isinstance(arg, Tensor)]
@@ -59,18 +65,18 @@ def passes(run: Callable[[], object]) -> float:
     return sum(moved) / STATE
 
 
-#: Of a seed block: projections 1 + 3, attention 3 + 1, output 1 + residual 1 + 1, MLP 1 + 4 and 4 + 1 + 1.
+#: A seed block: projections 1 + 3, attention 3 + 1, output 1 + residual 1 + 1, MLP 1 + 4 and 4 + 1 + 1.
 BLOCK = 22
 #: x + y + z: three read, x + y and the sum written.
 START = 5
 #: n - 1 times the last GEMM of a call reads x + y; once it reads y and writes both z and the next input.
 PLAN = START + (N + 1) * 2 * BLOCK + (N - 1) + 2
-#: A norm behind every call: the sum is written by the GEMM and read by a row kernel. Three ends of a call:
-#: n - 1 times x + y is read there; once y is, and z and the next input are written; at last y is written.
+#: A norm after every call: the GEMM writes the sum, and a row kernel reads it. Calls end in three ways: n - 1
+#: times the kernel reads x + y; once it reads y and writes z and the next input; at the end it writes y.
 PLAN_WITH_NORM = PLAN + (N + 1) * 2
 
 
-def test_a_recursion_moves_what_the_plan_says() -> None:
+def test_memory_traffic_of_a_recursion() -> None:
     net = network("seed")
     found = passes(lambda: _recursion(state(), state(), state(), *arguments("seed", net, "fast")))
     assert found == PLAN == 320
@@ -80,17 +86,17 @@ def test_a_recursion_moves_what_the_plan_says() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "more"),
-    # The pre-activations, four states wide, of every block call; what else is kept is written anyway.
+    # The pre-activations of every block call, four states wide; all other saved tensors are written anyway.
     [("fast", 4 * 2 * (N + 1)), ("balanced", 0), ("small", 0)],
 )
-def test_keeping_costs_no_pass_but_the_pre_activations(memory: Memory, more: int) -> None:
+def test_saving_costs_no_pass_except_the_pre_activations(memory: Memory, more: int) -> None:
     net = network("seed")
     run = lambda: _recursion_saving(state(), state(), state(), *arguments("seed", net, memory))  # noqa: E731
     assert passes(run) == PLAN + more
 
 
 class Live(TorchDispatchMode):
-    """Follows the bytes of all storages that are alive, and their peak."""
+    """Tracks the bytes of all live storages, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +115,7 @@ class Live(TorchDispatchMode):
 
 
 class FlashLike(torch.autograd.Function):
-    """Keeps what flash attention keeps. On meta tensors PyTorch's own would hold score matrices."""
+    """Saves the same tensors as flash attention. On meta tensors, PyTorch would save score matrices."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ class FlashLike(torch.autograd.Function):
 
 
 class FusedNormLike(torch.autograd.Function):
-    """Keeps what the fused RMSNorm of CUDA keeps; on meta tensors it is made of several float32 passes."""
+    """Saves the same tensors as CUDA's fused RMSNorm, which on meta tensors consists of float32 passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _: Any, weight: Tensor, eps: float) -> Tensor:
@@ -137,7 +143,7 @@ class FusedNormLike(torch.autograd.Function):
 
 
 def eager_peak(layout: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of a latent recursion with gradient by the reference, flash attention and a fused norm granted."""
+    """Return the peak of the reference's latent recursion with gradients, flash attention and fused norm."""
     monkeypatch.setattr(reference, "attention", lambda q, k, v, *_: FlashLike.apply(q, k, v))
     monkeypatch.setattr(torch.nn.functional, "rms_norm", FusedNormLike.apply)
     net = network(layout)
@@ -149,7 +155,7 @@ def eager_peak(layout: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @contextmanager
 def nothing_launched() -> Iterator[None]:
-    """As :func:`record`, which would keep every tensor alive."""
+    """Like :func:`record`, but without keeping tensors alive."""
     _launch._recorder, _launch._target_override = (lambda _: None), TARGETS["sm_90"]
     try:
         yield
@@ -158,7 +164,7 @@ def nothing_launched() -> Iterator[None]:
 
 
 def fused_peak(layout: str, memory: Memory) -> int:
-    """The same by the op."""
+    """Return the same peak for the op."""
     net = network(layout)
     with nothing_launched(), Live() as live:
         rest = arguments(layout, net, memory)

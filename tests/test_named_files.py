@@ -1,4 +1,4 @@
-"""What an index may name: files below its folder, and no others; links lead where somebody made them lead."""
+"""An index may only name files below its folder; symbolic links may point anywhere."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_checkpoints(entry: str, name: str, tmp_path: Path) -> None:
 
 
 def shard(folder: Path, outside: Path) -> Path:
-    """Put the arithmetic model into ``folder`` and its weights ``outside``; gives their index."""
+    """Put the arithmetic model into ``folder`` and its weights ``outside``; return their index."""
     shutil.copytree(load_thinking_model("arithmetic").model.name_or_path, folder)
     outside.mkdir()
     weights = load_file(folder / "model.safetensors")
@@ -110,7 +110,7 @@ def test_weights_of_a_model(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
         assert "model.safetensors.index.json names" in result.stderr
-    # As for a checkpoint that a run goes on from.
+    # As for a checkpoint from which a run resumes.
     (index.parent / "trainer_state.json").touch()
     index.parent.rename(tmp_path / "checkpoint-1")
     with pytest.raises(InputError, match="names"):

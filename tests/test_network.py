@@ -1,4 +1,4 @@
-"""The drop-in modules: state dicts, shapes, dtypes, and what PyTorch does to modules."""
+"""The drop-in modules: state dicts, shapes, dtypes, and PyTorch's module operations."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def build(options: dict[str, Any], **more: Any) -> TinyRecursiveNetwork:
     return TinyRecursiveNetwork(WIDTH, 2, HEADS, **{**options, **more})
 
 
-def servants(net: TinyRecursiveNetwork, x: Tensor, mask: Tensor | None = None) -> list[str]:
-    """Backends that serve this call here; ``compile`` has tests of its own."""
+def supporting_backends(net: TinyRecursiveNetwork, x: Tensor, mask: Tensor | None = None) -> list[str]:
+    """Return the backends that support this call here; ``compile`` has its own tests."""
     names = [name for name in backends.BACKENDS if name != "compile"]
     return [name for name in names if backends.refusal(name, net, x, mask) is None]
 
@@ -54,7 +54,7 @@ def test_state_dicts_load_both_ways(options: dict[str, Any]) -> None:
 def test_every_backend_here_agrees_with_the_reference(options: dict[str, Any]) -> None:
     masks = [None] if "mixer" in options else [None, torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 1]])]
     net = build(options)
-    served = servants(net, torch.randn(2, 7, WIDTH))
+    served = supporting_backends(net, torch.randn(2, 7, WIDTH))
     assert "eager" in served
     for name in served:
         net.backend = name
@@ -120,11 +120,11 @@ def test_a_fully_masked_row_has_no_nan_gradient() -> None:
         ({}, (2, 5, WIDTH + 1), None, "expected an input"),
         ({}, (2, 0, WIDTH), None, "L must be at least 1"),
         ({}, (2, 5, WIDTH), (2, 6), r"expected a mask \[2, 5\]"),
-        (FAMILIES["paper-tokens"], (2, 5, WIDTH), None, "takes L = 7, got 5"),
-        (FAMILIES["paper-tokens"], (2, 7, WIDTH), (2, 7), "takes no mask"),
+        (FAMILIES["paper-tokens"], (2, 5, WIDTH), None, "needs L = 7, got 5"),
+        (FAMILIES["paper-tokens"], (2, 7, WIDTH), (2, 7), "accepts no mask"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(
+def test_mismatched_shapes_are_rejected(
     options: dict[str, Any], x: tuple[int, ...], mask: tuple[int, ...] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -139,7 +139,7 @@ def test_a_block_is_a_network_of_one_layer(options: dict[str, Any]) -> None:
     torch.testing.assert_close(block(x), net(x))
 
 
-def test_a_block_takes_a_padding_mask_too() -> None:
+def test_a_block_accepts_a_key_padding_mask() -> None:
     block, x = TransformerBlock(WIDTH, HEADS), torch.randn(2, 5, WIDTH)
     mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]])
     torch.testing.assert_close(block(x, key_padding_mask=mask == 0), block(x, mask))
@@ -208,8 +208,8 @@ def test_copies_are_independent(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"family": "paper"}], ids=["seed", "paper"])
-def test_a_changed_weight_counts_at_once(options: dict[str, Any]) -> None:
-    """Through every door: optimizer, ``.data``, ``load_state_dict``; no stale copy may answer."""
+def test_a_changed_weight_takes_effect_immediately(options: dict[str, Any]) -> None:
+    """Changes by the optimizer, ``.data`` and ``load_state_dict`` take effect without stale copies."""
     net, x = TinyRecursiveNetwork(WIDTH, 1, HEADS, **options), torch.randn(1, 3, WIDTH)
     oracle = reference.TinyRecursiveNetwork(net.config)
 
@@ -218,7 +218,7 @@ def test_a_changed_weight_counts_at_once(options: dict[str, Any]) -> None:
         with torch.no_grad():
             torch.testing.assert_close(net(x), oracle(x), rtol=1e-4, atol=1e-4)
 
-    for name in servants(net, x):
+    for name in supporting_backends(net, x):
         net.backend = name
         agree()
         optimizer = torch.optim.AdamW(net.parameters(), 1e-2, fused=True)
@@ -251,7 +251,7 @@ def test_activation_checkpointing(options: dict[str, Any], reentrant: bool) -> N
         torch.testing.assert_close(recomputed, plain)
 
 
-def test_dropout_is_random_in_training_alone() -> None:
+def test_dropout_is_random_only_in_training() -> None:
     for options in ({}, {"family": "scratch"}):
         net, x = build(options, dropout=0.5), torch.randn(2, 7, WIDTH)
         assert not torch.equal(net(x), net(x))
@@ -285,7 +285,7 @@ def test_hooks_on_the_network_run() -> None:
     assert seen == [(2, 7, WIDTH)]
 
 
-def test_an_empty_batch_gives_an_empty_batch() -> None:
+def test_an_empty_batch_returns_an_empty_batch() -> None:
     net = TinyRecursiveNetwork(16, 2, 2)
     assert net(torch.randn(0, 5, 16)).shape == (0, 5, 16)
 
@@ -299,6 +299,6 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
         {"family": "seed", "mixer": "tokens"},
     ],
 )
-def test_descriptions_of_no_network_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_configs_are_rejected(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         NetworkConfig(16, **{"family": "scratch"} | options)

@@ -1,4 +1,4 @@
-"""The eager backend's packed recursion against the padded reference: outputs, gradients, and when it runs."""
+"""The eager backend's packed recursion compared to the padded reference: outputs, gradients, conditions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trm_kernels.testing import SEEDS, ToleranceRule, relative_error
 
 FAMILIES = ("seed", "scratch", "paper")
 MASKS = {
-    # 120 is long enough for torch's own attention kernel, the others for that of short sequences
+    # 120 is long enough for torch's attention kernel; the others use that for short sequences
     "ragged, with an empty sample and one of length 1": [
         [1] * n + [0] * (130 - n) for n in (5, 0, 1, 120, 17)
     ],
@@ -42,7 +42,7 @@ Named = dict[str, Tensor]
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each recursion that was packed."""
+    """Record the number of rows of each packed recursion."""
     counts: list[int] = []
     of = SortedRows.of
 
@@ -66,7 +66,7 @@ def states(mask: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def reference_recursion(
     net: TinyRecursiveNetwork, x: Tensor, y: Tensor, z: Tensor, n: int, T: int, mask: Tensor, norm: Any
 ) -> tuple[Tensor, Tensor]:
-    """The reference's schedule over its padded network, and zeros in place of what padding comes out as."""
+    """Run the reference's schedule over its padded network, with the outputs at padding replaced by zeros."""
 
     def call(h: Tensor) -> Tensor:
         out = reference.TinyRecursiveNetwork.forward(net, h, mask)
@@ -82,7 +82,7 @@ def outputs_and_gradients(
     given: list[Tensor],
     norm: nn.Module | None,
 ) -> Named:
-    """y, z and every gradient of a recursion, whose outputs' gradients depend on the shape only."""
+    """Return y, z and every gradient of a recursion, for output gradients that depend only on the shape."""
     leaves = [state.detach().clone().requires_grad_() for state in given]
     for module in (net, norm):
         if module is not None:
@@ -102,7 +102,7 @@ def outputs_and_gradients(
 def compare(
     net: TinyRecursiveNetwork, mask: Tensor, norm: nn.Module | None, n: int, T: int, **options: Any
 ) -> None:
-    """The packed recursion is the padded reference at 1e-9, in float64."""
+    """Check that the packed recursion equals the padded reference within 1e-9, in float64."""
     net, given = net.double(), states(mask)
     norm = None if norm is None else norm.double()
     ours = outputs_and_gradients(
@@ -115,7 +115,7 @@ def compare(
         lambda x, y, z: reference_recursion(net, x, y, z, n, T, mask, norm), net, given, norm
     )
     assert ours.keys() == truth.keys()
-    # In a sample of one position queries and keys have no gradient, of which the reference shows rounding.
+    # In a sample of one position, queries and keys have no gradient; that of the reference is rounding.
     rounding = 1e-14 * max(expected.norm().item() for expected in truth.values())
     for name, expected in truth.items():
         assert (ours[name] - expected).norm() <= 1e-9 * expected.norm() + rounding, name
@@ -163,7 +163,7 @@ def test_any_mask(batch: int, length: int, family: str, data: st.DataObject) -> 
 def test_the_tolerance_rule(
     family: str, autocast: bool, ran: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, and with bfloat16 operands under autocast, against padded eager in the same mode."""
+    """In float32, and with bfloat16 operands under autocast, compared to padded eager in the same mode."""
     dtype = torch.bfloat16 if autocast else torch.float32
     rule = ToleranceRule(dtype)
     monkeypatch.setattr(packed_attention, "_SHORT", 10)  # both kinds of attention, and little work
@@ -243,8 +243,8 @@ def test_states_that_broadcast(ran: list[int]) -> None:
     assert len(ran) == 2
 
 
-def test_padding_may_hold_anything(ran: list[int]) -> None:
-    """Not even a NaN there is seen, though the padded recursion asks for finite values."""
+def test_padding_may_contain_anything(ran: list[int]) -> None:
+    """Even NaN has no effect there, although the padded recursion needs finite values."""
     net, mask = network(), torch.tensor([[1, 1, 0], [1, 1, 1]])
     given = states(mask, torch.float32)
     clean = deep_recursion(net, *given, 1, 1, mask=mask)
@@ -255,7 +255,7 @@ def test_padding_may_hold_anything(ran: list[int]) -> None:
 
 
 class Hooked(nn.Linear):
-    """A wrapper that the packed path does not know."""
+    """A wrapper that the packed recursion does not support."""
 
 
 def refusals() -> Iterator[Any]:
@@ -270,14 +270,14 @@ def refusals() -> Iterator[Any]:
 
     ragged, full = [[1, 1, 0], [1, 1, 1]], [[1, 1, 1], [1, 1, 1]]
     yield pytest.param(None, full, "there is no padding", id="unpadded")
-    yield pytest.param(None, [[0, 0, 0], [0, 0, 0]], "nothing but padding", id="all masked")
+    yield pytest.param(None, [[0, 0, 0], [0, 0, 0]], "there is only padding", id="all masked")
     yield pytest.param(hook, ragged, "hooks", id="hooked block")
     yield pytest.param(hook_network, ragged, "hooks", id="hooked network")
     yield pytest.param(wrap, ragged, "out_proj is a Hooked", id="wrapped layer")
 
 
 @pytest.mark.parametrize(("change", "mask", "reason"), list(refusals()))
-def test_what_stays_padded(
+def test_conditions_for_the_padded_recursion(
     change: Callable[[TinyRecursiveNetwork], None] | None, mask: list[list[int]], reason: str, ran: list[int]
 ) -> None:
     net, valid = network(), torch.tensor(mask)
@@ -292,7 +292,7 @@ def test_what_stays_padded(
     assert not ran
 
 
-def test_transforms_and_fake_tensors_stay_padded(ran: list[int]) -> None:
+def test_transforms_and_fake_tensors_run_padded(ran: list[int]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     net, mask = network(), torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -328,7 +328,7 @@ def test_a_packing_whose_lengths_the_host_knows(ran: list[int]) -> None:
 
 def test_lengths_on_another_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """On meta tensors a read would fail."""
-    # They have no autocast, which it asks for.
+    # Meta tensors have no autocast state, which the check queries.
     monkeypatch.setattr(packed, "refuses_modules", lambda *_: None)
     with torch.device("meta"):
         net, mask = network(), torch.ones(2, 3)
@@ -417,5 +417,5 @@ def test_token_mixers_still_take_no_mask() -> None:
     config = NetworkConfig(16, 1, family="paper", mixer="tokens", seq_len=4)
     net = TinyRecursiveNetwork.from_config(config, backend="eager")
     x = torch.randn(2, 4, 16)
-    with pytest.raises(ValueError, match="takes no mask"):
+    with pytest.raises(ValueError, match="accepts no mask"):
         deep_recursion(net, x, x, x, 1, 1, mask=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))

@@ -1,4 +1,4 @@
-"""Packed rows: where positions go and come back from, and where their gradients flow."""
+"""Packed rows: packing, unpacking and their gradients."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_rows_hold_the_valid_positions_in_order(
     assert torch.equal(packing.unpack(packed), x.masked_fill(~mask[..., None], 0.0))
 
 
-def test_rows_that_hold_nothing_are_never_seen() -> None:
-    """Kernels leave them unwritten: a NaN there must reach neither the padded tensor nor a gradient."""
+def test_unused_rows_have_no_effect() -> None:
+    """Kernels do not write them, so NaN there must not reach the padded tensor or a gradient."""
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
     packing = Packing.of(mask)
     packed = packing.pack(torch.randn(3, 3, 2)).clone()
@@ -44,7 +44,7 @@ def test_rows_that_hold_nothing_are_never_seen() -> None:
     assert x.grad is not None and torch.equal(x.grad, mask[..., None].expand(3, 3, 2).float())
 
 
-def test_gradients_of_both_ways() -> None:
+def test_gradients_of_packing_and_unpacking() -> None:
     packing = Packing.of(torch.tensor([[1, 0, 1], [1, 1, 1]]))
     x = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: packing.unpack(packing.pack(x).sin()), (x,))

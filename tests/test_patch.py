@@ -1,4 +1,4 @@
-"""patch(model): the same function and parameters in models of three origins, and reasons for the rest."""
+"""patch(model): equal functions and parameters in three known models, and reasons for all others."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def paths(report: PatchReport, outcome: str) -> list[str]:
 
 
 def reason_for(model: nn.Module, path: str) -> str:
-    """Patch ``model``, which must leave everything as it is, and return the reason given for ``path``."""
+    """Patch ``model``, which must change nothing, and return the reason reported for ``path``."""
     modules = list(model.modules())
     report = patch(model)
     assert not report.swapped, report
@@ -71,7 +71,7 @@ def reason_for(model: nn.Module, path: str) -> str:
 
 
 def loss_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    # Not the mean square, which is constant where a norm comes last.
+    # Not the mean square, which is constant after a norm.
     return (model(*inputs) - 1.0).square().mean()
 
 
@@ -81,18 +81,18 @@ def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor 
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_swaps_what_computes_the_same(origin: Origin) -> None:
+def test_swaps_networks_that_compute_the_same(origin: Origin) -> None:
     build, inputs, expected = origin
     model = build()
     before = copy.deepcopy(model)
     report = patch(model)
     assert paths(report, "swapped") == expected, report
     assert isinstance(model.get_submodule(expected[0]), FusedModule)
-    # In float32 a recursion amplifies rounding errors by as much as the CPU's matrix library has it.
+    # In float32, the CPU's matrix library determines how much a recursion amplifies rounding errors.
     model, before = model.double(), before.double()
     for norm in before.modules():
         if isinstance(norm, nn.RMSNorm) and norm.eps is None:
-            norm.eps = torch.finfo(torch.float32).eps  # what it was
+            norm.eps = torch.finfo(torch.float32).eps  # the original value
     inputs = tuple(given.double() if given.is_floating_point() else given for given in inputs)
     torch.testing.assert_close(model(*inputs), before(*inputs), rtol=1e-6, atol=1e-6)
     for name, gradient in gradients(before, inputs).items():
@@ -113,7 +113,7 @@ def test_the_loops_run_on_fused_networks(origin: Origin) -> None:
         return eager(x, mask)
 
     network.forward_eager = counted  # type: ignore[method-assign]
-    with use_backend("eager"):  # another backend may run the whole recursion at once
+    with use_backend("eager"):  # another backend may run the complete recursion at once
         model(*inputs)
     supervision, cycles = (2 if isinstance(model, seed.TRM) else 1), getattr(model, "n_deep_recursions", 2)
     assert len(runs) == supervision * cycles * 3  # n = 2 latent steps and one answer
@@ -132,7 +132,7 @@ def test_shares_parameters_and_keys(origin: Origin) -> None:
     build().load_state_dict(model.state_dict(), strict=True)
 
 
-def test_an_optimizer_built_before_goes_on(origin: Origin) -> None:
+def test_an_optimizer_built_before_continues_to_work(origin: Origin) -> None:
     build, inputs, _ = origin
     model = build()
     twin = copy.deepcopy(model)
@@ -191,7 +191,7 @@ def test_probes_in_the_dtype_of_the_model(build: Callable[[], nn.Module], dtype:
 
 
 def test_rounding_does_not_hide_a_different_function() -> None:
-    # In bf16 the two layouts of RoPE differ by no more than rounding may.
+    # In bf16 the two layouts of RoPE differ only within the rounding tolerance.
     model = scratch.TinyRecursiveModel(rope=scratch.InterleavedRotaryEmbedding).bfloat16()
     assert "outputs differ on the probe" in reason_for(model, "network")
 
@@ -208,7 +208,7 @@ def test_masked_outputs_agree_at_valid_positions() -> None:
 
 
 @pytest.mark.parametrize("build", [seed.TRM, scratch.TinyRecursiveModel])
-def test_dropout_goes_along(build: Callable[..., nn.Module]) -> None:
+def test_dropout_is_preserved(build: Callable[..., nn.Module]) -> None:
     model = build(dropout=0.5)
     network = patch(model).entries[0].path
     assert model.get_submodule(network).config.dropout == 0.5
@@ -218,7 +218,7 @@ def test_dropout_goes_along(build: Callable[..., nn.Module]) -> None:
     assert torch.equal(model(TOKENS), model(TOKENS))
 
 
-def test_every_place_of_a_shared_network_is_swapped() -> None:
+def test_every_reference_to_a_shared_network_is_swapped() -> None:
     model = nn.ModuleDict({"first": seed.TRM(), "second": seed.TRM()})
     model["second"].net = model["first"].net
     report = patch(model)
@@ -255,7 +255,7 @@ def test_a_call_with_other_positions_than_patched_raises(encoding: str) -> None:
 
 
 def test_faulty_rope_is_left() -> None:
-    # As published, the heads get the angles of the positions, so L must equal the head count ...
+    # As published, heads use the angles of positions, so L must equal the number of heads ...
     runs = scratch.TinyRecursiveModel(seq_len=4, num_heads=4, rope=scratch.FaultyRotaryEmbedding)
     runs(TOKENS[:, :4])
     assert "outputs differ on the probe" in reason_for(runs, "network")
@@ -286,14 +286,14 @@ class NoisyNetwork(seed.TinyRecursiveNetwork):
 
 
 class DetachedNetwork(seed.TinyRecursiveNetwork):
-    """Has the outputs of its parent, and other gradients."""
+    """Has the same outputs as its parent, but different gradients."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return super().forward(x, mask) + 0.5 * (x - x.detach())
 
 
 class WrappedParameter(nn.Parameter):
-    """A parameter of another class, as DTensor and the quantised tensors are."""
+    """A parameter of another class, such as DTensor and quantised tensors."""
 
 
 def broken(build: Callable[[], nn.Module], change: Callable[[nn.Module], object]) -> nn.Module:
@@ -359,7 +359,7 @@ LEFT = {
     "layer norm": (seed_block(lambda b: setattr(b, "norm2", nn.LayerNorm(32))), "not a RMSNorm"),
     "batch second": (seed_block(lambda b: setattr(b.self_attn, "batch_first", False)), "batch_first=False"),
     "dropout differs": (seed_block(lambda b: setattr(b.self_attn, "dropout", 0.3)), "blocks differ"),
-    "no bias": (seed_block(lambda b: setattr(b.mlp, "0", nn.Linear(32, 128, bias=False))), "lacks .*bias"),
+    "no bias": (seed_block(lambda b: setattr(b.mlp, "0", nn.Linear(32, 128, bias=False))), "has no .*bias"),
     "narrow": (
         seed_block(lambda b: b.mlp.__setitem__(0, nn.Linear(32, 64))),
         r"mlp\.0\.weight has shape \[64, 32\], the family's has \[128, 32\]",
@@ -378,20 +378,20 @@ LEFT = {
     "paper eps": (lambda: official_model(rms_norm_eps=1e-6), "norm eps 1e-06"),
     "expansion": (lambda: official_model(expansion=20.0), "has shape"),
     "rope theta": (rope_theta_lies, "not those of the NeoX layout with theta 500"),
-    "positions untold": (positions_untold, "tells whether it gets RoPE"),
+    "positions untold": (positions_untold, "use of RoPE is unknown"),
     "positions contradict": (positions_contradict, "'learned', but the model has a rotary_emb"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("build", "reason"), LEFT.values(), ids=LEFT)
-def test_leaves_what_it_cannot_stand_in_for(build: Callable[[], nn.Module], reason: str) -> None:
+def test_leaves_networks_that_it_cannot_replace(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()
     path = next(name for name in ("net", "network", "L_level") if hasattr(model, name))
     assert re.search(reason, found := reason_for(model, path)), found
 
 
 class DampedTRM(seed.TRM):
-    """Keeps the names and signatures of the recursion, and changes what one of them does."""
+    """Keeps the names and signatures of the recursion methods, but changes the behaviour of one."""
 
     def latent_recursion(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         y, z = super().latent_recursion(x, y, z)
@@ -406,7 +406,7 @@ class RenamedTRM(seed.TRM):
 
 
 class AllGradientsTRM(seed.TRM):
-    """Backpropagates through every recursion: equal outputs, other gradients."""
+    """Backpropagates through every recursion: equal outputs, different gradients."""
 
     def run_deep_recursion(
         self, x: Tensor, y: Tensor, z: Tensor, with_gradients: bool = True
@@ -420,7 +420,7 @@ class AllGradientsTRM(seed.TRM):
     ("build", "left", "reason"),
     [
         (DampedTRM, ["latent_recursion", "run_deep_recursion"], "outputs differ"),
-        (RenamedTRM, ["latent_recursion"], r"it takes \(question, y, z\), not \(x, y, z\)"),
+        (RenamedTRM, ["latent_recursion"], r"its parameters are \(question, y, z\), not \(x, y, z\)"),
         (AllGradientsTRM, ["run_deep_recursion"], "gradients"),
     ],
 )
@@ -433,13 +433,13 @@ def test_leaves_a_loop_that_differs(build: Callable[[], nn.Module], left: list[s
     torch.testing.assert_close(model(TOKENS), before(TOKENS), rtol=1e-4, atol=1e-5)
 
 
-def test_without_probe_structure_alone_decides() -> None:
+def test_without_probe_only_structure_decides() -> None:
     model = scratch.TinyRecursiveModel(rope=scratch.InterleavedRotaryEmbedding)
     report = patch(model, probe=False)
     assert {entry.reason for entry in report.swapped} == {"not probed"}
 
 
-def test_a_second_patch_finds_nothing_left_to_do(origin: Origin) -> None:
+def test_a_second_patch_changes_nothing(origin: Origin) -> None:
     model = origin[0]()
     patch(model)
     modules = list(model.modules())
@@ -449,7 +449,7 @@ def test_a_second_patch_finds_nothing_left_to_do(origin: Origin) -> None:
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
 
 
-def test_a_network_on_its_own_has_no_owner_to_rebind() -> None:
+def test_a_network_without_owner_is_not_swapped() -> None:
     assert "patch the module that owns it" in reason_for(seed.TinyRecursiveNetwork(32, 2, 4), "")
 
 
@@ -464,12 +464,13 @@ def test_the_report_reads_well() -> None:
     lines = str(patch(model)).splitlines()
     assert lines[0].startswith("swapped network good.net [seed]: equal on the probe, error ")
     assert lines[1] == (
-        "left    network bad.net [seed]: layers.0.norm1 has norm eps 2.22e-16, the seed family's is 1.19e-07"
+        "left    network bad.net [seed]: layers.0.norm1 has norm eps 2.22e-16, "
+        "but the seed family uses 1.19e-07"
     )
-    assert lines[-1] == "left    loop bad.run_deep_recursion [seed]: its network was left"
+    assert lines[-1] == "left    loop bad.run_deep_recursion [seed]: its network was not swapped"
 
 
-def test_the_backend_is_handed_on() -> None:
+def test_the_backend_is_passed_on() -> None:
     model = scratch.TinyRecursiveModel()
     patch(model, backend="eager")
     assert model.network.backend == "eager"
@@ -484,4 +485,4 @@ def test_a_forced_backend_that_refuses_leaves_the_network(monkeypatch: pytest.Mo
     model = seed.TRM()
     report = patch(model, backend="native")
     assert not report.swapped
-    assert "backend 'native' cannot serve this call: out of order" in report.left[0].reason
+    assert "backend 'native' cannot handle this call: out of order" in report.left[0].reason

@@ -1,4 +1,4 @@
-"""Private names of other packages are those that CONTRIBUTING.md lists, and they exist."""
+"""All private names of other packages that we use exist and are listed in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 #: Rows of the table: ``| `package.Class._name` | `file`, ... |``.
 _ROW = re.compile(r"^\| `((?:transformers|trl|peft|accelerate)\.\w+\._\w+)` \| ([^|]+) \|", re.MULTILINE)
-#: Packages whose classes are inherited from here.
+#: Packages with classes from which ours inherit.
 _FOREIGN = ("transformers", "trl", "peft", "accelerate")
 
 
@@ -27,7 +27,7 @@ def _table() -> dict[str, list[str]]:
 def test_it_exists_and_is_used(name: str) -> None:
     package, owner, private = name.split(".")
     found: Any = getattr(importlib.import_module(package), owner)
-    # What an instance alone has is set in the source of its class.
+    # Instance attributes are set in the source of the class.
     classes = [one for one in inspect.getmro(found) if one.__module__.split(".")[0] == package]
     assert hasattr(found, private) or any(
         re.search(rf"\bself\.{private}\b", inspect.getsource(one)) for one in classes
@@ -37,7 +37,7 @@ def test_it_exists_and_is_used(name: str) -> None:
 
 
 def _overrides() -> Iterator[tuple[str, str]]:
-    """Private names that classes of ours give another meaning than a class of another package."""
+    """Yield private names of other packages' classes that our classes override."""
     from llm_trm.models import causal
     from llm_trm.models.causal.adapters import TRMPeftModel
     from llm_trm.train.lora.trainer import FollowEpochs, KeepBest, LatentTrainer

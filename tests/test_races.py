@@ -1,8 +1,9 @@
-"""Races that only a GPU shows: an error that moves between runs on the same inputs.
+"""Races that occur only on a GPU and change results between runs on the same inputs.
 
-Triton 3.6 to 3.9 pipeline two patterns wrongly on sm_90 (:mod:`trm_kernels.ops.hazards`); the shipped
-kernels hold neither, and here they run often enough, at shapes that fill the chip, for a race to show. In the
-interpreter, which has no races, the same tests run at small shapes, so that nothing else fails on a GPU.
+Triton 3.6 to 3.9 pipeline two patterns incorrectly on sm_90 (:mod:`trm_kernels.ops.hazards`). Our kernels
+contain neither, and these tests run them often enough, at shapes that fill the chip, for a race to show. In
+the interpreter, which has no races, the same tests run at small shapes, so that other errors show without a
+GPU.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ CASES = [
 
 
 class Problem:
-    """A network and states of which rounding is not amplified, so that a wrong result stands out.
+    """A network and states that do not amplify rounding, so that a wrong result stands out.
 
-    Two orders of the same sums in bfloat16 differ by 0.2 to 0.5% here. With the output projections of a fresh
-    network of the paper's family they differ by 3.8% after six calls.
+    Two summation orders in bfloat16 differ by 0.2 to 0.5% here. With the initial output projections of a
+    network of the paper family, they differ by 3.8% after six calls.
     """
 
     def __init__(self, shape: tuple[int, int, int], family: str, dtype: torch.dtype, device: str) -> None:
         self.net = TinyRecursiveNetwork(shape[-1], 2, HEADS, family=family).to(device, dtype)
         for name, parameter in self.net.named_parameters():
             with torch.no_grad():
-                if parameter.dim() == 1:  # fresh norms and biases hide errors
+                if parameter.dim() == 1:  # initial norms and biases hide errors
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
                 elif family == "paper" and ("o_proj" in name or "down_proj" in name):
                     parameter.mul_(0.25)
@@ -50,7 +51,7 @@ class Problem:
 
     @torch.no_grad()
     def run(self, backend: str, samples: int | None = None) -> Tensor:
-        """The new y of the first ``samples``."""
+        """Return the new y of the first ``samples`` samples."""
         x, y, z = (state[:samples] for state in self.states)
         with use_backend(backend):
             return deep_recursion(self.net, x, y, z, STEPS, 1, output_norm=self.norm)[0]
@@ -63,7 +64,7 @@ class Problem:
 
 @pytest.mark.parametrize(("shape", "family"), CASES)
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
-def test_repeated_recursions_agree_to_the_bit(
+def test_repeated_recursions_are_bitwise_equal(
     shape: tuple[int, int, int], family: str, dtype: torch.dtype, device: str
 ) -> None:
     problem = Problem(shape, family, dtype, device)
@@ -75,10 +76,10 @@ def test_repeated_recursions_agree_to_the_bit(
 
 @pytest.mark.parametrize(("shape", "family"), CASES)
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
-def test_a_sample_of_a_full_chip_and_one_alone_keep_to_the_rule(
+def test_a_sample_in_a_full_batch_and_alone_meet_the_rule(
     shape: tuple[int, int, int], family: str, dtype: torch.dtype, device: str
 ) -> None:
-    """Another grid of programs, another timing: only the order of sums may differ."""
+    """With a different grid of programs and timing, only the order of sums may differ."""
     rule = ToleranceRule(dtype)
     for seed in range(1 if INTERPRET else SEEDS):
         torch.manual_seed(seed)
@@ -94,7 +95,7 @@ def test_a_sample_of_a_full_chip_and_one_alone_keep_to_the_rule(
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
-def test_repeated_training_steps_agree_to_the_bit(memory: str, device: str) -> None:
+def test_repeated_training_steps_are_bitwise_equal(memory: str, device: str) -> None:
     batch, length, width = (2, 20, 32) if INTERPRET else (16, 256, 256)
     dtype = torch.float32 if INTERPRET else torch.bfloat16
     net = TinyRecursiveNetwork(width, 2, HEADS, backend="triton").to(device, dtype)

@@ -1,4 +1,4 @@
-"""The recursion against the reference's schedule, and where gradients flow."""
+"""The recursion compared to the reference's schedule, and gradient flow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def states(batch: int = 2, length: int = 7, width: int = 32) -> tuple[Tensor, Te
 
 
 class Counting(nn.Module):
-    """A network that notes its inputs and whether each call recorded gradients."""
+    """A network that records its inputs and whether each call recorded gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_agrees_with_the_reference_schedule(options: dict[str, object], n: int, 
 
 
 def test_the_schedule_call_by_call() -> None:
-    """n times net(x + y + z), then net(y + z): 3 of them, of which the last alone records gradients."""
+    """net(x + y + z) n times, then net(y + z), in 3 recursions, of which only the last records gradients."""
     net, (x, y, z) = Counting(), states()
     deep_recursion(net, x, y, z, n=2, T=3)
     assert net.recorded == [False] * 6 + [True] * 3
@@ -89,7 +89,7 @@ def test_a_negative_number_of_steps_is_refused() -> None:
 
 
 @pytest.mark.parametrize("T", [0, -1])
-def test_a_deep_recursion_of_nothing_is_refused(T: int) -> None:
+def test_a_deep_recursion_without_recursions_is_rejected(T: int) -> None:
     with pytest.raises(ValueError, match="T must be at least 1"):
         deep_recursion(Counting(), *states(), 2, T)
 
@@ -104,11 +104,11 @@ def test_gradients_reach_every_parameter(options: dict[str, object], T: int) -> 
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0.0, name
     assert x.grad is not None and x.grad.norm() > 0.0
-    # The T - 1 recursions hide the initial states: only with T = 1 do these get a gradient.
+    # The initial states get a gradient only if T = 1, without earlier recursions.
     assert (y.grad is not None, z.grad is not None) == (T == 1, T == 1)
 
 
-def test_gradients_are_those_of_the_last_recursion_alone() -> None:
+def test_gradients_are_those_of_only_the_last_recursion() -> None:
     net, (x, y, z) = TinyRecursiveNetwork(32, 2, 4), states()
     deep_recursion(net, x, y, z, n=2, T=3)[0].square().sum().backward()
     deep = [parameter.grad.clone() for parameter in net.parameters()]
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_last_recursion_alone() -> None:
 
 
 def test_masked_recursion_with_output_norm_agrees_with_the_seed() -> None:
-    """SequenceTRM: a reasoning token behind the padding, a norm after every call."""
+    """SequenceTRM: a reasoning token after the padding, and a norm after every call."""
     oracle = seed.SequenceTRM()
     net = TinyRecursiveNetwork(32, 2, 4)
     net.load_state_dict(oracle.net.state_dict())

@@ -1,4 +1,4 @@
-"""The reference against independent oracles: torch's own modules, and the models of tests/foreign."""
+"""The reference compared to independent oracles: torch's modules, and the models of tests/foreign."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTH, WIDTH, HEADS = 11, 32, 4
 
 
 def official_network(**options: object) -> nn.Module:
-    """The official ``L_level`` as a function of its input alone, with its parameter names."""
+    """Return the official ``L_level`` as a function of only its input, with its parameter names."""
     model = official.Inner(official.Config(**options))  # type: ignore[arg-type]
     tables = model.rotary_emb() if hasattr(model, "rotary_emb") else None
     network = model.L_level
@@ -40,7 +40,7 @@ class ScratchNetwork(nn.Module):
         return x
 
 
-#: A config, and a module of other origin with the same parameters.
+#: A config, and an independent module with the same parameters.
 ORACLES: dict[str, tuple[NetworkConfig, Callable[[], nn.Module]]] = {
     "seed": (NetworkConfig(WIDTH, 2, HEADS), lambda: seed.TinyRecursiveNetwork(WIDTH, 2, HEADS)),
     "scratch": (NetworkConfig(WIDTH, 2, HEADS, family="scratch"), ScratchNetwork),
@@ -65,7 +65,7 @@ ORACLES: dict[str, tuple[NetworkConfig, Callable[[], nn.Module]]] = {
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Move every parameter off its initial value, so that biases and norm weights count."""
+    """Change every parameter from its initial value, so that biases and norm weights matter."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -77,7 +77,7 @@ def randomised(module: nn.Module) -> nn.Module:
 def test_agrees_with_an_independent_oracle(
     config: NetworkConfig, build: Callable[[], nn.Module], scale: float
 ) -> None:
-    # At scale 1e-3 the mean square nears the families' epsilons, so that a wrong one shows.
+    # At scale 1e-3 the mean square is close to the families' epsilons, so a wrong epsilon shows.
     oracle = randomised(build())
     net = reference.TinyRecursiveNetwork(config)
     net.load_state_dict(oracle.state_dict(), strict=True)
@@ -118,7 +118,7 @@ def test_a_masked_seed_network_agrees_at_valid_positions(mask: list[list[int]]) 
 
 @pytest.mark.parametrize("family", ["seed", "scratch", "paper"])
 def test_padding_changes_nothing(family: str) -> None:
-    """A sample behind padding computes what the packed sample does (RoPE is relative, so at the end too)."""
+    """A padded sample gives the same result as the sample alone, on either side because RoPE is relative."""
     net = reference.TinyRecursiveNetwork(NetworkConfig(WIDTH, 2, HEADS, family=family))  # type: ignore[arg-type]
     x = torch.randn(1, 5, WIDTH)
     padded = torch.cat((torch.full((1, 3, WIDTH), 1e4), x, torch.full((1, 2, WIDTH), -1e4)), dim=1)
@@ -126,7 +126,7 @@ def test_padding_changes_nothing(family: str) -> None:
     torch.testing.assert_close(net(padded, mask)[:, 3:8], net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_fully_masked_row_gives_zeros_and_finite_gradients() -> None:
+def test_a_fully_masked_row_returns_zeros_and_finite_gradients() -> None:
     net = reference.TinyRecursiveNetwork(NetworkConfig(WIDTH, 2, HEADS))
     x = torch.randn(2, 5, WIDTH, requires_grad=True)
     mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]])
@@ -137,8 +137,8 @@ def test_a_fully_masked_row_gives_zeros_and_finite_gradients() -> None:
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in net.parameters())
 
 
-def test_keep_masks_stand_for_dropout() -> None:
-    """An injected keep mask of ones is no dropout but for the scale; one of zeros leaves the output bias."""
+def test_keep_masks_replace_dropout() -> None:
+    """An injected keep mask of ones only scales; one of zeros leaves only the output bias."""
     config = NetworkConfig(WIDTH, 1, HEADS, dropout=0.5)
     net = randomised(reference.TinyRecursiveNetwork(config))
     x = torch.randn(2, 6, WIDTH)
@@ -153,7 +153,7 @@ def test_keep_masks_stand_for_dropout() -> None:
 
 
 def test_sampled_dropout_has_the_statistics_of_the_keep_mask() -> None:
-    """The mean over samples is the output without dropout; the variance that of Bernoulli keep masks."""
+    """The mean over samples is the output without dropout, and the variance that of Bernoulli keep masks."""
     rate, samples = 0.25, 4000
     q, k, v = (torch.randn(1, 1, 5, 8).expand(samples, 1, 5, 8) for _ in range(3))
     drawn = reference.attention(q, k, v, None, rate)
@@ -187,7 +187,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_any_shape_and_mask(
     family: str, batch: int, length: int, heads: int, head_dim: int, seed_: int
 ) -> None:
-    """Equal to the oracle with every row computed alone, for masks of any pattern."""
+    """Results equal those of the oracle, computed row by row, for masks of any pattern."""
     generator = torch.Generator().manual_seed(seed_)
     config = NetworkConfig(heads * head_dim, 1, heads, family=family)  # type: ignore[arg-type]
     net = reference.TinyRecursiveNetwork(config)
@@ -209,14 +209,14 @@ def test_any_shape_and_mask(
         ({"family": "other"}, "family must be one of"),
         ({"mixer": "other"}, "mixer must be one of"),
         ({"n_layers": 0}, "n_layers must be at least 1"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"n_heads": 5}, "not a multiple of n_heads"),
         ({"mixer": "tokens"}, "no token mixer"),
         ({"mixer": "tokens", "family": "paper"}, "needs seq_len"),
         ({"family": "paper", "d_model": 12, "n_heads": 4}, "even head size"),
     ],
 )
-def test_a_config_that_describes_no_network_is_refused(options: dict[str, object], message: str) -> None:
+def test_an_invalid_config_is_rejected(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NetworkConfig(**{"d_model": 32, "n_heads": 4, **options})  # type: ignore[arg-type]
 

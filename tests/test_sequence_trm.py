@@ -14,7 +14,7 @@ def model(**options) -> SequenceTRM:
 
 
 def ragged(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random contexts [B, L, 16] and their mask."""
+    """Return random contexts [B, L, 16] and their mask."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return torch.randn(*mask.shape, 16, generator=generator), mask.long()
@@ -66,7 +66,7 @@ def test_each_sample_halts_for_itself() -> None:
             y = trm(context, mask, n_steps=steps)
             states.append(y[:, -1])
             logits.append(trm.halt_logits(y))
-        # A bias that some samples pass at once, and others late or never.
+        # A bias that some samples exceed immediately, and others late or never.
         trm.halt_head.bias -= torch.stack(logits).median()
         wants = torch.stack([trm.halt_head(state).squeeze(-1) > 0 for state in states])  # [steps, B]
     found = trm.reason(context, mask, max_steps=4)
@@ -79,7 +79,7 @@ def test_each_sample_halts_for_itself() -> None:
     assert len(set(trm.reason(context, mask, max_steps=4, halting="batch").steps.tolist())) == 1
 
 
-def test_files_hold_the_model(tmp_path) -> None:
+def test_files_contain_the_model(tmp_path) -> None:
     trm = model()
     save_sequence_trm(trm, tmp_path, epoch=3)
     loaded, facts = load_sequence_trm(tmp_path)

@@ -1,4 +1,4 @@
-"""What one CUDA stream made and another reads: the reader waits, and the memory is held until it is done."""
+"""Tensors computed on one CUDA stream and read on another: reads wait, and memory stays allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trm_kernels.prepared import Frozen
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FakeStream], None]]:
-    """Makes a stream the current one of every device."""
+    """Return a function that makes a stream the current one of every device."""
 
     def use(stream: FakeStream) -> None:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
@@ -27,9 +27,9 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FakeStream], None]
 
 def kept(tensors: list[Any]) -> Callable[[], Any]:
     net = TinyRecursiveNetwork(32, 1, 1).eval()
-    promise, weights = Frozen(net), list(net.parameters())
-    promise.matrices(net, weights, "form", lambda: tensors)
-    return lambda: promise.matrices(net, weights, "form", lambda: [])
+    freeze, weights = Frozen(net), list(net.parameters())
+    freeze.matrices(net, weights, "form", lambda: tensors)
+    return lambda: freeze.matrices(net, weights, "form", lambda: [])
 
 
 def tables(tensors: list[Any]) -> Callable[[], Any]:
@@ -47,7 +47,7 @@ def tables(tensors: list[Any]) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("keep", [kept, tables])
-def test_another_stream_waits_for_the_one_that_made_them(
+def test_another_stream_waits_for_the_producing_stream(
     keep: Callable[[list[Any]], Callable[[], Any]], on: Callable[[FakeStream], None]
 ) -> None:
     maker, reader = FakeStream(["made"]), FakeStream()
@@ -75,7 +75,7 @@ def test_on_a_cpu_there_are_no_streams(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["seed", "paper"])
-def test_gpu_two_streams_share_what_is_kept(family: str) -> None:
+def test_gpu_two_streams_share_cached_tensors(family: str) -> None:
     net = TinyRecursiveNetwork(256, 2, 4, family=family).cuda().eval()
     x, y, z = (torch.randn(4, 64, 256, device="cuda") for _ in range(3))
 

@@ -1,4 +1,4 @@
-"""Networks whose class computes something else than its configuration says: nobody reads past it."""
+"""Networks whose class computes something other than its configuration: every backend calls it."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class FewerBlocks(TinyRecursiveNetwork):
 
 
 class Plain(TinyRecursiveNetwork):
-    """Adds what does not change the function."""
+    """Adds a method that does not change the function."""
 
     def summary(self) -> str:
         return f"{self.config}"
 
 
 def expected(net: TinyRecursiveNetwork, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
-    """The recursion written out, with calls of the network, n = 2 and T = 2."""
+    """Compute the recursion with explicit calls of the network, n = 2 and T = 2."""
     for _ in range(2):
         for _ in range(2):
             z = net(x + y + z, mask) if mask is not None else net(x + y + z)
@@ -84,9 +84,9 @@ def test_no_backend_reads_past_a_class(
         net.backend = backend
         refused = backend in ("triton", "native") and kind in (OwnEager, FewerBlocks)
         if refused:
-            with pytest.raises(BackendError, match="computes something of its own"):
+            with pytest.raises(BackendError, match="overrides forward_eager or blocks"):
                 net(states[0])
-            with pytest.raises(BackendError, match="computes something of its own"):
+            with pytest.raises(BackendError, match="overrides forward_eager or blocks"):
                 deep_recursion(net, *states, 2, 2, mask=mask)
             return
         found, _ = deep_recursion(net, *states, 2, 2, mask=mask)
@@ -107,7 +107,7 @@ def test_graphed_recursions_call_it_too(kind: type[TinyRecursiveNetwork], device
 
 
 @pytest.mark.interpreter
-def test_a_class_that_computes_the_same_is_served_whole(device: str) -> None:
+def test_a_class_that_computes_the_same_uses_fused_recursions(device: str) -> None:
     net = Plain(16, 1, 2, backend="triton").to(device)
     states = [torch.randn(1, 4, 16, device=device) for _ in range(3)]
     assert not net.overridden and not TransformerBlock.overridden
@@ -116,4 +116,4 @@ def test_a_class_that_computes_the_same_is_served_whole(device: str) -> None:
 
     assert refuses_recursion(net, states, Recursion(1)) is None
     reason = refuses_recursion(Grandchild(16, 1, 2).to(device), states, Recursion(1))
-    assert reason == "Grandchild has a forward of its own, which would be skipped"
+    assert reason == "Grandchild has its own forward, which would be skipped"

@@ -1,4 +1,4 @@
-"""Text that somebody hands in: byte order marks say nothing, a newline alone ends a line, all else stays."""
+"""Text input: byte order marks are ignored, only a newline ends a line, everything else is kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llm_trm.train.phase1 import texts
 from llm_trm.train.phase3.train import _keep_completions
 from llm_trm.train.run.tracking import lines_until
 
-#: Where str.splitlines cuts, and a newline does not stand.
+#: Separators of str.splitlines other than a newline.
 CUTS = ("\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\r")
 MARK = b"\xef\xbb\xbf"
 ODD = f"1{''.join(CUTS)}+1"
@@ -48,7 +48,7 @@ def test_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", NOT_TEXT.values(), ids=NOT_TEXT)
-def test_bytes_that_are_no_text_are_refused_with_their_line(content: bytes, tmp_path: Path) -> None:
+def test_invalid_bytes_are_rejected_with_their_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"1+1\n" + content)
     with pytest.raises(UnicodeDecodeError, match="in line 2"):
         read_text(tmp_path / "a.txt")
@@ -67,7 +67,7 @@ def test_json_of_strings_that_are_text() -> None:
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a_mark_on_standard_input_changes_no_question(end: bytes) -> None:
+def test_a_byte_order_mark_on_standard_input_is_ignored(end: bytes) -> None:
     plain = generate(stdin=b"7+1" + end + b"2+2")
     assert plain.stdout == "8\n4\n"
     assert generate(stdin=MARK + b"7+1" + end + MARK + b"2+2").stdout == plain.stdout
@@ -76,7 +76,7 @@ def test_a_mark_on_standard_input_changes_no_question(end: bytes) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_questions_are_cut_by_newlines_alone(cut: str, tmp_path: Path) -> None:
+def test_only_newlines_separate_questions(cut: str, tmp_path: Path) -> None:
     file, written = tmp_path / "q.txt", tmp_path / "said.jsonl"
     file.write_bytes(f"7+1{cut}+2\n3+3\n".encode())
     for arguments, stdin in ((("--file", file), None), ((), file.read_bytes())):
@@ -110,12 +110,13 @@ def test_puzzles_of_a_text() -> None:
     assert (maze.task, maze.rows, maze.columns) == ("maze", 3, 4)
     with pytest.raises(InputError, match="looks like JSON"):
         read_questions("\ufeff{}", "PUZZLE")
-    # A form feed ends no line: these would be two puzzles.
+    # A form feed does not end a line: these would be two puzzles.
     with pytest.raises(InputError, match="32 cells"):
         read_questions(f"{GRID}\f{GRID}", "PUZZLE")
 
 
-#: What each reader of records makes of a file with a question and its answer, which it is given as JSON.
+#: The questions that each reader of records returns for a file with a question and its answer, passed as
+#: JSON.
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "problems": (".jsonl", lambda path: [one.text for one in problems.read_questions(path)]),
     "array": (".json", lambda path: [one.text for one in problems.read_questions(path)]),
@@ -136,7 +137,7 @@ def _questions(lines: str) -> list[str]:
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_of_records(reader: str, tmp_path: Path) -> None:
     ending, read = READERS[reader]
-    # Control characters are escaped in JSON, whoever writes it.
+    # JSON always escapes control characters.
     asked = "1\u2028\u2029\x85+1"
     rows = [{"step": 1, "question": asked, "answer": "2"}, {"step": 2, "question": "2+2", "answer": "4"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -155,7 +156,7 @@ def test_lines_that_a_crash_left_are_left_out(reader: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("reader", ["problems", "array", "solved", "texts", "pairs", "json"])
-def test_readers_refuse_what_is_no_text(reader: str, tmp_path: Path) -> None:
+def test_readers_reject_other_encodings(reader: str, tmp_path: Path) -> None:
     ending, read = READERS[reader]
     for content in (b'{"question": "\xe9"}', b'{"question": "\\ud800", "answer": "1"}', *NOT_TEXT.values()):
         (tmp_path / f"a{ending}").write_bytes(content if ending == ".jsonl" else b"[" + content + b"]")

@@ -1,4 +1,4 @@
-"""The training step against a loop written by hand, plainly and as a graph."""
+"""The training step compared to a handwritten loop, eagerly and as a graph."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def by_hand(
     schedule: Callable[[int], float] | None = None,
     autocast: bool = False,
 ) -> tuple[list[float], list[Tensor]]:
-    """The same training as a plain loop over Python lists: no carry, no buffers, no device flags."""
+    """Run the same training as a plain loop over Python lists: no carry, no buffers, no device flags."""
     device = model.start.device.type
     stream = batches(device)
     slots: list[dict[str, Any] | None] = [None] * BATCH
@@ -164,7 +164,7 @@ def by_hand(
 
 
 def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
-    """What :func:`capturable_adamw` builds on a GPU, for the double on a CPU too."""
+    """Build what :func:`capturable_adamw` builds on a GPU, also for the double on a CPU."""
     lr_tensor = torch.tensor(lr, device=next(model.parameters()).device)
     return torch.optim.AdamW(model.parameters(), lr=lr_tensor, fused=True, capturable=True)
 
@@ -187,8 +187,8 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(("T", "autocast"), [(2, False), (1, False), (2, True)])
-def test_steps_equal_a_loop_written_by_hand(captured: bool, T: int, autocast: bool) -> None:
-    """Losses, parameters and averages, bit for bit, under a schedule."""
+def test_steps_equal_a_handwritten_loop(captured: bool, T: int, autocast: bool) -> None:
+    """Losses, parameters and averages are bitwise equal, with a schedule."""
 
     def schedule(number: int) -> float:
         return 1e-2 / (1 + number / 20)
@@ -225,7 +225,7 @@ def test_steps_equal_a_loop_written_by_hand(captured: bool, T: int, autocast: bo
     assert status.fallbacks == ({"warming up for a capture": 3} if captured else {})
 
 
-def test_a_thousand_steps_equal_a_loop_written_by_hand() -> None:
+def test_a_thousand_steps_equal_a_handwritten_loop() -> None:
     model = Sorter()
     model.net = MeanNetwork()  # type: ignore[assignment]
     other = copy.deepcopy(model)
@@ -312,7 +312,7 @@ def test_each_shape_has_its_graph_and_its_samples() -> None:
     assert cache.status().captures == 2
 
 
-def test_an_evicted_step_goes_on_with_its_samples() -> None:
+def test_an_evicted_step_continues_with_its_samples() -> None:
     model = Sorter()
     other = copy.deepcopy(model)
     streams = [batches(length=6), batches(length=3)]
@@ -326,7 +326,7 @@ def test_an_evicted_step_goes_on_with_its_samples() -> None:
     assert_same(model, other)
 
 
-def test_what_a_graph_holds_fast_is_captured_anew() -> None:
+def test_changes_to_fixed_values_are_captured_again() -> None:
     model, cache = Sorter(), recorded()
     optimizer = adamw(model)
     step = step_of(model, optimizer, cache=cache)
@@ -361,7 +361,7 @@ def test_a_failed_capture_trains_on() -> None:
 
 
 def test_a_batch_is_written_after_streams_are_ordered() -> None:
-    """A replay on another stream may still read the one before."""
+    """A replay on another stream may still read the previous batch."""
     seen: list[Tensor] = []
 
     class Ordering(RecordingCapturer):
@@ -382,7 +382,7 @@ def test_a_batch_is_written_after_streams_are_ordered() -> None:
     assert all(torch.equal(found, earlier) for found, earlier in zip(seen[1:], given, strict=False))
 
 
-def test_lengths_that_a_graph_would_keep_are_refused() -> None:
+def test_lengths_that_a_graph_would_fix_are_rejected() -> None:
     """A later batch may have more rows, which would be lost."""
     model = Sorter()
     capturer = RecordingCapturer(traced=False)
@@ -399,7 +399,7 @@ def test_lengths_that_a_graph_would_keep_are_refused() -> None:
     )
     step(*next(batches()))
     capturer.is_capturing = True
-    with pytest.raises(CaptureError, match="would keep a batch's lengths"):
+    with pytest.raises(CaptureError, match="would fix the lengths of one batch"):
         step(*next(batches()))
 
 
@@ -436,14 +436,14 @@ def _module_hook(model: Sorter) -> torch.optim.Optimizer:
     ("build", "reason"),
     [
         (_not_capturable, "without capturable=True"),
-        (_number, "learning rate is no tensor"),
+        (_number, "learning rate is not a tensor"),
         (_optimizer_hook, "the optimizer has hooks"),
         (_gradient_hook, "gradient hooks"),
         (_accumulation_hook, "gradient hooks"),
         (_module_hook, "a TinyRecursiveNetwork has hooks"),
     ],
 )
-def test_what_cannot_be_captured_runs_and_says_so(
+def test_steps_that_cannot_be_captured_run_and_report_it(
     build: Callable[[Sorter], torch.optim.Optimizer], reason: str
 ) -> None:
     model, cache = Sorter(), recorded()
@@ -468,7 +468,7 @@ def test_a_module_that_communicates_is_refused() -> None:
         train(step_of(model, adamw(model), cache=cache), 2)
 
 
-def test_reduced_gradients_are_what_is_clipped_and_applied() -> None:
+def test_reduced_gradients_are_clipped_and_applied() -> None:
     model = Sorter()
     twin = copy.deepcopy(model)
     norms = []
@@ -494,14 +494,14 @@ def test_a_step_that_reduces_gradients_is_not_captured() -> None:
     assert list(cache.status().fallbacks.values()) == [2]
 
 
-def test_a_step_that_asks_for_no_graph_is_silent() -> None:
+def test_a_step_without_capture_does_not_warn() -> None:
     model = Sorter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(step_of(model, adamw(model), capture=False), 2)
 
 
-def test_global_post_hooks_hear_of_replays() -> None:
+def test_replays_call_global_post_hooks() -> None:
     model, cache = Sorter(), recorded()
     optimizer, heard = adamw(model), []
     handle = register_optimizer_step_post_hook(lambda which, *_: heard.append(which))
@@ -511,13 +511,13 @@ def test_global_post_hooks_hear_of_replays() -> None:
     finally:
         handle.remove()
     assert cache.status().replays == 5
-    # The double runs the optimizer's Python on a replay, where CUDA would not: 8 calls and 5 notices.
+    # Unlike CUDA, the double runs the optimizer's Python code in a replay: 8 calls and 5 hook calls.
     assert heard == [optimizer] * 13
 
 
 def test_a_step_reads_nothing_on_the_host() -> None:
     model = Sorter()
-    # With lr as a tensor torch's CPU kernel reads it; the CUDA kernel does not.
+    # If lr is a tensor, torch's CPU kernel reads it; the CUDA kernel does not.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     step = step_of(
         model,
@@ -593,7 +593,7 @@ def test_metrics_come_in_windows() -> None:
     assert not step.poll() and not step.drain()
 
 
-def test_windows_hold_means() -> None:
+def test_windows_contain_means() -> None:
     buffer = MetricBuffer(read_every=2)
     for value in (1.0, 3.0, 10.0):
         buffer.add({"a": torch.tensor(value), "b": torch.tensor([2 * value], dtype=torch.float64)})
@@ -619,11 +619,11 @@ def test_exploration_keeps_samples_beyond_their_first_step() -> None:
         ({"autocast_dtype": torch.float16}, "bfloat16"),
         ({"supervision_steps": 0}, "supervision_steps"),
         ({"warmup": 0}, "warmup"),
-        ({"exploration": 0.1, "max_steps": None}, "give max_steps"),
+        ({"exploration": 0.1, "max_steps": None}, "set max_steps"),
         ({"read_every": 0}, "read_every"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> None:
     model = Sorter()
     with pytest.raises(ValueError, match=message):
         step_of(model, adamw(model), **options)
@@ -665,7 +665,7 @@ def test_the_average_of_bfloat16_parameters_does_not_round_away() -> None:
     assert parameter.item() == pytest.approx(1.095, rel=1e-2)
 
 
-def test_capturable_adamw_takes_groups() -> None:
+def test_capturable_adamw_accepts_groups() -> None:
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = capturable_adamw(
         [{"params": one.parameters()}, {"params": two.parameters(), "lr": 0.5}], lr=0.25, weight_decay=0.1
@@ -703,7 +703,7 @@ def gpu_train(
         cache=cache,
         **options,
     )
-    # The backward of the other attention kernels may add in another order from run to run.
+    # The backward of other attention kernels may sum in a different order in each run.
     with sdpa_kernel(SDPBackend.MATH):
         return train(step, steps, batches("cuda")), cache
 
@@ -761,7 +761,7 @@ def test_gpu_captured_steps_under_autocast_with_all_options() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_the_steady_state_waits_for_nothing() -> None:
+def test_gpu_the_steady_state_never_waits() -> None:
     model = Sorter(width=32, backend=None).cuda()
     optimizer = capturable_adamw(model.parameters(), 3e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: 1 / (1 + number))
@@ -814,7 +814,7 @@ def test_gpu_weights_written_between_steps_are_seen() -> None:
 
 @pytest.mark.gpu
 def test_gpu_inference_after_captured_steps_sees_the_new_weights() -> None:
-    """Nothing that inference keeps of the weights may survive a step that was a replay."""
+    """Caches of inference must not survive a replayed step."""
     model = Sorter(width=32, backend="triton").cuda()
     cache = GraphCache()
     step = step_of(model, capturable_adamw(model.parameters(), 1e-2), cache=cache)

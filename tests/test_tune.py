@@ -1,4 +1,4 @@
-"""``llm-trm tune``: what it records, tries, drops, measures and writes, with timers that need no GPU."""
+"""``llm-trm tune``: recording, candidates, measurements and tables, with timers that need no GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def compiles(call: RecordedCall, choices: Sequence[Choice], target: Target) -> l
     return [None] * len(choices)
 
 
-def test_a_recursion_asks_for_every_kind_of_product(calls: list[RecordedCall]) -> None:
+def test_a_recursion_uses_every_kind_of_product(calls: list[RecordedCall]) -> None:
     assert {call.problem.kernel for call in calls} >= {
         "gemm", "activation_gradient", "norm_gradient", "weight_gradient"
     }  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_recursion_asks_for_every_kind_of_product(calls: list[RecordedCall]) -
 
 @pytest.mark.parametrize("family", ["scratch", "paper"])
 @pytest.mark.parametrize("mode", ["forward", "step"])
-def test_other_families_and_whole_steps_are_recorded(family: str, mode: str) -> None:
+def test_other_families_and_training_steps_are_recorded(family: str, mode: str) -> None:
     case = Case(mode, 128, 40, batch=3, heads=4, family=family, dtype="bfloat16")  # type: ignore[arg-type]
     assert record_cases([case], TARGET)
 
@@ -96,7 +96,7 @@ def test_the_fastest_candidate_is_written_and_chosen(
     dispatch.refresh()
 
 
-def test_an_interrupted_run_goes_on(calls: list[RecordedCall], tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(calls: list[RecordedCall], tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     seconds = iter(range(1000))
     measured: list[str] = []
@@ -114,14 +114,14 @@ def test_an_interrupted_run_goes_on(calls: list[RecordedCall], tmp_path: Path) -
     table = open_table(path, TARGET)
     list(tune(pending(calls, table), TARGET, table, *arguments, budget=1e9))
     assert len(measured) == len(set(measured)) == len(calls)
-    # An entry of another version of its kernel is measured again.
+    # An entry from another version of its kernel is measured again.
     content = json.loads(path.read_text())
     content["entries"][measured[0]]["source"] = "0" * 12
     path.write_text(json.dumps(content))
     assert [dispatch.key(c.problem) for c in pending(calls, open_table(path, TARGET))] == measured[:1]
 
 
-def test_what_fails_is_dropped(calls: list[RecordedCall], tmp_path: Path) -> None:
+def test_failing_candidates_are_dropped(calls: list[RecordedCall], tmp_path: Path) -> None:
     path = tmp_path / "table.json"
 
     def nothing(call: RecordedCall, choices: Sequence[Choice]) -> Times:
@@ -201,7 +201,7 @@ def test_inputs_are_random_and_exceed_the_cache(calls: list[RecordedCall]) -> No
         ({"hazards": ("an operand of a product",)}, "would race: an operand"),
     ],
 )
-def test_what_is_not_worth_timing(
+def test_candidates_not_worth_timing(
     change: dict[str, Any],
     refused: str | None,
     calls: list[RecordedCall],
@@ -278,13 +278,13 @@ def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--hidden-size", "100"], "multiple"),
     ],
 )
-def test_options_that_make_no_sense(arguments: list[str], says: str) -> None:
+def test_invalid_options_are_rejected(arguments: list[str], says: str) -> None:
     result = CliRunner().invoke(main, ["tune", *arguments])
     assert result.exit_code == 2
     assert says in result.output
 
 
-def test_check_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_missing_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm_trm.cli.tune._target", lambda dry_run: TARGET)
     path = tmp_path / "table.json"
     result = CliRunner().invoke(main, ["tune", "--check", "--hidden-size", "64", "--output", str(path)])

@@ -1,4 +1,4 @@
-"""However weights are changed, the next call computes with them: on every backend and under graphs."""
+"""Every way of changing weights takes effect in the next call, on every backend and under graphs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from trm_kernels import (
 #: They write to the host's memory.
 ON_THE_HOST = ("numpy", "ctypes_memory", "another_process")
 
-#: What replaces parameters in one call alone, or None.
+#: Replacements of parameters for a single call, or None.
 Replaced = dict[str, Tensor] | None
-#: Changes the weights of a network; at every ``yield`` they are other ones than at the last.
+#: Changes the weights of a network; they differ at every ``yield``.
 Way = Callable[[TinyRecursiveNetwork, int], Iterator[Replaced]]
 
 WAYS: dict[str, Way] = {}
@@ -49,7 +49,7 @@ def linear(net: nn.Module) -> nn.Linear:
 
 
 def other(weight: Tensor) -> Tensor:
-    """Other values of the same size, however often this is done."""
+    """Return different values of the same magnitude, for any number of repetitions."""
     return 0.5 * weight.detach() + 0.2 * torch.randn_like(weight)
 
 
@@ -195,7 +195,7 @@ def one_number(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]:
 
 @way
 def rows_that_change_places(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]:
-    """The same numbers, in another order."""
+    """The same values in another order."""
     for _ in range(rounds):
         linear(net).weight.data.copy_(linear(net).weight.data.roll(1, 0))
         yield None
@@ -259,7 +259,7 @@ def swapped_tensors(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced
 
 @way
 def a_broadcast(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replaced]:
-    """As on every rank but the sender's: c10d writes past autograd's versions."""
+    """As on every rank except the sender's: c10d does not increment autograd's version counters."""
     for _ in range(rounds):
         for weight in net.parameters():
             sent = other(weight)
@@ -414,7 +414,7 @@ def training_and_back(net: TinyRecursiveNetwork, rounds: int) -> Iterator[Replac
 
 
 class _Model(nn.Module):
-    """What ``functional_call`` calls: the parts of a call that read weights."""
+    """The module for ``functional_call``: the parts of a call that read weights."""
 
     def __init__(self, net: TinyRecursiveNetwork, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -457,13 +457,13 @@ def outcome(model: nn.Module, replaced: Replaced, states: tuple[Tensor, ...], ba
     ],
 )
 @pytest.mark.parametrize("name", WAYS)
-def test_no_change_goes_unseen(name: str, backend: str, rounds: int, device: str) -> None:
+def test_every_change_is_detected(name: str, backend: str, rounds: int, device: str) -> None:
     if backend != "triton":
         device = "cpu"
     elif device == "cuda" and name in ON_THE_HOST:
         pytest.skip("the weights are on a GPU")
     torch.manual_seed(0)
-    torch.compiler.reset()  # it recompiles eight times at most
+    torch.compiler.reset()  # it recompiles at most eight times
     net = TinyRecursiveNetwork(16, 2, 1).to(device).eval().requires_grad_(False)
     states = torch.randn(3, 1, 4, 16, device=device).unbind()
     runs = {one_call: one_call, recursion: recursion}
@@ -476,7 +476,7 @@ def test_no_change_goes_unseen(name: str, backend: str, rounds: int, device: str
             for _ in range(1 if backend == "triton" else 2):
                 try:
                     ours = outcome(_Model(net, run), replaced, states, backend)
-                except BackendError:  # said aloud, and never at the beginning
+                except BackendError:  # reported, and never for the initial weights
                     assert moments > 0
                     continue
                 torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)

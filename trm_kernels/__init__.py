@@ -1,4 +1,4 @@
-"""Fused kernels for Tiny Recursive Models. Needs torch alone; Triton is imported on first use."""
+"""Fused kernels for Tiny Recursive Models. Only torch is required; Triton is imported on first use."""
 
 from trm_kernels.backends import BackendError, Selection, use_backend
 from trm_kernels.carry import Carry

@@ -1,58 +1,58 @@
 """The C++ kernels for CPUs (csrc/). Tensors are passed as addresses of float32 data, 0 for none.
 
-Nothing here checks or keeps alive what an address leads to. R rows are the valid positions of all samples,
-one behind the other; D is the width. Sizes are in floats. Importing it needs torch imported before: it uses
+This module neither validates addresses nor keeps their memory alive. The R rows are the valid positions of
+all samples, one after another; D is the width. Sizes are in floats. Import torch first: the module uses
 torch's OpenMP.
 """
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that both this build and this machine have, best first."""
+    """Return the instruction sets that both this build and this machine support, best first."""
 
 def default_instruction_set() -> str:
-    """The instruction set of a :class:`Network` that names none: the best, or TRM_NATIVE_ISA's.
+    """Return the default instruction set of a :class:`Network`: TRM_NATIVE_ISA, or else the best one.
 
     Raises:
-        ValueError: TRM_NATIVE_ISA names one that is not here.
+        ValueError: If TRM_NATIVE_ISA is not supported here.
     """
 
 def fma_peak(seconds: float, threads: int, name: str | None = None) -> float:
-    """GF/s of independent multiply-adds in registers, on each of ``threads`` threads at once, once warm.
+    """Measure GF/s of independent multiply-adds in registers, per thread, with ``threads`` warm threads.
 
     Raises:
-        ValueError: Instruction set ``name`` is not here, or ``threads`` is less than 1.
+        ValueError: If instruction set ``name`` is not supported here, or if ``threads`` is less than 1.
     """
 
 def tile_rate(seconds: float, threads: int, name: str | None = None) -> float:
-    """GF/s of the micro-kernel on data in the first-level cache, likewise.
+    """Measure GF/s of the micro-kernel on data in the L1 cache, as :func:`fma_peak` does.
 
-    It takes twice the instructions of :func:`fma_peak` for as many multiply-adds, so that it tells when
-    another thread runs on the same core.
+    It needs twice the instructions of :func:`fma_peak` per multiply-add, which reveals whether another thread
+    runs on the same core.
     """
 
 class Batch:
-    """``samples`` stretches of rows: sample s goes from row ``starts[s]`` to ``starts[s + 1]``.
+    """A batch of ``samples`` row ranges: sample s has the rows ``starts[s]`` to ``starts[s + 1]``.
 
     Args:
-        rows: R.
+        rows: Number of rows R.
         starts: int32 [samples + 1].
         cos: RoPE table [longest, head size / 2] by position; 0 without RoPE. ``sin`` likewise.
-        positions: int32 [R], of each row in its sample; 0: its place there.
+        positions: Position of each row in its sample, int32 [R]; 0: rows are consecutive positions.
     """
 
     def __init__(self, rows: int, samples: int, starts: int, cos: int, sin: int, positions: int) -> None: ...
 
 class Recursion:
-    """``steps`` times z = net(x + y + z), then y = net(y + z).
+    """Computes z = net(x + y + z) ``steps`` times, then y = net(y + z).
 
     Args:
         x: [R, D]; 0 if ``steps`` is 0.
         y: [R, D].
-        z: [R, D]; 0 if ``steps`` is 0 and y alone goes in.
-        output_norm: Weight [D] of a norm behind every call of the network, or 0.
-        output_eps: Of that norm; negative: there is none.
+        z: [R, D]; 0 if ``steps`` is 0 and only y is an input.
+        output_norm: Weight [D] of a norm after every call of the network, or 0.
+        output_eps: Epsilon of that norm; negative for no norm.
         dropout: Probability of dropping an attention weight, in [0, 1).
-        seed: In [0, 2**64).
-        recompute: Keep the inputs of calls alone, and run each call again in the backward.
+        seed: Seed of the dropout, in [0, 2**64).
+        recompute: Save only the inputs of calls, and run each call again in the backward.
     """
 
     def __init__(
@@ -69,21 +69,21 @@ class Recursion:
     ) -> None: ...
 
 class Network:
-    """A network's shape, and the kernels that run it; immutable, safe to use from several threads at once.
+    """The shape of a network and the kernels that run it. Immutable and thread-safe.
 
     Args:
-        width: D.
-        inner: Inner width of the MLP.
-        pre_norm: h + f(norm(h)), or norm(h + f(h)).
-        gated: SwiGLU, or GELU.
-        rotary: Rotary positions, NeoX layout.
-        eps: Of every norm of a block.
-        length: Of the samples, where an MLP over positions takes the place of attention; 0: attention.
+        width: Width D.
+        inner: Inner width F of the MLP.
+        pre_norm: h + f(norm(h)) if True, norm(h + f(h)) if False.
+        gated: SwiGLU if True, GELU if False.
+        rotary: Whether attention uses RoPE (NeoX layout).
+        eps: Epsilon of every norm of a block.
+        length: Length of the samples if an MLP over positions replaces attention; 0 for attention.
         token_inner: Inner width of that MLP: SwiGLU if post-norm, GELU with biases if pre-norm.
-        instruction_set: One of :func:`instruction_sets`; None: :func:`default_instruction_set`.
+        instruction_set: One of :func:`instruction_sets`; None for :func:`default_instruction_set`.
 
     Raises:
-        ValueError: The instruction set is not here, or the sizes do not fit one another.
+        ValueError: If the instruction set is not supported here, or if sizes are inconsistent.
     """
 
     def __init__(
@@ -104,31 +104,32 @@ class Network:
     def instruction_set(self) -> str: ...
     @property
     def vector(self) -> int:
-        """Floats in a register."""
+        """Number of floats per vector register."""
 
     def packed_size(self, backward: bool) -> int: ...
     def kept_size(self, batch: Batch, recursion: Recursion) -> int: ...
     def workspace_size(self, batch: Batch, recursion: Recursion, backward: bool, threads: int) -> int: ...
     def pack(self, parameters: list[int], backward: bool, packed: int, threads: int) -> None:
-        """Write the weights to ``packed`` as the kernels read them.
+        """Write the weights to ``packed`` in the layout that the kernels read.
 
         Args:
             parameters: For each block norm1 [D], qkv [3 D, D], qkv_bias, out [D, D], out_bias, norm2 [D],
-                up [F or 2 F, D], up_bias, down [D, F], down_bias; 0 where the network has none. A token
-                mixer's MLP takes the places of qkv and out.
-            backward: Write what the backward reads too.
+                up [F or 2 F, D], up_bias, down [D, F], down_bias; 0 for those that the network does not have.
+                The MLP of a token mixer takes the positions of qkv and out.
+            backward: Whether to also write the matrices of the backward.
 
         Raises:
-            ValueError: ``parameters`` has another length.
+            ValueError: If ``parameters`` has the wrong length.
         """
 
     def digest(self, addresses: list[int], sizes: list[int], threads: int) -> tuple[int, int]:
-        """Two 64-bit digests of memory: ``sizes[i]`` bytes at each ``addresses[i]``, in this order.
+        """Return two 64-bit digests of ``sizes[i]`` bytes at each ``addresses[i]``, in order.
 
-        The same for any number of threads and any instruction set. A change of one 32-bit word changes both.
+        They do not depend on the number of threads or the instruction set. A change of one 32-bit word
+        changes both.
 
         Raises:
-            ValueError: There are more or fewer sizes than addresses, or one is negative.
+            ValueError: If the numbers of sizes and addresses differ, or if a size is negative.
         """
 
     def forward(
@@ -144,7 +145,7 @@ class Network:
     ) -> None:
         """Run the recursion: ``y_out`` [R, D], and ``z_out`` [R, D] if it has steps.
 
-        ``kept`` takes what :meth:`backward` will read; 0: nothing is kept.
+        ``kept`` receives the data that :meth:`backward` reads; 0 keeps nothing.
         """
 
     def backward(
@@ -164,15 +165,15 @@ class Network:
         output_norm_gradient: int,
         threads: int,
     ) -> None:
-        """Gradients of the inputs, and of the parameters in the order of :meth:`pack`.
+        """Compute the gradients of the inputs, and of the parameters in the order of :meth:`pack`.
 
         ``dz_out``, ``dx``, ``dz`` and ``output_norm_gradient`` may be 0.
 
         Raises:
-            ValueError: ``parameters`` or ``gradients`` has another length than :meth:`pack` takes.
+            ValueError: If ``parameters`` or ``gradients`` does not have the length that :meth:`pack` expects.
         """
 
     def dropout_mask(
         self, recursion: Recursion, call_block: int, head: int, first_row: int, rows: int, mask: int
     ) -> None:
-        """Which attention weights [rows, rows] of one head of one call are kept: 1, or 0 where dropped."""
+        """Write which attention weights [rows, rows] of one head of one call are kept: 1, or 0 if dropped."""

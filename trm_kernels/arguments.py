@@ -1,4 +1,4 @@
-"""Checks of numbers that callers give: of the right type, finite, and in range."""
+"""Checks that numeric arguments have the right type, are finite and in range. They reject bools."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most``; a bool is none."""
+    """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most``."""
     if not _is(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
     if value < least:
@@ -18,7 +18,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> None:
 
 
 def real(name: str, value: Any, *, positive: bool = False) -> None:
-    """Raise ValueError unless ``value`` is a finite number, not negative, or above 0; a bool is none."""
+    """Raise ValueError unless ``value`` is finite and at least 0, or greater than 0 if ``positive``."""
     if not _is(value, numbers.Real):
         raise ValueError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(value):
@@ -27,10 +27,10 @@ def real(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name} must {'be positive' if positive else 'not be negative'}, got {value}")
 
 
-def share(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a number in [0, 1); a bool is none."""
+def fraction(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number in [0, 1)."""
     if not _is(value, numbers.Real) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1), not {value!r}")
+        raise ValueError(f"{name} must be in [0, 1), not {value!r}")
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -1,4 +1,4 @@
-"""The state of samples in flight, kept on the device (``carry`` of the code of arXiv 2510.04871)."""
+"""State of the samples in flight, kept on the device (the ``carry`` in the code of arXiv 2510.04871)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class Carry:
-    """One slot for each sample of a batch; a slot whose sample has halted takes a new one at the next step.
+    """One slot per sample of a batch. When a sample has halted, the next step refills its slot.
 
-    All updates are in place and decided by device tensors: nothing waits for the device, and a CUDA graph can
-    hold them. A carry begins with every slot halted.
+    All updates are in place and controlled by device tensors, so nothing waits for the device and a CUDA
+    graph can capture them. Every slot of a new carry is halted.
 
     Attributes:
         y, z: Detached states [B, L, D]; None before the first step.
-        data: What the slots' samples are (inputs, labels, mask, ...), each [B, ...] or None.
-        steps: Supervision steps that each sample has had, int32 [B].
+        data: The samples in the slots (inputs, labels, mask, ...), each [B, ...] or None.
+        steps: Number of supervision steps of each sample, int32 [B].
         halted: Slots that the next step refills, bool [B].
 
     Args:
-        data: Tensors [B, ...] that give shapes, dtypes and device; copied.
+        data: Tensors [B, ...] that define shapes, dtypes and device. They are copied.
     """
 
     def __init__(self, data: Sequence[Tensor | None]) -> None:
@@ -40,7 +40,7 @@ class Carry:
 
     @torch.no_grad()
     def refill(self, fresh: Sequence[Tensor | None]) -> None:
-        """Put samples of ``fresh`` [B, ...] into the halted slots, row for row, and reset their counters."""
+        """Copy rows of ``fresh`` [B, ...] into halted slots of the same index; reset their step counts."""
         for own, new in zip(self.data, fresh, strict=True):
             if (own is None) != (new is None):
                 raise ValueError("fresh data must have a tensor wherever the carry has one")
@@ -49,9 +49,9 @@ class Carry:
         self.steps.masked_fill_(self.halted, 0)
 
     def states(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """States to start the step from: ``y, z`` [B, L, D] in halted slots, the carried ones elsewhere.
+        """Return the step's initial states: ``y, z`` [B, L, D] in halted slots, the carried states elsewhere.
 
-        Gradients reach the initial states of halted slots.
+        Gradients flow to the initial states of halted slots.
         """
         if self.y is None or self.z is None:
             return y, z
@@ -68,17 +68,17 @@ class Carry:
         max_steps: int | None = None,
         min_steps: Tensor | None = None,
     ) -> None:
-        """Store what a step made of the states, count it, and decide which samples are done.
+        """Store the states after a step, count the step, and determine which samples have halted.
 
         Args:
             y, z: New states [B, L, D].
-            halt: Samples that are done by their own account, bool [B].
-            max_steps: Samples with so many steps are done in any case.
-            min_steps: Samples with fewer steps [B] go on even so, unless ``max_steps`` ends them: the
-                exploration of the paper draws it at random (:func:`exploration_steps`).
+            halt: Samples that the loss halts, bool [B].
+            max_steps: Samples with this many steps halt in any case.
+            min_steps: Samples with fewer steps than this [B] continue, unless they reach ``max_steps``. The
+                paper's exploration draws it at random (:func:`exploration_steps`).
         """
         if self.y is None or self.z is None:
-            # Under autocast the states have another dtype than what they started from.
+            # Under autocast the dtype of the states may differ from that of the initial states.
             self.y, self.z = y.detach().clone(), z.detach().clone()
         else:
             self.y.copy_(y)
@@ -93,27 +93,27 @@ class Carry:
 
     @torch.no_grad()
     def restart_nonfinite(self) -> None:
-        """Let the next step refill the slots whose states hold infinities or NaN."""
+        """Mark slots whose states contain infinities or NaN, so that the next step refills them."""
         for state in (self.y, self.z):
             if state is not None:
                 self.halted.logical_or_(~state.isfinite().flatten(1).all(dim=1))
 
     def restart(self) -> None:
-        """Let the next step refill every slot."""
+        """Mark every slot, so that the next step refills it."""
         self.halted.fill_(True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name; not copies."""
+        """Return everything that the next step depends on, by name. The tensors are not copies."""
         tensors = {"steps": self.steps, "halted": self.halted, "y": self.y, "z": self.z}
         tensors |= {f"data.{number}": tensor for number, tensor in enumerate(self.data)}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave, in place where there is a tensor already.
+        """Load the result of :meth:`state_dict`, in place where a tensor already exists.
 
         Raises:
-            KeyError, RuntimeError: It is of a carry of other data.
+            KeyError, RuntimeError: If the state belongs to a carry of other data.
         """
         for name, own in self.state_dict().items():
             if name not in ("y", "z"):
@@ -127,11 +127,11 @@ class Carry:
 
 
 def exploration_steps(like: Tensor, max_steps: int, probability: float) -> Tensor:
-    """Steps that each sample [B] must take at least: 0, or with ``probability`` one of 2 .. ``max_steps``."""
+    """Draw the minimum number of steps of each sample [B]: 0, or with ``probability`` 2 .. ``max_steps``."""
     explores = torch.rand(like.shape, device=like.device) < probability
     return explores * torch.randint(2, max(max_steps, 2) + 1, like.shape, device=like.device)
 
 
 def _rows(flags: Tensor, like: Tensor) -> Tensor:
-    """``flags`` [B] in a shape that broadcasts against ``like`` [B, ...]."""
+    """Reshape ``flags`` [B] to broadcast against ``like`` [B, ...]."""
     return flags.view(-1, *(1,) * (like.dim() - 1))

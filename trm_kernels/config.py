@@ -1,4 +1,4 @@
-"""The description of a tiny network that every backend reads."""
+"""The network configuration that every backend reads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from trm_kernels import arguments
 Family = Literal["seed", "scratch", "paper"]
 Mixer = Literal["attention", "tokens"]
 
-#: What a training step keeps of every network call: ``"fast"`` all that the backward reads;
-#: ``"balanced"`` not the pre-activations of the MLPs, which one GEMM a block computes again; ``"small"`` the
-#: input of the call alone.
+#: What a training step saves for the backward from every network call. ``"fast"``: everything the backward
+#: reads. ``"balanced"``: everything except the MLP pre-activations, which one GEMM per block recomputes.
+#: ``"small"``: only the input of the call.
 Memory = Literal["fast", "balanced", "small"]
 
-#: ``nn.RMSNorm(d, eps=None)`` takes the epsilon of float32 for bf16 and fp16 inputs too (measured,
-#: torch 2.13), but that of float64 for float64. One value keeps the function the same in all dtypes.
+#: ``nn.RMSNorm(d, eps=None)`` uses the float32 epsilon for bf16 and fp16 inputs too (measured, torch 2.13),
+#: but the float64 epsilon for float64. A fixed value keeps the function the same in all dtypes.
 FLOAT32_EPS = 1.1920928955078125e-07
 
-#: More fit nowhere: one layer of the widest takes 50 TB.
-_WIDEST, _DEEPEST, _LONGEST = 2**20, 1024, 2**30
+#: Larger networks fit on no machine: one layer of the maximum width takes 50 TB.
+_MAX_WIDTH, _MAX_LAYERS, _MAX_LENGTH = 2**20, 1024, 2**30
 
 _NORM_EPS: dict[str, float] = {"seed": FLOAT32_EPS, "scratch": 1e-8, "paper": 1e-5}
 
@@ -32,10 +32,10 @@ class NetworkConfig:
     Args:
         d_model: Width D of the residual stream.
         n_layers: Number of blocks.
-        n_heads: Attention heads H; D must be a multiple of H. Ignored by token mixers.
-        dropout: Probability of dropping an attention weight in training (``seed`` and ``scratch``; the
-            paper's block has none).
-        family: Which block.
+        n_heads: Number of attention heads H. D must be a multiple of H. Token mixers ignore it.
+        dropout: Probability of dropping an attention weight in training (``seed`` and ``scratch`` only; the
+            paper's block has no dropout).
+        family: Block architecture.
 
             - ``"seed"``: pre-norm, weighted RMSNorm, attention and GELU MLP with biases
               (``nn.MultiheadAttention`` layout; the block of anonx3247/llm-trm).
@@ -44,15 +44,15 @@ class NetworkConfig:
             - ``"paper"``: post-norm, weightless RMSNorm with eps 1e-5, no biases, RoPE, packed SwiGLU
               (the block of SamsungSAILMontreal/TinyRecursiveModels, arXiv 2510.04871).
         mixer: ``"attention"``, or ``"tokens"`` for an MLP along the sequence axis (``scratch``: GELU with
-            biases; ``paper``: SwiGLU, with the mixer's norm along the sequence axis too).
-        seq_len: Sequence length L of a token mixer, puzzle-embedding positions included.
-        rope: Whether attention rotates queries and keys (families ``scratch`` and ``paper``). Off for
-            official models with learned positions.
+            biases; ``paper``: SwiGLU, with the mixer's norm also along the sequence axis).
+        seq_len: Sequence length L of a token mixer, including puzzle-embedding positions.
+        rope: Whether attention applies RoPE to queries and keys (families ``scratch`` and ``paper``). Disable
+            it for official models with learned positions.
         rope_theta: Base of the rotary frequencies.
 
     Raises:
-        ValueError: A number of the wrong type, NaN or out of range, or a combination that describes no
-            network.
+        ValueError: If a number has the wrong type, is NaN or out of range, or if the arguments contradict
+            each other.
     """
 
     d_model: int
@@ -70,21 +70,21 @@ class NetworkConfig:
             raise ValueError(f"family must be one of {get_args(Family)}, not {self.family!r}")
         if self.mixer not in get_args(Mixer):
             raise ValueError(f"mixer must be one of {get_args(Mixer)}, not {self.mixer!r}")
-        arguments.whole("d_model", self.d_model, 1, _WIDEST)
-        arguments.whole("n_layers", self.n_layers, 1, _DEEPEST)
-        arguments.whole("n_heads", self.n_heads, 1, _WIDEST)
-        arguments.share("dropout", self.dropout)
+        arguments.whole("d_model", self.d_model, 1, _MAX_WIDTH)
+        arguments.whole("n_layers", self.n_layers, 1, _MAX_LAYERS)
+        arguments.whole("n_heads", self.n_heads, 1, _MAX_WIDTH)
+        arguments.fraction("dropout", self.dropout)
         arguments.real("rope_theta", self.rope_theta, positive=True)
         if not isinstance(self.rope, bool):
             raise ValueError(f"rope must be True or False, not {self.rope!r}")
         if self.dropout and self.family == "paper":
-            raise ValueError("the paper family has no dropout: leave dropout at 0")
+            raise ValueError("the paper family has no dropout: dropout must be 0")
         if self.mixer == "tokens":
             if self.family == "seed":
                 raise ValueError("the seed family has no token mixer: use family='scratch' or 'paper'")
             if self.seq_len is None:
-                raise ValueError("mixer='tokens' needs seq_len, the fixed length of its sequences")
-            arguments.whole("seq_len", self.seq_len, 1, _LONGEST)
+                raise ValueError("mixer='tokens' needs seq_len, the fixed sequence length")
+            arguments.whole("seq_len", self.seq_len, 1, _MAX_LENGTH)
         else:
             if self.d_model % self.n_heads:
                 raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
@@ -98,7 +98,7 @@ class NetworkConfig:
 
     @property
     def norm_eps(self) -> float:
-        """Epsilon of every RMSNorm of the block."""
+        """Epsilon of every RMSNorm in the block."""
         return _NORM_EPS[self.family]
 
     @property
@@ -113,7 +113,7 @@ class NetworkConfig:
 
     @property
     def gated(self) -> bool:
-        """SwiGLU (True) or GELU (False) in the channel MLP."""
+        """Whether the channel MLP uses SwiGLU rather than GELU."""
         return self.family != "seed"
 
     @property
@@ -129,7 +129,7 @@ class NetworkConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the network, without building it."""
+        """Number of parameters of the network, computed without building it."""
         d = self.d_model
         norms = 0 if self.family == "paper" else 2 * d
         biased = self.family == "seed"
@@ -143,5 +143,5 @@ class NetworkConfig:
         return self.n_layers * (norms + mixing + channels)
 
     def _inner(self, width: int) -> int:
-        # Two thirds of 4x, rounded up to 256, is the paper's choice for SwiGLU; the others take 4x.
+        # For SwiGLU the paper uses two thirds of 4x, rounded up to a multiple of 256. The others use 4x.
         return -(-round(4 * width * 2 / 3) // 256) * 256 if self.family == "paper" else 4 * width

@@ -1,4 +1,4 @@
-"""A backward that cannot be differentiated again, and says so."""
+"""A decorator for backward functions that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """Decorate the backward of an ``autograd.Function`` that cannot be differentiated again.
+    """Make the backward of an ``autograd.Function`` raise if it is differentiated again.
 
-    ``once_differentiable`` raises only where an incoming gradient itself requires one: ``out.sum()`` sends a
-    constant, and a gradient penalty on it would vanish in silence.
+    ``once_differentiable`` raises only if an incoming gradient requires a gradient. ``out.sum()`` passes a
+    constant, so a gradient penalty on it would silently vanish.
     """
 
     @functools.wraps(backward)

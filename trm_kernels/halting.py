@@ -1,4 +1,4 @@
-"""Halting sample by sample: a recursion in which samples that are done cost nothing more."""
+"""Per-sample halting: finished samples leave the batch and cost nothing more."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ State = Mapping[str, Tensor]
 
 
 class AsyncCount:
-    """A count on the device, read one push late, so that the host never waits for the work in flight.
+    """A device-side count that the host reads one push late, so that it never waits for work in flight.
 
-    The answer to a push is the count of the push before, on every device: on CUDA it has usually arrived
-    long since, and if not, the host waits for that older copy alone.
+    Each push returns the count of the previous push, on every device. On CUDA that copy has usually arrived;
+    if not, the host waits for that copy only.
     """
 
     def __init__(self) -> None:
         self._reads = HostReads()
 
     def push(self, count: Tensor) -> int | None:
-        """Enqueue ``count`` (one element); returns the one pushed before, None the first time."""
+        """Enqueue ``count`` (one element) and return the previous count, or None on the first push."""
         self._reads.push(count)
         return int(self._reads.take()[1]) if len(self._reads) > 1 else None
 
     def last(self) -> int | None:
-        """The count pushed last, which is waited for; None if there is none left."""
+        """Wait for the last count and return it, or None if none is pending."""
         return int(self._reads.take()[1]) if len(self._reads) else None
 
 
 @dataclass(frozen=True)
 class HaltingResult:
-    """What :func:`halting_recursion` returns.
+    """Result of :func:`halting_recursion`.
 
     Attributes:
-        state: The state at each sample's exit, [B, ...] in the order of the input.
-        exit_steps: The step at which each sample halted, counted from 1, int32 [B]; ``max_steps`` for those
-            that never did.
-        halted: Samples that halted by themselves, bool [B].
+        state: State of each sample when it halted, [B, ...] in input order.
+        exit_steps: Step at which each sample halted, counted from 1, int32 [B]; ``max_steps`` for samples
+            that did not halt.
+        halted: Whether each sample halted before the limit stopped it, bool [B].
         calls: Batch size of each call of the step function.
     """
 
@@ -62,33 +62,34 @@ def halting_recursion(
     compact: bool = True,
     bucket: Bucket = power_of_two,
 ) -> HaltingResult:
-    """Apply ``step`` until every sample has halted, at most ``max_steps`` times; inference only.
+    """Apply ``step`` until every sample has halted, but at most ``max_steps`` times; inference only.
 
-    A sample's result is its state after the step at which it halted. Halted samples are taken out of the
-    batch whenever the rest fit into a smaller bucket, and results return to the input's order. The host
-    learns how many are left one step late (:class:`AsyncCount`), so that it never stalls the device: one
-    step may run for samples that are all done, and its result is not used.
+    A sample's result is its state after the step at which it halted. Halted samples are removed from the
+    batch whenever the remaining ones fit into a smaller bucket; results are in input order. The host reads
+    the number of remaining samples one step late (:class:`AsyncCount`), so that it never stalls the device.
+    As a result, one extra step may run when all samples have halted; its result is discarded.
 
-    Exit steps and states are those of ``compact=False``, bit for bit where ``step`` computes a sample's row
-    independently of the others and of the batch size. Elementwise work does. A matrix product may choose
-    another order of summation for another batch size, and then results agree within rounding.
+    Exit steps and states equal those of ``compact=False`` bit for bit if ``step`` computes each sample
+    independently of the others and of the batch size, as elementwise operations do. A matrix product may sum
+    in another order for another batch size; the results then agree within rounding.
 
     Args:
-        step: Called with the state's members as keyword arguments, of batch size B or smaller; gives the
-            members that change, and which samples halt, bool [B]. Members that it leaves out (inputs, masks,
-            ids) stay. Halting on the mean of the batch is ``(logits.mean() > 0).expand(len(logits))``.
+        step: Called with the members of the state as keyword arguments, with batch size B or smaller.
+            Returns the members that change, and which samples halt, bool [B]. Members that it omits (inputs,
+            masks, ids) stay unchanged. To halt on the batch mean, return
+            ``(logits.mean() > 0).expand(len(logits))``.
         state: Tensors [B, ...] by name, all on one device.
-        max_steps: Steps at most, at least 1.
-        compact: Whether to take halted samples out.
-        bucket: How the number of samples left is rounded up to a batch size; halted samples fill the rest.
+        max_steps: Maximum number of steps, at least 1.
+        compact: Whether to remove halted samples from the batch.
+        bucket: Rounds the number of remaining samples up to a batch size; halted samples fill the rest.
 
     Raises:
-        ValueError: Batch sizes differ, or ``max_steps`` is below 1.
+        ValueError: If batch sizes differ or ``max_steps`` is below 1.
     """
     arguments.whole("max_steps", max_steps, 1)
     sizes = {name: member.shape[0] for name, member in state.items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"members of the state need one batch size, got {sizes}")
+        raise ValueError(f"all members of the state must have the same batch size, got {sizes}")
     batch = next(iter(sizes.values()))
     device = next(iter(state.values())).device
     rows = _Rows(state, torch.arange(batch, device=device))
@@ -99,7 +100,7 @@ def halting_recursion(
     for number in range(1, max_steps + 1):
         calls.append(rows.size)
         updates, halt = step(**rows.state)
-        rows.take(updates, halt, number)
+        rows.update(updates, halt, number)
         left = count.push((~rows.done).sum())
         if left == 0:
             break
@@ -111,7 +112,7 @@ def halting_recursion(
 
 
 class _Rows:
-    """Samples in flight: state, which of the input they are, and where they stand."""
+    """Samples in flight: their state, their indices in the input, and whether and when they halted."""
 
     def __init__(self, state: State, indices: Tensor) -> None:
         self.state = dict(state)
@@ -124,11 +125,11 @@ class _Rows:
     def size(self) -> int:
         return self.indices.shape[0]
 
-    def take(self, updates: State, halt: Tensor, number: int) -> None:
-        """Take over a step's result for the samples that are not done."""
+    def update(self, updates: State, halt: Tensor, number: int) -> None:
+        """Store the result of a step for the samples that have not halted."""
         if halt.shape != self.done.shape:
             raise ValueError(
-                f"expected one halting flag for each sample, {list(self.done.shape)}, got {list(halt.shape)}"
+                f"expected one halting flag per sample, {list(self.done.shape)}, got {list(halt.shape)}"
             )
         for name, new in updates.items():
             old = self.state[name]
@@ -141,8 +142,8 @@ class _Rows:
         self.done = self.done | halt
 
     def gather(self, size: int) -> _Rows:
-        """The ``size`` first samples when those that are not done come first, in their order."""
-        # argsort of flags, not nonzero: its size would have to be read from the device.
+        """Return the first ``size`` samples, with unfinished samples first and otherwise in order."""
+        # argsort rather than nonzero, whose output size would have to be read from the device.
         kept = torch.argsort(self.done.to(torch.uint8), stable=True)[:size]
         smaller = _Rows({name: member[kept] for name, member in self.state.items()}, self.indices[kept])
         smaller.exit_steps, smaller.done = self.exit_steps[kept], self.done[kept]
@@ -150,10 +151,10 @@ class _Rows:
         return smaller
 
     def scatter(self, rows: _Rows) -> None:
-        """Write ``rows`` to their places in this full batch."""
+        """Write ``rows`` to their indices in this full batch."""
         for name in rows.changed:
             if rows.state[name].dtype != self.state[name].dtype or name not in self.changed:
-                # The first time: the caller's own tensor stays as it is.
+                # Copy on the first write, to leave the caller's tensor unchanged.
                 self.state[name] = self.state[name].to(rows.state[name].dtype, copy=True)
                 self.changed[name] = None
             self.state[name].index_copy_(0, rows.indices, rows.state[name])

@@ -1,4 +1,4 @@
-"""Small device tensors read on the host without making it wait for the device."""
+"""Asynchronous reads of small device tensors on the host."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _Copy:
 
 
 class HostReads:
-    """Copies of device tensors on their way to the host, in the order in which they were pushed.
+    """A queue of copies of device tensors to the host, in push order.
 
-    On CUDA a push enqueues a copy to pinned memory and an event; on other devices the copy is made at once.
+    On CUDA a push enqueues a copy to pinned memory and an event. On other devices it copies immediately.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class HostReads:
         return len(self._copies)
 
     def push(self, tensor: Tensor, tag: Any = None) -> None:
-        """Copy ``tensor`` as it is at this point of the current stream; ``tag`` comes back with it."""
+        """Copy ``tensor`` at this point of the current stream. ``tag`` is returned with the copy."""
         if tensor.device.type != "cuda":
             self._copies.append(_Copy(tag, tensor.detach().to("cpu", copy=True), None))
             return
@@ -49,7 +49,7 @@ class HostReads:
         self._copies.append(_Copy(tag, values, event))
 
     def poll(self) -> list[tuple[Any, Tensor]]:
-        """The (tag, values) that have arrived since the last call; never waits."""
+        """Return the (tag, values) pairs that have arrived since the last call; never waits."""
         found = []
         while self._copies and self._copies[0].arrived():
             copy = self._copies.popleft()
@@ -57,10 +57,10 @@ class HostReads:
         return found
 
     def take(self) -> tuple[Any, Tensor]:
-        """The oldest (tag, values); waits for that copy alone, not for work enqueued after it."""
+        """Return the oldest (tag, values); waits for that copy only, not for work enqueued after it."""
         copy = self._copies.popleft()
         return copy.tag, copy.wait()
 
     def drain(self) -> list[tuple[Any, Tensor]]:
-        """All that are left; waits for the last."""
+        """Return all remaining pairs; waits for the last one."""
         return [self.take() for _ in range(len(self._copies))]

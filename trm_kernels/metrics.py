@@ -1,4 +1,4 @@
-"""Training metrics that are summed on the device and read every k steps."""
+"""Training metrics, summed on the device and read every k steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trm_kernels.host_reads import HostReads
 
 @dataclass(frozen=True)
 class MetricWindow:
-    """Means over some steps.
+    """Means of metrics over a window of steps.
 
     Attributes:
-        step: Number of the last step that they cover, counted from 1.
-        steps: How many they cover.
+        step: Number of the last step in the window, counted from 1.
+        steps: Number of steps in the window.
         values: Mean of each metric.
     """
 
@@ -28,10 +28,10 @@ class MetricWindow:
 
 
 class MetricBuffer:
-    """Sums of metrics in one float32 device tensor, which :meth:`add` changes in place.
+    """Sums of metrics in one float32 device tensor, which :meth:`add` updates in place.
 
     Args:
-        read_every: Steps in a window.
+        read_every: Number of steps in a window.
     """
 
     def __init__(self, read_every: int = 10) -> None:
@@ -44,10 +44,10 @@ class MetricBuffer:
 
     @torch.no_grad()
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one step's metrics, tensors of one element; can be part of a graph after the first call.
+        """Add the metrics of one step, one-element tensors. After the first call, a graph can capture this.
 
         Raises:
-            ValueError: Not the names of the first call.
+            ValueError: If the names differ from those of the first call.
         """
         if self._sums is None:
             self.names = tuple(metrics)
@@ -57,18 +57,18 @@ class MetricBuffer:
         self._sums.add_(torch.stack([value.detach().reshape(()).float() for value in metrics.values()]))
 
     def count_step(self) -> None:
-        """Note that a step is over; every ``read_every`` steps, start a read and begin a new window."""
+        """Count a finished step. Every ``read_every`` steps, start a read and a new window."""
         self._step += 1
         self._pending += 1
         if self._pending == self.read_every:
             self._read()
 
     def poll(self) -> list[MetricWindow]:
-        """The windows that have reached the host since the last call; never waits for the device."""
+        """Return the windows that have reached the host since the last call; never waits for the device."""
         return [self._window(*found) for found in self._reads.poll()]
 
     def drain(self) -> list[MetricWindow]:
-        """All windows that are left, with an unfinished one at the end; waits for the device."""
+        """Return all remaining windows, including an incomplete last one; waits for the device."""
         if self._pending:
             self._read()
         return [self._window(*found) for found in self._reads.drain()]

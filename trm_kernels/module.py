@@ -1,4 +1,4 @@
-"""A module that backends run: what they may read of it."""
+"""The interface between modules and the backends that run them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from trm_kernels.config import NetworkConfig
 from trm_kernels.prepared import Freezable
 
-#: Methods that say what a module computes. Kernels read parameters and would never call them.
+#: Methods that define what a module computes. Kernels read parameters and never call these methods.
 _FUNCTION = ("__call__", "forward", "forward_eager", "blocks")
 
 
 def _is_foreign(kind: type, name: str) -> bool:
-    """Whether the method of this name comes from a class that is neither this package's nor torch's."""
+    """Whether the class that defines this method belongs neither to this package nor to torch."""
     owner = next(base for base in kind.__mro__ if name in vars(base))
     return owner.__module__.partition(".")[0] not in ("trm_kernels", "torch")
 
 
 class FusedModule(Freezable):
-    """What backends know of the drop-in modules: a description, blocks, and the reference's function."""
+    """Base class of the drop-in modules: a configuration, blocks, and the reference's forward."""
 
     config: NetworkConfig
     backend: str | None
-    #: Methods that say what it computes, and that a class outside of this package has replaced.
+    #: Methods of ``_FUNCTION`` that a class outside this package overrides.
     overridden: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # Here rather than in each call: torch.compile reads it as a constant.
+        # Computed here rather than in each call, so that torch.compile reads a constant.
         cls.overridden = frozenset(name for name in _FUNCTION if _is_foreign(cls, name))
 
     @property
@@ -39,11 +39,11 @@ class FusedModule(Freezable):
         raise NotImplementedError
 
     def forward_eager(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute as the reference does, whatever backend is chosen. ``mask``: [B, L] or None."""
+        """Run the reference, regardless of the selected backend. ``mask`` is [B, L] or None."""
         raise NotImplementedError
 
     def check(self, x: Tensor, mask: Tensor | None) -> None:
-        """Raise ValueError for shapes that do not fit this module."""
+        """Raise ValueError if the shapes do not match this module."""
         config = self.config
         if x.dim() != 3 or x.shape[-1] != config.d_model:
             raise ValueError(f"expected an input [B, L, {config.d_model}], got {list(x.shape)}")
@@ -51,9 +51,9 @@ class FusedModule(Freezable):
             raise ValueError("the sequence is empty: L must be at least 1")
         if config.mixer == "tokens":
             if x.shape[1] != config.seq_len:
-                raise ValueError(f"this token mixer takes L = {config.seq_len}, got {x.shape[1]}")
+                raise ValueError(f"this token mixer needs L = {config.seq_len}, got {x.shape[1]}")
             if mask is not None:
-                raise ValueError("a token mixer mixes every position and takes no mask")
+                raise ValueError("a token mixer mixes every position and accepts no mask")
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"expected a mask {list(x.shape[:2])}, got {list(mask.shape)}")
 

@@ -1,7 +1,7 @@
-"""Buffers that the ``native`` backend uses again.
+"""A pool of reusable buffers for the ``native`` backend.
 
-A recursion's buffers take megabytes, and malloc gives such sizes back to the system, which fills each new
-page with zeros: 5% of a training step's time at width 256 (perf, two cores).
+The buffers of a recursion take megabytes. malloc returns allocations of that size to the system, which zeroes
+each new page: 5% of the time of a training step at width 256 (perf, two cores).
 """
 
 from __future__ import annotations
@@ -14,52 +14,53 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-#: Bytes that lie ready at most; what lay longest goes first.
-MOST_BYTES = 1 << 30
+#: Maximum bytes of free buffers; the oldest are released first.
+MAX_BYTES = 1 << 30
 
-# By address, those given back last at the end. Without a lock: buffers come back whenever the garbage
-# collector runs, inside these functions too, and between any two steps of an iteration.
+# By address, most recently returned last. Without a lock, because the garbage collector may return buffers at
+# any time, even inside these functions and between two steps of an iteration.
 _free: OrderedDict[int, Tensor] = OrderedDict()
 
 
 def take(size: int) -> Tensor:
-    """At least ``size`` float32 numbers of any value, for others once nothing refers to their memory.
+    """Return an uninitialised float32 buffer of at least ``size`` elements from the pool.
 
-    The tensor that is handed out does not tell when that is: hooks on saved tensors and views hold its memory
-    under another one. So the memory is lent to a storage by way of an object that it holds until it is freed.
+    Its memory returns to the pool when nothing refers to it. The lifetime of the returned tensor does not
+    show that, because saved-tensor hooks and views keep the memory alive through other tensors. The storage
+    therefore owns a ctypes object, whose finalizer returns the memory.
     """
-    whole = _find(max(1, size))
-    lent = (ctypes.c_float * whole.numel()).from_address(whole.data_ptr())
-    finalize(lent, _give, whole).atexit = False
-    # Tensors made in inference mode could not be used outside it.
+    buffer = _find(max(1, size))
+    owner = (ctypes.c_float * buffer.numel()).from_address(buffer.data_ptr())
+    finalize(owner, _give_back, buffer).atexit = False
+    # Tensors created in inference mode cannot be used outside it.
     with torch.inference_mode(False):
-        return torch.frombuffer(lent, dtype=torch.float32)
+        return torch.frombuffer(owner, dtype=torch.float32)
 
 
 def release() -> None:
-    """Give all buffers that lie ready back to the system."""
+    """Return all free buffers to the system."""
     _free.clear()
 
 
 def _find(size: int) -> Tensor:
-    """At least ``size`` numbers, in at most twice the room."""
-    fitting = [tensor for tensor in _ready() if size <= tensor.numel() <= 2 * size]
+    """Return a free buffer of ``size`` to ``2 * size`` elements, or allocate one."""
+    fitting = [tensor for tensor in _free_buffers() if size <= tensor.numel() <= 2 * size]
     for tensor in sorted(fitting, key=Tensor.numel):
         if _free.pop(tensor.data_ptr(), None) is not None:
             return tensor
     return torch.empty(size, dtype=torch.float32)
 
 
-def _give(tensor: Tensor) -> None:
-    if not 0 < tensor.nbytes <= MOST_BYTES:
+def _give_back(tensor: Tensor) -> None:
+    if not 0 < tensor.nbytes <= MAX_BYTES:
         return
     _free[tensor.data_ptr()] = tensor
-    while sum(ready.nbytes for ready in _ready()) > MOST_BYTES:
-        with suppress(KeyError):  # others gave back and took meanwhile
+    while sum(free.nbytes for free in _free_buffers()) > MAX_BYTES:
+        with suppress(KeyError):  # another thread emptied the pool
             _free.popitem(last=False)
 
 
-def _ready() -> list[Tensor]:
+def _free_buffers() -> list[Tensor]:
     while True:
-        with suppress(RuntimeError):  # the dictionary changed on the way
+        with suppress(RuntimeError):  # the dictionary changed during iteration
             return list(_free.values())

@@ -1,4 +1,4 @@
-"""The compiled module of the ``native`` backend, or why there is none."""
+"""The compiled module of the ``native`` backend, or the reason why it is unavailable."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from trm_kernels.config import NetworkConfig
 
-#: Blocks of the largest network that the kernels lay out (``kMostBlocks`` in csrc/kernels.h).
-MOST_BLOCKS = 64
+#: Maximum number of blocks that the kernels support (``kMaxBlocks`` in csrc/kernels.h).
+MAX_BLOCKS = 64
 
 _in_forked_child = False
 
@@ -28,28 +28,31 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    # torch is loaded by now, and with it the OpenMP runtime that the module resolves its symbols in.
+    # torch is already loaded, and with it the OpenMP runtime that provides the module's symbols.
     try:
         module = importlib.import_module("trm_kernels._native")
         module.default_instruction_set()
     except ModuleNotFoundError:
-        return None, "the package was built without its C++ kernels: install it where there is a C++ compiler"
+        return (
+            None,
+            "the package was built without its C++ kernels: reinstall it with a C++ compiler available",
+        )
     except (ImportError, ValueError) as error:
-        return None, f"the C++ kernels do not load: {error}"
+        return None, f"the C++ kernels failed to load: {error}"
     return module, None
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot run in this process, or None."""
-    # Asked first of all, and torch.compile would trace the import.
+    """Return why the kernels cannot run in this process, or None."""
+    # Test is_compiling before loading, because torch.compile would trace the import.
     return "torch.compile cannot trace the kernels" if torch.compiler.is_compiling() else _load()[1]
 
 
 def module() -> ModuleType:
-    """The compiled module.
+    """Return the compiled module.
 
     Raises:
-        RuntimeError: There is none; :func:`unavailable` says why.
+        RuntimeError: If it is unavailable, with the reason of :func:`unavailable`.
     """
     found, reason = _load()
     if found is None:
@@ -59,7 +62,7 @@ def module() -> ModuleType:
 
 @functools.lru_cache(maxsize=64)
 def network(config: NetworkConfig) -> object:
-    """The kernels' view of a network."""
+    """Return the C++ description of a network."""
     tokens = config.mixer == "tokens"
     return module().Network(
         config.d_model,
@@ -75,15 +78,15 @@ def network(config: NetworkConfig) -> object:
     )
 
 
-#: Rows for which a further thread is worth its start and the barriers.
-_FEWEST_ROWS = 8
+#: Rows per thread that justify the cost of starting and synchronising another thread.
+_MIN_ROWS_PER_THREAD = 8
 
 
-def threads(amount: int, fewest: int = _FEWEST_ROWS) -> int:
-    """Threads for a call on ``amount`` rows: those of torch, but each with ``fewest`` at least.
+def threads(amount: int, minimum: int = _MIN_ROWS_PER_THREAD) -> int:
+    """Return the number of threads for ``amount`` rows: torch's, with at least ``minimum`` rows per thread.
 
-    One in a forked child: the threads of torch's OpenMP stay in the parent, and waiting for them never ends.
+    A forked child gets one: torch's OpenMP threads stay in the parent, and waiting for them would hang.
     """
     if _in_forked_child:
         return 1
-    return max(1, min(torch.get_num_threads(), amount // fewest))
+    return max(1, min(torch.get_num_threads(), amount // minimum))

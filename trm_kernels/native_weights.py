@@ -1,4 +1,4 @@
-"""Weights that the ``native`` backend keeps packed between calls, while every bit of them stays the same."""
+"""Packed weights that the ``native`` backend caches between calls, while they stay bitwise unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trm_kernels import native_module
 
 Digest = tuple[Hashable, ...]
 
-#: For each network, by form, so that calls of two precisions may take turns.
-_kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Digest, Tensor]]] = WeakKeyDictionary()
+#: Per network and form, so that calls in two precisions may alternate.
+_cache: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Digest, Tensor]]] = WeakKeyDictionary()
 
-#: Bytes of weights for which a further thread is worth its start: a pass takes 6 us a thread for them.
-_FEWEST_BYTES = 1 << 19
+#: Bytes of weights per thread that justify another thread: reading them takes 6 us per thread.
+_MIN_BYTES_PER_THREAD = 1 << 19
 
 
 def recall(
@@ -26,46 +26,46 @@ def recall(
     kernels: Any,
     pack: Callable[[], Tensor],
 ) -> Tensor:
-    """The packed weights of ``net``: those of the last call where nothing has changed, else ``pack()``.
+    """Return the packed weights of ``net``: those of the last call if nothing has changed, else ``pack()``.
 
-    Nothing but the weights themselves tells whether they have changed, so every call reads them all, at the
-    speed of memory.
+    Only the weights themselves show whether they have changed, so every call reads all of them, at memory
+    bandwidth.
 
     Args:
-        parameters: The weights that are packed.
-        form: What they are packed for.
+        parameters: The weights to pack.
+        form: Identifies the form of the packed weights.
         kernels: The network of ``trm_kernels._native``.
     """
     digest = _digest(parameters, kernels)
     if digest is None:
         return pack()
-    kept = _kept.setdefault(net, {})
-    found = kept.get(form)
+    cached = _cache.setdefault(net, {})
+    found = cached.get(form)
     if found is not None and found[0] == digest:
         return found[1]
-    # Dropped first, so that the new ones may take their memory.
+    # Free the old packing first, so that the new one can reuse its memory.
     del found
-    kept.pop(form, None)
+    cached.pop(form, None)
     packed = pack()
-    # Someone may have written to the weights meanwhile: then this is what they were, and not what to keep.
+    # If another thread wrote to the weights during packing, use the result once but do not cache it.
     if _digest(parameters, kernels) == digest:
-        kept[form] = digest, packed
+        cached[form] = digest, packed
     return packed
 
 
 def forget() -> None:
-    """Give the memory of all packed weights back."""
-    _kept.clear()
+    """Free the memory of all packed weights."""
+    _cache.clear()
 
 
 def _digest(parameters: Sequence[Tensor], kernels: Any) -> Digest | None:
-    """What the weights are, in two numbers of 64 bits; None where they do not lie in one piece each."""
-    # Held: another thread may give a parameter other memory, and free this.
+    """Return two 64-bit digests of the weights and their layout, or None if a weight is not contiguous."""
+    # Keep the memory alive: another thread may replace a parameter's data and free it.
     held = [weight.detach() for weight in parameters]
     if any(not weight.is_contiguous() or weight.is_neg() for weight in held):
         return None
     sizes = [weight.nbytes for weight in held]
-    threads = native_module.threads(sum(sizes), _FEWEST_BYTES)
+    threads = native_module.threads(sum(sizes), _MIN_BYTES_PER_THREAD)
     addresses = [weight.data_ptr() for weight in held]
     kinds = [(weight.dtype, weight.shape) for weight in held]
     return (*kernels.digest(addresses, sizes, threads), *kinds)

@@ -1,4 +1,4 @@
-"""Drop-in modules: the reference's parameters and function, run by the fastest backend that serves."""
+"""Drop-in modules with the reference's parameters and function, run by the fastest suitable backend."""
 
 from __future__ import annotations
 
@@ -14,46 +14,47 @@ from trm_kernels.module import FusedModule
 
 
 class DispatchingModule(FusedModule):
-    """A module that is run by the fastest backend that serves."""
+    """Base class of modules that run on the fastest suitable backend."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply the module.
 
         Args:
             x: Input [B, L, D].
-            mask: 1 at valid positions, 0 at padding [B, L], any dtype and any pattern (not an additive
-                mask). Padding is not attended to, and comes out as zeros; it must be finite.
+            mask: 1 at valid positions, 0 at padding [B, L], of any dtype and pattern (not an additive mask).
+                Padding is not attended to and its output is zero. Its input must be finite.
 
         Returns:
             Output [B, L, D].
 
         Raises:
-            ValueError: Shapes that do not fit the network.
-            BackendError: The backend that was asked for by name cannot serve this call.
+            ValueError: If the shapes do not match the network.
+            BackendError: If a backend was requested by name and cannot handle this call.
         """
         self.check(x, mask)
         return backends.run(self, x, mask)
 
     def selected_backend(self, x: Tensor, mask: Tensor | None = None) -> backends.Selection:
-        """The backend that ``self(x, mask)`` runs on, and why others were passed over."""
+        """Return the backend that ``self(x, mask)`` runs on, and why others were skipped."""
         self.check(x, mask)
         return backends.select(self, x, mask)
 
 
 class TinyRecursiveNetwork(DispatchingModule, reference.TinyRecursiveNetwork):  # type: ignore[misc]
-    """A stack of transformer blocks, the ``net`` that a Tiny Recursive Model applies again and again.
+    """A stack of transformer blocks: the ``net`` that a Tiny Recursive Model applies repeatedly.
 
-    Parameter names and shapes are those of the eager model it replaces, so state dicts load both ways
-    with ``strict=True``. The members of ``layers`` are plain eager blocks: call the network.
+    It has the parameter names and shapes of the eager model it replaces, so state dicts load in both
+    directions with ``strict=True``. The members of ``layers`` are plain eager blocks; call the network
+    instead of its layers.
 
     Args:
         d_model: Width D of the residual stream.
         n_layers: Number of blocks.
-        n_heads: Attention heads; ``d_model`` must be a multiple of it.
+        n_heads: Number of attention heads; ``d_model`` must be a multiple of it.
         dropout: Probability of dropping an attention weight in training.
-        backend: ``"auto"``, ``"eager"``, ``"compile"``, ``"triton"`` or ``"native"``; None follows
-            :func:`~trm_kernels.backends.use_backend` and ``TRM_BACKEND``.
-        **options: Further fields of :class:`~trm_kernels.config.NetworkConfig`: ``family``, ``mixer``,
+        backend: ``"auto"``, ``"eager"``, ``"compile"``, ``"triton"`` or ``"native"``. None uses the setting
+            of :func:`~trm_kernels.backends.use_backend` or ``TRM_BACKEND``.
+        **options: Other fields of :class:`~trm_kernels.config.NetworkConfig`: ``family``, ``mixer``,
             ``seq_len``, ``rope``, ``rope_theta``.
 
     Example:
@@ -77,7 +78,7 @@ class TinyRecursiveNetwork(DispatchingModule, reference.TinyRecursiveNetwork):  
 
     @classmethod
     def from_config(cls, config: NetworkConfig, *, backend: str | None = None) -> Self:
-        """Build a network from its description."""
+        """Build a network from its configuration."""
         options = {name: getattr(config, name) for name in config.__dataclass_fields__}
         return cls(**options, backend=backend)
 
@@ -90,11 +91,11 @@ class TinyRecursiveNetwork(DispatchingModule, reference.TinyRecursiveNetwork):  
 
 
 class TransformerBlock(DispatchingModule, reference.TransformerBlock):
-    """One block on its own, with the parameter names it has inside a network.
+    """A single block, with the parameter names it has inside a network.
 
     Args:
         d_model: Width D of the residual stream.
-        n_heads: Attention heads.
+        n_heads: Number of attention heads.
         dropout: Probability of dropping an attention weight in training.
         backend, **options: As for :class:`TinyRecursiveNetwork`.
     """
@@ -118,10 +119,10 @@ class TransformerBlock(DispatchingModule, reference.TransformerBlock):
     def forward(  # type: ignore[override]
         self, x: Tensor, mask: Tensor | None = None, *, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        """Apply the block; ``key_padding_mask`` [B, L] is the inverse of ``mask`` (True = padding)."""
+        """Apply the block. ``key_padding_mask`` [B, L] is the inverse of ``mask`` (True = padding)."""
         if key_padding_mask is not None:
             if mask is not None:
-                raise ValueError("give mask or key_padding_mask, not both")
+                raise ValueError("pass mask or key_padding_mask, not both")
             mask = key_padding_mask == 0
         return super().forward(x, mask)
 

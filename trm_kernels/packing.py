@@ -1,4 +1,4 @@
-"""Ragged batches as packed rows: the valid positions of all samples one behind the other, without padding."""
+"""Ragged batches as packed rows: the valid positions of all samples one after another, without padding."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the valid positions of a padded batch [B, L] lie among R packed rows.
+    """Mapping between the valid positions of a padded batch [B, L] and R packed rows.
 
     Attributes:
         batch, length: B and L.
-        index: Padded position (b L + l) of each packed row, int64 [R]; 0 in rows that hold nothing.
-        place: Packed row of each padded position, int64 [B L]; any row where the position is not valid.
+        index: Padded position (b L + l) of each packed row, int64 [R]; 0 in unused rows.
+        place: Packed row of each padded position, int64 [B L]; an arbitrary row if the position is invalid.
         mask: Validity of each padded position, bool [B, L].
     """
 
@@ -29,19 +29,19 @@ class Rows:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """Number of packed rows R."""
         return self.index.shape[0]
 
     def pack(self, x: Tensor) -> Tensor:
-        """Packed rows [1, R, D] of ``x`` [B, L, D]."""
+        """Gather ``x`` [B, L, D] into packed rows [1, R, D]."""
         return _Gather.apply(x, self, False)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """``x`` [1, R, D] at its padded positions [B, L, D]; zeros where the mask is 0."""
+        """Return ``x`` [1, R, D] at its padded positions [B, L, D], with zeros where the mask is 0."""
         return _Gather.apply(x, self, True)
 
     def positions(self) -> Tensor:
-        """Position l of each packed row in its sample, int64 [R]."""
+        """Return the position l of each packed row in its sample, int64 [R]."""
         return self.index % self.length
 
     def _gather(self, x: Tensor, padded: bool) -> Tensor:
@@ -49,23 +49,23 @@ class Rows:
         if not padded:
             return x.reshape(-1, width).index_select(0, self.index)[None]
         rows = x.reshape(-1, width).index_select(0, self.place)
-        # The view comes last: compiled by torch 2.11, an autograd.Function whose forward returns what it
-        # wrote in place has a gradient of zeros (not so by 2.10, 2.12 and 2.13).
+        # The view comes last: torch.compile of torch 2.11 returns zero gradients for an autograd.Function
+        # whose forward returns a tensor that it modified in place (2.10, 2.12 and 2.13 do not).
         return rows.masked_fill_(~self.mask.reshape(-1, 1), 0.0).view(self.batch, self.length, width)
 
 
 @dataclass(frozen=True)
 class Packing(Rows):
-    """Packed rows in the order of the samples, for kernels.
+    """Packed rows in sample order, for kernels.
 
-    Everything stays on the device and nothing waits for it: the number of valid rows is a device tensor that
-    the kernels read. So R may be larger than that number; the rows behind it hold nothing.
+    Everything stays on the device without synchronisation: kernels read the number of valid rows from a
+    device tensor. R may therefore be larger than that number; the rows after it are unused.
 
     Attributes:
-        starts: First row of each sample, and the end of the last, int32 [B + 1] (``cu_seqlens``).
+        starts: First row of each sample and the end of the last, int32 [B + 1] (``cu_seqlens``).
         count: Number of valid rows, int32 [1].
-        lengths: Number of valid positions of each sample, where the caller knows them on the host: with them
-            the ``eager`` and ``compile`` backends pack rows on devices that they may not wait for.
+        lengths: Number of valid positions of each sample, if the caller knows them on the host. The ``eager``
+            and ``compile`` backends need them to pack rows on a device without synchronising with it.
     """
 
     starts: Tensor
@@ -74,12 +74,13 @@ class Packing(Rows):
 
     @classmethod
     def of(cls, mask: Tensor, rows: int | None = None, lengths: Sequence[int] | None = None) -> Packing:
-        """Pack the positions where ``mask`` [B, L] is not 0, any pattern, in order.
+        """Pack the positions where ``mask`` [B, L] is not 0, in order. The mask may have any pattern.
 
         Args:
-            rows: R, at least the number of valid positions (if not given, the sum of ``lengths``, else B L).
-                A caller who knows the lengths saves memory with it; too small a number loses rows.
-            lengths: Number of valid positions of each sample; must be that of the mask, which is not read.
+            rows: R, at least the number of valid positions. The default is the sum of ``lengths``, or else
+                B L. A smaller R saves memory; if R is too small, rows are lost.
+            lengths: Number of valid positions of each sample. They must match the mask, which is not
+                checked.
         """
         mask = mask != 0
         batch, length = mask.shape
@@ -89,7 +90,7 @@ class Packing(Rows):
             rows = batch * length if lengths is None else max(1, sum(lengths))
         flat = mask.reshape(-1)
         place = (flat.cumsum(0) - 1).clamp_(0, rows - 1)
-        # One more row than there are takes the positions that are not valid.
+        # Invalid positions are scattered to one extra row.
         index = place.new_zeros(rows + 1)
         positions = torch.arange(batch * length, device=mask.device)
         index.scatter_(0, torch.where(flat, place, rows), positions)
@@ -108,7 +109,7 @@ class Packing(Rows):
 
 
 class _Gather(torch.autograd.Function):
-    """Packing and unpacking, each the other's backward: gathers both ways, where autograd would scatter."""
+    """Packing or unpacking, each the backward of the other. Both gather, where autograd would scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Rows, padded: bool) -> Tensor:
@@ -121,5 +122,5 @@ class _Gather(torch.autograd.Function):
 
 
 def read_positions(x: Tensor, read: Tensor) -> Tensor:
-    """``x`` [B, L, D] at positions ``read`` [B, K], int64: [B, K, D]."""
+    """Return ``x`` [B, L, D] at positions ``read`` [B, K] (int64), as [B, K, D]."""
     return x.gather(1, read[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,6 +1,6 @@
-"""Swap the tiny networks inside somebody else's model for fused ones, weights shared.
+"""Replace the tiny networks inside a third-party model with fused networks that share their weights.
 
-:func:`patch` recognises models by their structure and never imports them. It knows three origins, one for
+:func:`patch` recognises models by their structure and never imports them. It knows one implementation of
 each family of :class:`~trm_kernels.config.NetworkConfig`:
 
 - ``seed``: a module with ``layers`` of blocks ``norm1 self_attn norm2 mlp`` (anonx3247/llm-trm);
@@ -9,7 +9,7 @@ each family of :class:`~trm_kernels.config.NetworkConfig`:
 - ``paper``: a module with ``layers`` of blocks ``self_attn mlp`` or ``mlp_t mlp``
   (SamsungSAILMontreal/TinyRecursiveModels).
 
-What it does not know for certain it leaves alone, and says so.
+It leaves anything that it does not recognise with certainty unchanged, and reports it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PatchEntry:
-    """What became of one network or loop.
+    """Outcome for one network or loop.
 
     Attributes:
-        path: Path of the network in the model, or of the owner and the method that holds the loop.
+        path: Path of the network in the model, or of the method that contains the loop.
         kind: ``"network"`` or ``"loop"``.
-        family: The family that it looks like.
+        family: The family that its structure resembles.
         outcome: ``"swapped"`` or ``"left"``.
-        reason: What the outcome rests on.
+        reason: Reason for the outcome.
     """
 
     path: str
@@ -58,18 +58,18 @@ class PatchEntry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Everything that :func:`patch` found. ``print`` it, or read its entries."""
+    """Everything that :func:`patch` found. Print it, or read its entries."""
 
     entries: tuple[PatchEntry, ...]
 
     @property
     def swapped(self) -> tuple[PatchEntry, ...]:
-        """What runs on this library now."""
+        """Entries that now run on this library."""
         return tuple(entry for entry in self.entries if entry.outcome == "swapped")
 
     @property
     def left(self) -> tuple[PatchEntry, ...]:
-        """What runs as before."""
+        """Entries that run as before."""
         return tuple(entry for entry in self.entries if entry.outcome == "left")
 
     def __str__(self) -> str:
@@ -77,24 +77,25 @@ class PatchReport:
 
 
 def patch(model: nn.Module, *, probe: bool = True, backend: str | None = None) -> PatchReport:
-    """Swap the tiny networks and recursion loops inside ``model``, in place.
+    """Replace the tiny networks and recursion loops inside ``model``, in place.
 
-    The fused networks hold the very parameters of those they replace: optimizers built before go on
-    working, and the keys of ``model.state_dict()`` stay. Move the model to its device and dtype first.
-    One thing differs: at masked positions a fused network gives zeros.
+    The fused networks use the same parameter objects as the networks they replace, so existing optimizers
+    continue to work and the keys of ``model.state_dict()`` stay the same. Move the model to its device and
+    dtype first. One result differs: the output of a fused network is zero at masked positions.
 
     Args:
-        model: The model that owns the networks. It is changed.
-        probe: Compare each network and loop with its replacement on random inputs, and leave those that
-            differ: outputs and gradients, in eval mode, without dropout in training mode too, with and
-            without a mask where the family takes one. False trusts structure and names alone.
-        backend: Backend of the fused networks, as for :class:`~trm_kernels.TinyRecursiveNetwork`.
+        model: The model that owns the networks. It is modified.
+        probe: Compare outputs and gradients of each network and loop with those of its replacement on random
+            inputs, and keep the original if they differ. The comparison runs in eval mode, without dropout
+            also in training mode, and with and without a mask if the family supports one. False relies on
+            structure and names only.
+        backend: Backend of the fused networks, see :class:`~trm_kernels.TinyRecursiveNetwork`.
 
     Returns:
         A report of what was swapped, what was left, and why.
 
     Raises:
-        ValueError: ``backend`` names no backend.
+        ValueError: If ``backend`` is unknown.
 
     Example:
         >>> print(patch(model))  # doctest: +SKIP
@@ -104,7 +105,7 @@ def patch(model: nn.Module, *, probe: bool = True, backend: str | None = None) -
         backends.validate_name(backend)
     sites = list(find_sites(model))
     networks = [_patch_network(model, site, probe, backend) for site in sites]
-    loops = {  # a model may own two networks of its loop
+    loops = {  # by owner, because one owner may have two networks in its loop
         id(site.owner): list(_patch_loops(site, network, probe))
         for site, network in zip(sites, networks, strict=True)
         if site.owner is not None
@@ -113,14 +114,14 @@ def patch(model: nn.Module, *, probe: bool = True, backend: str | None = None) -
 
 
 class ReasoningModule(TinyRecursiveNetwork):
-    """A paper network that is called as the official ``L_level`` is."""
+    """A paper network with the call signature of the official ``L_level``."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, input_injection: Tensor, cos_sin: Pair | None = None
     ) -> Tensor:
         """Apply the network to ``hidden_states + input_injection`` [B, L, D].
 
-        The tables in ``cos_sin`` are not read: :func:`patch` compared them with this network's own.
+        The tables in ``cos_sin`` are ignored: :func:`patch` compared them with this network's tables.
         """
         config = self.config
         if config.mixer == "attention" and (cos_sin is not None) != config.rope:
@@ -150,7 +151,7 @@ class BlockList(DispatchingModule, nn.ModuleList):
 
 
 class SeedLoops:
-    """The recursion methods of the seed's models, over a fused ``net``."""
+    """The recursion methods of the seed models, over a fused ``net``."""
 
     net: TinyRecursiveNetwork
     n_latent_steps: int
@@ -187,14 +188,14 @@ class ScratchLoops:
         return recursion.latent_recursion(self.network, question, y, z, self.n_recursions)
 
 
-#: The official model has no entry: its loop is written out inside ``forward``.
+#: The official model has no entry, because its loop is inline in ``forward``.
 _LOOPS: dict[Family, type] = {"seed": SeedLoops, "scratch": ScratchLoops}
 
 
 def _patch_network(model: nn.Module, site: Site, probe: bool, backend: str | None) -> PatchEntry:
     try:
         require(not isinstance(site.network, FusedModule), "already runs on this library")
-        require(site.owner is not None, "it is the model itself: patch the module that owns it")
+        require(site.owner is not None, "the network is the model itself: patch the module that owns it")
         config, tables = match(site)
         fused = _build(site, config, backend)
         evidence = probe_network(site, fused, tables) if probe else "not probed"
@@ -208,8 +209,8 @@ def _patch_network(model: nn.Module, site: Site, probe: bool, backend: str | Non
 
 
 def _build(site: Site, config: NetworkConfig, backend: str | None) -> FusedModule:
-    """A fused network that holds the parameters and the saved buffers of the one at ``site``."""
-    # On the meta device nothing is allocated, and the global random state stays as it is.
+    """Build a fused network that holds the parameters and persistent buffers of the network at ``site``."""
+    # The meta device allocates nothing and leaves the global random state unchanged.
     with torch.device("meta"):
         if site.family == "scratch":
             fused: FusedModule = BlockList(config, backend=backend)
@@ -218,7 +219,7 @@ def _build(site: Site, config: NetworkConfig, backend: str | None) -> FusedModul
             fused = kind.from_config(config, backend=backend)
     theirs, ours = site.network.state_dict(keep_vars=True), fused.state_dict()
     for key in sorted(theirs.keys() ^ ours.keys()):
-        raise Mismatch(f"it has {key}, the family not" if key in theirs else f"it lacks {key}")
+        raise Mismatch(f"it has {key}, unlike the family" if key in theirs else f"it has no {key}")
     for key, tensor in theirs.items():
         found, known = list(tensor.shape), list(ours[key].shape)
         require(found == known, f"{key} has shape {found}, the family's has {known}")
@@ -252,15 +253,15 @@ def _patch_loops(site: Site, network: PatchEntry, probe: bool) -> Iterator[Patch
 
 
 def _patch_loop(site: Site, method: Callable[..., Any], probe: bool) -> str:
-    """Bind a recursion method to the owner of a fused network; return what speaks for it."""
+    """Bind a recursion method to the owner of a fused network; return the evidence of the probe."""
     assert site.owner is not None
     fused = site.owner.get_submodule(site.path.rpartition(".")[2])
     if not isinstance(fused, FusedModule):
-        raise Mismatch("its network was left")
+        raise Mismatch("its network was not swapped")
     original, ours = getattr(site.owner, method.__name__), MethodType(method, site.owner)
     require(getattr(original, "__func__", None) is not method, "already runs on this library")
-    taken, known = parameter_names(original), parameter_names(ours)
-    require(taken == known, f"it takes ({', '.join(taken)}), not ({', '.join(known)})")
+    found, known = parameter_names(original), parameter_names(ours)
+    require(found == known, f"its parameters are ({', '.join(found)}), not ({', '.join(known)})")
     evidence = probe_loop(site, fused, original, ours) if probe else "not probed"
     setattr(site.owner, method.__name__, ours)
     return evidence

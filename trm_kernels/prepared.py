@@ -1,7 +1,7 @@
-"""What kernels read of weights, prepared once for all calls of a network that is declared frozen.
+"""Matrices that kernels derive from weights, prepared once for all calls of a network declared frozen.
 
-Everywhere else a call computes with the weights as they are. No pointer, version or hook tells of every write
-to them (``.data``, NumPy's views, other processes, kernels of others), so a promise takes their place.
+Otherwise, every call computes with the current weights. No pointer, version or hook detects every write to
+them (``.data``, NumPy views, other processes, third-party kernels), so the caller must declare them frozen.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from trm_kernels.streams import Shared
 
 
 class FrozenError(RuntimeError):
-    """Something would change weights that were declared frozen, or has changed them."""
+    """Something changed weights that were declared frozen, or tried to."""
 
 
-_REMEDY = "do it outside of trm_kernels.frozen(), or without frozen=True"
+_REMEDY = "do it outside trm_kernels.frozen(), or without frozen=True"
 
-#: The promises that cover each network, the first of which counts. Neither they nor what was made holds the
-#: network: a promise that the network itself holds ends with it.
-_promises: WeakKeyDictionary[nn.Module, list[Frozen]] = WeakKeyDictionary()
-_numbers = count(1)
+#: The open freezes of each network; the first one applies. Neither they nor their matrices hold a strong
+#: reference to the network, so a freeze that the network itself holds is freed with it.
+_freezes: WeakKeyDictionary[nn.Module, list[Frozen]] = WeakKeyDictionary()
+_ids = count(1)
 _lock = threading.RLock()
 
 
@@ -41,18 +41,18 @@ def _new_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # A thread that is not in the child may have held it.
+    # A thread that does not exist in the child may have held the lock.
     os.register_at_fork(after_in_child=_new_lock)
 
 
 class Frozen:
-    """A promise that the networks inside ``modules`` keep their weights, in a ``with`` block or until closed.
+    """Declares the weights of the networks inside ``modules`` constant, in a ``with`` block or until closed.
 
     Args:
-        modules: Networks of this package, or modules that hold some, in evaluation mode.
+        modules: Networks of this package, or modules that contain some, in evaluation mode.
 
     Raises:
-        ValueError: There is no network of this package in them, or one is in training mode.
+        ValueError: If they contain no network of this package, or one in training mode.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -60,45 +60,45 @@ class Frozen:
         networks = [net for net in inner if isinstance(net, Freezable)]
         if not networks:
             kinds = ", ".join(type(module).__name__ for module in modules) or "module"
-            raise ValueError(f"nothing to freeze: there is no network of trm_kernels in this {kinds}")
+            raise ValueError(f"nothing to freeze: this {kinds} contains no network of trm_kernels")
         if any(net.training for net in networks):
             raise ValueError("a network in training mode cannot be frozen: call eval() first")
-        #: In the keys of graphs, which read matrices where they lie.
-        self.number = next(_numbers)
-        # The tensors are held, and their memory too, should `.data` get another: so no other tensor can be
-        # given their ids or their addresses.
+        #: Part of the keys of graphs, which read the matrices at fixed addresses.
+        self.id = next(_ids)
+        # Keep the tensors alive, and their memory too in case `.data` is replaced, so that no other tensor
+        # can get their ids or addresses.
         self._weights = {
-            id(weight): (weight, weight.detach(), _place(weight), _version(weight))
+            id(weight): (weight, weight.detach(), _layout(weight), _version(weight))
             for net in networks
             for weight in net.parameters()
         }
-        self._made: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[list[int], Shared]]] = (
+        self._cache: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[list[int], Shared]]] = (
             WeakKeyDictionary((net, {}) for net in networks)
         )
         self._hook: Any = None
 
     def open(self) -> Frozen:
-        """Begin; once only."""
+        """Start the freeze. It cannot be opened twice at the same time."""
         if self._hook is not None:
-            raise RuntimeError("this promise has begun already: make another with trm_kernels.frozen()")
+            raise RuntimeError("this freeze is already open: create another one with trm_kernels.frozen()")
         with _lock:
-            for net in self._made:
-                _promises.setdefault(net, []).append(self)
+            for net in self._cache:
+                _freezes.setdefault(net, []).append(self)
             self._hook = register_optimizer_step_pre_hook(self._refuse_step)
         return self
 
     def close(self) -> None:
-        """End, and drop what was made."""
+        """End the freeze and drop its matrices."""
         with _lock:
             if self._hook is None:
                 return
             self._hook.remove()
             self._hook = None
-            for net, made in self._made.items():
+            for net, made in self._cache.items():
                 made.clear()
-                _promises[net].remove(self)
-                if not _promises[net]:
-                    del _promises[net]
+                _freezes[net].remove(self)
+                if not _freezes[net]:
+                    del _freezes[net]
 
     def __enter__(self) -> None:
         self.open()
@@ -109,38 +109,38 @@ class Frozen:
     def matrices(
         self, net: nn.Module, parameters: Sequence[Tensor], form: Hashable, make: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        """What :func:`matrices` gives where a promise covers ``net``."""
+        """Implement :func:`matrices` for a network that this freeze covers."""
         self.check(parameters)
         capturing = _is_capturing(parameters[0])
         reading: _Reading = getattr(_local, "reading", _NOTHING)
-        if capturing and self.number not in reading.promises:
-            return make()  # whoever captures knows nothing of the promise, and may replay after its end
-        names = [*map(id, parameters)]
+        if capturing and self.id not in reading.freeze_ids:
+            return make()  # the capturing code does not know of this freeze and may replay after its end
+        ids = [*map(id, parameters)]
         with _lock:
-            found = self._made[net].get(form)
+            found = self._cache[net].get(form)
             if found is None:
                 if capturing:
-                    return make()  # in the graph's memory, and anew on every replay
-                # Tensors made in inference mode could not be saved for a later backward.
+                    return make()  # in the graph's memory, recomputed by every replay
+                # Tensors created in inference mode cannot be saved for a later backward.
                 with torch.inference_mode(False), torch.no_grad():
-                    found = self._made[net][form] = names, Shared(make())
-        if found[0] != names:
-            raise FrozenError(f"weights of a frozen network have changed places: {_REMEDY}")
+                    found = self._cache[net][form] = ids, Shared(make())
+        if found[0] != ids:
+            raise FrozenError(f"the order of a frozen network's weights has changed: {_REMEDY}")
         if not capturing:
             return found[1].read()
-        # What was made before a capture is there: a capture begins when its device has nothing left to do.
+        # No need to wait for the matrices: a capture starts only when its device is idle.
         reading.tensors.extend(found[1].tensors)
         return found[1].tensors
 
     def check(self, weights: Iterable[Tensor]) -> None:
-        """Raise FrozenError for weights that were not frozen, or that something tells of a write to."""
+        """Raise FrozenError for weights that are not part of this freeze, or with a detected write."""
         for weight in weights:
             found = self._weights.get(id(weight))
             if found is None:
-                raise FrozenError(f"a frozen network has been given other weights: {_REMEDY}")
-            _, _, place, version = found
-            if _place(weight) != place or _version(weight) != version:
-                raise FrozenError(f"the weights of a frozen network have been written to: {_REMEDY}")
+                raise FrozenError(f"the weights of a frozen network have been replaced: {_REMEDY}")
+            _, _, layout, version = found
+            if _layout(weight) != layout or _version(weight) != version:
+                raise FrozenError(f"the weights of a frozen network have been modified: {_REMEDY}")
 
     def _refuse_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if any(id(weight) in self._weights for group in optimizer.param_groups for weight in group["params"]):
@@ -148,22 +148,22 @@ class Frozen:
 
 
 def frozen(module: nn.Module) -> Frozen:
-    """Serve networks whose weights do not change: what kernels read of them is made once, not in every call.
+    """Declare that weights stay constant, so that kernels prepare them once instead of in every call.
 
-    Without it a call computes with the weights as they are, however they were changed. Inside, whoever may
-    change them is stopped. An optimizer's step, ``load_state_dict``, ``train()`` and ``.to()`` raise at once
-    (the last three of a module around it may have done their work on others of its parts by then). Other
-    parameters in their place, and writes that torch counts, raise in the next call of the ``triton`` and
-    ``native`` backends and of graphs; the others read the weights anyway. Writes that torch does not count
-    (``.data``, NumPy, other processes, tensors made in inference mode) are what the promise is about. It
-    holds in the whole process.
+    Without it, every call computes with the current weights, however they were changed. Inside the ``with``
+    block, changes raise :class:`FrozenError`. Optimizer steps, ``load_state_dict``, ``train()`` and ``.to()``
+    raise immediately (the last three, called on an enclosing module, may already have changed its other
+    parts). Replaced parameters, and writes that increment torch's version counter, raise in the next call of
+    the ``triton`` and ``native`` backends and of graphs; the other backends always read the current weights.
+    Writes that torch does not count (``.data``, NumPy, other processes, tensors created in inference mode)
+    cannot be detected: the caller must not make them. The freeze applies to the whole process.
 
     Args:
-        module: A network of this package, or a module that holds some, in evaluation mode.
+        module: A network of this package, or a module that contains some, in evaluation mode.
 
     Raises:
-        ValueError: There is no network of this package in it, or one is in training mode.
-        FrozenError: Inside: something would change the weights, or has changed them.
+        ValueError: If it contains no network of this package, or one in training mode.
+        FrozenError: Inside the block, if something changes the weights or tries to.
 
     Example:
         >>> with torch.no_grad(), frozen(net):
@@ -175,40 +175,40 @@ def frozen(module: nn.Module) -> Frozen:
 def matrices(
     net: nn.Module, parameters: Sequence[Tensor], form: Hashable, make: Callable[[], list[Tensor]]
 ) -> list[Tensor] | None:
-    """What ``make`` makes of the weights of ``net``, once while it is frozen; None where it is not.
+    """Return the cached result of ``make`` while ``net`` is frozen, or None if it is not frozen.
 
     Args:
-        parameters: The weights that it is made of.
-        form: What is made of them.
+        parameters: The weights from which ``make`` computes the matrices.
+        form: Identifies the form of the matrices.
 
     Raises:
-        FrozenError: The weights are not those, or not as, they were when they were frozen.
+        FrozenError: If the weights were replaced or modified since they were frozen.
     """
-    promise = _promise(net)
-    return None if promise is None else promise.matrices(net, parameters, form, make)
+    freeze = _freeze_of(net)
+    return None if freeze is None else freeze.matrices(net, parameters, form, make)
 
 
-def number(net: nn.Module, weights: Iterable[Tensor] | None = None) -> int:
-    """Which promise covers ``net``; 0 for none. A number is never used again.
+def freeze_id(net: nn.Module, weights: Iterable[Tensor] | None = None) -> int:
+    """Return the id of the freeze that covers ``net``, or 0 if it is not frozen. Ids are never reused.
 
     Args:
-        weights: Its parameters, if the caller has them: to find them takes a walk through its modules.
+        weights: Its parameters, if the caller has them; this saves a walk through its modules.
 
     Raises:
         FrozenError: As for :func:`matrices`.
     """
-    promise = _promise(net)
-    if promise is None:
+    freeze = _freeze_of(net)
+    if freeze is None:
         return 0
-    promise.check(net.parameters() if weights is None else weights)
-    return promise.number
+    freeze.check(net.parameters() if weights is None else weights)
+    return freeze.id
 
 
 class _Reading:
-    """What a capture may read of frozen networks, and what it read."""
+    """The freezes whose matrices a capture may read, and the matrices that it read."""
 
-    def __init__(self, promises: frozenset[int]) -> None:
-        self.promises = promises
+    def __init__(self, freeze_ids: frozenset[int]) -> None:
+        self.freeze_ids = freeze_ids
         self.tensors: list[Tensor] = []
 
 
@@ -217,13 +217,13 @@ _NOTHING = _Reading(frozenset())
 
 
 @contextmanager
-def read_in_captures(promises: Iterable[int]) -> Iterator[list[Tensor]]:
-    """Inside, captures of this thread may read what was made under the promises of these numbers.
+def read_in_captures(freeze_ids: Iterable[int]) -> Iterator[list[Tensor]]:
+    """Allow captures of this thread to read the matrices of the given freezes.
 
-    Whoever replays the graph must do so under the same promises alone, and hold the tensors that it is given.
+    The caller must replay the graph only under the same freezes, and keep the yielded tensors alive.
     """
     before = getattr(_local, "reading", _NOTHING)
-    _local.reading = reading = _Reading(frozenset(promises))
+    _local.reading = reading = _Reading(frozenset(freeze_ids))
     try:
         yield reading.tensors
     finally:
@@ -231,45 +231,45 @@ def read_in_captures(promises: Iterable[int]) -> Iterator[list[Tensor]]:
 
 
 def forget() -> None:
-    """Give the memory of weights that the ``native`` backend keeps packed back; no result depends on it."""
+    """Free the packed weights that the ``native`` backend caches. Results do not depend on it."""
     native_weights.forget()
 
 
-def _promise(net: nn.Module) -> Frozen | None:
-    found = _promises.get(net) if _promises else None
+def _freeze_of(net: nn.Module) -> Frozen | None:
+    found = _freezes.get(net) if _freezes else None
     return found[0] if found else None
 
 
 class Freezable(nn.Module):
-    """A network that can be frozen: what may come with other weights raises meanwhile."""
+    """A network that can be frozen. While it is, methods that may change its weights raise."""
 
     def train(self, mode: bool = True) -> Self:
         """See :meth:`torch.nn.Module.train`; raises FrozenError inside :func:`frozen`."""
         if mode:
-            self._refuse("train()")
+            self._raise_if_frozen("train()")
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .half(), .cuda(), share_memory()
-        self._refuse("moving or casting it")
+        self._raise_if_frozen("moving or casting it")
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse("load_state_dict()")
+        self._raise_if_frozen("load_state_dict()")
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _refuse(self, what: str) -> None:
-        if _promise(self) is not None:
-            raise FrozenError(f"{what} would change a frozen network: {_REMEDY}")
+    def _raise_if_frozen(self, action: str) -> None:
+        if _freeze_of(self) is not None:
+            raise FrozenError(f"{action} would change a frozen network: {_REMEDY}")
 
 
 def _is_capturing(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _place(weight: Tensor) -> tuple[Hashable, ...]:
+def _layout(weight: Tensor) -> tuple[Hashable, ...]:
     return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
 def _version(weight: Tensor) -> int | None:
-    # Tensors made in inference mode count no versions.
+    # Tensors created in inference mode have no version counter.
     return None if weight.is_inference() else weight._version

@@ -1,4 +1,4 @@
-"""The recursion of a Tiny Recursive Model, over any network (arXiv 2510.04871, figure 3)."""
+"""The recursion of a Tiny Recursive Model over any network (arXiv 2510.04871, figure 3)."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def latent_recursion(
     precision: Precision | None = None,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
+    """Compute ``z = net(x + y + z)`` n times, then ``y = net(y + z)``.
 
-    On the ``triton`` and ``native`` backends, and where ``net`` is a network of this package, the recursion
-    is one chain of kernels with one autograd node; a mask then packs the valid positions, so that padding
-    costs nothing. The ``eager`` and ``compile`` backends pack too where the lengths can be known without
-    waiting for a device: from a mask on the CPU, or a Packing with ``lengths``. Elsewhere, and under an outer
-    torch.compile, which would compile again for other lengths, they run on the padded batch.
+    If ``net`` is a network of this package and runs on the ``triton`` or ``native`` backend, the recursion is
+    one chain of kernels with one autograd node. With a mask, the valid positions are packed, so padding costs
+    nothing. The ``eager`` and ``compile`` backends also pack if they can read the lengths without
+    synchronising with a device: from a mask on the CPU, or from a Packing with ``lengths``. Otherwise, and
+    under an outer torch.compile, which would recompile for other lengths, they run on the padded batch.
 
     Args:
-        net: The tiny network; called as ``net(h)``, or ``net(h, mask=mask)`` where there is a mask.
+        net: The tiny network, called as ``net(h)``, or as ``net(h, mask=mask)`` if there is a mask.
         x: Embedded question [B, L, D].
         y: Current answer [B, L, D].
         z: Current latent state [B, L, D].
-        n: Number of latent steps; 0 refines the answer alone.
-        mask: 1 at valid positions [B, L]; the others come out as zeros. A :class:`~trm_kernels.Packing` of
-            them, with the lengths or the number of rows that the caller knows, also saves the memory of the
-            others.
+        n: Number of latent steps; 0 only refines the answer.
+        mask: 1 at valid positions [B, L]; the output is zero at all other positions. A
+            :class:`~trm_kernels.Packing` built with known lengths or a known number of rows also saves the
+            memory of the padding.
         output_norm: Applied after every call of the network (``SequenceTRM`` of anonx3247/llm-trm).
-        memory: What is kept for the backward. ``"fast"``: all that it reads. ``"balanced"``: not the
-            pre-activations of the MLPs, which one product a block computes again. ``"small"``: the input of
-            every network call alone, the rest of the call is run again. ``native`` keeps all with
-            ``"balanced"`` too. Other backends keep what autograd keeps, but for ``"small"``, where they
-            checkpoint every call.
-        precision: ``"fp8-nograd"`` runs the matrix products of recursions that record no gradient in fp8
-            (e4m3, a scale for every row of the activations and of the weights): those of inference, and T - 1
-            of T in training. Needs the ``triton`` backend on compute capability 9.0 or newer.
-        read: Positions of the new y that are wanted, int64 [B, K]; y is then [B, K, D]. Without gradient the
-            ``triton`` backend computes only them behind the last mixing of positions.
+        memory: What is saved for the backward. ``"fast"``: everything it reads. ``"balanced"``: everything
+            except the MLP pre-activations, which one GEMM per block recomputes. ``"small"``: only the input
+            of every network call; the backward recomputes the rest. ``native`` saves everything with
+            ``"balanced"`` too. The other backends save what autograd saves, and checkpoint every call with
+            ``"small"``.
+        precision: ``"fp8-nograd"`` runs the matrix products in fp8 (e4m3, one scale per row of activations
+            and weights) in recursions that record no gradient: all of them in inference, T - 1 of T in
+            training. Requires the ``triton`` backend on compute capability 9.0 or newer.
+        read: Positions of the new y to return, int64 [B, K]; y then has shape [B, K, D]. Without gradients,
+            the ``triton`` backend computes only these positions after the last mixer.
 
     Returns:
         The new ``(y, z)``.
@@ -83,22 +83,23 @@ def deep_recursion(
     precision: Precision | None = None,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """T - 1 latent recursions without gradient, then one with (or without, if asked).
+    """Run T - 1 latent recursions without gradients, then one that records them.
+
+    The other arguments are those of :func:`latent_recursion`. Detach the result before the next supervision
+    step.
 
     Args:
         T: Number of latent recursions, at least 1.
         with_gradients: Whether the last recursion records gradients.
 
-    The others are as for :func:`latent_recursion`. Detach the result before the next supervision step.
-
     Returns:
         The new ``(y, z)``.
 
     Raises:
-        BackendError: A backend or precision that was asked for by name cannot serve the call.
+        BackendError: If a backend or precision was requested by name and cannot handle the call.
     """
     for name, count in (("n", n), ("T", T)):
-        # Not all that arguments.whole does: this is compiled with its callers, n and T symbols perhaps.
+        # A subset of arguments.whole: callers may compile this function, with n and T as symbols.
         if isinstance(count, (bool, float)):
             raise ValueError(f"{name} must be a whole number, not {count!r}")
     if n < 0:
@@ -111,7 +112,7 @@ def deep_recursion(
         raise ValueError(f"precision must be None or one of {get_args(Precision)}, not {precision!r}")
     asked = Recursion(n, T, mask, output_norm, with_gradients, memory, precision, read)
     valid = asked.valid
-    stepwise: str | None = f"{type(net).__name__} is no network of this package"
+    stepwise: str | None = f"{type(net).__name__} is not a network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
         net.check(states[1], valid)
@@ -119,7 +120,7 @@ def deep_recursion(
         if run is not None:
             return run(net, states, asked)
     if precision is not None:
-        raise backends.BackendError(f"precision={precision!r} cannot serve this call: {stepwise}")
+        raise backends.BackendError(f"precision={precision!r} cannot handle this call: {stepwise}")
 
     def call(h: Tensor) -> Tensor:
         out = net(h) if valid is None else net(h, mask=valid)
@@ -134,7 +135,7 @@ def deep_recursion(
 
 
 def _states(*states: Tensor) -> tuple[Tensor, ...]:
-    """x, y and z in one shape and dtype: those of their sum."""
+    """Expand x, y and z to the shape and dtype of their sum."""
     dtype = states[0].dtype
     for state in states[1:]:
         dtype = torch.promote_types(dtype, state.dtype)
@@ -144,7 +145,7 @@ def _states(*states: Tensor) -> tuple[Tensor, ...]:
 def _own_recursion(
     net: FusedModule, states: tuple[Tensor, ...], asked: Recursion
 ) -> tuple[RunRecursion | None, str | None]:
-    """The recursion of the backend that serves ``net``, or None and why it is called step by step."""
+    """Return the recursion of the backend of ``net``, or None and why ``net`` is called step by step."""
     backend = backends.BACKENDS[backends.select(net, states[1], asked.valid).name]
     if backend.recursion is None:
         reason: str | None = f"backend {backend.name!r} has no recursion of its own"
@@ -160,9 +161,9 @@ def _own_recursion(
 
 
 class RecursionMixin:
-    """Gives a model that owns ``net`` the two recursions as methods.
+    """Adds the two recursions as methods to a model that owns ``net``.
 
-    The model sets ``net``, ``n_latent_steps`` (n) and ``n_deep_recursions`` (T), and may set
+    The model sets ``net``, ``n_latent_steps`` (n) and ``n_deep_recursions`` (T), and optionally
     ``output_norm``.
     """
 
@@ -170,8 +171,8 @@ class RecursionMixin:
     n_latent_steps: int
     n_deep_recursions: int
 
-    # No class attribute for output_norm: it would hide a submodule of that name, which nn.Module keeps
-    # out of the instance's own attributes.
+    # Not a class attribute output_norm: it would hide a submodule of that name, because nn.Module stores
+    # submodules outside the instance's __dict__.
     @property
     def _output_norm(self) -> Callable[[Tensor], Tensor] | None:
         return getattr(self, "output_norm", None)

@@ -1,7 +1,7 @@
 """Tiny recursive networks in plain PyTorch: the ground truth of every test, and the ``eager`` backend.
 
-Three families of block, one recursion (arXiv 2510.04871, figure 3). Nothing here is optimised, and
-nothing here may be: a kernel is right when it agrees with this file.
+Three block families and one recursion (arXiv 2510.04871, figure 3). This file is deliberately not optimised:
+a kernel is correct if it agrees with it.
 
 Shapes: B batch, L sequence, D width, H heads, E head size (D / H).
 """
@@ -20,13 +20,13 @@ RotaryTables = tuple[Tensor, Tensor]
 
 
 def rms_norm(x: Tensor, eps: float, dim: int = -1) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` along ``dim``, computed in float32 or wider."""
+    """Return ``x / sqrt(mean(x^2) + eps)`` along ``dim``, computed in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + eps)).to(x.dtype)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, like: Tensor) -> RotaryTables:
-    """Cosines and sines of RoPE, each [L, E/2] in float32 or wider (arXiv 2104.09864)."""
+    """Return the cosines and sines of RoPE, each [L, E/2] in float32 or wider (arXiv 2104.09864)."""
     wide = torch.promote_types(like.dtype, torch.float32)
     channel = torch.arange(0, head_dim, 2, dtype=wide, device=like.device)
     position = torch.arange(length, dtype=wide, device=like.device)
@@ -53,7 +53,7 @@ def attention(
     """Softmax attention on [B, H, L, E] with a key mask [B, L] (True = valid).
 
     ``keep`` [B, H, L, L] replaces the random dropout mask, so that two implementations can be compared.
-    A row without any valid key attends to all of them; the block zeroes it afterwards.
+    A row without valid keys attends to all keys; the block zeroes it afterwards.
     """
     allowed = None
     if mask is not None:
@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
 
 
 class CastedLinear(nn.Linear):
-    """A linear layer without bias whose weight is cast to the input's dtype (the official model's)."""
+    """A linear layer without bias that casts its weight to the input's dtype, as in the official model."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -92,18 +92,18 @@ class CastedLinear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; the subclasses name and shape the projections of their family."""
+    """Multi-head self-attention. Subclasses define the names and shapes of their family's projections."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
 
     def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, [B, L, 3 D]."""
+        """Compute queries, keys and values, [B, L, 3 D]."""
         raise NotImplementedError
 
     def output(self, x: Tensor) -> Tensor:
-        """Output projection, [B, L, D] to [B, L, D]."""
+        """Apply the output projection, [B, L, D] to [B, L, D]."""
         raise NotImplementedError
 
     def forward(
@@ -118,14 +118,14 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(x).view(heads).permute(2, 0, 3, 1, 4)  # each [B, H, L, E]
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        # Dropout first: torch.compile then guards train or eval mode only where it matters.
+        # Test dropout first, so that torch.compile guards on train or eval mode only if it matters.
         dropout = self.config.dropout if self.config.dropout > 0.0 and self.training else 0.0
         out = attention(q, k, v, mask, dropout, keep)
         return self.output(out.transpose(1, 2).reshape(batch, length, self.config.d_model))
 
 
 class SeedAttention(SelfAttention):
-    """Parameters named, shaped and initialised as those of ``nn.MultiheadAttention``."""
+    """Attention with the parameter names, shapes and initialisation of ``nn.MultiheadAttention``."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -144,7 +144,7 @@ class SeedAttention(SelfAttention):
 
 
 class RotaryFrequencies(nn.Module):
-    """Holds the ``inv_freq`` [E/2] that a from-scratch model saves in its state dict."""
+    """Stores the ``inv_freq`` [E/2] that a from-scratch model has in its state dict."""
 
     inv_freq: Tensor
 
@@ -155,7 +155,7 @@ class RotaryFrequencies(nn.Module):
 
 
 class ScratchAttention(SelfAttention):
-    """Four separate projections without bias, and RoPE."""
+    """Attention with four separate projections without bias, and RoPE."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -172,7 +172,7 @@ class ScratchAttention(SelfAttention):
 
 
 class PaperAttention(SelfAttention):
-    """Packed query, key and value projection without bias."""
+    """Attention with a packed query, key and value projection without bias."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -225,7 +225,7 @@ class PackedSwiGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One block of any family, with the parameter names of the model that the family comes from."""
+    """One block of any family, with the parameter names of the family's original model."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -270,9 +270,10 @@ class TransformerBlock(nn.Module):
 
         Args:
             x: Residual stream [B, L, D].
-            mask: True at valid positions [B, L]; the others are not attended to and come out as zeros.
-            rotary: RoPE tables; made here where the family has RoPE and none are given.
-            keep: Dropout mask to use instead of a random one [B, H, L, L].
+            mask: True at valid positions [B, L]. Other positions are not attended to and their output is
+                zero.
+            rotary: RoPE tables; computed here if the family uses RoPE and none are passed.
+            keep: Dropout mask [B, H, L, L] to use instead of a random one.
         """
         config = self.config
         if config.rotary and rotary is None:
@@ -319,7 +320,7 @@ class TinyRecursiveNetwork(nn.Module):
         Args:
             x: Input [B, L, D].
             mask: 1 at valid positions, 0 at padding [B, L], any dtype.
-            keeps: One dropout mask [B, H, L, L] a block, to use instead of random ones.
+            keeps: One dropout mask [B, H, L, L] per block, to use instead of random ones.
         """
         config = self.config
         if mask is not None:
@@ -335,7 +336,7 @@ class TinyRecursiveNetwork(nn.Module):
 def latent_recursion(
     net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, z: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:
-    """n times ``z = net(x + y + z)``, then ``y = net(y + z)``. Returns ``(y, z)``."""
+    """Compute ``z = net(x + y + z)`` n times, then ``y = net(y + z)``; returns ``(y, z)``."""
     for _ in range(n):
         z = net(x + y + z)
     return net(y + z), z
@@ -344,7 +345,7 @@ def latent_recursion(
 def deep_recursion(
     net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, z: Tensor, n: int, T: int
 ) -> tuple[Tensor, Tensor]:
-    """T - 1 latent recursions without gradient, then one with. Returns ``(y, z)``."""
+    """Run T - 1 latent recursions without gradients, then one with gradients; returns ``(y, z)``."""
     with torch.no_grad():
         for _ in range(T - 1):
             y, z = latent_recursion(net, x, y, z, n)

@@ -1,4 +1,4 @@
-"""Tensors that are made once, on one CUDA stream, and read on any other."""
+"""Tensors that are computed once on one CUDA stream and read on any stream."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Shared:
-    """Tensors of one device, made by work that is on its current stream; :meth:`read` gives them to any.
+    """Tensors of one device, computed on its current stream. :meth:`read` makes them safe on any stream.
 
-    On a CPU, and on the stream that made them, nothing is waited for.
+    On a CPU, and on the stream that computed them, reading does not wait.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -21,14 +21,14 @@ class Shared:
         self._made = None if self._maker is None else self._maker.record_event()
 
     def read(self) -> list[Tensor]:
-        """The tensors, for work that the current stream gets from now on."""
+        """Return the tensors, ready for work enqueued on the current stream after this call."""
         if self._maker is None or self._made is None:
             return self.tensors
         current = torch.cuda.current_stream(self.tensors[0].device)
         if current != self._maker:
             current.wait_event(self._made)
             for tensor in self.tensors:
-                # Dropped while this stream's work is still queued, its memory would go to the maker's stream
-                # at once.
+                # Otherwise, if the tensor is freed while this stream's work is queued, the allocator reuses
+                # its memory on the maker's stream immediately.
                 tensor.record_stream(current)
         return self.tensors

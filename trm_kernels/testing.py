@@ -1,6 +1,6 @@
 """The tolerance rule that every kernel must meet, and the grids it is tested on.
 
-Used by the tests and by the benchmark, which refuses to print a speed beside a wrong result.
+The tests use it, and so does the benchmark, which reports no speed for a wrong result.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Half the distance between 1 and the next number.
+#: Half the distance between 1 and the next representable number.
 UNIT_ROUNDOFF = {
     dtype: torch.finfo(dtype).eps / 2
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
-#: Lengths that every block is tested at: one row, tile edges, Sudoku, Sudoku + 16, a tile and a row.
+#: Lengths at which every block is tested: one row, tile edges, Sudoku, Sudoku + 16, a tile plus one row.
 LENGTHS = (1, 2, 31, 64, 81, 97, 257)
 
 #: Seeds whose squared errors are pooled before the rule is applied.
@@ -27,7 +27,7 @@ SEEDS = 8
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """``||actual - truth|| / ||truth||`` in the Frobenius norm; NaN where ``actual`` holds one."""
+    """Return ``||actual - truth|| / ||truth||`` in the Frobenius norm; NaN if ``actual`` contains NaN."""
     pool = ErrorPool()
     pool.add(actual, truth)
     return pool.error
@@ -35,13 +35,13 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 @dataclass
 class ErrorPool:
-    """Squared norms of a difference and of the truth, summed over seeds."""
+    """Squared norms of the difference and of the truth, summed over seeds."""
 
     difference: float = 0.0
     reference: float = 0.0
 
     def add(self, actual: Tensor, truth: Tensor) -> None:
-        """Add one comparison; tensors of equal shape, any dtypes."""
+        """Add one comparison of tensors with equal shapes and any dtypes."""
         if actual.shape != truth.shape:
             raise AssertionError(f"shape {list(actual.shape)}, expected {list(truth.shape)}")
         wide = truth.detach().to("cpu", torch.float64)
@@ -50,7 +50,7 @@ class ErrorPool:
 
     @property
     def error(self) -> float:
-        """Relative Frobenius error over all that was added."""
+        """Relative Frobenius error over all added comparisons."""
         if math.isnan(self.difference) or math.isnan(self.reference):
             return math.nan
         if self.reference == 0.0:
@@ -62,10 +62,10 @@ class ErrorPool:
 class ToleranceRule:
     """``error(ours, fp64) <= 2 error(eager, fp64) + u``, relative Frobenius errors pooled over seeds.
 
-    Maximum-absolute criteria fail correct code in 1.6% of tiny cases; pooling does not.
+    Maximum-absolute criteria reject correct code in 1.6% of tiny cases; pooling does not.
 
     Args:
-        dtype: The dtype that both implementations computed in; u is its unit roundoff.
+        dtype: Dtype in which both implementations compute; u is its unit roundoff.
     """
 
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class ToleranceRule:
         theirs.add(eager, truth)
 
     def failures(self) -> list[str]:
-        """One line for each tensor that breaks the rule; a NaN always does."""
+        """Return one line per tensor that violates the rule. NaN always violates it."""
         lines = []
         for name, (mine, theirs) in self.pools.items():
             bound = 2.0 * theirs.error + UNIT_ROUNDOFF[self.dtype]
@@ -87,7 +87,7 @@ class ToleranceRule:
         return lines
 
     def check(self) -> None:
-        """Raise AssertionError if any tensor breaks the rule, or if there is none."""
+        """Raise AssertionError if any tensor violates the rule, or if nothing was compared."""
         if not self.pools:
             raise AssertionError("nothing was compared")
         failures = self.failures()
@@ -100,8 +100,8 @@ def outputs_and_gradients(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``("output", ...)``, ``("x", ...)`` and every parameter gradient of ``function(x, *args)``.
 
-    The output's gradient is a fixed pattern of unit scale that depends on its shape only, so that
-    implementations in different dtypes are asked the same question.
+    The output gradient is a fixed pattern of unit scale that depends only on the shape, so that
+    implementations in different dtypes get the same one.
     """
     module.zero_grad(set_to_none=True)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -124,14 +124,14 @@ def recursion_and_gradients(
     directions: Sequence[Tensor],
     **options: Any,
 ) -> dict[str, Tensor]:
-    """New y and z of a deep recursion, and the gradients of everything that has one, by name.
+    """Return the new y and z of a deep recursion, and every gradient, by name.
 
     Args:
-        net: The network; its gradients are cleared first.
-        norm: The ``output_norm``, or None; its gradient is cleared afterwards.
+        net: The network. Its gradients are cleared first.
+        norm: The ``output_norm`` or None. Its gradient is cleared afterwards.
         inputs: x, y and z [B, L, D].
         directions: Gradients of the new y and z.
-        **options: Of the recursion, n and T among them.
+        **options: Options of the recursion, including n and T.
     """
     from trm_kernels.recursion import deep_recursion
 

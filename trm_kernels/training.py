@@ -1,4 +1,4 @@
-"""A training step of a Tiny Recursive Model, captured as one CUDA graph where there is a GPU."""
+"""A training step of a Tiny Recursive Model, captured as one CUDA graph on GPUs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from trm_kernels.optim.averaging import ParameterAverage
 from trm_kernels.packing import Packing
 from trm_kernels.recursion import Network, deep_recursion
 
-#: ``loss(y, z, *batch)`` gives the loss and metrics, and, if it decides on halting, flags [B] too.
+#: ``loss(y, z, *batch)`` returns the loss, the metrics and, optionally, halting flags [B].
 Loss = Callable[..., "tuple[Tensor, Mapping[str, Tensor]] | tuple[Tensor, Mapping[str, Tensor], Tensor]"]
 Initial = Callable[[Tensor], "tuple[Tensor, Tensor]"]
-#: Changes gradients in place, for instance to their mean over several processes.
+#: Changes gradients in place, for example to their mean over several processes.
 Reduce = Callable[[Sequence[Tensor]], None]
 
-#: Batch shapes whose static buffers and carry are kept, and kinds of call whose plain runs are counted.
+#: Maximum number of batch shapes whose static buffers and carry are kept, and of graph keys whose warm-up
+#: runs are counted.
 _MAX_SHAPES = 16
 _MAX_KEYS = 256
 
 
 @dataclass(eq=False)
 class _Program:
-    """What one shape of batch runs on: the batch in static tensors, and the samples in flight."""
+    """State of one batch shape: the batch in static tensors, and the samples in flight."""
 
     fresh: tuple[Tensor | None, ...]
     carry: Carry
@@ -52,51 +53,49 @@ class _Program:
 class TrainingStep:
     """One supervision step: T - 1 recursions without gradient, one with, loss, backward, clip, update, EMA.
 
-    On a CUDA device the first ``warmup`` calls run as they are, on a side stream; then the step is captured
-    and replayed, for each shape of batch. Elsewhere the same code simply runs. Nothing on the way waits for
-    the device: metrics are read by :meth:`poll`, learning rates are device tensors, and a non-finite
-    gradient skips its update by a device flag. Where no graph is to be had, :meth:`GraphCache.status` counts
-    the calls by reason, and each reason is warned of once.
+    On a CUDA device the first ``warmup`` calls run eagerly on a side stream. After that, the step is captured
+    and replayed, once per batch shape. On other devices the same code runs eagerly. The step never waits for
+    the device: :meth:`poll` reads metrics asynchronously, learning rates are device tensors, and a device
+    flag skips the update if a gradient is not finite. If a call cannot use a graph,
+    :meth:`GraphCache.status` counts it under its reason, and each reason triggers one warning.
 
-    The step keeps the samples in flight in a :class:`~trm_kernels.carry.Carry`. Each call refills the slots
-    whose sample has halted from the batch that it is given, and advances all slots by
-    ``supervision_steps`` recursions; which have halted is decided after the last. To train on one batch for
-    N supervision steps, call :meth:`restart` and then N times with that batch.
+    A :class:`~trm_kernels.carry.Carry` holds the samples in flight. Each call refills the slots of halted
+    samples from its batch, advances all slots by ``supervision_steps`` recursions, and then determines which
+    samples have halted. To train on one batch for N supervision steps, call :meth:`restart`, then call the
+    step N times with that batch.
 
-    Hooks of the optimizer, of modules or of gradients are Python, which a replay does not run: a step with
-    such hooks is not captured. Global optimizer post-hooks are called after each replay. Gradients are not
-    kept after a step.
+    A replay does not run Python, so a step with optimizer, module or gradient hooks is not captured. Global
+    optimizer post-hooks are called after each replay. Gradients are cleared after each step.
 
     Args:
-        net: The network that recursions apply.
-        loss: Called as ``loss(y, z, *batch)`` on the samples in flight. Gives a loss (one element), metrics
-            (tensors of one element by name), and optionally bool flags [B] of samples that are done.
-        optimizer: To be captured, it needs ``capturable=True`` and learning rates that are tensors on the
-            device; :func:`capturable_adamw` builds such a one.
-        n, T, output_norm: As for :func:`~trm_kernels.deep_recursion`.
-        embed: Gives x [B, L, D] of a batch, called as ``embed(*batch)``, with gradient; by default the first
-            tensor of the batch is x.
-        mask: Gives the mask [B, L] of a batch, or a :class:`~trm_kernels.Packing` of it, called as
-            ``mask(*batch)``; by default there is none.
-        initial: Gives the states (y, z), broadcastable to x, that a sample starts from, called as
-            ``initial(x)``; zeros by default. With T = 1 they get gradients, of zeros (and not None) on a step
-            that no sample starts on.
-        clip_norm: Largest gradient norm; None for no clipping.
-        reduce: Called with all gradients before each update, before they are clipped. A step with it is not
-            captured.
+        net: The network that the recursions apply.
+        loss: Called as ``loss(y, z, *batch)`` on the samples in flight. Returns a loss (one element), metrics
+            (one-element tensors by name) and, optionally, bool flags [B] of samples that halt.
+        optimizer: A capture requires ``capturable=True`` and learning rates that are tensors on the device;
+            :func:`capturable_adamw` builds such an optimizer.
+        n, T, output_norm: See :func:`~trm_kernels.deep_recursion`.
+        embed: Called as ``embed(*batch)``, with gradients; returns x [B, L, D]. By default, x is the first
+            tensor of the batch.
+        mask: Called as ``mask(*batch)``; returns the mask [B, L] or a :class:`~trm_kernels.Packing` of it. By
+            default, there is no mask.
+        initial: Called as ``initial(x)``; returns the initial states (y, z) of a sample, broadcastable to x.
+            Zeros by default. With T = 1 they receive gradients, which are zeros rather than None in a step
+            that starts no sample.
+        clip_norm: Maximum gradient norm; None disables clipping.
+        reduce: Called with all gradients before clipping and each update. A step with it is not captured.
         average: Updated after each step.
         autocast_dtype: ``torch.bfloat16`` to run under autocast.
-        supervision_steps: Recursions, each with a loss of its own, in one update; gradients are averaged.
+        supervision_steps: Recursions per update, each with its own loss. Their gradients are averaged.
         max_steps: Supervision steps after which a sample halts in any case.
-        exploration: Probability with which a sample must go on for a random number of steps.
-        skip_nonfinite: Skip the update when the gradient is not finite, and restart samples whose states are
-            not. Needs an optimizer with ``fused=True``.
+        exploration: Probability that a sample must continue for a random number of steps.
+        skip_nonfinite: Skip the update if the gradient is not finite, and restart samples whose states are
+            not finite. Requires an optimizer with ``fused=True``.
         read_every: Steps between two reads of the metrics.
-        modules: Modules that ``loss``, ``embed`` and ``initial`` read, where these are plain functions.
+        modules: Modules that ``loss``, ``embed`` and ``initial`` read, if these are plain functions.
         capture: Whether to use graphs.
-        warmup: Calls that run plainly before a capture, at least 1.
-        cache: Where graphs are kept.
-        **options: Further options of :func:`~trm_kernels.deep_recursion`.
+        warmup: Eager calls before a capture, at least 1.
+        cache: Stores the graphs.
+        **options: Other options of :func:`~trm_kernels.deep_recursion`.
 
     Example:
         >>> optimizer = capturable_adamw(model.parameters(), lr=1e-4)
@@ -135,20 +134,20 @@ class TrainingStep:
         **options: Any,
     ) -> None:
         if autocast_dtype == torch.float16:
-            raise ValueError("float16 needs its loss scaled, which this step does not do: use bfloat16")
+            raise ValueError("float16 needs loss scaling, which this step does not support: use bfloat16")
         arguments.whole("n", n, 0)
         arguments.whole("T", T, 1)
         arguments.whole("supervision_steps", supervision_steps, 1)
-        # The optimizer sets itself up in its first step.
+        # The optimizer creates its state in its first step.
         arguments.whole("warmup", warmup, 1)
         if max_steps is not None:
             arguments.whole("max_steps", max_steps, 1)
         if clip_norm is not None:
             arguments.real("clip_norm", clip_norm, positive=True)
         if isinstance(exploration, bool) or not 0.0 <= exploration <= 1.0:
-            raise ValueError(f"exploration must lie in [0, 1], not {exploration}")
+            raise ValueError(f"exploration must be in [0, 1], not {exploration}")
         if exploration > 0.0 and max_steps is None:
-            raise ValueError("exploration draws from 2 .. max_steps: give max_steps")
+            raise ValueError("exploration draws from 2 .. max_steps: set max_steps")
         if skip_nonfinite and not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("skip_nonfinite needs an optimizer with fused=True, which reads a device flag")
         self.optimizer = optimizer
@@ -165,48 +164,49 @@ class TrainingStep:
         self._capture, self._warmup = capture, warmup
         read = (net, loss, embed, mask, initial, output_norm)
         self._watch = ModuleWatch([*(module for module in read if isinstance(module, nn.Module)), *modules])
-        self._token = object()  # in the keys of a cache that may outlive this step
+        self._token = object()  # part of the keys of a cache that may outlive this step
         self._optimizer_state, self._generation = optimizer.state, 0
         if capture:
-            # torch warns of capturable=True in a step that is not captured; those that warm up are meant.
+            # torch warns if a capturable=True optimizer steps uncaptured, but the warm-up does so on purpose.
             optimizer._warned_capturable_if_run_uncaptured = True
         self._programs: OrderedDict[Hashable, _Program] = OrderedDict()
         self._plain_runs: OrderedDict[Hashable, int] = OrderedDict()
 
     def __call__(self, *batch: Tensor | None) -> None:
-        """Take one step; ``batch``: tensors [B, ...] on any device, of which halted slots take their rows."""
+        """Run one step. Halted slots are refilled from ``batch``: tensors [B, ...] on any device, or None."""
         with self.cache.lock, torch.enable_grad():
             self._step(self._program(batch), batch)
         self.metrics.count_step()
 
     def prepare(self, *batch: Tensor | None) -> Carry:
-        """The carry for batches of this shape, without a step: a resumed run restores it."""
+        """Return the carry for batches of this shape without running a step, so a resumed run can load it."""
         return self._program(batch).carry
 
     def restart(self) -> None:
-        """Let every slot take a new sample at its next step."""
+        """Refill every slot at its next step."""
         for program in self._programs.values():
             program.carry.restart()
 
     def poll(self) -> list[MetricWindow]:
-        """Means of the metrics over windows of ``read_every`` steps that are new here; never waits.
+        """Return metric means over new windows of ``read_every`` steps; never waits for the device.
 
-        Besides those of ``loss``: ``loss`` itself, ``halted`` (share of the samples), with clipping
-        ``grad_norm`` (before it), with ``skip_nonfinite`` ``skipped`` (share of the updates).
+        In addition to the metrics of ``loss``: ``loss`` itself, ``halted`` (fraction of samples),
+        ``grad_norm`` (before clipping, with ``clip_norm`` or ``skip_nonfinite``) and ``skipped`` (fraction
+        of updates, with ``skip_nonfinite``).
         """
         return self.metrics.poll()
 
     def drain(self) -> list[MetricWindow]:
-        """The windows that are left, the last one unfinished perhaps; waits for the device."""
+        """Return the remaining windows, including an incomplete last one; waits for the device."""
         return self.metrics.drain()
 
     @property
     def carry(self) -> Carry:
-        """The samples in flight of the batch shape that was used last."""
+        """The samples in flight for the most recently used batch shape."""
         return next(reversed(self._programs.values())).carry
 
     def _program(self, batch: tuple[Tensor | None, ...]) -> _Program:
-        """The program for this shape of batch."""
+        """Return the program for this batch shape."""
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in batch)
         program = self._programs.get(shapes)
         if program is None:
@@ -254,7 +254,7 @@ class TrainingStep:
 
     def _key(self, program: _Program, device: torch.device) -> Hashable:
         if self.optimizer.state is not self._optimizer_state:
-            # load_state_dict: the moments lie elsewhere from now on.
+            # After load_state_dict the moments are in other memory.
             self._optimizer_state = self.optimizer.state
             self._generation += 1
         return (
@@ -269,7 +269,7 @@ class TrainingStep:
         )
 
     def _replay(self, program: _Program, device: torch.device) -> None:
-        """Replay the step, captured first if need be, or run it if it must warm up before that."""
+        """Replay the step, capturing it first if needed, or run it eagerly while it warms up."""
         key = self._key(program, device)
         entry = self.cache.get(key)
         if entry is None:
@@ -280,13 +280,13 @@ class TrainingStep:
                 self.cache.fall_back("warming up for a capture", warn=False)
                 self.cache.capturer.aside(lambda: self._run(program), device)
                 return
-            # The graph keeps the program, whose id is in the key.
+            # The payload keeps the program alive, because its id is in the key.
             entry = self.cache.capture(key, lambda: self._run(program), device, payload=program)
         self.cache.replay(entry)
         capturable.call_global_post_hooks(self.optimizer)
 
     def _warms_up(self, key: Hashable) -> bool:
-        """Whether this kind of call has run plainly too few times; counts one more if so."""
+        """Whether this kind of call needs another warm-up run; counts that run if so."""
         runs = self._plain_runs.get(key, 0)
         if runs == self._warmup:
             return False
@@ -298,25 +298,26 @@ class TrainingStep:
     def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
         if self._autocast_dtype is None:
             return uncached_autocast(device)
-        # Besides what uncached_autocast says: a cast cached in the recursions without gradient has none.
+        # A second reason, besides that in uncached_autocast: a cast that is cached under no_grad has no
+        # gradient.
         return torch.autocast(device.type, self._autocast_dtype, cache_enabled=False)
 
     def _run(self, program: _Program) -> None:
-        """The step itself: device work alone, in place wherever it must outlive the step."""
+        """Run the step: only device work, and in place for everything that outlives the step."""
         carry = program.carry
         self._clear_gradients()
         carry.refill(program.fresh)
         metrics: dict[str, Tensor] = {}
         for number in range(self._supervision_steps):
             for name, value in self._supervise(carry, first=number == 0).items():
-                share = value.detach() / self._supervision_steps if self._supervision_steps > 1 else value
-                metrics[name] = metrics[name] + share if name in metrics else share
+                part = value.detach() / self._supervision_steps if self._supervision_steps > 1 else value
+                metrics[name] = metrics[name] + part if name in metrics else part
         metrics.update(self._update())
         self.metrics.add(metrics)
         self._clear_gradients()
 
     def _supervise(self, carry: Carry, *, first: bool) -> dict[str, Tensor]:
-        """One deep recursion and its backward pass; the samples in flight advance."""
+        """Run one deep recursion and its backward pass, and advance the samples in flight."""
         with self._autocast(carry.halted.device):
             data = carry.data
             x = data[0] if self._embed is None else self._embed(*data)
@@ -328,7 +329,9 @@ class TrainingStep:
                 y, z = carry.y, carry.z
             mask = None if self._mask is None else self._mask(*data)
             if isinstance(mask, Packing) and mask.lengths is not None and self.cache.capturer.capturing():
-                raise CaptureError("a graph would keep a batch's lengths: give a Packing without them")
+                raise CaptureError(
+                    "a graph would fix the lengths of one batch: use a Packing without lengths"
+                )
             y, z = deep_recursion(
                 self._net,
                 x,
@@ -352,7 +355,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def _update(self) -> dict[str, Tensor]:
-        """Reduce, clip, step and average; gives what it measured."""
+        """Reduce and clip gradients, step the optimizer and update the average; returns metrics."""
         measured: dict[str, Tensor] = {}
         parameters = [p for p in capturable.parameters_of(self.optimizer) if p.grad is not None]
         if self._reduce is not None:
@@ -363,7 +366,7 @@ class TrainingStep:
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
             if self._skip_nonfinite:
-                # The flag that a gradient scaler hands to fused optimizers: they return at once if it is set.
+                # A gradient scaler passes this flag to fused optimizers, which skip the step if it is set.
                 measured["skipped"] = (~norm.isfinite()).float()
                 self.optimizer.found_inf = measured["skipped"]  # type: ignore[attr-defined]
         try:
@@ -376,6 +379,7 @@ class TrainingStep:
         return measured
 
     def _clear_gradients(self) -> None:
-        # None, not zeros: the backward writes gradients where it likes, in a graph always to the same place.
+        # None, not zeros: the backward then allocates gradients freely, and a graph always at the same
+        # address.
         for parameter in capturable.parameters_of(self.optimizer):
             parameter.grad = None

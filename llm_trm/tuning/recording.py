@@ -94,8 +94,8 @@ def _run(case: Case, target: Target, fp8: bool) -> None:
         state = torch.empty(shape, dtype=getattr(torch, case.stream_dtype))
         cos = torch.empty(case.latents, config.head_dim // 2) if config.rotary else None
     parameters = [parameter for block in net.layers for parameter in block_parameters(block)]
-    tensors = recursion.Tensors(cos=cos, sin=cos)
-    numbers = recursion.Numbers(
+    tensors = recursion.AuxiliaryTensors(cos=cos, sin=cos)
+    numbers = recursion.Settings(
         layout_name(config),
         case.steps,
         case.heads,

@@ -20,7 +20,7 @@ def test_it_times_every_candidate_and_draws_them(tmp_path: Path, capsys: pytest.
     assert line["threads"] == 1 and set(line["ms"]["16"]) == set(weights.KINDS)
     for medians in line["ms"]["16"].values():
         assert set(medians) == set(weights.CANDIDATES)
-    assert not prepared._promises
+    assert not prepared._freezes
     assert weights.text(tmp_path) in capsys.readouterr().out
 
 

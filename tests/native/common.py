@@ -1,4 +1,4 @@
-"""What the tests of the ``native`` backend share; without the compiled module it skips whoever imports it."""
+"""Helpers for the tests of the ``native`` backend; importing it skips tests if the module is not compiled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if (_reason := native_module.unavailable()) is not None:
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("seed", "scratch", "paper")
-#: With those whose blocks mix positions by an MLP, which take no mask.
+#: Including families whose blocks mix positions with an MLP, which accept no mask.
 MIXERS = (*FAMILIES, "scratch-tokens", "paper-tokens")
 INSTRUCTION_SETS = native_module.module().instruction_sets()
 Named = dict[str, Tensor]
@@ -40,7 +40,7 @@ Named = dict[str, Tensor]
 def network(
     family: str = "seed", width: int = 16, heads: int = 2, layers: int = 1, *, length: int = 5, **options: Any
 ) -> TinyRecursiveNetwork:
-    """A network whose biases and norms are no longer zeros and ones; ``length`` is that of a token mixer."""
+    """Build a network with random biases and norms; ``length`` is for token mixers."""
     family, _, mixer = family.partition("-")
     if mixer:
         options |= {"mixer": mixer, "seq_len": length}
@@ -79,7 +79,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Every network on this instruction set; packed weights have another form for each."""
+    """Run every network on this instruction set. Each set has its own layout of packed weights."""
 
     def forget() -> None:
         native_module.network.cache_clear()
@@ -97,7 +97,7 @@ def kernels_of(config: NetworkConfig, name: str) -> Any:
 
 
 def results(net: TinyRecursiveNetwork, norm: nn.Module | None, given: list[Tensor], **options: Any) -> Named:
-    """New y and z of a deep recursion, and every gradient; those of the outputs depend on the shapes only."""
+    """Return y, z and every gradient of a deep recursion; output gradients depend only on shapes."""
     leaves = [state.detach().clone().requires_grad_() for state in given]
     for module in (net, norm):
         if module is not None:
@@ -115,10 +115,10 @@ def results(net: TinyRecursiveNetwork, norm: nn.Module | None, given: list[Tenso
 
 
 def add_all(rule: ToleranceRule, ours: Named, eager: Named, truth: Named) -> None:
-    """Add what all three computed of one seed."""
+    """Add the results of all three implementations for one seed."""
     largest = max(expected.norm().item() for expected in truth.values())
     for name, expected in truth.items():
-        if expected.norm() <= 1e-12 * largest:  # zero but for rounding: queries and keys at length 1
+        if expected.norm() <= 1e-12 * largest:  # zero except for rounding: queries and keys at length 1
             assert ours[name].norm() <= 1e-6 * largest, name
         else:
             rule.add(name, ours[name], eager[name], expected)
@@ -141,7 +141,7 @@ def hold_to_the_rule(
     network_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """Outputs and gradients of recursions (n = 0: of one call), native, eager, and eager in float64."""
+    """Check outputs and gradients of recursions (n = 0: one call): native, eager, and eager in float64."""
     rule = ToleranceRule(dtype)
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -163,7 +163,7 @@ def hold_to_the_rule(
 
 
 def run(code: str, timeout: float = 60.0, **environment: str) -> str:
-    """Output of ``code`` in a Python of its own, which must say nothing on stderr."""
+    """Return the output of ``code`` in a separate Python process, which must write nothing to stderr."""
     process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The extension module: its OpenMP, the instruction sets that it offers, what it refuses."""
+"""The extension module: its OpenMP runtime, supported instruction sets, and argument checks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def native() -> ModuleType:
 
 
 def run(code: str) -> str:
-    """Output of ``code`` in a Python of its own."""
+    """Return the output of ``code`` in a separate Python process."""
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_one_openmp_serves_torch_and_the_module(native: ModuleType) -> None:
+def test_torch_and_the_module_share_one_openmp(native: ModuleType) -> None:
     loaded = run(
         """
 import re, torch, trm_kernels._native as native
@@ -45,7 +45,7 @@ print(*{line.split()[-1] for line in open("/proc/self/maps") if re.search(r"lib(
     assert len(loaded.split()) == 1, loaded
 
 
-def test_the_module_brings_no_openmp_of_its_own(native: ModuleType) -> None:
+def test_the_module_has_no_openmp_of_its_own(native: ModuleType) -> None:
     assert native.__file__ is not None
     code = f"""
 import importlib.util
@@ -58,7 +58,7 @@ except ImportError as error:
     assert re.search("omp", run(code), re.IGNORECASE)
 
 
-def test_without_the_module_the_backend_says_why() -> None:
+def test_without_the_module_the_backend_reports_why() -> None:
     code = """
 import sys
 sys.modules["trm_kernels._native"] = None
@@ -96,9 +96,7 @@ def network(native: ModuleType, instruction_set: str | None = None) -> Any:
     return native.Network(8, 2, 16, 2, True, False, False, 1e-5, instruction_set=instruction_set)
 
 
-def test_the_best_instruction_set_runs_unless_another_is_named(
-    native: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_instruction_set_is_the_default(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRM_NATIVE_ISA", raising=False)
     best = native.instruction_sets()[0]
     assert native.default_instruction_set() == network(native).instruction_set == best
@@ -109,7 +107,7 @@ def test_the_best_instruction_set_runs_unless_another_is_named(
         assert native.tile_rate(0.001, 1, name) > 0
 
 
-def test_the_environment_names_the_instruction_set(
+def test_the_environment_selects_the_instruction_set(
     native: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in native.instruction_sets():
@@ -118,7 +116,9 @@ def test_the_environment_names_the_instruction_set(
         assert network(native, "portable").instruction_set == "portable"
     monkeypatch.setenv("TRM_NATIVE_ISA", "sse9")
     for refused in (native.default_instruction_set, lambda: network(native)):
-        with pytest.raises(ValueError, match=r"^TRM_NATIVE_ISA: no instruction set 'sse9' here: .*portable"):
+        with pytest.raises(
+            ValueError, match=r"^TRM_NATIVE_ISA: instruction set 'sse9' is not supported here: .*portable"
+        ):
             refused()
     assert network(native, "portable").instruction_set == "portable"
     monkeypatch.setenv("TRM_NATIVE_ISA", "")
@@ -130,7 +130,7 @@ def test_wrong_arguments_are_refused(native: ModuleType) -> None:
     batch = native.Batch(0, 0, 0, 0, 0, 0)
     recursion = native.Recursion(0, 0, 0, 0, 0, -1.0, 0.0, 0, False)
     right, wrong = [0] * 20, [0] * 19
-    with pytest.raises(ValueError, match="parameters must hold an address for each tensor"):
+    with pytest.raises(ValueError, match="parameters must have one address per tensor"):
         net.pack(wrong, False, 0, 1)
     for lists, name in (((wrong, right), "parameters"), ((right, wrong), "gradients")):
         with pytest.raises(ValueError, match=name):
@@ -174,11 +174,11 @@ def test_other_threads_run_while_the_kernels_do(native: ModuleType) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="there is one instruction set")
 def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
-    """Of a function that is compiled for AVX-512 and for all machines the linker keeps either."""
+    """The linker could keep either copy of a function that is compiled for AVX-512 and for all machines."""
     compiler, nm = shutil.which("g++"), shutil.which("nm")
     if compiler is None or nm is None:
         pytest.skip("needs g++ and nm")
-    # Without optimisation nothing is inlined: every function that could be shared is a symbol.
+    # Without optimisation nothing is inlined, so every function that could be shared is a symbol.
     flags = ["-std=c++20", "-O0", "-fopenmp"]
     flags += [f"-m{feature}" for feature in ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma")]
     flags += ["-DTRM_ISA=avx512", "-DTRM_WIDTH=16", "-DTRM_TILE_ROWS=14"]
@@ -190,14 +190,14 @@ def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
     symbols = [line.split(maxsplit=2)[1:] for line in listing.stdout.splitlines()]
     assert any(name == "trm::avx512::table" for _, name in symbols)
     assert [name for kind, name in symbols if kind in "TW" and "trm::avx512::" not in name] == []
-    # Nor may it run when the module loads.
+    # Nor may any code run when the module loads.
     assert [name for _, name in symbols if "GLOBAL__sub_I" in name] == []
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
 @pytest.mark.parametrize(("name", "vectors"), [("avx512", 2), ("avx512", 4), ("avx2", 2), ("portable", 2)])
 def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, vectors: int, tmp_path: Path) -> None:
-    """A sum that spills to the stack costs a fifth of the speed, which no test of results would show."""
+    """A sum that spills to the stack costs a fifth of the speed, which no test of results would reveal."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
@@ -211,7 +211,7 @@ def test_the_micro_kernel_keeps_its_sums_in_registers(name: str, vectors: int, t
         f'#include "{ROOT}/csrc/micro_kernel.h"\n'
         + "".join(
             f"template void trm::{name}::tile<{rows}, {vectors}, trm::{name}::Left::{left}>(int64_t, "
-            f"const float*, ptrdiff_t, trm::{name}::Right, float*, ptrdiff_t, bool, trm::{name}::Ahead);\n"
+            f"const float*, ptrdiff_t, trm::{name}::Right, float*, ptrdiff_t, bool, trm::{name}::Prefetch);\n"
             for left in lefts
         )
     )

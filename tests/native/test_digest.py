@@ -1,4 +1,4 @@
-"""The digest of weights: every change shows, wherever it is, and nothing else does."""
+"""The digest of weights: it changes if, and only if, any of the weights changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.native.common import INSTRUCTION_SETS, kernels_of
 from trm_kernels import NetworkConfig
 
-#: Around a stripe of 256 bytes and a block of 64 KiB.
+#: Sizes around a stripe of 256 bytes and a block of 64 KiB.
 SIZES = (0, 1, 3, 4, 255, 256, 257, 512, 65535, 65536, 65537, 200_001)
 
 
@@ -29,7 +29,7 @@ def drawn(size: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("size", SIZES)
-def test_instruction_sets_threads_and_places_agree(name: str, size: int) -> None:
+def test_instruction_sets_threads_and_addresses_agree(name: str, size: int) -> None:
     data, offset = drawn(size), torch.empty(size + 1, dtype=torch.uint8)
     moved = offset[1:].copy_(data)
     expected = digest(data, drawn(300))
@@ -50,7 +50,7 @@ def test_a_change_of_one_bit_changes_both_numbers(data: st.DataObject, size: int
 
 @settings(max_examples=200)
 @given(data=st.data(), size=st.sampled_from((512, 65536, 200_001)))
-def test_words_that_change_places_show(data: st.DataObject, size: int) -> None:
+def test_swapped_words_show(data: st.DataObject, size: int) -> None:
     words = drawn(size)[: size // 4 * 4].view(torch.int32)
     first, second = (data.draw(st.integers(0, len(words) - 1)) for _ in range(2))
     before = digest(words)
@@ -60,7 +60,7 @@ def test_words_that_change_places_show(data: st.DataObject, size: int) -> None:
 
 
 def test_changes_that_a_sum_would_not_see_show() -> None:
-    """Rows, columns, signs, whole blocks of 64 KiB, zeros; where tensors end, their shapes tell."""
+    """Rows, columns, signs, complete 64 KiB blocks, zeros; tensor boundaries show in the shapes."""
     weight = torch.randn(256, 128)
     seen = {
         digest(weight),
@@ -77,7 +77,7 @@ def test_changes_that_a_sum_would_not_see_show() -> None:
 
 
 def test_random_changes_of_two_words_of_one_chain_do_not_cancel() -> None:
-    """Words 64 apart go into the same 32-bit chain."""
+    """Words that are 64 apart enter the same 32-bit chain."""
     words = torch.randint(-(2**31), 2**31, (1024,), dtype=torch.int64).to(torch.int32)
     seen = set()
     for _ in range(3000):
@@ -86,7 +86,7 @@ def test_random_changes_of_two_words_of_one_chain_do_not_cancel() -> None:
     assert len(seen) == 3000
 
 
-def test_it_does_not_run_past_the_end() -> None:
+def test_it_does_not_read_past_the_end() -> None:
     whole = drawn(1000)
     part = whole[100:600]
     before = digest(part)
@@ -94,9 +94,9 @@ def test_it_does_not_run_past_the_end() -> None:
     assert digest(part) == before
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
+def test_mismatched_sizes_are_rejected() -> None:
     kernels = kernels_of(NetworkConfig(16, 1, 1), "portable")
-    with pytest.raises(ValueError, match="as many sizes as addresses"):
+    with pytest.raises(ValueError, match="sizes and addresses must have the same length"):
         kernels.digest([0], [], 1)
     with pytest.raises(ValueError, match="negative"):
         kernels.digest([0], [-1], 1)

@@ -1,4 +1,4 @@
-"""The C++ functions alone: nothing is written outside their buffers, and nothing that is there is read."""
+"""The C++ functions neither write nor read outside their buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.native.common import INSTRUCTION_SETS, MIXERS, kernels_of, network
 from trm_kernels import TinyRecursiveNetwork, native_module, reference
 from trm_kernels.backends import native
 
-#: Floats before and behind each buffer; the first is a cache line, as torch aligns what it allocates.
+#: Floats before and after each buffer; the first is a cache line, because torch aligns its allocations.
 BEFORE, BEHIND = 16, 48
 
 
@@ -20,8 +20,8 @@ class Buffers:
     """Tensors between canaries.
 
     Args:
-        canary: What lies around them.
-        filling: What they hold before anything is written.
+        canary: Value around them.
+        filling: Their initial value.
     """
 
     def __init__(self, canary: float, filling: float) -> None:
@@ -55,7 +55,7 @@ def run(
     canary: float,
     filling: float,
 ) -> dict[str, Tensor]:
-    """Pack, forward and backward of a recursion whose every buffer is as large as the sizes say."""
+    """Run pack, forward and backward of a recursion with buffers of exactly the reported sizes."""
     config = net.config
     module, kernels = native_module.module(), kernels_of(config, name)
     buffers = Buffers(canary, filling)

@@ -1,4 +1,4 @@
-"""The ``native`` backend gives the same bits for a number of threads, whoever takes which piece of work."""
+"""For a given number of threads, ``native`` results are bitwise equal, however work is distributed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def differing(first: Named, second: Named) -> list[str]:
 @pytest.mark.parametrize(("count", "memory"), [(2, "fast"), (3, "small")])
 @pytest.mark.parametrize("family", MIXERS)
 def test_runs_repeat_bit_for_bit(family: str, count: int, memory: str) -> None:
-    """A ragged batch of 120 rows: threads take pieces of attention and of weight gradients as they come."""
+    """A ragged batch of 120 rows, with attention and weight gradients distributed dynamically."""
     norm = None if "paper" in family else nn.RMSNorm(40, eps=1e-6)
     net, given, mask = network(family, 40, 2, layers=2, length=40), states(7, 40, 40), mask_for(family)
     with threads(count):
@@ -54,7 +54,7 @@ def test_recomputed_calls_change_no_bit(family: str, count: int, dropout: float)
 
 @pytest.mark.parametrize("family", MIXERS)
 def test_a_sample_does_not_depend_on_its_neighbours(family: str) -> None:
-    """Alone, or anywhere in a batch: the same bits, for any number of threads."""
+    """Alone or anywhere in a batch, results are bitwise equal for any number of threads."""
     net, mask = network(family, 40, 2, layers=2, length=40), mask_for(family)
     x = torch.randn(7, 40, 40)
     with torch.no_grad():

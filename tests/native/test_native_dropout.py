@@ -1,4 +1,4 @@
-"""Dropout of attention weights in the ``native`` backend: against the masks that its generator draws."""
+"""Dropout of attention weights in the ``native`` backend, compared to the masks that its generator draws."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(
     rows: int,
     name: str = INSTRUCTION_SETS[0],
 ) -> Tensor:
-    """Which attention weights [rows, rows] of a sample are kept; ``call`` times blocks, plus block."""
+    """Return which attention weights [rows, rows] of a sample are kept; ``call`` includes the block index."""
     recursion = native_module.module().Recursion(0, 0, 0, 0, 0, -1.0, probability, seed, False)
     mask = torch.full((rows, rows), math.nan)
     kernels_of(SHAPE, name).dropout_mask(recursion, call, head, first_row, rows, mask.data_ptr())
@@ -49,7 +49,7 @@ def drawn(
 
 
 def keeps(net: TinyRecursiveNetwork, seed: int, call: int, lengths: list[int], length: int) -> list[Tensor]:
-    """The masks of one call [B, H, L, L], a block each; rows count on over the samples of a batch."""
+    """Return the masks [B, H, L, L] of one call, one per block; row numbers continue across samples."""
     config, masks = net.config, []
     for block in range(config.n_layers):
         keep = torch.ones(len(lengths), config.n_heads, length, length)
@@ -80,7 +80,7 @@ def run(net: Any, given: list[Tensor], recursion: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("family", ["seed", "scratch"])
 def test_forward_and_backward_use_the_drawn_masks(family: str, count: int, masked: bool, memory: str) -> None:
-    """The tolerance rule, and the same masks in the reference: one seed a recursion, by call and block."""
+    """The tolerance rule with the same masks in the reference: one seed per recursion, by call and block."""
     n, length = 2, 19
     lengths = [19, 0, 1, 12] if masked else [19] * 4
     mask = lengths_mask(tuple(lengths), length) if masked else None
@@ -112,8 +112,8 @@ def test_forward_and_backward_use_the_drawn_masks(family: str, count: int, maske
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_the_rate_and_the_independence_of_what_is_dropped(probability: float) -> None:
-    """1.2 million draws: their sums, and those of products of two, by row, key, head, call and seed."""
+def test_the_rate_and_independence_of_dropout(probability: float) -> None:
+    """1.2 million draws: sums of draws and of products of two, by row, key, head, call and seed."""
     size = 256
     draws = torch.stack(
         [
@@ -127,14 +127,14 @@ def test_the_rate_and_the_independence_of_what_is_dropped(probability: float) ->
     dropped = 1.0 - draws.double() - probability
 
     def held(sums: Tensor, terms: int, deviation: float) -> None:
-        # The largest of many normal deviates: 5 of them at 10^5 sums is one in a hundred thousand.
+        # A maximum over many normal deviates: among 10^5 sums, 5 deviations occur once in a hundred thousand.
         assert sums.abs().max() <= 5.5 * deviation * math.sqrt(terms)
 
     deviation = math.sqrt(probability * (1.0 - probability))
     held(dropped.sum(), dropped.numel(), deviation)
     for dim in (1, 2):
         held(dropped.sum(dim), size, deviation)
-    # Products of two draws that share all but one of row, key, head, call and seed.
+    # Products of two draws that differ in only one of row, key, head, call and seed.
     flat = dropped.flatten(1)
     correlations = flat @ flat.T
     held(correlations - correlations.diag().diag(), size * size, deviation**2)
@@ -159,13 +159,13 @@ def test_every_instruction_set_drops_the_same(name: str) -> None:
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_of_a_sample_is_its_place_in_the_batch() -> None:
+def test_dropout_counts_rows_across_the_batch() -> None:
     assert torch.equal(drawn(0.5, 1, 0, 0, 3, 8), drawn(0.5, 1, 0, 0, 0, 11)[3:, :8])
     assert not torch.equal(drawn(0.5, 1, 0, 0, 0, 8), drawn(0.5, 1, 0, 0, 8, 8))
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_torchs_seed_repeats_it(count: int) -> None:
+def test_torchs_seed_reproduces_it(count: int) -> None:
     net, given = network(dropout=0.5).train(), states(3, 12)
     runs = []
     with threads(count):
@@ -178,8 +178,8 @@ def test_torchs_seed_repeats_it(count: int) -> None:
     assert not torch.equal(runs[2]["new y"], again)
 
 
-def test_every_recursion_of_a_deep_one_draws_its_own() -> None:
-    """With n = 0 a recursion is one call: the second of two would otherwise drop what the first dropped."""
+def test_every_latent_recursion_draws_its_own_dropout() -> None:
+    """With n = 0 a recursion is one call, so the second might otherwise reuse the mask of the first."""
     net, given = network(dropout=0.5).train(), states(2, 9)
     torch.manual_seed(3)
     seeds = [int(torch.randint(2**62, (1,)).item()) for _ in range(2)]
@@ -195,7 +195,7 @@ def test_every_recursion_of_a_deep_one_draws_its_own() -> None:
     torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)
 
 
-def test_none_in_evaluation() -> None:
+def test_no_dropout_in_evaluation() -> None:
     net, given = network(dropout=0.5), states(2, 9)
     plain = network()
     plain.load_state_dict(net.state_dict())
@@ -210,7 +210,7 @@ def test_none_in_evaluation() -> None:
 
 @pytest.mark.parametrize("probability", [0.99999999, 1.0 - 2.0**-24, 1e-12])
 def test_probabilities_at_the_edges_stay_finite(probability: float) -> None:
-    """The first rounds to 1 in float32, and kept weights are divided by 1 - p."""
+    """The first probability rounds to 1 in float32, and kept weights are divided by 1 - p."""
     net, given = network(dropout=probability).train(), states(2, 9)
     assert net.selected_backend(given[0]).name == "native"
     found = run(net, given, lambda *s: latent_recursion(net, *s, 1))
@@ -219,7 +219,7 @@ def test_probabilities_at_the_edges_stay_finite(probability: float) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         found_here = net(given[0])
-        if probability > 0.5:  # nothing attends
+        if probability > 0.5:  # all weights are dropped
             block = net.layers[0]
             h = given[0] + block.self_attn.out_proj.bias
             torch.testing.assert_close(found_here, h + block.mlp(block.norm2(h)), rtol=1e-5, atol=1e-5)

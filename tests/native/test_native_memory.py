@@ -1,4 +1,4 @@
-"""What a recursion's graph holds, and the buffers that lie ready."""
+"""Memory of a recursion's graph, and the pool of free buffers."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def ready() -> int:
     return len(native_buffers._free)
 
 
-def test_a_backward_gives_its_buffers_back_while_the_loss_is_held() -> None:
+def test_a_backward_returns_its_buffers_while_the_loss_is_alive() -> None:
     net = network()
     loss = latent_recursion(net, *states(2, 5), 2)[0].sum()
     before = ready()
     loss.backward(retain_graph=True)
     assert ready() == before + 1  # the backward's own workspace
     loss.backward()
-    assert ready() == before + 3  # and what was kept, and the packed weights
+    assert ready() == before + 3  # and the saved data, and the packed weights
     del loss
     assert ready() == before + 3
 
 
-def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
+def test_a_deleted_graph_returns_its_buffers() -> None:
     out = latent_recursion(network(), *states(2, 5), 2)
     before = ready()
     del out
     assert ready() == before + 2
 
 
-def test_a_checkpointed_recursion_keeps_nothing() -> None:
+def test_a_checkpointed_recursion_saves_nothing() -> None:
     net = network()
     x, y, z = states(2, 5)
     y.requires_grad_()
     out = checkpoint(lambda y: latent_recursion(net, x, y, z, 2)[0], y, use_reentrant=False)
-    # Workspace, what was kept and the packed weights: nothing waits for the backward.
+    # Workspace, saved data and packed weights: nothing is held for the backward.
     assert ready() == 3
     (gradient,) = torch.autograd.grad(out.sum(), y)
     (expected,) = torch.autograd.grad(latent_recursion(net, x, y, z, 2)[0].sum(), y)
@@ -75,15 +75,15 @@ def test_two_recursions_at_once_share_no_buffer() -> None:
     assert torch.equal(alone, again)
 
 
-def test_buffers_over_the_limit_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_over_the_limit_are_not_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = native_buffers.take(100), native_buffers.take(1000)
-    monkeypatch.setattr(native_buffers, "MOST_BYTES", 2000)
+    monkeypatch.setattr(native_buffers, "MAX_BYTES", 2000)
     del small
     del large
     assert [tensor.numel() for tensor in native_buffers._free.values()] == [100]
 
 
-def test_saved_tensor_hooks_see_what_is_kept() -> None:
+def test_saved_tensor_hooks_see_saved_tensors() -> None:
     net, seen = network(), []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def test_saved_tensor_hooks_see_what_is_kept() -> None:
     assert all(torch.equal(a, b) for a, b in zip(moved, straight, strict=True))
 
 
-#: What a hook may give back in a saved tensor's place: other names of the same memory.
+#: Aliases of the same memory that a hook may return instead of a saved tensor.
 ALIASES: dict[str, Callable[[Tensor], Any]] = {
     "detach": lambda tensor: tensor.detach(),
     "a view": lambda tensor: tensor.view_as(tensor),
@@ -118,21 +118,21 @@ def _back(packed: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-def test_hooks_may_keep_saved_tensors_under_other_names(alias: str) -> None:
+def test_hooks_may_keep_aliases_of_saved_tensors(alias: str) -> None:
     net, (x, y, z) = network(), states(2, 5)
     parameters = list(net.parameters())
     expected = torch.autograd.grad(latent_recursion(net, x, y, z, 2)[0].sum(), parameters)
     native_buffers.release()
     with torch.autograd.graph.saved_tensors_hooks(ALIASES[alias], _back):
         out = latent_recursion(net, x, y, z, 2)[0].sum()
-    latent_recursion(net, x + 1.0, y, z, 2)[0].sum().backward()  # takes whatever lies ready
+    latent_recursion(net, x + 1.0, y, z, 2)[0].sum().backward()  # takes every free buffer
     found = torch.autograd.grad(out, parameters)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     del out, found
     assert ready() > 0, "and the memory comes back"
 
 
-def test_a_buffer_comes_back_with_the_last_name_of_its_memory() -> None:
+def test_a_buffer_returns_with_the_last_alias_of_its_memory() -> None:
     buffer = native_buffers.take(100)
     names = [buffer.detach(), buffer[3:7], buffer.numpy()[1:], buffer.untyped_storage()]
     address = buffer.data_ptr()
@@ -144,11 +144,11 @@ def test_a_buffer_comes_back_with_the_last_name_of_its_memory() -> None:
     assert native_buffers.take(90).data_ptr() == address and address % 64 == 0
 
 
-def test_collections_on_the_way_spoil_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collector gives buffers back between any two steps, in the middle of an iteration too."""
+def test_garbage_collection_at_any_time_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector returns buffers between any two steps, even during an iteration."""
     errors: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", errors.append)
-    monkeypatch.setattr(native_buffers, "MOST_BYTES", 1 << 14)
+    monkeypatch.setattr(native_buffers, "MAX_BYTES", 1 << 14)
     before = gc.get_threshold()
     gc.set_threshold(1)
     try:
@@ -163,7 +163,7 @@ def test_collections_on_the_way_spoil_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_states_may_change_after_the_forward() -> None:
-    """As on eager: a carry is written in place before the backward."""
+    """As with eager, for example a carry that is written in place before the backward."""
     net, given = network(), states(2, 5)
     gradients = []
     for each in (net, eager_of(net)):
@@ -179,7 +179,7 @@ def test_states_may_change_after_the_forward() -> None:
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize(("family", "length", "width"), [("seed", 264, 16), ("scratch-tokens", 257, 256)])
 def test_strides_around_a_kibibyte(family: str, length: int, width: int, name: str) -> None:
-    """Rows of 256 floats are laid further apart: buffers for 264 must hold them too."""
+    """Rows of 256 floats have a larger stride, and buffers for 264 must be large enough."""
     mask = lengths_mask((264, 256), 264) if family == "seed" else None
     with instruction_set(name):
         hold_to_the_rule(family, 2, length, width=width, mask=mask, n=1, seeds=4)

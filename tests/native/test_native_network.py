@@ -1,4 +1,4 @@
-"""Networks on the ``native`` backend: outputs and every gradient by the tolerance rule."""
+"""Networks on the ``native`` backend: the tolerance rule for outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ MASKS = {
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("family", MIXERS)
 def test_lengths(family: str, length: int) -> None:
-    """From one row to more than a thread takes at a time (168), and weight gradients sum at once (512)."""
-    # Over one position a norm is all but a sign: its gradient is what cancellation leaves, in few numbers.
-    # With the paper's two norms nothing else is left, and two builds differ by more than the rule allows.
-    # Over two positions eight seeds differ as much from CPU to CPU.
+    """From one row to more than a thread's chunk (168) and a weight gradient's depth (512)."""
+    # Over one position a norm is almost a sign function: cancellation leaves only a small gradient. With the
+    # paper's two norms nothing else is left, and two builds differ by more than the rule allows. Over two
+    # positions, eight seeds differ as much between CPUs.
     if family == "paper-tokens" and length == 1:
         pytest.skip("rounding errors alone")
     hold_to_the_rule(family, 2, length, seeds=64 if length <= 2 and "tokens" in family else SEEDS)
@@ -54,7 +54,7 @@ def test_head_sizes(family: str, head: int) -> None:
 
 @pytest.mark.parametrize(("width", "heads"), [(1, 1), (3, 3), (20, 1), (40, 4), (72, 3)])
 def test_widths_that_fill_no_vector(width: int, heads: int) -> None:
-    seeds = 512 if width == 1 else SEEDS  # three numbers a gradient
+    seeds = 512 if width == 1 else SEEDS  # three elements per gradient
     hold_to_the_rule("seed", 3, 19, width=width, heads=heads, layers=2, seeds=seeds)
     if width // heads % 2 == 0:
         hold_to_the_rule("scratch", 3, 19, width=width, heads=heads, layers=2)
@@ -68,7 +68,7 @@ def test_products_over_positions_longer_than_one_pass(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "width"), [("seed", 520), ("scratch", 136), ("paper", 520)])
 def test_products_longer_than_one_pass(family: str, width: int) -> None:
-    """Sums over 512 columns at a time: 520 and 2080 for the seed, 544 and 1536 for the others' MLPs."""
+    """Products sum 512 columns at a time: 520 and 2080 for the seed, 544 and 1536 for the others' MLPs."""
     hold_to_the_rule(family, 1, 13, width=width, heads=4, seeds=4)
 
 
@@ -98,7 +98,7 @@ def test_threads(family: str, count: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_on_its_own(family: str) -> None:
-    """Called as a module, not through a recursion; and a block, whose mask may be torch's padding mask."""
+    """Called as a module, not in a recursion; and a block, which also accepts torch's padding mask."""
     mask = lengths_mask((6, 9), 9)
     rule, block_rule = ToleranceRule(torch.float32), ToleranceRule(torch.float32)
     for seed in range(SEEDS):
@@ -122,7 +122,7 @@ def test_a_network_on_its_own(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_weights_are_computed_with_in_float32(family: str) -> None:
-    """The float32 network with the same weights, rounded once at the end: states, and every gradient."""
+    """States and gradients equal those of the float32 network with the same weights, rounded at the end."""
     mask = lengths_mask((40, 7), 40)
     norm = None if family == "paper" else torch.nn.RMSNorm(40, eps=1e-6)
     net, given = network(family, 40, layers=2).bfloat16(), states(2, 40, 40, torch.bfloat16)
@@ -144,7 +144,7 @@ def test_bfloat16_meets_the_rule(family: str, masked: bool) -> None:
 
 
 def test_the_papers_weights_are_rounded_to_the_input() -> None:
-    """Float32 weights under a bfloat16 input, as its CastedLinear does."""
+    """Float32 weights with a bfloat16 input, as in its CastedLinear."""
     net, x = network("paper", 40), torch.randn(2, 9, 40, dtype=torch.bfloat16)
     rounded = network("paper", 40)
     rounded.load_state_dict({name: value.bfloat16() for name, value in net.state_dict().items()})
@@ -172,7 +172,7 @@ def test_inference_is_the_forward_of_training(family: str) -> None:
     [(-1e4, 1e3), (-30.0, 1e3), (-8.0, 1e3), (-5.0, 1.0), (-3.0, 1.0), (8.0, 1.0), (1e4, 1.0)],
 )
 def test_gelu_far_from_zero(bias: float, scale: float) -> None:
-    """Rounding of 1 + erf, times a large input, must not stand for a left tail that is zero."""
+    """Rounding of 1 + erf, times a large input, must not replace a left tail that is zero."""
     rule = ToleranceRule(torch.float32)
     for seed in range(SEEDS):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Several Python threads, forks and workers, and the end of the interpreter."""
+"""Python threads, forks, data loader workers, and interpreter exit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ QUIET = {"PYTHONWARNINGS": "ignore"}
 
 @pytest.mark.parametrize("own_threads", [1, 2])
 def test_several_python_threads_at_once(own_threads: int) -> None:
-    """The kernels run without the interpreter's lock: training and inference on one network."""
+    """The kernels run without the GIL: training and inference on one network."""
     net, inputs = network("scratch", 40, 2, layers=2), [states(3, 33, 40) for _ in range(4)]
     mask = lengths_mask((33, 2, 20), 33)
 
     def work(given: list[Tensor]) -> list[Tensor]:
-        torch.set_num_threads(own_threads)  # of this Python thread
+        torch.set_num_threads(own_threads)  # for this Python thread
         leaves = [state.clone().requires_grad_() for state in given]
         y, z = latent_recursion(net, *leaves, 2, mask=mask)
         gradients = torch.autograd.grad((y, z), [*leaves, *net.parameters()], [given[0], given[1]])
@@ -55,7 +55,7 @@ def test_one_packed_network_in_several_python_threads() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_forked_child_computes_the_same(count: int) -> None:
-    """libgomp's threads stay in the parent; a child that waited for them would never end."""
+    """libgomp's threads stay in the parent, and a child that waits for them would hang."""
     code = f"""
 import os, signal
 import torch
@@ -112,8 +112,8 @@ print(torch.equal(torch.cat(list(loader)), expected))
     assert run(code, **QUIET) == "True\n"
 
 
-def test_a_graph_that_lives_to_the_end_is_no_leak() -> None:
-    """nanobind would write a page of warnings at the interpreter's end; ``run`` wants silence."""
+def test_a_graph_that_lives_until_exit_is_not_reported_as_a_leak() -> None:
+    """nanobind would print warnings at interpreter exit, which ``run`` does not allow."""
     code = """
 import torch
 from trm_kernels import TinyRecursiveNetwork, deep_recursion
@@ -127,7 +127,7 @@ print(net.selected_backend(x).name)
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads /proc")
 def test_torchs_number_of_threads_is_ours() -> None:
-    """Counted by the system: those of OpenMP that a call has started."""
+    """The operating system's count of threads shows those that a call has started."""
     code = """
 import os, torch
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Recursions on the ``native`` backend: the tolerance rule, and which gradients flow."""
+"""Recursions on the ``native`` backend: the tolerance rule, and gradient flow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOLES = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]])
 
 @pytest.fixture(autouse=True)
 def _runs_natively(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails a test during which no recursion ran natively as a whole."""
+    """Fail tests during which no complete recursion ran natively."""
     calls = []
     run_recursion = native.run_recursion
 
@@ -62,7 +62,7 @@ def norm_of(kind: str, width: int) -> nn.Module | None:
 @pytest.mark.parametrize("family", MIXERS)
 def test_schedules(family: str, n: int, T: int, masked: bool) -> None:
     if "paper" in family and n * T > 3:
-        n = 2  # more steps amplify rounding a thousandfold at random weights, in eager too
+        n = 2  # with random weights, more steps amplify rounding a thousandfold, in eager too
     mask = RAGGED if masked and "tokens" not in family else None
     hold_to_the_rule(family, 4, 31, n=n, T=T, mask=mask)
 
@@ -77,7 +77,7 @@ def test_output_norms(family: str, kind: str) -> None:
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("family", MIXERS)
 def test_recomputed_calls_on_every_instruction_set(family: str, name: str) -> None:
-    """On three threads; on the best set ``memory="fast"`` gives the same bits (test_native_determinism)."""
+    """On three threads. For the best set, test_native_determinism compares the bits to ``memory="fast"``."""
     norm = norm_of("none" if "paper" in family else "torch", 20)
     mask = None if "tokens" in family else RAGGED
     with instruction_set(name), threads(3):
@@ -88,7 +88,7 @@ def test_recomputed_calls_on_every_instruction_set(family: str, name: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_rows(family: str) -> None:
-    """More than a thread takes at a time, and weight gradients sum at once; samples end anywhere in it."""
+    """More rows than a thread's chunk and a weight gradient's depth, with sample boundaries anywhere."""
     mask = lengths_mask((170, 1, 257, 0, 180), 257)
     hold_to_the_rule(family, 5, 257, width=20, heads=1, n=1, mask=mask, seeds=4)
 
@@ -136,8 +136,8 @@ def test_a_packing_is_its_mask() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 1], [2, 499], [490, 500], [500, 500], [0, 0]])
-def test_lengths_that_are_not_the_masks_read_nothing_else(lengths: list[int]) -> None:
-    """The mask says which positions there are, whatever a Packing claims."""
+def test_wrong_lengths_of_a_packing_are_ignored(lengths: list[int]) -> None:
+    """The mask determines the valid positions, whatever lengths a Packing has."""
     mask = lengths_mask((500, 490), 500)
     net, given = network(), states(2, 500)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_lengths_that_are_not_the_masks_read_nothing_else(lengths: list[int]) ->
 @pytest.mark.parametrize("memory", ["fast", "small"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_nothing_is_valid_nothing_flows(family: str, packed: bool, memory: str, n: int) -> None:
+def test_without_valid_positions_no_gradient_flows(family: str, packed: bool, memory: str, n: int) -> None:
     net, given = network(family), states(2, 6)
     mask: Any = torch.zeros(2, 6)
     if packed:
@@ -175,7 +175,7 @@ CASES = ("y alone", "z alone", "frozen network", "frozen states", "one parameter
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("memory", ["fast", "small"])
 @pytest.mark.parametrize("case", CASES)
-def test_only_what_is_asked_for_gets_a_gradient(case: str, memory: str, masked: bool) -> None:
+def test_only_tensors_that_require_gradients_get_one(case: str, memory: str, masked: bool) -> None:
     net, inputs = network(layers=2), states(2, 6)
     norm = nn.RMSNorm(16, eps=1e-6)
     asked = {"x": "x", "z": "z", "frozen states": "", "one parameter": "", "output norm": ""}.get(case, "xyz")
@@ -198,7 +198,7 @@ def test_only_what_is_asked_for_gets_a_gradient(case: str, memory: str, masked: 
         runs.append([leaf.grad for leaf in (*leaves, *module.parameters(), *norm.parameters())])
     assert any(gradient is not None for gradient in runs[0])
     for mine, theirs in zip(*runs, strict=True):
-        # Autograd leaves None where nothing flows; one node for a whole recursion may leave zeros.
+        # Autograd returns None if no gradient flows; one node for a complete recursion may return zeros.
         theirs = torch.zeros_like(mine) if theirs is None and mine is not None else theirs
         assert (mine is None) == (theirs is None)
         if mine is not None:
@@ -208,7 +208,7 @@ def test_only_what_is_asked_for_gets_a_gradient(case: str, memory: str, masked: 
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_without_gradients(n: int) -> None:
-    """Asked for, under no_grad, and where nothing requires one: the same states, and no history."""
+    """With with_gradients=False, under no_grad, and if nothing requires gradients: equal states, no graph."""
     net, given = network(), states(2, 6)
     x = given[0].clone().requires_grad_()
     recorded = deep_recursion(net, x, *given[1:], n, 2)
@@ -250,7 +250,7 @@ def test_strides() -> None:
 
 
 def test_an_expanded_gradient() -> None:
-    """``sum`` hands on one number for all: a tensor without a single contiguous float."""
+    """``sum`` passes an expanded gradient, in which all elements share one float."""
     net, given = network(), states(2, 6)
     runs = []
     for module in (net, eager_of(net)):
@@ -263,7 +263,7 @@ def test_an_expanded_gradient() -> None:
 
 
 def test_views_whose_sign_is_a_flag() -> None:
-    """The imaginary part of a conjugate shares memory with the number it is the negative of."""
+    """The imaginary part of a conjugate shares its memory with the original, and sets a negative bit."""
     net = network()
     views = [torch.randn(2, 6, 16, dtype=torch.complex64).conj().imag for _ in range(3)]
     assert all(view.is_neg() for view in views)
@@ -287,7 +287,7 @@ def test_views_whose_sign_is_a_flag() -> None:
 
 @pytest.mark.parametrize("which", range(3))
 def test_a_state_made_in_inference_mode_trains(which: int) -> None:
-    """It cannot be saved for a backward: such a recursion is taken step by step, or by eager."""
+    """It cannot be saved for a backward, so the recursion runs step by step or on eager."""
     net, given = network(), states(2, 6)
     net.backend = "auto"
     expected = results(eager_of(net), None, given, n=1, T=1)
@@ -307,7 +307,7 @@ def test_a_state_made_in_inference_mode_trains(which: int) -> None:
 
 
 def test_a_second_derivative_raises() -> None:
-    """A gradient penalty beside another loss, too, which would otherwise be left out in silence."""
+    """Also for a gradient penalty added to another loss, which would otherwise silently vanish."""
     net, (x, y, z) = network(), states(2, 6)
     x.requires_grad_()
     for out in (latent_recursion(net, x, y, z, 1)[0], net(x)):
@@ -316,7 +316,7 @@ def test_a_second_derivative_raises() -> None:
             (out.sum() + gradient.square().sum()).backward()
 
 
-def test_gradients_accumulate_and_graphs_free_what_they_keep() -> None:
+def test_gradients_accumulate_and_graphs_free_saved_tensors() -> None:
     net, given = network(), states(2, 6)
     once = results(net, None, given, n=1, T=1)
     leaves = [state.clone().requires_grad_() for state in given]

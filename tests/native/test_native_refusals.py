@@ -1,4 +1,4 @@
-"""What the ``native`` backend does not serve: refused with a reason by name, left to eager by ``auto``."""
+"""Calls that ``native`` does not support: by name they raise with a reason, with ``auto`` eager runs them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.autograd import forward_ad
 
 from tests.native.common import MIXERS, network, states
 from trm_kernels import BackendError, TinyRecursiveNetwork, backends, deep_recursion, latent_recursion
-from trm_kernels.native_module import MOST_BLOCKS
+from trm_kernels.native_module import MAX_BLOCKS
 
 X = (2, 5, 16)
 
 
 class LowRank(nn.Module):
-    """What an adapter library puts in a linear layer's place."""
+    """An adapter as libraries insert it in place of a linear layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -77,15 +77,15 @@ MODULES: dict[str, tuple[Callable[[TinyRecursiveNetwork], None], str]] = {
     "hook on a block": (hooked, "a block has hooks"),
     "hook inside": (hooked_inside, "submodule self_attn has hooks"),
     "backward hook": (backward_hooked, "submodule norm1 has hooks"),
-    "another forward": (other_forward, "submodule mlp has hooks or a forward of its own"),
+    "another forward": (other_forward, "submodule mlp has hooks or its own forward"),
     "tanh": (other_gelu, "GELU('tanh')"),
-    "no bias": (without_a_bias, "mlp.0 lacks a parameter"),
+    "no bias": (without_a_bias, "mlp.0 has no parameter"),
     "one parameter in float64": (other_dtype, "a parameter of norm1 is torch.float64"),
 }
 
 
 def check(net: TinyRecursiveNetwork, x: Tensor, reason: str, mask: Tensor | None = None) -> None:
-    """By name it raises, from networks and recursions; ``auto`` passes it over for the same reason."""
+    """Check that networks and recursions raise by name, and that ``auto`` skips it for the same reason."""
     net.backend = "native"
     for call in (net, lambda x, mask: latent_recursion(net, x, x, x, 1, mask=mask)):
         with pytest.raises(BackendError, match=re.escape(reason)):
@@ -111,7 +111,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_weights_and_input_of_different_dtypes() -> None:
-    check(network(), torch.randn(X, dtype=torch.bfloat16), "is torch.float32, the input torch.bfloat16")
+    check(
+        network(), torch.randn(X, dtype=torch.bfloat16), "is torch.float32, but the input is torch.bfloat16"
+    )
 
 
 def test_autocast() -> None:
@@ -133,9 +135,9 @@ def test_empty_sequences_are_an_error() -> None:
 
 
 def test_too_many_blocks() -> None:
-    net, x = network(layers=MOST_BLOCKS), torch.randn(X)
+    net, x = network(layers=MAX_BLOCKS), torch.randn(X)
     torch.testing.assert_close(net(x), net.forward_eager(x), rtol=1e-3, atol=1e-3)
-    check(network(layers=MOST_BLOCKS + 1), x, f"{MOST_BLOCKS + 1} blocks are over {MOST_BLOCKS}")
+    check(network(layers=MAX_BLOCKS + 1), x, f"{MAX_BLOCKS + 1} blocks exceed the maximum of {MAX_BLOCKS}")
 
 
 def test_other_devices() -> None:
@@ -177,7 +179,7 @@ def test_function_transforms(transform: str) -> None:
 
     with pytest.raises(BackendError, match=r"torch\.func"):
         transformed()
-    if transform != "jvp":  # which torch's own attention lacks
+    if transform != "jvp":  # which torch's attention does not support
         net.backend = "auto"
         found = transformed()
         net.backend = "eager"
@@ -195,7 +197,7 @@ def test_inputs_made_in_inference_mode() -> None:
     with torch.inference_mode():
         x = torch.randn(X)
         assert net(x).shape == x.shape
-    check(net, x, "made in inference mode")
+    check(net, x, "created in inference mode")
     with torch.no_grad():
         net.backend = "native"
         assert net(x).shape == x.shape
@@ -215,7 +217,7 @@ def test_a_precision_for_gpus() -> None:
     net, (x, y, z) = network(), states(2, 5)
     for name in ("native", "auto"):
         net.backend = name
-        with pytest.raises(BackendError, match=r"precision='fp8-nograd' is for GPUs"):
+        with pytest.raises(BackendError, match=r"precision='fp8-nograd' requires a GPU"):
             latent_recursion(net, x, y, z, 1, precision="fp8-nograd")
 
 
@@ -249,7 +251,7 @@ def test_an_output_norm_of_another_kind_is_called_step_by_step(norm: Any) -> Non
 
 
 @pytest.mark.parametrize("family", MIXERS)
-def test_auto_takes_native_where_it_serves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_native_for_supported_calls(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = network(family), torch.randn(X)
     net.backend = None
     assert net.selected_backend(x) == backends.Selection("native")
@@ -273,7 +275,7 @@ def test_auto_takes_native_where_it_serves(family: str, monkeypatch: pytest.Monk
         assert net.selected_backend(x).name == "eager"
 
 
-def test_auto_under_torch_compile_takes_the_reference() -> None:
+def test_auto_under_torch_compile_uses_the_reference() -> None:
     net, x = network(), torch.randn(X)
     net.backend = "auto"
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -281,7 +283,7 @@ def test_auto_under_torch_compile_takes_the_reference() -> None:
 
 
 @pytest.mark.parametrize("family", ["seed", "scratch"])
-def test_attention_in_another_mode_keeps_its_own_dropout(family: str) -> None:
+def test_attention_in_another_mode_uses_its_own_dropout(family: str) -> None:
     net, x = network(family, dropout=0.5).train(), torch.randn(X)
     net.layers.eval()
     assert "another mode" in (backends.refusal("native", net, x) or "")

@@ -1,4 +1,4 @@
-"""Whatever goes into the ``native`` backend: any shape and mask, NaN and infinity, any address and stride."""
+"""Arbitrary inputs of ``native``: any shape and mask, NaN and infinity, any address and stride."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from trm_kernels.testing import relative_error
 
 @pytest.fixture
 def memory_is_filled_with_nan(monkeypatch: pytest.MonkeyPatch) -> object:
-    """New tensors hold NaN, so that what is read before it is written shows; no buffer is used again."""
+    """Fill new tensors with NaN and disable buffer reuse, so that reads of unwritten memory show."""
     native_buffers.release()
-    monkeypatch.setattr(native_buffers, "MOST_BYTES", 0)
+    monkeypatch.setattr(native_buffers, "MAX_BYTES", 0)
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True
@@ -58,9 +58,9 @@ def masks(draw: st.DrawFn, batch: int, length: int) -> Tensor | None:
 @given(data=st.data())
 @pytest.mark.usefixtures("memory_is_filled_with_nan")
 def test_any_shape_and_mask(data: st.DataObject) -> None:
-    """Outputs and gradients within 1e-4 of float64, or ten times what eager is off by.
+    """Outputs and gradients are within 1e-4 of float64, or ten times the error of eager.
 
-    And, of what cancellation leaves (norms over one or two numbers), 1e-6 of the largest of them.
+    Remainders of cancellation (norms over one or two elements) may differ by 1e-6 of the largest.
     """
     draw = data.draw
     family = draw(st.sampled_from(MIXERS))
@@ -74,7 +74,7 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
     net = network(family, heads * head, heads, layers, length=length)
     if family == "paper-tokens" and length <= 3:
         # Its 256 inner units amplify rounding errors over few tokens: 26 of 1,200 draws of one to three
-        # failed, none of 3,700 with weights of half the size, and none of 2,500 of 4 to 40 with whole ones.
+        # tokens failed, but none of 3,700 with halved weights, and none of 2,500 with 4 to 40 tokens.
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.mul_(0.5)
@@ -98,8 +98,8 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("family", MIXERS)
-def test_a_sample_with_a_bad_number_spoils_no_other(family: str, value: float, name: str) -> None:
-    """Forward and backward: the others' states and input gradients keep every bit, and share its tiles."""
+def test_a_sample_with_a_nonfinite_number_affects_no_other(family: str, value: float, name: str) -> None:
+    """States and input gradients of other samples keep every bit, although they share its tiles."""
     net, x = network(family, 20, 2, layers=2, length=9), torch.randn(4, 9, 20)
     mask = None if "tokens" in family else lengths_mask((9, 4, 9, 1), 9)
     found = []
@@ -121,10 +121,10 @@ def test_a_sample_with_a_bad_number_spoils_no_other(family: str, value: float, n
 
 
 @pytest.mark.parametrize("family", MIXERS)
-def test_a_bad_weight_is_not_hidden(family: str) -> None:
-    """NaN of several bit patterns and signs, and infinities, in each parameter: bad wherever eager is.
+def test_a_nonfinite_weight_is_not_hidden(family: str) -> None:
+    """NaN of several bit patterns and signs, and infinities, in each parameter spread wherever eager's do.
 
-    Where attention sees NaN, torch's own may give numbers.
+    If attention receives NaN, torch's attention may return finite numbers.
     """
     patterns = (0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000)
     net, x = network(family).eval(), torch.randn(2, 5, 16)
@@ -158,7 +158,7 @@ def test_very_small_and_very_large_numbers(family: str, scale: float) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("family", ["seed", "scratch"])
 def test_attention_that_picks_one_key(family: str, masked: bool) -> None:
-    """Scores of thousands: exponentials underflow, and often the largest of a row counts alone."""
+    """With scores in the thousands, exponentials underflow and often only the largest of a row counts."""
     net = network(family, 32, 2)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -173,7 +173,7 @@ def test_attention_that_picks_one_key(family: str, masked: bool) -> None:
 
 
 def shifted(tensor: Tensor) -> Tensor:
-    """``tensor`` in memory that starts one float behind a cache line."""
+    """Return ``tensor`` in memory that starts one float after a cache line."""
     memory = tensor.new_empty(tensor.numel() + 1)
     return memory[1:].view(tensor.shape).copy_(tensor)
 
@@ -181,7 +181,7 @@ def shifted(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("family", MIXERS)
 def test_any_address(family: str, name: str) -> None:
-    """States, gradients, parameters and mask one element behind a cache line: the same bits."""
+    """States, gradients, parameters and mask one element after a cache line: bitwise equal results."""
     net = network(family, 32, 2, length=16)
     other = copy.deepcopy(net)
     for parameter in other.parameters():
@@ -201,7 +201,7 @@ def test_any_address(family: str, name: str) -> None:
 
 
 def test_any_stride() -> None:
-    """Transposed, strided, expanded and flipped states and parameters: the same bits as contiguous ones."""
+    """Transposed, strided, expanded and flipped tensors give the same bits as contiguous ones."""
     net = network("seed", 16, 2)
     other = copy.deepcopy(net)
     for parameter in other.parameters():

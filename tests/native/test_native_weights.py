@@ -1,4 +1,4 @@
-"""Weights that the ``native`` backend keeps packed between calls, for as long as they stay the same."""
+"""The cache of packed weights of the ``native`` backend, valid while the weights stay the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trm_kernels.backends import native
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each packing of a network's weights."""
+    """A list that grows by one with each packing of a network's weights."""
     counts: list[int] = []
     pack = native._Call.block_tensors
 
@@ -66,7 +66,7 @@ def in_place(net: TinyRecursiveNetwork) -> None:
 
 
 def through_data_while_training(net: TinyRecursiveNetwork) -> None:
-    """As a hand-written optimizer does: no version, no hook, no new pointer."""
+    """As in a hand-written optimizer: no version, no hook, no new pointer."""
     net.train()
     for parameter in net.parameters():
         parameter.data.add_(0.5)
@@ -74,7 +74,7 @@ def through_data_while_training(net: TinyRecursiveNetwork) -> None:
 
 
 def through_bfloat16(net: TinyRecursiveNetwork) -> None:
-    """Rounded; each new tensor may lie where the one before it lay."""
+    """Round-trip through bfloat16; each new tensor may have the address of the previous one."""
     net.to(torch.bfloat16).to(torch.float32)
 
 
@@ -137,7 +137,7 @@ def test_the_same_weights_elsewhere_cost_no_packing(packs: list[int]) -> None:
     assert len(packs) == 1
 
 
-def test_weights_that_do_not_lie_in_one_piece_are_packed_every_time(packs: list[int]) -> None:
+def test_noncontiguous_weights_are_packed_every_time(packs: list[int]) -> None:
     net, x = network().eval(), torch.randn(2, 5, 16)
     weight = net.layers[0].self_attn.out_proj.weight
     weight.data = weight.data.T
@@ -148,36 +148,36 @@ def test_weights_that_do_not_lie_in_one_piece_are_packed_every_time(packs: list[
     assert len(packs) == 2
 
 
-def test_new_weights_take_the_memory_of_the_old(packs: list[int]) -> None:
-    """Fresh pages would cost more than the packing itself."""
+def test_new_weights_reuse_the_memory_of_the_old(packs: list[int]) -> None:
+    """New pages would cost more than the packing itself."""
     net, x = network().eval(), torch.randn(2, 5, 16)
     addresses = set()
     with torch.no_grad():
         for _ in range(5):
             net(x)
-            ((_, packed),) = native_weights._kept[net].values()
+            ((_, packed),) = native_weights._cache[net].values()
             addresses.add(packed.data_ptr())
             del packed
             in_place(net)
     assert len(packs) == 5 and len(addresses) == 1
 
 
-def test_recorded_calls_never_keep(packs: list[int]) -> None:
+def test_recorded_calls_are_never_cached(packs: list[int]) -> None:
     net, x = network(), torch.randn(2, 5, 16)
     prepared.forget()
     for mode in (True, False):
         net.train(mode)
         net(x)
         net(x)
-    assert len(packs) == 4 and not native_weights._kept
+    assert len(packs) == 4 and not native_weights._cache
     with torch.no_grad():
         net.train()(x)
     net.eval().requires_grad_(False)(x)
-    assert len(packs) == 5 and len(native_weights._kept) == 1
+    assert len(packs) == 5 and len(native_weights._cache) == 1
 
 
-def test_what_is_packed_while_a_thread_writes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digest is of other weights than the packing; the writer takes its change back afterwards."""
+def test_packing_during_a_write_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest and the packing see different weights, because the writer reverts its change afterwards."""
     net, x = network().eval(), torch.randn(2, 5, 16)
     weight = net.layers[0].self_attn.out_proj.weight
     pack = native._Call._pack
@@ -198,8 +198,8 @@ def test_what_is_packed_while_a_thread_writes_is_not_kept(monkeypatch: pytest.Mo
         torch.testing.assert_close(net(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
 
 
-def test_other_memory_in_another_thread_frees_nothing_that_is_read() -> None:
-    """As where a LoRA is merged while others call; without a hold on it the old memory is gone (SIGSEGV)."""
+def test_replacing_memory_in_another_thread_frees_nothing_in_use() -> None:
+    """As when a LoRA is merged during other calls; if not kept alive, the old memory is freed (SIGSEGV)."""
     net, x = TinyRecursiveNetwork(512, 1, 8, backend="native").eval(), torch.randn(1, 4, 512)
     weight, stop = net.layers[0].mlp[0].weight, threading.Event()
 
@@ -219,8 +219,8 @@ def test_other_memory_in_another_thread_frees_nothing_that_is_read() -> None:
         thread.join()
 
 
-def test_kinds_of_weights_count_beside_their_bits() -> None:
-    """The same bytes as another dtype, or behind a negative bit, are other weights."""
+def test_dtype_and_sign_of_weights_matter_as_well_as_bits() -> None:
+    """The same bytes with another dtype, or with the negative bit set, are different weights."""
     kernels = native_module.network(network().config)
     weight = torch.randn(16, 16)
     seen = {
@@ -240,7 +240,7 @@ def test_weights_without_memory_are_refused() -> None:
 
 
 def test_a_training_loop_sees_every_step() -> None:
-    """Native and eager side by side from the same weights, with evaluations between the steps."""
+    """Native and eager train from the same weights, with evaluations between the steps."""
     net = network("scratch")
     eager = copy.deepcopy(net)
     eager.backend = "eager"
@@ -263,7 +263,7 @@ def test_a_training_loop_sees_every_step() -> None:
     assert len(set(losses[0])) == 10
 
 
-def test_copies_do_not_share_and_do_not_linger(packs: list[int]) -> None:
+def test_copies_are_independent_and_are_freed(packs: list[int]) -> None:
     net, x = network().eval(), torch.randn(2, 5, 16)
     with torch.no_grad():
         before = net(x)
@@ -274,14 +274,14 @@ def test_copies_do_not_share_and_do_not_linger(packs: list[int]) -> None:
         torch.testing.assert_close(copied(x), copied.forward_eager(x), rtol=1e-4, atol=1e-5)
         assert not torch.equal(copied(x), before)
     gc.collect()
-    kept = len(native_weights._kept)
+    kept = len(native_weights._cache)
     del copied
     gc.collect()
-    assert len(native_weights._kept) == kept - 1
+    assert len(native_weights._cache) == kept - 1
 
 
-def test_the_papers_two_precisions_take_turns(packs: list[int]) -> None:
-    """Float32 weights serve float32 and bfloat16 inputs, packed once for each."""
+def test_the_papers_two_precisions_alternate(packs: list[int]) -> None:
+    """Float32 weights with float32 and bfloat16 inputs, packed once for each."""
     net, x = network("paper").eval(), torch.randn(2, 5, 16)
     with torch.no_grad():
         wide, narrow = net(x), net(x.bfloat16())
@@ -289,7 +289,7 @@ def test_the_papers_two_precisions_take_turns(packs: list[int]) -> None:
     assert len(packs) == 2 and narrow.dtype == torch.bfloat16
 
 
-def test_what_was_kept_in_inference_mode_serves_training() -> None:
+def test_weights_packed_in_inference_mode_work_in_training() -> None:
     net, x = network().eval(), torch.randn(2, 5, 16)
     with torch.inference_mode():
         net(x)

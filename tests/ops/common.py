@@ -1,4 +1,4 @@
-"""Shared by the tests of single ops: dtypes by device, launch counting, and the rule over seeds."""
+"""Helpers for tests of single ops: dtypes by device, launch counting, and the tolerance rule over seeds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trm_kernels.ops import INTERPRET
 from trm_kernels.ops._launch import LAUNCHES
 from trm_kernels.testing import SEEDS, ToleranceRule
 
-#: In this order the grid of whole networks has most rows in float32 and least in float16.
+#: With this order, the grid of whole networks has the most rows in float32 and the fewest in float16.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: gradcheck runs the kernels themselves in float64, which only the interpreter does.
+#: gradcheck runs the kernels in float64, which only the interpreter supports.
 FLOAT64 = torch.float64 if INTERPRET else None
 
 
@@ -31,7 +31,7 @@ Case = dict[str, Tensor]
 
 
 def gradients(function: Callable[..., Tensor], inputs: Case, grad: Tensor) -> Case:
-    """Output and gradients of every floating-point input."""
+    """Return the output and the gradients of every floating-point input."""
     leaves = {
         name: value.detach().clone().requires_grad_() if value.is_floating_point() else value
         for name, value in inputs.items()
@@ -53,11 +53,11 @@ def check_rule(
     dtype: torch.dtype,
     seeds: int = SEEDS,
 ) -> None:
-    """Hold outputs and gradients of ``ours`` to the tolerance rule over fresh inputs.
+    """Check outputs and gradients of ``ours`` against the tolerance rule on random inputs.
 
-    ``make`` draws inputs in float64; both implementations get them rounded to ``dtype``, and the truth is
-    ``reference`` on the rounded values in float64. ``seeds`` may be fewer than eight in the interpreter,
-    where a pass takes seconds; a GPU always pools eight.
+    ``make`` draws inputs in float64. Both implementations receive them rounded to ``dtype``, and the truth is
+    ``reference`` on the rounded values in float64. In the interpreter, where a pass takes seconds, ``seeds``
+    may be less than eight; a GPU always pools eight.
     """
     rule = ToleranceRule(dtype)
     for seed in range(seeds if INTERPRET else SEEDS):

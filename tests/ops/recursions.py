@@ -1,4 +1,4 @@
-"""Latent recursions for the tests of the op: one problem, for the kernels and for the reference."""
+"""Latent recursions for the tests of the op: one problem for both the kernels and the reference."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trm_kernels import NetworkConfig, reference
 from trm_kernels.backends.fused import block_parameters
 from trm_kernels.config import Memory
 from trm_kernels.ops.layouts import LAYOUTS
-from trm_kernels.ops.recursion import Numbers, Tensors, recursion
+from trm_kernels.ops.recursion import AuxiliaryTensors, Settings, recursion
 from trm_kernels.packing import Packing
 
 LENGTH, WIDTH, HEADS = 5, 8, 2
-#: Attention mixes the valid positions of a sample; a token mixer takes no mask.
+#: Attention mixes the valid positions of a sample; token mixers accept no mask.
 ATTENTION = tuple(layout for layout in LAYOUTS if not layout.endswith("tokens"))
 OUTPUT_EPS = 1e-5
 
@@ -25,7 +25,7 @@ OUTPUT_EPS = 1e-5
 def make_network(
     layout: str, dtype: torch.dtype, device: str, width: int = WIDTH, layers: int = 2
 ) -> reference.TinyRecursiveNetwork:
-    """A network with random norms and biases: freshly built ones hide a wrong norm weight behind ones."""
+    """Build a network with random norms and biases, because initial ones and zeros would hide errors."""
     family, _, tokens = layout.partition("-")
     config = NetworkConfig(width, layers, HEADS, family=family, mixer=tokens or "attention", seq_len=LENGTH)
     net = reference.TinyRecursiveNetwork(config)
@@ -33,19 +33,19 @@ def make_network(
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
             if family == "paper":
-                parameter.mul_(0.5)  # 256 inner units, the least there are, over 5 tokens saturate otherwise
+                parameter.mul_(0.5)  # otherwise the minimum of 256 inner units saturates over 5 tokens
     return net.to(device, dtype)
 
 
 def holes(device: str) -> Tensor:
-    """Holes, a sample without a valid position, and 1..1 0..0 1 (``SequenceTRM``)."""
+    """Return a mask with gaps, a sample without a valid position, and 1..1 0..0 1 (``SequenceTRM``)."""
     rows = [[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]]
     return torch.tensor(rows, dtype=torch.bool, device=device)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One latent recursion over states [B, L, D]; with n = 0 a call ``net(y + z)``."""
+    """One latent recursion over states [B, L, D]; with n = 0, a call ``net(y + z)``."""
 
     net: reference.TinyRecursiveNetwork
     layout: str
@@ -57,7 +57,7 @@ class Problem:
     operand: torch.dtype | None = None
 
     def leaves(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        """Everything that has a gradient, by name: states, the output norm's weight, the parameters."""
+        """Return all tensors that have gradients, by name: states, output norm's weight, parameters."""
         batch, width = 2 if self.mask is None else self.mask.shape[0], self.net.config.d_model
         states = torch.randn(3, batch, LENGTH, width, dtype=dtype, device=device).unbind()
         leaves = dict(zip("xyz", (state.clone() for state in states), strict=True))
@@ -71,7 +71,7 @@ class Problem:
         return leaves
 
     def ours(self, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """New y and z by the op (y alone where n is 0), zeros at masked positions."""
+        """Compute the new y and z (only y if n is 0) with the op, with zeros at masked positions."""
         arguments, packing = self.arguments(leaves)
         states = [leaves.get(name) for name in "xyz"]
         if packing is not None:
@@ -81,11 +81,11 @@ class Problem:
         return found if packing is None else tuple(packing.unpack(state) for state in found)
 
     def arguments(self, leaves: dict[str, Tensor]) -> tuple[tuple[Any, ...], Packing | None]:
-        """The op's arguments behind the states."""
+        """Return the op's arguments after the states."""
         config, y = self.net.config, leaves["y"]
         batch, length, _ = y.shape
         packing = Packing.of(self.mask) if self.packed and self.mask is not None else None
-        tensors = Tensors()
+        tensors = AuxiliaryTensors()
         if packing is not None:
             tensors = tensors._replace(starts=packing.starts, row_count=packing.count)
         elif self.mask is not None:
@@ -96,7 +96,7 @@ class Problem:
                 cos, sin = cos[packing.positions()], sin[packing.positions()]
             tensors = tensors._replace(cos=cos, sin=sin)
         parameters = [leaf for name, leaf in leaves.items() if name[0].isdigit()]
-        numbers = Numbers(
+        settings = Settings(
             self.layout,
             self.n,
             config.n_heads,
@@ -108,10 +108,10 @@ class Problem:
             y.dtype if self.operand is None else self.operand,
             self.memory,
         )
-        return (parameters, [], leaves.get("weight"), *tensors, *numbers), packing
+        return (parameters, [], leaves.get("weight"), *tensors, *settings), packing
 
     def truth(self, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The same by the reference, differentiable in every leaf."""
+        """Compute the same with the reference, differentiable in every leaf."""
         names = {id(parameter): name for name, parameter in self.net.named_parameters()}
         parameters = {}
         for layer, block in enumerate(self.net.layers):
@@ -141,14 +141,14 @@ def _weights(out: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def project(out: tuple[Tensor, ...]) -> Tensor:
-    """The number whose gradient :func:`results_and_gradients` takes."""
+    """Return the scalar that :func:`results_and_gradients` differentiates."""
     return torch.stack([(w * found).sum() for w, found in zip(_weights(out), out, strict=True)]).sum()
 
 
 def results_and_gradients(
     function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], leaves: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Outputs of ``function`` and the gradients of every leaf, for fixed gradients of unit scale."""
+    """Return outputs of ``function`` and gradients of all leaves, for fixed output gradients."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     out = function(leaves)
     torch.autograd.backward(out, _weights(out))

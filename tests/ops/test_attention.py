@@ -26,7 +26,7 @@ KERNELS = (
 
 
 class Case:
-    """One attention problem, for the kernels and for the reference."""
+    """One attention problem for both the kernels and the reference."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Case:
 
 
 def ragged(batch: int, length: int, device: str) -> Tensor:
-    """A mask with a hole, a row of padding between valid ends, and a row without any valid position."""
+    """Return a mask with a gap, a row of padding between valid ends, and a row without valid positions."""
     mask = torch.rand(batch, length, device=device) > 0.4
     mask[0] = False
     mask[-1] = True
@@ -112,7 +112,7 @@ def test_masked_rows_are_zero_and_finite(device: str) -> None:
     assert qkv.grad[0].eq(0).all(), "a sample without valid positions must not receive a gradient"
 
 
-def test_dropout_keeps_the_asked_share_and_follows_the_seed(device: str) -> None:
+def test_dropout_keeps_the_expected_fraction_and_follows_the_seed(device: str) -> None:
     keep = dropout_keep(Dropout(0.3, torch.tensor([1], device=device)), 2, 4, 64)
     other = dropout_keep(Dropout(0.3, torch.tensor([2], device=device)), 2, 4, 64)
     assert abs(keep.float().mean().item() - 0.7) < 0.01  # 32768 draws: 4 standard deviations
@@ -120,7 +120,7 @@ def test_dropout_keeps_the_asked_share_and_follows_the_seed(device: str) -> None
     assert not torch.equal(keep[0, 0], keep[0, 1]) and not torch.equal(keep[0, 0], keep[1, 0])
 
 
-def test_two_runs_agree_to_the_bit(device: str) -> None:
+def test_two_runs_are_bitwise_equal(device: str) -> None:
     case = Case(2, 70, 2, 16, device, mask=ragged(2, 70, device), dropout=0.1)
     qkv = torch.randn(2, 70, 96, device=device)
 
@@ -171,7 +171,7 @@ def test_opcheck(everything: bool, device: str) -> None:
     torch.library.opcheck(attention, (qkv, 2, *rest))
 
 
-def test_a_gradient_at_masked_rows_is_ignored_whatever_it_is(device: str) -> None:
+def test_any_gradient_at_masked_rows_is_ignored(device: str) -> None:
     mask = torch.tensor([[True, False, True, False]], device=device)
     case = Case(1, 4, 2, 8, device, mask=mask)
     qkv = torch.randn(1, 4, 48, device=device)
@@ -186,7 +186,7 @@ def test_a_gradient_at_masked_rows_is_ignored_whatever_it_is(device: str) -> Non
     assert torch.equal(run(float("nan")), run(0.0))
 
 
-def test_arguments_that_do_not_fit_are_refused(device: str) -> None:
+def test_mismatched_arguments_are_rejected(device: str) -> None:
     qkv = torch.randn(2, 5, 48, device=device)
     mask = torch.ones(2, 5, dtype=torch.uint8, device=device)
     table = torch.ones(5, 4, device=device)
@@ -211,7 +211,7 @@ def test_a_valid_key_at_the_start_of_the_last_tile_counts(device: str) -> None:
 
 
 def test_samples_in_packed_rows_equal_padded_ones(device: str) -> None:
-    """Lengths of no tile, one tile, and an empty sample; rows behind the last hold nothing."""
+    """Lengths below and of one tile, and an empty sample, with unused rows at the end."""
     heads, head_size, length = 2, 8, 70
     mask = torch.zeros(4, length, dtype=torch.bool, device=device)
     for sample, valid in enumerate((3, 70, 0, 65)):
@@ -253,7 +253,7 @@ def test_packed_rows_are_rotated_by_their_position(device: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_bias_and_a_folded_norm(masked: bool, dropout: float) -> None:
-    """Projections s Y without their bias: out, gradient over rms, row dots, and the gradient of the bias."""
+    """Projections s Y without bias: output, gradient divided by RMS, row dots, and gradient of the bias."""
     eps, width = 1e-3, 16
     mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool) if masked else None
     case = Case(2, 4, 2, 8, "cpu", mask=mask, dropout=dropout)
@@ -279,7 +279,7 @@ def test_a_bias_and_a_folded_norm(masked: bool, dropout: float) -> None:
     torch.testing.assert_close(found.bias, of_bias)
 
 
-def test_calls_of_one_seed_draw_apart(device: str) -> None:
+def test_calls_with_one_seed_draw_different_numbers(device: str) -> None:
     seed = torch.tensor([3], device=device)
     first, second, again = (dropout_keep(Dropout(0.5, seed, call), 1, 2, 64) for call in (0, 1, 0))
     assert torch.equal(first, again)

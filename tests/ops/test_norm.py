@@ -66,7 +66,7 @@ def test_every_element_is_written(device: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def poison_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch.empty_like and torch.empty hand out NaN, so that an unwritten element shows."""
+    """Make torch.empty_like and torch.empty return NaN, so that unwritten elements show."""
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)
 
@@ -96,7 +96,7 @@ def test_opcheck(given_tensors: tuple[bool, ...], device: str) -> None:
     torch.library.opcheck(add3_rms_norm, (x, *addends, weight, EPS))
 
 
-def test_addends_that_do_not_fit_are_refused(device: str) -> None:
+def test_mismatched_addends_are_rejected(device: str) -> None:
     x = torch.randn(2, 5, 16, device=device)
     with pytest.raises(ValueError, match="addends"):
         add3_rms_norm(x, x[:1], None, None, EPS)

@@ -1,4 +1,4 @@
-"""The recursion as an op: formulas in float64, registration, determinism, precision modes."""
+"""The recursion op: formulas in float64, registration, determinism, precision modes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def problem(
     layers: int = 2,
     **options: Any,
 ) -> Problem:
-    """A recursion over packed samples, but for token mixers, which take none."""
+    """Build a recursion over packed samples, or padded ones for token mixers, which cannot pack."""
     packed = layout in ATTENTION if packed is None else packed
     mask = holes(device) if packed else None
     net = make_network(layout, dtype, device, width, layers)
@@ -53,7 +53,7 @@ def problem(
 
 
 def agree(ours: dict[str, Tensor], truth: dict[str, Tensor], bound: float) -> None:
-    """Relative to the largest value of each tensor: the gradient of the keys' bias is all rounding."""
+    """Compare relative to each tensor's largest value: the gradient of the keys' bias is pure rounding."""
     assert ours.keys() == truth.keys()
     for name, expected in truth.items():
         atol = bound * max(1.0, expected.abs().max().item())
@@ -75,7 +75,7 @@ def agree(ours: dict[str, Tensor], truth: dict[str, Tensor], bound: float) -> No
     ],
 )
 def test_the_gradient_is_the_derivative_of_the_forward(layout: str, n: int, memory: Memory) -> None:
-    """gradcheck along one direction of all inputs: two passes, and no minutes of them where it fails."""
+    """gradcheck along one direction of all inputs, which takes two passes instead of minutes."""
     case = problem(layout, n, memory=memory, layers=1)
     leaves = case.leaves(torch.float64, "cpu")
     directions = {name: torch.randn_like(leaf) for name, leaf in leaves.items()}
@@ -95,7 +95,7 @@ def test_the_gradient_is_the_derivative_of_the_forward(layout: str, n: int, memo
 @pytest.mark.parametrize("memory", ["balanced", "small"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_gradient_is_that_of_the_reference(layout: str, memory: Memory) -> None:
-    """Tensor by tensor, where gradcheck compares one sum; packed samples against padded ones."""
+    """Compare each tensor, while gradcheck compares one sum; packed samples against padded ones."""
     case = problem(layout, 2, memory=memory)
     leaves = case.leaves(torch.float64, "cpu")
     truth = results_and_gradients(case.truth, leaves)
@@ -110,10 +110,8 @@ def test_every_gradient_is_that_of_the_reference(layout: str, memory: Memory) ->
 
 @in_float64
 @pytest.mark.parametrize("calls", [1, 2])
-def test_weight_gradients_in_chunks_are_those_of_the_whole(
-    calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks of one call, and of two with a remainder, where a wrong slot of the workspace would show."""
+def test_weight_gradients_in_chunks_equal_those_without(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of one call, and of two with a remainder, which would reveal a wrong slot of the workspace."""
     case = problem("scratch", 2, packed=False, layers=1, output_norm=False)
     leaves = case.leaves(torch.float64, "cpu")
     whole = results_and_gradients(case.ours, leaves)
@@ -124,20 +122,20 @@ def test_weight_gradients_in_chunks_are_those_of_the_whole(
 
 @in_float64
 def test_a_masked_call_equals_the_reference() -> None:
-    """Padding that is not packed: a single call of the network."""
+    """A single call of the network with unpacked padding."""
     case = replace(problem("seed", 0), packed=False)
     leaves = case.leaves(torch.float64, "cpu")
     agree(results_and_gradients(case.ours, leaves), results_and_gradients(case.truth, leaves), 1e-9)
 
 
 def test_a_mask_and_latent_steps_are_refused(device: str) -> None:
-    """A norm at the end of a masked call would lose the input of the next."""
+    """A norm at the end of a masked call would lose the input of the next call."""
     case = replace(problem("paper", 1, dtype=torch.float32, device=device), packed=False)
     with pytest.raises(ValueError, match="pack"):
         case.ours(case.leaves(torch.float32, device))
 
 
-def test_an_x_is_asked_for_where_there_are_latent_steps(device: str) -> None:
+def test_latent_steps_require_x(device: str) -> None:
     case = problem("seed", 1, dtype=torch.float32, device=device, packed=False)
     leaves = case.leaves(torch.float32, device)
     del leaves["x"]
@@ -156,7 +154,7 @@ def test_opcheck(layout: str, n: int, memory: Memory, device: str) -> None:
     states = [leaves.get(name) for name in "xyz"]
     if packing is not None:
         states = [None if state is None else packing.pack(state).detach() for state in states]
-    # aot_dispatch compares bits of packed rows that hold nothing.
+    # aot_dispatch would compare the bits of unused packed rows.
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if packing is None:
         utils.append("test_aot_dispatch_static")
@@ -164,7 +162,7 @@ def test_opcheck(layout: str, n: int, memory: Memory, device: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["seed", "paper-tokens"])
-def test_two_backward_passes_agree_to_the_bit(layout: str, device: str) -> None:
+def test_two_backward_passes_are_bitwise_equal(layout: str, device: str) -> None:
     case = problem(layout, 1, dtype=torch.float32, device=device, layers=1, packed=False)
     leaves = case.leaves(torch.float32, device)
     first, second = (results_and_gradients(case.ours, leaves) for _ in range(2))
@@ -254,7 +252,7 @@ def test_mlp_opcheck(layout: str, device: str) -> None:
     torch.library.opcheck(mlp, (x, parameters, None, layout, block.config.norm_eps, torch.float32))
 
 
-def test_a_gemm_writes_no_row_behind_the_count(device: str) -> None:
+def test_a_gemm_writes_no_row_beyond_the_count(device: str) -> None:
     a, weight = torch.randn(1, 70, 8, device=device), torch.randn(5, 8, device=device)
     places = {name: torch.full((1, 70, 5), 7.0, device=device) for name in ("out", "next", "copy", "pre")}
     sums = torch.full((70, 1), 7.0, device=device)

@@ -1,4 +1,4 @@
-"""What a network call starts from: sums, a norm in front of them, copies and row sums, packed rows."""
+"""The input of a network call: sums, a norm before them, copies and row sums, packed rows."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_sum_norm_and_row_sums(with_x: bool, weighted: bool, norm: bool, device:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_row_sums_are_those_of_what_was_stored(dtype: torch.dtype, device: str) -> None:
-    """In half precision the sum is rounded; the norm that reads it must see the rounded values."""
+def test_row_sums_are_those_of_stored_values(dtype: torch.dtype, device: str) -> None:
+    """In half precision the sum is rounded, and the norm that reads it must use the rounded values."""
     x, y, z = case(device, dtype)
     stream, pair, _ = start(x, y, z, outputs=Outputs(write_sumsq=True))
     assert stream is not None and stream.sumsq is not None and pair is not None
@@ -67,14 +67,14 @@ def test_a_copy_for_operands_is_rounded_once(dtype: torch.dtype, device: str) ->
     assert torch.equal(place, stream.value.to(dtype))
 
 
-def test_the_answer_alone_writes_no_next_input(device: str) -> None:
+def test_the_answer_writes_no_next_input(device: str) -> None:
     _, _, z = case(device)
     stream, pair, normed = start(None, None, z, norm=Norm(None, 1e-5), write_normed=True, write_next=False)
     assert stream is None and pair is None and normed is not None
     torch.testing.assert_close(normed, reference.rms_norm(z, 1e-5))
 
 
-def test_rows_behind_the_count_are_neither_read_nor_written(device: str) -> None:
+def test_rows_beyond_the_count_are_neither_read_nor_written(device: str) -> None:
     x, y, z = case(device)
     count = torch.tensor([5], dtype=torch.int32, device=device)
     place = torch.full_like(x, 7.0)

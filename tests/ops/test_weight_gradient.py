@@ -28,7 +28,7 @@ def close(ours: Tensor, truth: Tensor, dtype: torch.dtype, factor: float = 8.0) 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_launches_add_up(splits: int, transposed: bool, dtype: torch.dtype, device: str) -> None:
-    """Steps of rows that no tile divides, more splits than blocks, launches of several sizes."""
+    """Numbers of rows that no tile divides, more splits than blocks, and launches of several sizes."""
 
     def chooser(problem: Problem, target: Target) -> Choice:
         return Choice("triton", heuristic(problem, target).tile, splits)
@@ -49,7 +49,7 @@ def test_launches_add_up(splits: int, transposed: bool, dtype: torch.dtype, devi
 
 
 @pytest.mark.parametrize("valid", [0, 1, 64, 65, 130])
-def test_rows_behind_the_count_add_nothing(valid: int, device: str) -> None:
+def test_rows_beyond_the_count_add_nothing(valid: int, device: str) -> None:
     count = torch.tensor([valid], dtype=torch.int32, device=device)
     g, a = torch.randn(2, 130, 7, device=device), torch.randn(2, 130, 5, device=device)
     g[:, valid:] = a[:, valid:] = float("nan")
@@ -88,7 +88,7 @@ def test_a_column_sum_over_launches(device: str) -> None:
 def test_the_activation_gradient_is_that_of_autograd(
     activation: Activation, transposed: bool, packed: bool
 ) -> None:
-    """G, the activation again, the row dots of the folded norm, and the bias; several tiles of each."""
+    """G, the recomputed activation, the row dots of the folded norm, and the bias, over several tiles."""
     rows, inner, width, eps = 70, 66, 12, 1e-6
     gated = activation == Activation.SWIGLU
     h = torch.randn(rows, width, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_the_activation_gradient_is_that_of_autograd(
     def shaped(matrix: Tensor) -> Tensor:
         return matrix.detach().t().contiguous()[None] if transposed else matrix.detach()[None].clone()
 
-    sums = h.square().view(rows, 3, 4).sum(2)  # partial sums, as another kernel's tiles leave them
+    sums = h.square().view(rows, 3, 4).sum(2)  # partial sums, as written by another kernel's tiles
     given_grad, given_pre = shaped(grad), shaped(pre)
     if packed:
         given_grad[:, valid:] = given_pre[:, valid:] = float("nan")
@@ -140,7 +140,7 @@ def test_the_activation_gradient_is_that_of_autograd(
 
 
 def test_no_partial_sum_is_left_unwritten(device: str) -> None:
-    """Splits without a block of their own must store zeros."""
+    """Splits without blocks must store zeros."""
     g, a = torch.ones(1, 3, 4, device=device), torch.ones(1, 3, 4, device=device)
 
     def chooser(problem: Problem, target: Target) -> Choice:

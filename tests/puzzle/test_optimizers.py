@@ -252,7 +252,7 @@ def test_in_training_it_gives_the_same_leaf_each_time() -> None:
         out = embedding(ids)
         assert out is embedding.rows and out.is_leaf and out.requires_grad
         assert torch.equal(out, embedding.weights[ids.long()])
-    with pytest.raises(ValueError, match=r"ids of shape \[3\], but room for \[4\]"):
+    with pytest.raises(ValueError, match=r"ids have shape \[3\], but \[4\] was allocated"):
         embedding(torch.zeros(3, dtype=torch.int64))
     copied = copy.deepcopy(embedding)
     assert copied.rows is not embedding.rows and copied.rows is not None and copied.rows.is_leaf
@@ -490,7 +490,7 @@ def _not_capturable(optimizer: JointOptimizer) -> None:
     ("spoil", "reason"),
     [
         (_hook_of_a_part, "has hooks"),
-        (_number, "learning rate is no tensor"),
+        (_number, "learning rate is not a tensor"),
         (_not_capturable, "without capturable"),
     ],
 )
@@ -584,7 +584,7 @@ def test_the_joint_optimizer_has_the_groups_and_states_of_its_parts() -> None:
     assert optimizer.state is not state and optimizer.param_groups[1] is adam.param_groups[0]
     with pytest.raises(ValueError, match="more than one"):
         JointOptimizer([adam, adam])
-    with pytest.raises(ValueError, match="none of the joined"):
+    with pytest.raises(ValueError, match="no joined optimizer"):
         optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
     with pytest.raises(ValueError, match="number of parameter groups"):
         optimizer.load_state_dict(adam.state_dict())

@@ -1,6 +1,6 @@
-"""Implementations of a network and its recursion: each says what it is, and what it refuses.
+"""Implementations of a network and its recursion. Each declares which calls it cannot handle.
 
-A new one is a module with a :class:`Backend`, and a line below; later ones are faster.
+To add one, write a module with a :class:`Backend` and register it below, in order of increasing speed.
 """
 
 from trm_kernels.backends import compiled, eager, fused, native

@@ -1,4 +1,4 @@
-"""What kernels read of a module, and why they would refuse one."""
+"""The parameters that kernels read from a module, and checks whether they can handle it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from trm_kernels.config import FLOAT32_EPS, NetworkConfig
 from trm_kernels.module import FusedModule
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: A row of the residual stream is normalised in one tile.
-_WIDEST = 8192
-#: And a token mixer's norm runs over the sequence, for several channels at once: its backward spills
-#: 2976 bytes a thread at 8192 positions.
-_LONGEST = 2048
+#: Maximum width: a row of the residual stream is normalised in one tile.
+_MAX_WIDTH = 8192
+#: Maximum sequence length of a token mixer, whose norm runs along the sequence for several channels at once:
+#: its backward spills 2976 bytes per thread at 8192 positions.
+_MAX_LENGTH = 2048
 
 #: Submodules of a block that hold parameters, and the parameters that the kernels read from each, in the
-#: order of its :class:`~trm_kernels.ops.layouts.Layout`. Spelled out, because walking a module tree on every
-#: call takes longer on the host than launching its kernels (0.2 ms a network, measured).
+#: order of its :class:`~trm_kernels.ops.layouts.Layout`. Listed explicitly, because walking a module tree in
+#: every call takes longer on the host than launching its kernels (0.2 ms per network, measured).
 _READ: dict[str, tuple[tuple[str, str], ...]] = {
     "seed": (
         ("norm1", "weight"),
@@ -66,7 +66,7 @@ _READ: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.down_proj", "weight"),
     ),
 }
-#: Submodules whose ``forward`` the kernels replace without reading a parameter of their own.
+#: Submodules without parameters of their own whose ``forward`` the kernels replace.
 _REPLACED = {
     "seed": ("mlp", "mlp.1"),
     "scratch": ("mixer", "ffn"),
@@ -74,8 +74,8 @@ _REPLACED = {
     "paper": ("self_attn", "mlp"),
     "paper-tokens": ("mlp_t", "mlp"),
 }
-#: What blocks and those submodules may be: another type (a LoRA wrapper, a quantised layer) computes
-#: something else. A class that computes what its base does adds itself.
+#: Allowed types of blocks and these submodules: other types (a LoRA wrapper, a quantised layer) compute
+#: something else. A subclass that computes the same as its base adds itself.
 KNOWN: set[type[nn.Module]] = {
     reference.TransformerBlock,
     reference.RMSNorm,
@@ -93,12 +93,12 @@ KNOWN: set[type[nn.Module]] = {
 
 
 def layout_name(config: NetworkConfig) -> str:
-    """Which of :data:`trm_kernels.ops.layouts.LAYOUTS` the blocks of a network follow."""
+    """Return the name in :data:`trm_kernels.ops.layouts.LAYOUTS` of the layout of a network's blocks."""
     return f"{config.family}-tokens" if config.mixer == "tokens" else config.family
 
 
 def _submodule(block: nn.Module, path: str) -> nn.Module:
-    # By the dictionaries: nn.Module.__getattr__ and get_submodule cost several times as much.
+    # Access the dictionaries: nn.Module.__getattr__ and get_submodule take several times as long.
     for name in path.split("."):
         child = block._modules[name]
         assert child is not None
@@ -107,7 +107,7 @@ def _submodule(block: nn.Module, path: str) -> nn.Module:
 
 
 def block_parameters(block: nn.Module) -> list[Tensor]:
-    """Parameters of a reference block in the order of its :class:`~trm_kernels.ops.layouts.Layout`."""
+    """Return a reference block's parameters in the order of its :class:`~trm_kernels.ops.layouts.Layout`."""
     assert isinstance(block, reference.TransformerBlock)
     named = _named_parameters(block, layout_name(block.config))
     return [parameter for _, parameter in named if parameter is not None]
@@ -121,81 +121,82 @@ def _named_parameters(block: nn.Module, layout: str) -> Iterator[tuple[str, Tens
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that GEMM operands are rounded to: autocast's where it is on, else that of ``x``."""
+    """Return the dtype to which GEMM operands are rounded: autocast's if enabled, else that of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def refuses(module: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
-    """Why the kernels cannot serve this call, or None if they can."""
+    """Return why the kernels cannot handle this call, or None if they can."""
     config = module.config
     if ops.INTERPRET:
         if x.device.type != "cpu":
-            return f"TRITON_INTERPRET=1 runs on CPU tensors, and the input is on {x.device}"
+            return f"TRITON_INTERPRET=1 runs on CPU tensors, but the input is on {x.device}"
         if not ops.INTERPRETS_BFLOAT16 and torch.bfloat16 in (x.dtype, operand_dtype(x)):
             return "TRITON_INTERPRET=1 multiplies the bit patterns of bfloat16"
     elif x.device.type != "cuda":
-        return f"the input is on {x.device}, the kernels run on a GPU"
+        return f"the input is on {x.device}, but the kernels run on a GPU"
     if x.dtype not in _DTYPES and not (ops.INTERPRET and x.dtype == torch.float64):
         return f"dtype {x.dtype} is not one of float32, bfloat16, float16"
     if x.dtype != torch.float32 and operand_dtype(x) != x.dtype:
-        return f"a {x.dtype} stream under autocast to {operand_dtype(x)}: eager would widen it"
+        return f"under autocast to {operand_dtype(x)} eager would widen a {x.dtype} stream"
     if x.numel() == 0:
         return "the batch is empty"
-    if config.d_model > _WIDEST:
-        return f"d_model {config.d_model} is over {_WIDEST}"
+    if config.d_model > _MAX_WIDTH:
+        return f"d_model {config.d_model} exceeds the maximum of {_MAX_WIDTH}"
     if config.mixer == "attention" and config.head_dim > 256:
-        return f"head size {config.head_dim} is over 256"
-    if config.mixer == "tokens" and x.shape[1] > _LONGEST:
-        return f"sequence length {x.shape[1]} of a token mixer is over {_LONGEST}"
+        return f"head size {config.head_dim} exceeds the maximum of 256"
+    if config.mixer == "tokens" and x.shape[1] > _MAX_LENGTH:
+        return f"sequence length {x.shape[1]} of a token mixer exceeds the maximum of {_MAX_LENGTH}"
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            return "the kernels have no rules for torch.func transforms or forward-mode differentiation"
+            return "the kernels do not support torch.func transforms or forward-mode differentiation"
         if x.is_inference() and torch.is_grad_enabled():
-            return "the input was made in inference mode, and cannot be saved for a backward"
+            return "the input was created in inference mode and cannot be saved for a backward"
     if mask is not None and mask.device != x.device:
-        return f"the mask is on {mask.device}, the input on {x.device}"
+        return f"the mask is on {mask.device}, but the input is on {x.device}"
     return refuses_modes(module) or refuses_modules(module, x)
 
 
 def refuses_modules(module: FusedModule, x: Tensor) -> str | None:
-    """Why the modules inside ``module`` must be called one by one, or None."""
+    """Return why the modules inside ``module`` must be called one by one, or None."""
     if module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks:
         return "there are global module hooks, which fused kernels would skip"
     if module.overridden & {"forward_eager", "blocks"}:
-        return f"{type(module).__name__} computes something of its own (forward_eager or blocks)"
+        return f"{type(module).__name__} overrides forward_eager or blocks"
     layout = layout_name(module.config)
     one_dtype = not torch.is_autocast_enabled(x.device.type) and module.config.family != "paper"
     for block in module.blocks:
         if type(block) not in KNOWN:
             return f"a block is a {type(block).__name__}, not one of the family's"
         if block is not module and is_hooked(block):
-            return "a block has hooks or a forward of its own, which fused kernels would skip"
+            return "a block has hooks or its own forward, which fused kernels would skip"
         for path in (*_REPLACED[layout], *(path for path, _ in _READ[layout])):
             child = _submodule(block, path)
             if type(child) not in KNOWN:
                 return f"submodule {path} is a {type(child).__name__}, not one of the family's"
             if is_hooked(child):
-                return f"submodule {path} has hooks or a forward of its own, which fused kernels would skip"
+                return f"submodule {path} has hooks or its own forward, which fused kernels would skip"
             if isinstance(child, nn.GELU) and child.approximate != "none":
-                return f"submodule {path} is GELU({child.approximate!r}), the kernels compute it with erf"
+                return f"submodule {path} is GELU({child.approximate!r}), but the kernels use erf"
         for path, parameter in _named_parameters(block, layout):
             if parameter is None:
-                return f"{path} lacks a parameter that the family has"
+                return f"{path} has no parameter where the family has one"
             if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
                 kind = type(parameter).__name__
                 return f"a parameter of {path} is a {kind}: shard or wrap whole networks"
             if parameter.device != x.device:
-                return f"a parameter of {path} is on {parameter.device}, the input on {x.device}"
+                return f"a parameter of {path} is on {parameter.device}, but the input is on {x.device}"
             if one_dtype and parameter.dtype != x.dtype:
                 return (
-                    f"a parameter of {path} is {parameter.dtype}, the input {x.dtype}: use one, or autocast"
+                    f"a parameter of {path} is {parameter.dtype}, but the input is {x.dtype}: "
+                    "use the same dtype, or autocast"
                 )
     return None
 
 
 def refuses_modes(module: FusedModule) -> str | None:
-    """Why attention of the blocks is called one by one for its dropout, or None."""
+    """Return why the attention layers' dropout requires calling blocks one by one, or None."""
     if module.config.dropout > 0.0:
         name = "mixer" if module.config.family == "scratch" else "self_attn"
         for block in module.blocks:
@@ -206,23 +207,23 @@ def refuses_modes(module: FusedModule) -> str | None:
 
 
 def is_hooked(child: nn.Module) -> bool:
-    """Whether calling ``child`` does more than its class says."""
+    """Whether calling ``child`` does more than its class defines."""
     forward = child._forward_hooks or child._forward_pre_hooks
     backward = child._backward_hooks or child._backward_pre_hooks
     return bool(forward) or bool(backward) or "forward" in child.__dict__
 
 
 def refuses_skipping(module: FusedModule) -> str | None:
-    """Why a recursion has to call the network, or None if reading its blocks computes the same."""
+    """Return why a recursion must call the network, or None if reading its blocks computes the same."""
     if is_hooked(module):
-        return "the network has hooks or a forward of its own, which would be skipped"
+        return "the network has hooks or its own forward, which would be skipped"
     if module.overridden:
-        return f"{type(module).__name__} has a {min(module.overridden)} of its own, which would be skipped"
+        return f"{type(module).__name__} has its own {min(module.overridden)}, which would be skipped"
     return None
 
 
 def refuses_recursion(module: FusedModule, states: Sequence[Tensor], recursion: Recursion) -> str | None:
-    """Why a recursion over a network that the kernels serve must call it step by step, or None."""
+    """Return why a recursion must call a supported network step by step, or None."""
     output_norm = recursion.output_norm
     if (reason := refuses_skipping(module)) is not None:
         return reason
@@ -234,7 +235,7 @@ def refuses_recursion(module: FusedModule, states: Sequence[Tensor], recursion: 
 
 
 def output_norm_of(recursion: Recursion) -> tuple[Tensor | None, float | None]:
-    """Weight [D] and eps of what is applied after every call, where it is not refused; no eps: nothing is."""
+    """Return the weight [D] and eps of a supported output norm; eps is None if there is no norm."""
     norm = recursion.output_norm
     if norm is None:
         return None, None
@@ -247,15 +248,15 @@ def _refuses_norm(config: NetworkConfig, norm: object, state: Tensor) -> str | N
         return f"output_norm is a {type(norm).__name__}, not an RMSNorm"
     assert isinstance(norm, (reference.RMSNorm, nn.RMSNorm))
     if is_hooked(norm):
-        return "output_norm has hooks or a forward of its own, which a fused recursion would skip"
+        return "output_norm has hooks or its own forward, which a fused recursion would skip"
     if not config.pre_norm:
-        return "a post-norm network has no use for output_norm"
+        return "a post-norm network does not support output_norm"
     weight = norm.weight
     shape = norm.normalized_shape if isinstance(norm, nn.RMSNorm) else weight.shape
     if tuple(shape) != (config.d_model,):
         return f"output_norm normalises {list(shape)}, not the width {config.d_model}"
     if weight is not None and weight.device != state.device:
-        return f"output_norm is on {weight.device}, the states on {state.device}"
+        return f"output_norm is on {weight.device}, but the states are on {state.device}"
     return None
 
 
@@ -263,6 +264,6 @@ def _refuses_fp8(state: Tensor) -> str | None:
     if ops.INTERPRET:
         return None
     if torch.version.hip is not None:
-        return "fp8 is built for NVIDIA GPUs"
+        return "fp8 requires an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(state.device)
     return None if major >= 9 else f"the GPU has compute capability {major}.{minor}; fp8 needs 9.0 or newer"

@@ -1,9 +1,9 @@
-"""Which backend runs a network, and the reasons for a refusal.
+"""Selection of the backend that runs a network.
 
-The choice is read, nearest first, from the ``backend=`` argument, from :func:`use_backend`, from the
-environment variable ``TRM_BACKEND`` (read once, at import), and is ``"auto"`` otherwise. A named backend
-that cannot serve a call raises :class:`BackendError` with the reason; ``auto`` takes the next one, and
-:func:`select` tells what it took and what it passed over.
+The selection comes from the ``backend=`` argument, :func:`use_backend` or the environment variable
+``TRM_BACKEND`` (read once, at import), in this order of precedence. The default is ``"auto"``. If a named
+backend cannot handle a call, it raises :class:`BackendError` with the reason; ``auto`` tries the next
+backend, and :func:`select` reports which one it chose and which it skipped.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve the call."""
+    """A backend that was requested by name cannot handle the call."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The backend that serves a call, and the reason for each one that was passed over."""
+    """The backend that runs a call, and the reason for each backend that was skipped."""
 
     name: str
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
 _ENVIRONMENT = os.environ.get("TRM_BACKEND") or "auto"
-# Plain module state: torch.compile guards it (it cannot see a ContextVar), and the recomputation of a
-# checkpoint, which runs on autograd's own threads, sees the same choice.
+# Plain module state rather than a ContextVar: torch.compile can guard it, and the recomputation of a
+# checkpoint, which runs on autograd's threads, sees the same value.
 _context: str | None = None
 
 
 def validate_name(name: str, source: str = "") -> str:
-    """Return ``name``, or raise ValueError, its message led by ``source``, if it names no backend."""
+    """Return ``name``; raise ValueError, with the prefix ``source``, if there is no such backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{source}unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
     return name
@@ -49,10 +49,10 @@ def validate_name(name: str, source: str = "") -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend of every network called inside the ``with`` block, in the whole process.
+    """Set the backend of every network called inside the ``with`` block, in the whole process.
 
-    Like ``torch.nn.attention.sdpa_kernel`` it is not local to a thread. Networks built with an explicit
-    ``backend=`` keep theirs.
+    Like ``torch.nn.attention.sdpa_kernel``, it is not thread-local. Networks built with an explicit
+    ``backend=`` keep their own.
     """
     global _context
     previous, _context = _context, validate_name(name)
@@ -63,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(argument: str | None = None) -> str:
-    """The backend that argument, context and environment ask for: a name, or ``"auto"``."""
+    """Return the backend that the argument, context or environment requests: a name, or ``"auto"``."""
     if argument is not None:
         return validate_name(argument)
     if _context is not None:
@@ -72,23 +72,23 @@ def requested(argument: str | None = None) -> str:
 
 
 def refusal(name: str, net: FusedModule, x: Tensor, mask: Tensor | None = None) -> Refusal:
-    """Why backend ``name`` cannot serve this call, or None if it can."""
+    """Return why backend ``name`` cannot handle this call, or None if it can."""
     backend = BACKENDS[name]
     reason = backend.unavailable()
     return reason if reason is not None else backend.refuses(net, x, mask)
 
 
 def select(net: FusedModule, x: Tensor, mask: Tensor | None = None) -> Selection:
-    """The backend that a call ``net(x, mask)`` runs on, and why others were passed over.
+    """Return the backend that a call ``net(x, mask)`` runs on, and why others were skipped.
 
     Raises:
-        BackendError: A backend asked for by name refuses the call.
+        BackendError: If a backend was requested by name and cannot handle the call.
     """
     name = requested(net.backend)
     if name != "auto":
         reason = refusal(name, net, x, mask)
         if reason is not None:
-            raise BackendError(f"backend {name!r} cannot serve this call: {reason}")
+            raise BackendError(f"backend {name!r} cannot handle this call: {reason}")
         return Selection(name)
     passed_over: dict[str, str] = {}
     for name in AUTO_ORDER.get(x.device.type, AUTO_ORDER[ANYWHERE]):
@@ -100,5 +100,5 @@ def select(net: FusedModule, x: Tensor, mask: Tensor | None = None) -> Selection
 
 
 def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Run a network on the backend that :func:`select` names."""
+    """Run a network on the backend that :func:`select` returns."""
     return BACKENDS[select(net, x, mask).name].run(net, x, mask)

@@ -1,9 +1,9 @@
-"""The ``compile`` backend: the reference under torch.compile, without recompiles inside a recursion.
+"""The ``compile`` backend: the reference under torch.compile, without recompilation inside a recursion.
 
-A recursion flips what torch.compile guards on: grad mode (T - 1 recursions run without gradient) and
-``requires_grad`` of the input (the first input of a step is detached, the next carries a graph). Compiled
-naively, those flips and the batch shapes pass the recompile limit within one recursion. So there are two
-functions, one for each grad mode, and each always sees the same ``requires_grad``.
+A recursion changes properties that torch.compile guards on: grad mode (T - 1 recursions run without
+gradients) and ``requires_grad`` of the input (the first input of a step is detached, the next has a graph).
+With naive compilation, these changes and the batch shapes exceed the recompile limit within one recursion.
+Therefore there are two functions, one per grad mode, and each always sees the same ``requires_grad``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trm_kernels.module import FusedModule
 
 
 def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> Refusal:
-    """Why torch.compile cannot serve this call, or None if it can."""
+    """Return why torch.compile cannot handle this call, or None if it can."""
     if torch.compiler.is_compiling():
-        return None  # the outer torch.compile takes the reference into its own graph
+        return None  # the outer torch.compile traces the reference into its own graph
     if x.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler for CPU code and found neither g++ nor clang++"
     if x.device.type == "cuda" and ops.MISSING is not None:
-        return f"torch.compile writes Triton code for GPUs: {ops.MISSING}"
+        return f"torch.compile generates Triton code for GPUs: {ops.MISSING}"
     if x.numel() == 0:
         return "the batch is empty"
     return None
@@ -43,20 +43,20 @@ def _forward(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
 
 @functools.cache
 def _compiled(config: NetworkConfig, grad: bool) -> Callable[..., Tensor]:
-    """One compiled function for each configuration and grad mode."""
+    """Return the compiled function for this configuration and grad mode."""
     return _compile_copy(_forward, "tiny_network_grad" if grad else "tiny_network")
 
 
 @functools.cache
 def _compiled_rows(part: Callable[..., Tensor], config: NetworkConfig, grad: bool) -> Callable[..., Tensor]:
-    """The same for a part of a network on packed rows."""
+    """Return the same for a part of a network on packed rows."""
     return _compile_copy(part, f"tiny_network{part.__name__}{'_grad' if grad else ''}")
 
 
 def _compile_copy(function: Any, name: str) -> Callable[..., Tensor]:
-    # torch.compile counts recompiles by code object (the limit is 8), so each function owns a copy.
+    # torch.compile counts recompilations per code object (the limit is 8), so each function gets a copy.
     code: CodeType = function.__code__.replace(co_name=name)
-    # fullgraph: past the limit torch.compile raises here instead of running eager code unasked.
+    # fullgraph=True: beyond the limit, torch.compile raises instead of silently running eager code.
     return torch.compile(FunctionType(code, function.__globals__), fullgraph=True)
 
 
@@ -102,7 +102,7 @@ BACKEND = Backend(
     refuses=refuses,
     run=run,
     packed=PackedRecursion(packed.refuses, functools.partial(packed.run_recursion, run_part=run_rows)),
-    # Not on CPUs: it is 1.05 to 1.2 times as fast as eager there (bench/results/cpu.jsonl), and takes tens of
-    # seconds to compile, unasked.
+    # Not on CPUs: there it is only 1.05 to 1.2 times as fast as eager (bench/results/cpu.jsonl), and
+    # compiling takes tens of seconds, which the user did not ask for.
     auto=("cuda",),
 )

@@ -10,7 +10,7 @@ from trm_kernels.module import FusedModule
 
 
 def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Run ``net`` on ``x`` [B, L, D] and ``mask`` [B, L] as the reference does."""
+    """Run the reference on ``x`` [B, L, D] and ``mask`` [B, L]."""
     return net.forward_eager(x, mask)
 
 

@@ -19,15 +19,15 @@ from trm_kernels.packing import Packing, read_positions
 def _matrices(
     module: FusedModule, parameters: list[Tensor], layout: str, operand: torch.dtype, *, fp8: bool
 ) -> list[Tensor]:
-    """The matrices that the kernels read: made here, but once for a network that is frozen.
+    """Return the matrices that the kernels read: prepared in every call, or once for a frozen network.
 
-    A call cannot tell whether the weights are still those that matrices were made of: reading them all on the
-    device and waiting for the answer would take longer than to fold them.
+    A call cannot detect whether the weights have changed since matrices were prepared: reading all of them on
+    the device and waiting for the answer would take longer than folding them again.
     """
     from trm_kernels.ops.layouts import LAYOUTS, prepare
 
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return []  # launches cannot be traced, and tensors may hold no data: the op makes them itself
+        return []  # launches cannot be traced, and tensors may hold no data: the op prepares them itself
 
     def make() -> list[Tensor]:
         with torch.no_grad():
@@ -37,7 +37,7 @@ def _matrices(
     return make() if kept is None else kept
 
 
-class _Applied:
+class _Call:
     """One network, applied to states of one shape and dtype."""
 
     def __init__(
@@ -49,7 +49,7 @@ class _Applied:
         packing: Packing | None = None,
     ) -> None:
         from trm_kernels.ops.attention_common import mask_ends
-        from trm_kernels.ops.recursion import Numbers, Tensors
+        from trm_kernels.ops.recursion import AuxiliaryTensors, Settings
 
         config = module.config
         self.module = module
@@ -67,8 +67,8 @@ class _Applied:
         if mask is not None:
             mask = (mask != 0).to(torch.uint8).contiguous()
             ends = mask_ends(mask)
-        self.tensors = Tensors(mask, ends, starts, count, cos, sin)
-        self.numbers = Numbers(
+        self.tensors = AuxiliaryTensors(mask, ends, starts, count, cos, sin)
+        self.settings = Settings(
             layout=layout_name(config),
             n=n,
             n_heads=config.n_heads,
@@ -90,36 +90,37 @@ class _Applied:
         output_weight: Tensor | None = None,
         *,
         read: Tensor | None = None,
-        **numbers: Any,
+        **overrides: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One latent recursion, or, with n = 0, one network call; ``numbers`` replace those of the start."""
+        """Run one latent recursion or, with n = 0, one network call; ``overrides`` replace settings."""
         from trm_kernels.ops.recursion import recursion
 
-        now = self.numbers._replace(**numbers)
+        settings = self.settings._replace(**overrides)
         tensors = self.tensors._replace(read=read)
-        if now.dropout > 0.0:
+        if settings.dropout > 0.0:
             tensors = tensors._replace(seed=torch.randint(2**62, (1,), device=self.device))
-        if now.fp8 not in self._matrices:
-            self._matrices[now.fp8] = _matrices(
-                self.module, self.parameters, now.layout, now.operand, fp8=now.fp8
+        fp8 = settings.fp8
+        if fp8 not in self._matrices:
+            self._matrices[fp8] = _matrices(
+                self.module, self.parameters, settings.layout, settings.operand, fp8=fp8
             )
-        return recursion(x, y, z, self.parameters, self._matrices[now.fp8], output_weight, *tensors, *now)
+        return recursion(x, y, z, self.parameters, self._matrices[fp8], output_weight, *tensors, *settings)
 
 
 def run(module: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     """Run a network or block on ``x`` [B, L, D] and ``mask`` [B, L]."""
-    return _Applied(module, x, 0, mask)(None, x, None)[0]
+    return _Call(module, x, 0, mask)(None, x, None)[0]
 
 
 def run_recursion(module: FusedModule, states: Sequence[Tensor], asked: Recursion) -> tuple[Tensor, Tensor]:
-    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
+    """Run T - 1 latent recursions without gradients and one with, on states [B, L, D] of one dtype."""
     n, read = asked.n, asked.read
     packing = Packing.of(asked.mask) if isinstance(asked.mask, Tensor) else asked.mask
     x, y, z = states
     given_z = z
     if packing is not None:
         x, y, z = packing.pack(x), packing.pack(y), packing.pack(z)
-    network = _Applied(module, y, n, packing=packing)
+    network = _Call(module, y, n, packing=packing)
     weight, output_eps = output_norm_of(asked)
 
     def records() -> bool:
@@ -149,7 +150,7 @@ def run_recursion(module: FusedModule, states: Sequence[Tensor], asked: Recursio
             y = y if packing is None else packing.unpack(y)
             y = y if read is None else read_positions(y, read)
         else:
-            y, z = recursion(y, z, _rows_of(read, network.numbers.length, packing))
+            y, z = recursion(y, z, _rows_of(read, network.settings.length, packing))
             y = y.view(*read.shape, -1)
             if packing is not None:
                 y = y.masked_fill(~packing.mask.gather(1, read)[..., None], 0.0)
@@ -159,7 +160,7 @@ def run_recursion(module: FusedModule, states: Sequence[Tensor], asked: Recursio
 
 
 def _rows_of(read: Tensor, length: int, packing: Packing | None) -> Tensor:
-    """Rows [B K] of the positions ``read`` [B, K], among padded rows or packed ones."""
+    """Return the rows [B K] of positions ``read`` [B, K], among padded or packed rows."""
     first = torch.arange(read.shape[0], device=read.device)[:, None] * length
     rows = (first + read).reshape(-1)
     return rows if packing is None else packing.place[rows]

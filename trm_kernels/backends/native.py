@@ -1,6 +1,6 @@
 """The ``native`` backend: networks and recursions in C++ on the CPU (csrc/).
 
-Shapes: B batch, L sequence, D width, R rows (the valid positions of all samples, one behind the other).
+Shapes: B batch, L sequence, D width, R rows (the valid positions of all samples, one after another).
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def refuses(net: FusedModule, x: Tensor, mask: Tensor | None) -> str | None:
-    """Why the kernels cannot serve this call, or None if they can."""
+    """Return why the kernels cannot handle this call, or None if they can."""
     if x.device.type != "cpu":
-        return f"the input is on {x.device}, the kernels run on CPUs"
+        return f"the input is on {x.device}, but the kernels run on CPUs"
     if mask is not None and mask.device != x.device:
-        return f"the mask is on {mask.device}, the input on {x.device}"
+        return f"the mask is on {mask.device}, but the input is on {x.device}"
     if x.dtype not in _DTYPES:
         return f"dtype {x.dtype} is neither float32 nor bfloat16"
     if torch.is_autocast_enabled("cpu"):
-        return "the kernels compute in float32, autocast asks for less"
+        return "the kernels compute in float32, but autocast requests a lower precision"
     if x.numel() == 0:
         return "the batch is empty"
     if x.shape[0] * x.shape[1] >= 2**31:
         return "the kernels count rows in 32 bits"
-    if net.config.n_layers > native_module.MOST_BLOCKS:
-        return f"{net.config.n_layers} blocks are over {native_module.MOST_BLOCKS}"
+    if net.config.n_layers > native_module.MAX_BLOCKS:
+        return f"{net.config.n_layers} blocks exceed the maximum of {native_module.MAX_BLOCKS}"
     if torch._C._len_torch_dispatch_stack() > 0:
-        return "the tensors under a dispatch mode may hold no data"
+        return "tensors under a dispatch mode may hold no data"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "the kernels have no rules for torch.func transforms or forward-mode differentiation"
+        return "the kernels do not support torch.func transforms or forward-mode differentiation"
     return _refuses_input(x) or refuses_modes(net) or refuses_modules(net, x) or _refuses_weights(net)
 
 
@@ -63,7 +63,7 @@ def _refuses_weights(net: FusedModule) -> str | None:
 
 
 def _lacks_memory(tensor: Tensor) -> bool:
-    # As where weights are shared out among processes, and for zeros that torch only describes.
+    # For example weights sharded across processes, and torch's zero tensors without storage.
     return tensor.data_ptr() == 0 and tensor.numel() > 0
 
 
@@ -71,16 +71,16 @@ def _refuses_input(x: Tensor) -> str | None:
     if type(x) not in (Tensor, nn.Parameter):
         return f"the input is a {type(x).__name__}, which may hold no data"
     if x.is_inference() and torch.is_grad_enabled():
-        return "an input was made in inference mode, and cannot be saved for a backward"
+        return "an input was created in inference mode and cannot be saved for a backward"
     if _lacks_memory(x):
         return "an input has no memory of its own"
     return None
 
 
 def refuses_recursion(net: FusedModule, states: Sequence[Tensor], recursion: Recursion) -> str | None:
-    """Why a recursion over a network that the kernels serve must call it step by step, or None."""
+    """Return why a recursion must call a supported network step by step, or None."""
     if recursion.precision is not None:
-        return f"precision={recursion.precision!r} is for GPUs"
+        return f"precision={recursion.precision!r} requires a GPU"
     for state in states:
         if (reason := _refuses_input(state)) is not None:
             return reason
@@ -88,26 +88,28 @@ def refuses_recursion(net: FusedModule, states: Sequence[Tensor], recursion: Rec
 
 
 def slower(net: FusedModule, x: Tensor) -> str | None:
-    """Why eager would be faster, or None: a few rows wait for weights, which packing reads once more.
+    """Return why eager would be faster, or None.
 
-    Measured with n = 2 on two cores: in training, 1 row of width 256 takes 1.1 times eager's time, 4 of width
-    512 1.35 times, 16 0.8 times; in inference 1 row of width 256 0.7 times, of width 1,024 twice, 4 of width
-    512 0.9 times.
+    Few rows are bound by reading the weights, and packing reads them once more.
+
+    Time relative to eager, measured with n = 2 on two cores. In training: 1.1 for 1 row of width 256, 1.35
+    for 4 rows of width 512, 0.8 for 16 rows of width 512. In inference: 0.7 for 1 row of width 256, 2 for 1
+    row of width 1,024, 0.9 for 4 rows of width 512.
     """
     rows, d = x.shape[0] * x.shape[1], net.config.d_model
     trains = torch.is_grad_enabled()
-    fewest, narrowest = (16, 256) if trains else (4, 512)
-    if rows < fewest and d >= narrowest:
-        return f"{rows} rows of width {d} wait for weights alone"
-    if x.dtype == torch.bfloat16 and rows * d >= (_AMX_TRAINS if trains else _AMX_INFERS) and _has_amx():
-        return "PyTorch multiplies bfloat16 by AMX on this processor, the kernels in float32"
+    min_rows, min_width = (16, 256) if trains else (4, 512)
+    if rows < min_rows and d >= min_width:
+        return f"{rows} rows of width {d} are bound by reading weights"
+    if x.dtype == torch.bfloat16 and rows * d >= (_AMX_TRAINING if trains else _AMX_INFERENCE) and _has_amx():
+        return "PyTorch multiplies bfloat16 with AMX on this processor, while the kernels use float32"
     return None
 
 
-#: Rows times width from which PyTorch's bfloat16 is faster than our float32 where the processor has AMX. In
-#: inference eager takes 0.6 times as long at 2,048 rows of width 256, and as long at 97 of 512; in training
-#: as long at 2,048 of 256 (two cores of a Sapphire Rapids).
-_AMX_INFERS, _AMX_TRAINS = 3 << 14, 1 << 19
+#: Rows times width above which PyTorch's bfloat16 is faster than our float32 on processors with AMX. In
+#: inference, eager takes 0.6 times as long for 2,048 rows of width 256 and equally long for 97 rows of width
+#: 512. In training, it takes equally long for 2,048 rows of width 256 (two cores of a Sapphire Rapids).
+_AMX_INFERENCE, _AMX_TRAINING = 3 << 14, 1 << 19
 
 
 def _has_amx() -> bool:
@@ -123,7 +125,7 @@ def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def run_recursion(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> tuple[Tensor, Tensor]:
-    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype."""
+    """Run T - 1 latent recursions without gradients and one with, on states [B, L, D] of one dtype."""
     n, read = asked.n, asked.read
     with_gradients = asked.with_gradients and torch.is_grad_enabled()
     call = _Call(net, states, asked.mask, output_norm_of(asked), with_gradients)
@@ -147,9 +149,9 @@ class _Call:
     """One network, applied to states of one shape and dtype.
 
     Args:
-        states: What the network will be applied to, each [B, L, D].
-        output_norm: As :func:`~trm_kernels.backends.checks.output_norm_of` gives it.
-        with_gradients: Whether a recursion will record gradients, if there is anything to record.
+        states: Inputs of the network, each [B, L, D].
+        output_norm: Result of :func:`~trm_kernels.backends.checks.output_norm_of`.
+        with_gradients: Whether a recursion records gradients, if anything requires them.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class _Call:
         self.packed = self._packed()
 
     def _lay_rows(self) -> None:
-        """Fill in rows (R) and the tensors that describe them; they live as long as this object."""
+        """Set the number of rows R and create the tensors that describe them, kept alive by this object."""
         batch, length, _ = self.shape
         positions = None
         self.nothing_valid = self.packing is not None and int(self.packing.count) == 0
@@ -184,7 +186,7 @@ class _Call:
             self.rows = batch * length
             self._starts = torch.arange(0, self.rows + 1, length, dtype=torch.int32)
         else:
-            # Where nothing is valid there is one row all the same.
+            # There is at least one row, even if nothing is valid.
             self.rows = self.packing.rows
             self._starts = self.packing.starts.clone()
             self._starts[-1] = self.rows
@@ -199,74 +201,76 @@ class _Call:
         self.batch = native_module.module().Batch(self.rows, batch, *addresses)
 
     def pack(self, x: Tensor) -> Tensor:
-        """Rows [R, D] in float32, of ``x`` [B, L, D]."""
+        """Return ``x`` [B, L, D] as float32 rows [R, D]."""
         rows = x if self.packing is None else self.packing.pack(x)
         return rows.reshape(self.rows, -1).to(torch.float32)
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """``rows`` [R, D] as states [B, L, D] of the input's dtype; zeros at padding."""
+        """Return ``rows`` [R, D] as states [B, L, D] in the input's dtype, with zeros at padding."""
         if self.packing is None:
             return rows.view(self.shape).to(self.dtype)
         if self.nothing_valid:
-            rows = rows * 0.0  # and so is its gradient
+            rows = rows * 0.0  # also zeroes the gradient
         return self.packing.unpack(rows).to(self.dtype)
 
     def recursion(
         self, x: Tensor | None, y: Tensor, z: Tensor | None, n: int, *, recompute: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """One latent recursion on rows [R, D]; with n = 0, and z or not, one call of the network."""
-        numbers = _Numbers(n, self.output_eps, self.dropout, _seed() if self.dropout > 0.0 else 0, recompute)
+        """Run one latent recursion on rows [R, D]. With n = 0: one call of the network, with or without z."""
+        settings = _Settings(
+            n, self.output_eps, self.dropout, _seed() if self.dropout > 0.0 else 0, recompute
+        )
         states = x, y, z
         if self.records and torch.is_grad_enabled():
-            # What the graph refers to must not hold the packed weights, which a backward sets free.
+            # The graph must not hold the packed weights through this object: the backward frees them.
             call = copy.copy(self)
             del call.packed
-            return _Recursion.apply(call, numbers, self.packed, self.weight, *states, *self.parameters)
-        new_y, new_z, _ = self.forward(numbers, self.packed, self.weight, states, keeps=False)
+            return _Recursion.apply(call, settings, self.packed, self.weight, *states, *self.parameters)
+        new_y, new_z, _ = self.forward(settings, self.packed, self.weight, states, keeps=False)
         return new_y, new_z
 
     def forward(
         self,
-        numbers: _Numbers,
+        settings: _Settings,
         packed: Tensor,
         weight: Tensor | None,
         states: Sequence[Tensor | None],
         *,
         keeps: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """New y and z [R, D] from x, y and z, and what the backward reads; ``weight``: the output norm's."""
+        """Return the new y and z [R, D] and the data for the backward; ``weight`` is the output norm's."""
         tensors = [_plain(tensor) for tensor in (*states, weight)]
-        recursion = numbers.recursion(tensors)
+        recursion = settings.recursion(tensors)
         threads = native_module.threads(self.rows)
         workspace = take(self.kernels.workspace_size(self.batch, recursion, False, threads))
         kept = take(self.kernels.kept_size(self.batch, recursion)) if keeps else None
         shape = self.rows, self.shape[2]
-        y, z = torch.empty(shape), torch.empty(shape) if numbers.n > 0 else None
+        y, z = torch.empty(shape), torch.empty(shape) if settings.n > 0 else None
         self.kernels.forward(self.batch, recursion, *_addresses((packed, kept, workspace, y, z)), threads)
         return y, z, kept
 
     def backward(
         self,
-        numbers: _Numbers,
+        settings: _Settings,
         saved: Sequence[Tensor | None],
         gradients_out: tuple[Tensor | None, Tensor | None],
     ) -> list[Tensor | None]:
-        """Gradients of the output norm's weight, of x, y and z, and of the parameters.
+        """Return the gradients of the output norm's weight, of x, y and z, and of the parameters.
 
         Args:
-            saved: What the forward kept, the packed weights, the output norm's weight, the parameters.
-            gradients_out: Those of the new y and z [R, D].
+            saved: Data kept by the forward, packed weights, the output norm's weight, and the parameters.
+            gradients_out: Gradients of the new y and z [R, D].
         """
         kept, packed, weight, *given = saved
         weight = _plain(weight)
-        recursion = numbers.recursion((None, None, None, weight))
+        recursion = settings.recursion((None, None, None, weight))
         threads = native_module.threads(self.rows)
         workspace = take(self.kernels.workspace_size(self.batch, recursion, True, threads))
         shape = self.rows, self.shape[2]
         dy_out, dz_out = (_plain(gradient) for gradient in gradients_out)
         if dy_out is None:
             dy_out = torch.zeros(shape)
-        dx = torch.empty(shape) if numbers.n > 0 else None
+        dx = torch.empty(shape) if settings.n > 0 else None
         dy, dz = torch.empty(shape), torch.empty(shape)
         dweight = None if weight is None else torch.empty_like(weight)
         parameters = self.block_tensors([tensor for tensor in given if tensor is not None])
@@ -283,11 +287,11 @@ class _Call:
         return [dweight, dx, dy, dz, *self._parameter_gradients(gradients)]
 
     def block_tensors(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Parameters as the kernels take them: ten a block (``struct Block`` of csrc/kernels.h)."""
+        """Convert parameters to the kernels' format: ten per block (``struct Block`` in csrc/kernels.h)."""
         size = len(parameters) // self.net.config.n_layers
         found: list[Tensor | None] = []
         for i in range(0, len(parameters), size):
-            # The paper's layers round their weights to the input's dtype.
+            # The paper's layers cast their weights to the input's dtype.
             dtype = self.dtype if self.net.config.family == "paper" else None
             p: list[Any] = [_plain(parameter, dtype) for parameter in parameters[i : i + size]]
             if self.layout == "scratch":
@@ -305,7 +309,7 @@ class _Call:
         return found
 
     def _parameter_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Those of the parameters, from those of :meth:`block_tensors`."""
+        """Convert gradients of :meth:`block_tensors` to gradients of the parameters."""
         given = [gradient for gradient in gradients if gradient is not None]
         if self.net.config.family != "scratch":
             return given
@@ -320,7 +324,7 @@ class _Call:
         return found
 
     def _packed(self) -> Tensor:
-        """The packed weights: made for this call if it records, else kept while the weights are the same."""
+        """Return packed weights: new ones if the call records gradients, else cached ones if unchanged."""
         if self.records:
             return self._pack()
         form = "native", self.dtype
@@ -340,8 +344,8 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """What makes one recursion differ from another on the same rows."""
+class _Settings:
+    """Non-tensor arguments of one recursion."""
 
     n: int
     output_eps: float
@@ -356,13 +360,13 @@ class _Numbers:
 
 
 class _Recursion(torch.autograd.Function):
-    """A latent recursion that keeps what its backward reads."""
+    """A latent recursion that saves the data for its backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         call: _Call,
-        numbers: _Numbers,
+        settings: _Settings,
         packed: Tensor,
         weight: Tensor | None,
         x: Tensor | None,
@@ -370,10 +374,10 @@ class _Recursion(torch.autograd.Function):
         z: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        new_y, new_z, kept = call.forward(numbers, packed, weight, (x, y, z), keeps=True)
-        ctx.call, ctx.numbers = call, numbers
-        # All tensors here: a backward, hooks and checkpoints then free them, and autograd refuses a backward
-        # after a parameter was changed in place. The states are not read again.
+        new_y, new_z, kept = call.forward(settings, packed, weight, (x, y, z), keeps=True)
+        ctx.call, ctx.settings = call, settings
+        # Save all tensors here, so that a backward, hooks and checkpoints can free them, and autograd detects
+        # parameters modified in place. The states are not needed.
         ctx.save_for_backward(kept, packed, weight, *parameters)
         ctx.set_materialize_grads(False)
         return new_y, new_z
@@ -381,14 +385,14 @@ class _Recursion(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy_out: Tensor | None, dz_out: Tensor | None = None) -> tuple[Any, ...]:
-        found = ctx.call.backward(ctx.numbers, ctx.saved_tensors, (dy_out, dz_out))
+        found = ctx.call.backward(ctx.settings, ctx.saved_tensors, (dy_out, dz_out))
         wanted = ctx.needs_input_grad[3:]
         gradients = (g if needs else None for g, needs in zip(found, wanted, strict=True))
         return None, None, None, *gradients
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``tensor`` in float32 (rounded to ``dtype`` first), contiguous, without its history."""
+    """Return ``tensor`` as float32 (rounded to ``dtype`` first), contiguous and detached."""
     if tensor is None:
         return None
     rounded = tensor.detach() if dtype is None else tensor.detach().to(dtype)
@@ -404,13 +408,13 @@ def _seed() -> int:
 
 
 def _packing(mask: Tensor | Packing | None) -> Packing | None:
-    """Rows without a gap, or None where every position is valid."""
+    """Return a packing without unused rows, or None if every position is valid."""
     given = None
     if isinstance(mask, Packing):
         given, mask = mask, mask.mask
     if mask is None:
         return None
-    # Read even where a Packing has lengths: the kernels would read past their buffers if those were wrong.
+    # Read the mask even if a Packing has lengths: wrong lengths would make the kernels read out of bounds.
     lengths: list[int] = (mask != 0).sum(dim=1).tolist()
     if sum(lengths) == mask.numel():
         return None

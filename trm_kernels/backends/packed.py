@@ -1,9 +1,9 @@
-"""The recursion of ``eager`` and ``compile`` over packed rows: padding costs nothing, in plain PyTorch.
+"""The recursion of ``eager`` and ``compile`` over packed rows, without computing padding, in plain PyTorch.
 
-The valid positions of all samples are gathered once, run through the recursion as rows [R, D], and put back
-once. Only attention sees sequences: the rows are sorted by the length of their sample, so that all samples of
-one length are one view, without padding and without a mask. The ``compile`` backend compiles what lies
-between two attentions, where lengths are but a number of rows.
+The valid positions of all samples are gathered once, pass through the recursion as rows [R, D], and are
+scattered back once. Only attention sees sequences: the rows are sorted by the length of their sample, so that
+all samples of one length form one view, without padding or a mask. The ``compile`` backend compiles the parts
+between two attentions, where only the number of rows depends on the lengths.
 
 Shapes: B batch, L sequence, D width, R rows.
 """
@@ -30,7 +30,7 @@ from trm_kernels.config import NetworkConfig
 from trm_kernels.module import FusedModule
 from trm_kernels.packing import Packing, Rows, read_positions
 
-#: Runs a part of a network, the first argument, with the others.
+#: Calls its first argument, a part of a network, with the remaining arguments.
 RunRows = Callable[..., Tensor]
 
 
@@ -40,22 +40,22 @@ def plain_rows(part: Callable[..., Tensor], *args: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class SortedRows(Rows):
-    """Packed rows without a gap, those of shorter samples first.
+    """Packed rows without unused rows, shorter samples first.
 
     Attributes:
-        groups: (S, l): S samples of length l follow, l ascending.
+        groups: Consecutive pairs (S, l): S samples of length l, with l ascending.
     """
 
     groups: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, mask: Tensor, lengths: Sequence[int]) -> SortedRows:
-        """Pack the positions where ``mask`` [B, L] is not 0; ``lengths``: how many each sample has."""
+        """Pack the positions where ``mask`` [B, L] is not 0. ``lengths`` has their number in each sample."""
         mask = mask != 0
         batch, length = mask.shape
         groups = tuple((samples, size) for size, samples in sorted(Counter(lengths).items()) if size > 0)
         rows = sum(lengths)
-        # One stable sort finds the rows of every device without waiting for it: padding goes behind them.
+        # One stable sort finds the rows without synchronising with the device, and moves padding to the end.
         keys = torch.where(mask, mask.sum(dim=1, keepdim=True), length + 1)
         order = torch.argsort(keys.flatten(), stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(batch * length, device=mask.device))
@@ -63,33 +63,33 @@ class SortedRows(Rows):
 
 
 def refuses(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> str | None:
-    """Why a recursion must run on the padded batch, or None."""
+    """Return why a recursion must run on the padded batch, or None."""
     mask, valid = asked.mask, asked.valid
     if mask is None or valid is None:
         return "there is no padding"
     if torch.compiler.is_compiling():
-        return "torch.compile would compile again for other lengths"
+        return "torch.compile would recompile for other lengths"
     if torch._C._len_torch_dispatch_stack() > 0:
-        return "the tensors under a dispatch mode may hold no data"
+        return "tensors under a dispatch mode may hold no data"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "there are no rules for torch.func transforms or forward-mode differentiation"
+        return "packing does not support torch.func transforms or forward-mode differentiation"
     y = states[1]
     if any(tensor.device != y.device for tensor in (*states, valid)):
         return "mask and states are on different devices"
     if y.dtype != torch.float32 and torch.is_autocast_enabled(y.device.type):
-        return f"a {y.dtype} stream under autocast: the padded recursion widens it"
+        return f"under autocast the padded recursion widens a {y.dtype} stream"
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a captured graph would keep these lengths"
+        return "a captured graph would fix these lengths"
     lengths = _lengths(mask)
     if lengths is None:
-        return f"the lengths are on {valid.device}, which nothing waits for: give a Packing with lengths"
+        return f"reading the lengths would synchronise with {valid.device}: pass a Packing with lengths"
     if sum(lengths) in (0, valid.numel()):
-        return "there is no padding" if valid.numel() == sum(lengths) else "there is nothing but padding"
+        return "there is no padding" if valid.numel() == sum(lengths) else "there is only padding"
     return refuses_skipping(net) or refuses_modules(net, y)
 
 
 def _lengths(mask: Tensor | Packing) -> Sequence[int] | None:
-    """Number of valid positions of each sample, where it can be known without waiting for a device."""
+    """Return the number of valid positions of each sample, or None if that requires synchronisation."""
     if isinstance(mask, Packing):
         if mask.lengths is not None:
             return mask.lengths
@@ -103,9 +103,9 @@ def _lengths(mask: Tensor | Packing) -> Sequence[int] | None:
 def run_recursion(
     net: FusedModule, states: Sequence[Tensor], asked: Recursion, *, run_part: RunRows = plain_rows
 ) -> tuple[Tensor, Tensor]:
-    """T - 1 latent recursions without gradient and one with, on states [B, L, D] of one dtype.
+    """Run T - 1 latent recursions without gradients and one with, on states [B, L, D] of one dtype.
 
-    ``run_part`` runs what lies between two attentions.
+    ``run_part`` runs the parts between two attentions.
     """
     n, T, mask, output_norm, with_gradients, memory, _, read = asked
     valid = asked.valid
@@ -139,8 +139,8 @@ def run_recursion(
 class _PackedNetwork:
     """A network applied to packed rows [R, D].
 
-    A network reads its matrices once, and many calls use them: so it is built once for the recursions without
-    gradient, and once for that with it.
+    :meth:`read` reads the matrices once for many calls: once for the recursions without gradients, and once
+    for the recursion with gradients.
     """
 
     def __init__(self, net: FusedModule, rows: SortedRows, like: Tensor, run: RunRows) -> None:
@@ -156,14 +156,14 @@ class _PackedNetwork:
         self.blocks: list[_Block] = []
 
     def read(self) -> None:
-        """Take over the weights, with gradient where it is enabled."""
+        """Read the weights, with gradients if they are enabled."""
         self.blocks = [_Block.of(block, self.dtype) for block in self.net.blocks]
 
     def __call__(self, h: Tensor) -> Tensor:
         for block in self.blocks:
             qkv = self.run(_before_attention, self.config, h, block.qkv)
             attended = self.attend(qkv, block.dropout)
-            h = self.run(_behind_attention, self.config, h, attended, block.out, block.up, block.down)
+            h = self.run(_after_attention, self.config, h, attended, block.out, block.up, block.down)
         return h
 
 
@@ -171,14 +171,14 @@ _Linear = tuple[Tensor, Tensor | None]
 
 
 def _before_attention(config: NetworkConfig, h: Tensor, qkv: _Linear) -> Tensor:
-    """Queries, keys and values [R, 3 D] of a block's input [R, D]."""
+    """Compute queries, keys and values [R, 3 D] from a block's input [R, D]."""
     return F.linear(_normalise(h, config.norm_eps) if config.pre_norm else h, *qkv)
 
 
-def _behind_attention(
+def _after_attention(
     config: NetworkConfig, h: Tensor, attended: Tensor, out: _Linear, up: _Linear, down: _Linear
 ) -> Tensor:
-    """A block's output [R, D] from its input and what it attended to [R, D]."""
+    """Compute a block's output [R, D] from its input and the attention output [R, D]."""
     h = _add_product(h, attended, *out)
     normalised = _normalise(h, config.norm_eps)
     if not config.pre_norm:
@@ -196,7 +196,8 @@ def _behind_attention(
 class _Block(NamedTuple):
     """The weights [out, in] and biases [out] of a block.
 
-    A weight behind a norm is multiplied by the norm's, once for many calls: the norm is then but a scale.
+    The weight of a norm is folded into the matrix after it, once for many calls, so the norm only scales
+    rows.
     """
 
     qkv: _Linear
@@ -224,13 +225,13 @@ class _Block(NamedTuple):
 
 
 def _fold(weight: Tensor, norm: Tensor) -> Tensor:
-    """``weight`` [out, in] of a product behind a norm of weight [in], rounded once."""
+    """Fold the weight [in] of a norm into ``weight`` [out, in] of the product after it, rounding once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) * norm.to(wide)).to(weight.dtype)
 
 
 def _add_product(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``h + x @ weight.T + bias``, summed by the product itself but under autocast."""
+    """Compute ``h + x @ weight.T + bias``; except under autocast, the product itself accumulates ``h``."""
     if x.dtype != h.dtype:
         return h + F.linear(x, weight, bias)
     if bias is None:
@@ -239,17 +240,17 @@ def _add_product(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a weight of rows [R, D]."""
+    """Apply RMSNorm without a weight to rows [R, D]."""
     if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
         return _Normalise.apply(x, eps)
     return reference.rms_norm(x, eps)
 
 
 class _Normalise(torch.autograd.Function):
-    """RMSNorm with its backward written out: torch puts both together from elementwise operations.
+    """RMSNorm with an explicit backward; torch composes both from elementwise operations.
 
-    With weights folded, a recursion of the seed family takes 5 to 8% less time forward and backward (d 32 to
-    512, two cores).
+    With folded weights, the forward and backward of a seed recursion take 5 to 8% less time (d 32 to 512, two
+    cores).
     """
 
     @staticmethod

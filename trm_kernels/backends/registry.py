@@ -1,4 +1,4 @@
-"""What can run a network: one record for each backend, as it registers."""
+"""The registry of backends: one record per backend."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 Refusal = str | None
 Normalisation = Callable[[Tensor], Tensor]
 
-#: How recursions may deviate from the precision of their states.
+#: Reduced precisions of recursions.
 Precision = Literal["fp8-nograd"]
 
-#: In ``Backend.auto``: on every type of device that no other backend names.
+#: In ``Backend.auto``: every device type that no other backend lists.
 ANYWHERE = "*"
 
 
 class Recursion(NamedTuple):
-    """What is asked of a recursion, beside its network and states: :func:`~trm_kernels.deep_recursion`."""
+    """Arguments of a recursion other than its network and states; see :func:`~trm_kernels.deep_recursion`."""
 
     n: int
     T: int = 1
@@ -38,11 +38,11 @@ class Recursion(NamedTuple):
 
     @property
     def valid(self) -> Tensor | None:
-        """Which positions are valid [B, L], or None: all are."""
+        """Mask of valid positions [B, L], or None if all are valid."""
         return self.mask.mask if isinstance(self.mask, Packing) else self.mask
 
 
-#: Runs a recursion over a network on states x, y and z [B, L, D] of one shape and dtype; gives y and z.
+#: Runs a recursion over a network on states x, y and z [B, L, D] of one shape and dtype; returns y and z.
 RunRecursion = Callable[["FusedModule", Sequence[Tensor], Recursion], tuple[Tensor, Tensor]]
 RefusesRecursion = Callable[["FusedModule", Sequence[Tensor], Recursion], Refusal]
 
@@ -56,15 +56,15 @@ class Backend:
     """One way to run a :class:`~trm_kernels.module.FusedModule`.
 
     Attributes:
-        name: What users write.
+        name: Name of the backend in the user interface.
         summary: One line for ``llm-trm env``.
-        unavailable: Why it cannot work in this process at all, or None.
-        refuses: Why it cannot serve this call (network, input [B, L, D], mask [B, L]), or None.
+        unavailable: Returns why it cannot run in this process at all, or None.
+        refuses: Returns why it cannot handle this call (network, input [B, L, D], mask [B, L]), or None.
         run: Runs the network on an input and mask that it does not refuse.
-        recursion: Where it can run a whole recursion at once.
-        packed: Where it can leave out padding, which one of the former does by itself.
-        slower: Why the next backend would be faster for this call, or None. Only ``auto`` asks.
-        auto: Types of device on which ``auto`` tries it, before all that registered earlier.
+        recursion: Its fused recursion, if it has one. It handles padding itself.
+        packed: Its recursion without padding, if it has one and no fused recursion.
+        slower: Returns why the next backend would be faster for this call, or None. Only ``auto`` uses it.
+        auto: Device types on which ``auto`` tries it, before all backends registered earlier.
     """
 
     name: str
@@ -80,11 +80,12 @@ class Backend:
 
 @dataclass(frozen=True)
 class FusedRecursion:
-    """A backend's own recursion.
+    """A backend's fused recursion.
 
     Attributes:
-        refuses: Why a recursion over a network that the backend serves must call it step by step, or None.
-        run: Runs one that is not refused.
+        refuses: Returns why a recursion must call the network step by step, although the backend can run the
+            network, or None.
+        run: Runs a recursion that is not refused.
     """
 
     refuses: RefusesRecursion
@@ -93,32 +94,32 @@ class FusedRecursion:
 
 @dataclass(frozen=True)
 class PackedRecursion:
-    """A recursion that calls the network step by step, but on the valid positions alone.
+    """A recursion that calls the network step by step, but only on the valid positions.
 
     Attributes:
-        refuses: Why a recursion with a mask must run on the padded batch, or None.
-        run: Runs one that is not refused.
+        refuses: Returns why a recursion with a mask must run on the padded batch, or None.
+        run: Runs a recursion that is not refused.
     """
 
     refuses: RefusesRecursion
     run: RunRecursion
 
 
-#: By name.
+#: All backends by name.
 BACKENDS: dict[str, Backend] = {}
 
-#: What ``auto`` tries, by type of device.
+#: Backends that ``auto`` tries, by device type.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {}
 
 
 def register(backend: Backend) -> None:
-    """Offer a backend under its name.
+    """Register a backend under its name.
 
     Raises:
-        ValueError: The name is taken, or stands for the choice among all of them.
+        ValueError: If the name is taken or is ``"auto"``.
     """
     if backend.name in BACKENDS or backend.name == "auto":
-        raise ValueError(f"there is a backend {backend.name!r} already")
+        raise ValueError(f"backend {backend.name!r} already exists")
     BACKENDS[backend.name] = backend
     for device in backend.auto:
         AUTO_ORDER[device] = backend.name, *(AUTO_ORDER.get(device) or AUTO_ORDER.get(ANYWHERE, ()))

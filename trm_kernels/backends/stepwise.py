@@ -1,4 +1,4 @@
-"""A recursion in calls of a network, one by one."""
+"""A recursion as individual calls of a network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trm_kernels.backends.choice import requested, use_backend
 def step_by_step(
     call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, z: Tensor, n: int, memory: str
 ) -> tuple[Tensor, Tensor]:
-    """A latent recursion in n + 1 calls of a network, on states of any one shape."""
+    """Run a latent recursion as n + 1 calls of a network, on states of any common shape."""
     recompute = memory == "small" and torch.is_grad_enabled()
 
     def step(h: Tensor) -> Tensor:
         if not recompute:
             return call(h)
-        # Another backend would save other tensors than the forward did.
+        # Recompute with the same backend, because another one would save different tensors.
         again = use_backend(requested())
         return checkpoint(call, h, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 

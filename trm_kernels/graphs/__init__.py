@@ -1,4 +1,4 @@
-"""CUDA graphs of recursions: one for each bucket of shapes, within bounds, never silently absent."""
+"""CUDA graphs of recursions: one per shape bucket, limited in number and memory, with reported fallbacks."""
 
 from trm_kernels.graphs.buckets import Bucket, eighths, multiple_of, power_of_two
 from trm_kernels.graphs.cache import GraphCache, GraphFallbackWarning, GraphStatus, graph_status

@@ -1,4 +1,4 @@
-"""Captured graphs, bounded in number and in bytes, and what became of calls that none could serve."""
+"""A cache of captured graphs, limited in number and bytes, which counts the calls that ran without one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ import torch
 from trm_kernels import arguments
 from trm_kernels.graphs.capture import Captured, CaptureError, Capturer, CudaCapturer
 
-#: How many keys that could not be captured a cache remembers, so as not to try them on every call.
-_REFUSED = 1024
+#: Maximum number of failed keys that a cache remembers, so as not to retry them in every call.
+_MAX_REFUSED = 1024
 
 
 class GraphFallbackWarning(RuntimeWarning):
-    """A call runs without a graph, though a graph was asked for; given once for each reason."""
+    """A call runs without the requested graph. Issued once per reason."""
 
 
 @dataclass(frozen=True)
 class GraphStatus:
-    """What graphs did.
+    """Statistics of graphs.
 
     Attributes:
-        graphs: Graphs alive.
-        nbytes: Bytes of the memory pools that hold what they compute with.
-        captures, replays, evictions: How often each happened.
-        fallbacks: How many calls ran without a graph, by reason.
+        graphs: Number of live graphs.
+        nbytes: Bytes of their memory pools.
+        captures, replays, evictions: Number of each.
+        fallbacks: Number of calls that ran without a graph, by reason.
     """
 
     graphs: int = 0
@@ -45,7 +45,7 @@ class GraphStatus:
 
 @dataclass(eq=False)
 class _Pool:
-    """Memory that several graphs share, and which comes back only when all of them are gone."""
+    """Memory that several graphs share. It is freed only when the last of them is released."""
 
     handle: Any
     device: torch.device
@@ -55,7 +55,7 @@ class _Pool:
 
 @dataclass(eq=False)
 class Entry:
-    """One captured graph, and what its caller keeps beside it."""
+    """One captured graph, and a payload that its caller stores with it."""
 
     captured: Captured
     pool: _Pool
@@ -63,19 +63,18 @@ class Entry:
 
 
 class GraphCache:
-    """Least recently used graphs make room for new ones.
+    """A cache of graphs that evicts the least recently used.
 
-    Graphs that share a memory pool reuse each other's temporaries, so they must never run at the same time:
-    a cache runs one at a time (:attr:`lock`) and orders streams. A pool's memory returns to the device only
-    with the last of its graphs. So a cache opens a new pool whenever the newest holds a quarter of
-    ``max_bytes``, and gives up whole pools, the one that was used longest ago first, when all of them hold
-    more than ``max_bytes``.
+    Graphs that share a memory pool reuse each other's temporaries, so they must never run concurrently: a
+    cache runs one at a time (:attr:`lock`) and synchronises streams. The memory of a pool is freed only with
+    the last of its graphs. A cache therefore opens a new pool when the newest exceeds a quarter of
+    ``max_bytes``, and evicts complete pools, least recently used first, when their sum exceeds ``max_bytes``.
 
     Args:
-        max_graphs: Graphs kept at most.
-        max_bytes: Bytes of pool memory kept at most; None for no bound. A graph that alone needs more is
-            refused. The static inputs and what the driver keeps for each graph are not counted.
-        capturer: What captures; CUDA graphs by default.
+        max_graphs: Maximum number of graphs.
+        max_bytes: Maximum bytes of pool memory; None for no limit. A graph that needs more on its own is
+            rejected. Static inputs and the driver's memory per graph do not count.
+        capturer: Captures the graphs; CUDA graphs by default.
     """
 
     def __init__(
@@ -101,11 +100,11 @@ class GraphCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the memory pools hold."""
+        """Bytes of the memory pools."""
         return sum(pool.nbytes for pool in self._pools)
 
     def status(self) -> GraphStatus:
-        """What this cache holds and did."""
+        """Return the statistics of this cache."""
         with self.lock:
             return GraphStatus(
                 graphs=len(self._entries),
@@ -117,18 +116,18 @@ class GraphCache:
             )
 
     def get(self, key: Hashable) -> Entry | None:
-        """The graph of ``key``, which becomes the most recently used one."""
+        """Return the graph of ``key``, if any, and mark it as most recently used."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
     def refused(self, key: Hashable) -> str | None:
-        """Why ``key`` could not be captured when that was tried, or None."""
+        """Return why an earlier attempt to capture ``key`` failed, or None."""
         return self._refused.get(key)
 
     def replay(self, entry: Entry) -> Any:
-        """Run a graph again; its outputs, which the next replay in this cache may overwrite."""
+        """Replay a graph and return its outputs, which the next replay in this cache may overwrite."""
         entry.captured.replay()
         self._counts["replays"] += 1
         return entry.captured.outputs
@@ -145,17 +144,17 @@ class GraphCache:
         """Capture ``function`` under ``key``.
 
         Raises:
-            CaptureError: It runs, but cannot be captured; :meth:`refused` tells so from then on. The other
-                graphs are sound. What ``function`` raises when it runs passes through.
+            CaptureError: If the function runs but cannot be captured; :meth:`refused` then returns the
+                reason. Other graphs stay valid. Exceptions of ``function`` itself propagate.
         """
         with nested():
             while len(self._entries) >= self.max_graphs:
                 self._evict(next(iter(self._entries)))
             entry = self._capture(key, function, device, warmup)
             if self._is_full() and not self._alone_too_large(entry):
-                self._give_up_pools(keep=entry.pool)
+                self._evict_other_pools(keep=entry.pool)
                 if self._is_full():
-                    # The newest pool holds too much: a fresh one tells what this graph alone needs.
+                    # The newest pool is too large: a new pool shows how much this graph needs on its own.
                     self._evict_pool(entry.pool)
                     entry = self._capture(key, function, device, 0)
             if self._alone_too_large(entry):
@@ -165,14 +164,14 @@ class GraphCache:
         return entry
 
     def clear(self) -> None:
-        """Drop all graphs and return their memory; keys that were refused are tried again."""
+        """Release all graphs and their memory, and allow failed keys to be retried."""
         with self.lock:
             for pool in list(self._pools):
                 self._evict_pool(pool)
             self._refused.clear()
 
     def fall_back(self, reason: str, *, warn: bool = True) -> None:
-        """Count a call that runs without a graph, and warn of a reason that is new in this process."""
+        """Count a call that runs without a graph, and warn if its reason is new in this process."""
         with self.lock:
             self._fallbacks[reason] += 1
         if warn and reason not in _WARNED:
@@ -186,8 +185,8 @@ class GraphCache:
         try:
             captured = self.capturer.capture(function, device, pool.handle, warmup)
         except CaptureError as error:
-            # It may have left traces in the pool: the next graphs use another. And it may have failed for
-            # want of memory, which the plain call is to find.
+            # The failed capture may have left allocations in the pool, so later graphs use another. It may
+            # have failed for lack of memory, so free memory for the eager call.
             del self._open[device]
             self.capturer.trim()
             raise self._refuse(key, str(error)) from error
@@ -201,7 +200,7 @@ class GraphCache:
 
     def _refuse(self, key: Hashable, reason: str) -> CaptureError:
         self._refused[key] = reason
-        while len(self._refused) > _REFUSED:
+        while len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
         return CaptureError(reason)
 
@@ -217,8 +216,8 @@ class GraphCache:
             pool = self._open[device] = _Pool(self.capturer.new_pool(), device)
         return pool
 
-    def _give_up_pools(self, keep: _Pool) -> None:
-        # Later uses overwrite earlier ones: the order in which pools were last used.
+    def _evict_other_pools(self, keep: _Pool) -> None:
+        # Later entries overwrite earlier ones, which leaves the last use of each pool.
         used = {entry.pool: when for when, entry in enumerate(self._entries.values())}
         for pool in sorted(used, key=lambda pool: used[pool]):
             if pool is not keep and self._is_full():
@@ -248,7 +247,7 @@ _local = threading.local()
 
 @contextmanager
 def nested() -> Iterator[None]:
-    """Inside, graphed functions simply run: they are part of a graph that another one captures."""
+    """Run graphed functions eagerly inside the block, as parts of a graph that another one captures."""
     previous, _local.nested = is_nested(), True
     try:
         yield
@@ -262,7 +261,7 @@ def is_nested() -> bool:
 
 
 def graph_status() -> GraphStatus:
-    """What all graph caches of this process hold and did; a cache's own is :meth:`GraphCache.status`."""
+    """Return the statistics of all graph caches of this process (of one cache: :meth:`GraphCache.status`)."""
     statuses = [cache.status() for cache in list(_CACHES)]
     fallbacks: Counter[str] = Counter()
     for status in statuses:

@@ -1,4 +1,4 @@
-"""How work becomes a graph: the protocol that the cache speaks, and CUDA's implementation of it."""
+"""Graph capture: the protocol that the cache uses, and its CUDA implementation."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Read once, like TRM_BACKEND: a change later in the process has no effect.
+# Read once, like TRM_BACKEND; later changes in the process have no effect.
 _SETTING = os.environ.get("TRM_GRAPHS") or "1"
 
-#: While a stream is captured, no thread may synchronise its device or empty the allocator's cache: that
-#: fails, and may spoil the capture; and up to torch 2.11 at least none can draw random numbers on it. So
-#: captures with their warm-ups, releases and trims of all caches take turns.
-_ALONE = threading.RLock()
+#: During a capture, no thread may synchronise the device or empty the allocator's cache, which would fail and
+#: may invalidate the capture. Up to at least torch 2.11, no thread can draw random numbers on the device
+#: either. This lock therefore serialises captures with their warm-ups, releases and trims of all caches.
+_CAPTURE_LOCK = threading.RLock()
 
 
 class CaptureError(RuntimeError):
-    """Work that runs, but cannot be captured; the message is the reason."""
+    """The function runs but cannot be captured. The message is the reason."""
 
 
 class Captured(Protocol):
-    """A graph that was captured.
+    """A captured graph.
 
     Attributes:
-        outputs: What the function returned while it was captured: tensors that every replay rewrites.
-        nbytes: Bytes by which the memory pool grew.
+        outputs: Outputs of the function during the capture: tensors that every replay overwrites.
+        nbytes: Growth of the memory pool in bytes.
     """
 
     outputs: Any
@@ -40,40 +40,40 @@ class Captured(Protocol):
         """Run the captured work again on the current stream."""
 
     def release(self) -> None:
-        """Give the graph and its share of the pool back."""
+        """Release the graph and its part of the pool."""
 
 
 class Capturer(Protocol):
-    """What captures; tests put a double in its place."""
+    """Captures graphs. Tests replace it with a double."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why nothing on ``device`` can be captured, or None."""
+        """Return why nothing on ``device`` can be captured, or None."""
 
     def capturing(self) -> bool:
-        """Whether the current stream is being captured, by whomever."""
+        """Whether the current stream is being captured, by any code."""
 
     def new_pool(self) -> Any:
-        """A handle of a new memory pool that graphs share."""
+        """Return the handle of a new memory pool that graphs share."""
 
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, warmup: int) -> Captured:
         """Run ``function`` ``warmup`` times, then capture it.
 
         Raises:
-            CaptureError: It ran, and could not be captured. What it raises when it runs passes through.
+            CaptureError: If it runs but cannot be captured. Exceptions of the function itself propagate.
         """
 
     def aside(self, function: Callable[[], Any], device: torch.device) -> Any:
-        """Run ``function`` on the stream that captures, between earlier and later work of this one."""
+        """Run ``function`` on the capture stream, ordered between earlier and later work of this stream."""
 
     def order(self, device: torch.device) -> None:
-        """Let the current stream wait for the one that used graphs last: pools are shared."""
+        """Make the current stream wait for the stream that last used graphs, because they share pools."""
 
     def trim(self) -> None:
-        """Return the memory of pools without graphs to the device."""
+        """Free the memory of pools without graphs."""
 
 
 def disabled() -> str | None:
-    """Why the environment turns graphs off, or None."""
+    """Return why the environment disables graphs, or None."""
     if _SETTING == "1":
         return None
     return "TRM_GRAPHS=0" if _SETTING == "0" else f"TRM_GRAPHS={_SETTING} is neither 0 nor 1"
@@ -92,20 +92,20 @@ class _CudaGraph:
         self._graph.replay()
 
     def release(self) -> None:
-        # A replay may still be under way, and its memory is about to be given to others.
-        with _ALONE:
+        # A replay may still be running on memory that is about to be reused.
+        with _CAPTURE_LOCK:
             torch.cuda.synchronize(self._device)
             self.outputs = None
             self._graph.reset()
 
 
 class CudaCapturer:
-    """Captures CUDA graphs (``torch.cuda.graph``), one side stream for each device.
+    """Captures CUDA graphs (``torch.cuda.graph``) on one side stream per device.
 
-    Dropout draws fresh numbers on every replay: capturing registers the default generator of the device, and
-    a replay advances it as the plain call would. A warm-up leaves the generator where it was. Other
-    generators must be registered by hand, which this class does not do: a function that draws from one
-    cannot be captured, and says so.
+    Dropout draws new random numbers in every replay: the capture registers the device's default generator,
+    and a replay advances it as an eager call would. A warm-up restores the generator's state. Other
+    generators need manual registration, which this class does not do, so capturing a function that draws
+    from one raises an error.
     """
 
     def __init__(self) -> None:
@@ -115,20 +115,19 @@ class CudaCapturer:
     def unavailable(self, device: torch.device) -> str | None:
         reason = disabled()
         if reason is None and device.type != "cuda":
-            reason = f"the tensors are on the {device.type}, graphs are CUDA's"
+            reason = f"the tensors are on the {device.type}, but graphs need CUDA"
         return reason
 
     def capturing(self) -> bool:
-        # Nothing is captured where CUDA is not in use, and asking there raises: in builds without it, and
-        # without a driver.
+        # The query raises in builds without CUDA and without a driver, where nothing can be captured.
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
     def aside(self, function: Callable[[], Any], device: torch.device) -> Any:
-        # Work that precedes a capture runs on its stream: libraries create their workspaces for each stream,
-        # and autograd's accumulation nodes remember the stream that they were made on.
+        # Warm-up must run on the capture stream: libraries create workspaces per stream, and autograd's
+        # accumulation nodes remember the stream on which they were created.
         with torch.cuda.device(device):
             current, side = torch.cuda.current_stream(), self._side(device)
             side.wait_stream(current)
@@ -139,7 +138,7 @@ class CudaCapturer:
                 current.wait_stream(side)
 
     def capture(self, function: Callable[[], Any], device: torch.device, pool: Any, warmup: int) -> Captured:
-        with _ALONE, torch.cuda.device(device):
+        with _CAPTURE_LOCK, torch.cuda.device(device):
             if warmup:
                 generator = torch.cuda.default_generators[torch.cuda.current_device()]
                 state = generator.get_state()
@@ -153,16 +152,16 @@ class CudaCapturer:
     def _capture(self, function: Callable[[], Any], device: torch.device, pool: Any) -> Captured:
         side = self._side(device)
         side.wait_stream(torch.cuda.current_stream())
-        # What other streams have cached is returned first: all growth from here on is the pool's.
+        # Free cached blocks of other streams first, so that all further growth belongs to the pool.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         cause: Exception | None = None
         try:
-            # The outer stream context restores the stream where torch.cuda.graph fails to: its exit raises
-            # before it leaves the side stream when the capture was invalidated. Threads that pin memory or
-            # query events must not spoil a capture, so it is local to this thread.
+            # The outer stream context restores the stream if torch.cuda.graph does not: when the capture was
+            # invalidated, its exit raises before it leaves the side stream. thread_local, because other
+            # threads that pin memory or query events must not invalidate the capture.
             with (
                 torch.cuda.stream(side),
                 _no_collection(),
@@ -176,7 +175,7 @@ class CudaCapturer:
         except Exception as error:
             _abandon(graph, device, pool)
             _wake_generator(side, device)
-            # The end of an invalidated capture raises too; what the function met came first.
+            # Ending an invalidated capture raises too, but the function's exception is the cause.
             raise CaptureError(f"capturing failed: {describe(cause or error)}") from error
         return _CudaGraph(graph, outputs, torch.cuda.memory_reserved(device) - before, device)
 
@@ -190,7 +189,7 @@ class CudaCapturer:
             self._last[device] = current
 
     def trim(self) -> None:
-        with _ALONE:
+        with _CAPTURE_LOCK:
             torch.cuda.empty_cache()
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
@@ -200,15 +199,15 @@ class CudaCapturer:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one line."""
+    """Format an exception as one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """Clean up after a capture that failed."""
-    # Up to torch 2.11 a capture that ends in an error leaves the allocator recording into the pool. Where it
-    # does not, ending it a second time raises.
+    """Clean up after a failed capture."""
+    # Up to torch 2.11, a failed capture leaves the allocator recording into the pool. In later versions,
+    # ending it a second time raises.
     with contextlib.suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)
     with contextlib.suppress(RuntimeError):
@@ -216,10 +215,10 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> No
 
 
 def _wake_generator(side: torch.cuda.Stream, device: torch.device) -> None:
-    """Let random numbers be drawn again after a capture that failed.
+    """Make the random generator usable again after a failed capture.
 
-    In torch 2.11 the generator believes that the capture goes on, and the next draw outside of one raises
-    (``Offset increment outside graph capture``). The end of a capture that succeeds tells it otherwise.
+    In torch 2.11 the generator still assumes a capture, and the next draw outside one raises ``Offset
+    increment outside graph capture``. The end of a successful capture resets that state.
     """
     with contextlib.suppress(RuntimeError), torch.cuda.stream(side):
         number = torch.zeros(1, device=device)
@@ -229,7 +228,7 @@ def _wake_generator(side: torch.cuda.Stream, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection inside: freeing what earlier work left behind may call what a capture forbids."""
+    """Disable garbage collection, because freeing older objects may make calls that a capture forbids."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -240,7 +239,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def unavailable() -> str | None:
-    """Why no graph can be captured in this process, or None; it captures and replays a tiny one to know."""
+    """Return why no graph can be captured in this process, or None; captures and replays a tiny graph."""
     reason = disabled()
     if reason is not None:
         return reason

@@ -1,4 +1,4 @@
-"""A function of tensors that replays as a CUDA graph."""
+"""A function of tensors, replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.graphs.keys import ModuleWatch, ambient
 from trm_kernels.streams import Shared
 
-#: Pool memory that a function's own cache may hold.
+#: Maximum pool memory of a function's own cache.
 DEFAULT_MAX_BYTES = 8 << 30
 
 Arguments = tuple[Tensor | None, ...]
@@ -26,17 +26,17 @@ Shape = tuple[int, ...]
 
 @dataclass
 class _Buffers:
-    """The static inputs of one graph; a replay reads what :meth:`load` wrote."""
+    """Static inputs of one graph. :meth:`load` writes them before a replay."""
 
     tensors: tuple[Tensor | None, ...]
     loaded: list[Shape]
     shared: Shared
-    #: What the graph reads of frozen networks, which may be thawed while a replay is under way.
+    #: Matrices of frozen networks that the graph reads, kept because a thaw may occur during a replay.
     frozen: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def allocate(cls, arguments: Arguments, shapes: Sequence[Shape]) -> _Buffers:
-        # Tensors made in inference mode could not be written to outside of it.
+        # Tensors created in inference mode cannot be modified outside it.
         with torch.inference_mode(False), torch.no_grad():
             tensors = tuple(
                 None if argument is None else torch.zeros(shape, dtype=argument.dtype, device=argument.device)
@@ -45,8 +45,8 @@ class _Buffers:
         return cls(tensors, [shape for shape in shapes], Shared([t for t in tensors if t is not None]))
 
     def load(self, arguments: Arguments) -> None:
-        """Copy ``arguments`` in, zeros around them."""
-        self.shared.read()  # the function may be dropped while this stream's replay is still under way
+        """Copy ``arguments`` into the buffers, with zeros around them."""
+        self.shared.read()  # the function may be deleted during this stream's replay
         targets, sources = [], []
         for index, (buffer, argument) in enumerate(zip(self.tensors, arguments, strict=True)):
             if buffer is None or argument is None:
@@ -54,7 +54,7 @@ class _Buffers:
             shape = argument.shape
             if shape != self.loaded[index]:
                 if any(old > new for old, new in zip(self.loaded[index], shape, strict=True)):
-                    buffer.zero_()  # a larger argument lay here before
+                    buffer.zero_()  # the previous argument was larger
                 self.loaded[index] = shape
             targets.append(buffer if shape == buffer.shape else _corner(buffer, shape))
             sources.append(argument)
@@ -62,7 +62,7 @@ class _Buffers:
 
 
 def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The part of ``tensor`` that has ``shape`` and begins where it does."""
+    """Return the part of ``tensor`` with ``shape`` that starts at its origin."""
     for axis, size in enumerate(shape):
         if tensor.shape[axis] != size:
             tensor = tensor.narrow(axis, 0, size)
@@ -70,35 +70,35 @@ def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class GraphedFunction:
-    """Captures ``function`` as a CUDA graph for each kind of call, and replays it.
+    """Captures ``function`` as one CUDA graph per kind of call, and replays it.
 
-    A call ``graphed(*tensors, **static)`` copies the tensors into static buffers, replays, and returns copies
-    of the outputs. One graph serves all calls that agree in (bucketed) shapes, dtypes, device, static
-    arguments, grad and inference mode, autocast, float32 matmul precision, backend, and in the storage of the
-    watched modules' parameters: new values in place are seen by the next replay, new storage is captured
-    anew. Dropout draws fresh numbers on every replay.
+    A call ``graphed(*tensors, **static)`` copies the tensors into static buffers, replays the graph, and
+    returns copies of the outputs. Calls share a graph if they have the same (bucketed) shapes, dtypes,
+    device, static arguments, grad and inference mode, autocast, float32 matmul precision and backend, and if
+    the storage of the watched modules' parameters is the same. The next replay sees values written in place;
+    new storage triggers a new capture. Dropout draws new random numbers in every replay.
 
-    What cannot be captured runs as a plain call: :meth:`GraphCache.status` counts the reasons, and each is
-    warned of once. A call inside another capture, or inside ``torch.compile``, simply runs.
+    A call that cannot be captured runs eagerly: :meth:`GraphCache.status` counts it under its reason, and
+    each reason triggers one warning. A call inside another capture or ``torch.compile`` calls the function.
 
     Args:
-        function: Called as ``function(*tensors, **static)``; returns a tensor or a tuple of tensors and
-            None. It must not write to its arguments, nor read tensors on the host, and must compute the same
-            launches for the same kind of call. Tensors that it reads besides its arguments and ``modules``
-            are read where they lay when it was captured.
-        modules: The modules that it reads; ``function`` itself, if it is one, needs no mention.
-        axes: For bucketing, one string for each tensor argument, naming its leading axes: ``"BL"``. An
-            argument that may be None keeps its place.
+        function: Called as ``function(*tensors, **static)``; returns a tensor, or a tuple of tensors and
+            None. It must not modify its arguments or read tensors on the host, and must launch the same
+            kernels for the same kind of call. Any tensors it reads other than its arguments and ``modules``
+            are read at the addresses they had at capture.
+        modules: The modules that it reads. ``function`` itself, if it is a module, is included.
+        axes: For bucketing, one string per tensor argument that names its leading axes: ``"BL"``. An argument
+            that may be None still needs a string.
         out_axes: The same for the outputs.
-        buckets: How the size of a named axis is rounded up; axes without a bucket stay exact. Arguments are
-            padded with zeros at the end, and outputs cropped: what padding does to the rest is for the
-            function to prevent, by a mask for instance.
-        masks: Which arguments are masks, and of which axis: ``{3: "L"}``. Where a call that needs padding
-            along that axis gives None for the mask, the graph gets ones, padded with zeros.
-        clone: Whether outputs are copies. Without, they are views of the graph's memory, valid until the next
-            call of any function that shares the cache.
-        cache: Where graphs are kept; several functions may share one.
-        warmup: Runs before a capture.
+        buckets: Rounds the size of a named axis up; axes without a bucket stay exact. Arguments are padded
+            with zeros at the end and outputs are cropped. The function must prevent padding from affecting
+            the rest, for example with a mask.
+        masks: Which arguments are masks, and of which axis: ``{3: "L"}``. If a call needs padding along that
+            axis and passes None as the mask, the graph receives ones, padded with zeros.
+        clone: Whether outputs are copies. Otherwise they are views of the graph's memory, valid until the
+            next call of any function that shares the cache.
+        cache: Stores the graphs; several functions may share one cache.
+        warmup: Number of runs before a capture.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class GraphedFunction:
         cache: GraphCache | None = None,
         warmup: int = 2,
     ) -> None:
-        # Libraries set themselves up on the first run.
+        # Libraries initialise themselves in the first run.
         arguments.whole("warmup", warmup, 1)
         self.function = function
         self.cache = GraphCache(max_bytes=DEFAULT_MAX_BYTES) if cache is None else cache
@@ -128,7 +128,7 @@ class GraphedFunction:
         if missing := (set(self._buckets) | set("".join(self._out_axes))) - named:
             raise ValueError(f"no argument has the axes {', '.join(sorted(missing))}")
         self._warmup = warmup
-        self._token = object()  # in the keys of a cache that may outlive this function
+        self._token = object()  # part of the keys of a cache that may outlive this function
         own = [function] if isinstance(function, nn.Module) else []
         self._watch = ModuleWatch([*own, *modules])
 
@@ -146,7 +146,7 @@ class GraphedFunction:
         return self.function(*tensors, **static)
 
     def _refusal(self, tensors: Arguments, static: Mapping[str, Hashable]) -> str | None:
-        """Why this call cannot be served by a graph, or None."""
+        """Return why this call cannot use a graph, or None."""
         given = [tensor for tensor in tensors if tensor is not None]
         if not given:
             return "no argument is a tensor"
@@ -156,7 +156,7 @@ class GraphedFunction:
             return reason
         for tensor in given:
             if tensor.device != device:
-                return f"arguments are on {device.type} and on {tensor.device.type}"
+                return f"arguments are on {device.type} and {tensor.device.type}"
             if tensor.numel() == 0:
                 return "an argument is empty"
         for name, value in static.items():
@@ -166,7 +166,7 @@ class GraphedFunction:
                 return f"static argument {name} is not hashable"
         reason = self._watch.hooks()
         if reason is None and torch.is_grad_enabled() and self._records_gradients(given):
-            return "gradients are recorded, and a replay has none"
+            return "gradients are recorded, which a replay does not support"
         return reason
 
     def _records_gradients(self, tensors: Iterable[Tensor]) -> bool:
@@ -179,7 +179,7 @@ class GraphedFunction:
             if tensor is not None:
                 for axis, size in zip(axes, tensor.shape, strict=False):
                     if sizes.setdefault(axis, size) != size:
-                        raise ValueError(f"axis {axis} has size {sizes[axis]} and {size}")
+                        raise ValueError(f"axis {axis} has sizes {sizes[axis]} and {size}")
         return sizes
 
     def _run(self, tensors: Arguments, static: Mapping[str, Hashable]) -> Any:
@@ -188,7 +188,7 @@ class GraphedFunction:
             axis: self._buckets[axis](size) if axis in self._buckets else size for axis, size in sizes.items()
         }
         device = next(tensor.device for tensor in tensors if tensor is not None)
-        # First of all: whatever was made for earlier calls, on whatever stream, is there from here on.
+        # Before anything else: wait for tensors that earlier calls created on other streams.
         self.cache.capturer.order(device)
         cropped = {axis: size for axis, size in sizes.items() if size != padded[axis]}
         for index, axis in self._masks.items():
@@ -224,7 +224,7 @@ class GraphedFunction:
         return self._ones[device]
 
     def _padded(self, index: int, shape: Shape, padded: Mapping[str, int]) -> Shape:
-        """The shape of the static buffer for argument ``index``."""
+        """Return the shape of the static buffer for argument ``index``."""
         axes = self._axes[index] if shape and index < len(self._axes) else ""
         return (*(padded[axis] for axis in axes), *shape[len(axes) :])
 
@@ -247,10 +247,10 @@ class GraphedFunction:
                 outputs = self.function(*buffers.tensors, **static)
             listed = outputs if isinstance(outputs, tuple) else (outputs,)
             if not all(output is None or isinstance(output, Tensor) for output in listed):
-                raise CaptureError("the function returns something else than tensors")
+                raise CaptureError("the function returns something other than tensors")
             return outputs
 
-        with prepared.read_in_captures(self._watch.promises) as buffers.frozen:
+        with prepared.read_in_captures(self._watch.freeze_ids) as buffers.frozen:
             return self.cache.capture(key, function, device, warmup=self._warmup, payload=buffers)
 
     def _results(self, outputs: Any, cropped: Mapping[str, int]) -> Any:
@@ -270,10 +270,10 @@ class GraphedFunction:
 
 @contextmanager
 def uncached_autocast(device: torch.device) -> Iterator[None]:
-    """The autocast of the caller, without its cache of cast weights.
+    """Apply the caller's autocast without its weight cache.
 
-    A cast that was cached outside a graph would stay what it was through all replays, and one that was
-    cached inside would be read outside before a replay has computed it.
+    All replays would read a stale cast that was cached outside the graph, and code outside would read a cast
+    that was cached inside before a replay has computed it.
     """
     if not torch.is_autocast_enabled(device.type):
         yield

@@ -1,4 +1,4 @@
-"""What a graph depends on besides its inputs: modules it reads, and the state of the process."""
+"""State other than its inputs that a graph depends on: the modules that it reads, and process settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from trm_kernels import backends, prepared
 from trm_kernels.graphs.capture import CaptureError
 from trm_kernels.module import FusedModule
 
-#: How many states of its modules a watch remembers, to find their graphs again.
-_STATES = 256
+#: Maximum number of module states that a watch remembers, to find their graphs again.
+_MAX_STATES = 256
 
 _KIND = attrgetter("dtype", "requires_grad")
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def ambient(device: torch.device) -> tuple[Hashable, ...]:
-    """The settings that decide which kernels a call launches on ``device``."""
+    """Return the settings that determine which kernels a call launches on ``device``."""
     kind = device.type
     return (
         torch.is_grad_enabled(),
@@ -36,21 +36,21 @@ def ambient(device: torch.device) -> tuple[Hashable, ...]:
 
 
 def storage(tensor: Tensor) -> tuple[Hashable, ...]:
-    """Where a tensor's data lies and how it is read."""
+    """Return the address of a tensor's data and how it is read."""
     return tensor.data_ptr(), tensor.dtype, tensor.numel(), tensor.requires_grad
 
 
 def _held(stores: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
-    """The tensors in parameters or buffers of modules."""
+    """Yield the tensors in dictionaries of parameters or buffers."""
     return (tensor for store in stores for tensor in store.values() if tensor is not None)
 
 
 class ModuleWatch:
-    """Notices changes to modules that a captured graph would not.
+    """Detects changes to modules that a captured graph would miss.
 
-    A graph reads parameters where they lay when it was captured: new values in place are seen. New storage
-    (``.to()``, ``load_state_dict(assign=True)``, another parameter or submodule in its place) is not, nor is
-    the same in another order (``weight.data = weight.data.T``), nor Python around a module's forward.
+    A graph reads parameters at the addresses they had at capture, so it sees new values written in place. It
+    does not see new storage (``.to()``, ``load_state_dict(assign=True)``, a replaced parameter or submodule),
+    new strides (``weight.data = weight.data.T``), or Python code around a module's forward.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -58,8 +58,8 @@ class ModuleWatch:
         self._numbers: dict[tuple[Hashable, ...], int] = {}
         self._latest: tuple[tuple[Hashable, ...], int] = ((), -1)
         self._count = 0
-        #: Numbers of the promises under which the latest :meth:`key` was made.
-        self.promises: list[int] = []
+        #: Ids of the freezes in effect when :meth:`key` was last called.
+        self.freeze_ids: list[int] = []
         self._names = {"weight", "bias"}
         self._scan()
 
@@ -86,22 +86,22 @@ class ModuleWatch:
         return [tensor for tensor in values if tensor is not None]
 
     def key(self) -> int:
-        """Changes whenever a graph that was captured with these modules no longer computes what they do.
+        """Return a key that changes whenever a graph captured with these modules becomes invalid.
 
         Raises:
-            CaptureError: A parameter or buffer has no storage of its own to watch (sharded, quantised), or a
-                plain tensor has taken a parameter's place.
-            FrozenError: A network is frozen, and its weights are no longer what they were.
+            CaptureError: If a parameter or buffer has no storage of its own to watch (sharded, quantised), or
+                if a plain tensor has replaced a parameter.
+            FrozenError: If a network is frozen and its weights have changed.
         """
-        # On every call, so without walking the tree, and with the loops in C: a tenth of the time.
+        # Every call runs this. Not walking the module tree, and looping in C, takes a tenth of the time.
         if self._child_ids() != self._children:
             self._scan()
         tensors = self._tensors()
         if not _PLAIN.issuperset(map(type, tensors)):
             kinds = sorted({type(tensor).__name__ for tensor in tensors if type(tensor) not in _PLAIN})
             raise CaptureError(f"a module holds a {kinds[0]}, not a plain tensor")
-        # While a network is frozen, graphs read what was made of its weights.
-        self.promises = [prepared.number(net, _held(stores)) for net, stores in self._networks]
+        # While a network is frozen, graphs read the matrices prepared from its weights.
+        self.freeze_ids = [prepared.freeze_id(net, _held(stores)) for net, stores in self._networks]
         state = (
             *self._children,
             *[module.training for module in self._modules],
@@ -109,7 +109,7 @@ class ModuleWatch:
             *map(Tensor.numel, tensors),
             *map(Tensor.stride, tensors),
             *map(_KIND, tensors),
-            *self.promises,
+            *self.freeze_ids,
         )
         latest, number = self._latest
         if state != latest:
@@ -120,26 +120,26 @@ class ModuleWatch:
     def _number(self, state: tuple[Hashable, ...]) -> int:
         if state not in self._numbers:
             self._refuse_plain_tensors()
-            if len(self._numbers) >= _STATES:
-                self._numbers.clear()  # numbers are not used again
+            if len(self._numbers) >= _MAX_STATES:
+                self._numbers.clear()  # numbers are never reused
             self._numbers[state] = self._count
             self._count += 1
         return self._numbers[state]
 
     def _refuse_plain_tensors(self) -> None:
-        # One that follows it would go unseen: looking through all attributes on every call takes too long.
+        # Scanning all attributes in every call takes too long, so later replacements would go unnoticed.
         for module in self._modules:
             for name in self._names & vars(module).keys():
                 if isinstance(vars(module)[name], Tensor):
                     kind = type(module).__name__
-                    raise CaptureError(f"{name} of a {kind} is a plain tensor, no parameter or buffer")
+                    raise CaptureError(f"{name} of a {kind} is a plain tensor, not a parameter or buffer")
 
     def requires_grad(self) -> bool:
-        """Whether any parameter does."""
+        """Whether any parameter requires gradients."""
         return any(tensor.requires_grad for tensor in self._tensors())
 
     def hooks(self) -> str | None:
-        """Which hooks a replay would not call, or None."""
+        """Return which hooks a replay would not call, or None."""
         if module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks:
             return "there are global module hooks, which a replay would not call"
         for module in self._modules:
@@ -153,11 +153,11 @@ class ModuleWatch:
         return None
 
     def communicates(self) -> str | None:
-        """Why a step of these modules would run collectives, or None."""
+        """Return why a step of these modules would run collectives, or None."""
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            return "several processes train together: collectives in a graph are not proven"
+            return "several processes train together: collectives in a graph are untested"
         for module in self._modules:
             if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-                return f"a {type(module).__name__} communicates: collectives in a graph are not proven"
+                return f"a {type(module).__name__} communicates: collectives in a graph are untested"
         return None

@@ -1,4 +1,4 @@
-"""Whole recursions without gradient, replayed as CUDA graphs."""
+"""Complete recursions without gradients, replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from trm_kernels.recursion import Network, deep_recursion
 
 
 class GraphedRecursion:
-    """:func:`~trm_kernels.deep_recursion` without gradient, one CUDA graph for each bucket of shapes.
+    """:func:`~trm_kernels.deep_recursion` without gradients, with one CUDA graph per shape bucket.
 
-    Calls that no graph can serve (no CUDA device, hooks, ...) run the recursion as it is, visibly:
+    Calls that cannot use a graph (no CUDA device, hooks, ...) run the plain recursion;
     :func:`trm_kernels.graph_status` counts them by reason.
 
-    Shapes are rounded up, so that few graphs serve many. Padded samples are dropped from the result. Padded
-    positions are masked out, by a mask that is made where the call gives none: a padded call computes what
-    the plain one does within rounding, and bit for bit what the plain one does on the padded inputs.
+    Shapes are rounded up, so that a few graphs cover many shapes. Padded samples are removed from the result.
+    A mask excludes padded positions and is created if the call passes none. The result of a padded call
+    equals that of a plain call within rounding, and that of a plain call on the padded inputs bit for bit.
 
     Args:
-        net: The network; called as ``net(h)`` or ``net(h, mask=mask)``.
-        n, T, output_norm: As for :func:`~trm_kernels.deep_recursion`.
-        batch: How the batch size is rounded up; None keeps it.
-        length: How the length is rounded up; None keeps it, and ``"auto"`` rounds it for a network that takes
-            a mask.
-        modules: Modules that ``net`` and ``output_norm`` read, where these are plain functions.
-        frozen: Whether the networks keep their weights, so that no replay has to fold them again:
-            :func:`~trm_kernels.frozen`, until :meth:`thaw` or as long as this object lives.
-        clone, cache: As for :class:`~trm_kernels.graphs.GraphedFunction`.
-        **options: Further options of :func:`~trm_kernels.deep_recursion`.
+        net: The network, called as ``net(h)`` or ``net(h, mask=mask)``.
+        n, T, output_norm: See :func:`~trm_kernels.deep_recursion`.
+        batch: Rounds the batch size up; None keeps it.
+        length: Rounds the length up; None keeps it, and ``"auto"`` rounds it if the network accepts a mask.
+        modules: Modules that ``net`` and ``output_norm`` read, if these are plain functions.
+        frozen: Whether the weights of the networks stay constant, so that no replay folds them again. See
+            :func:`~trm_kernels.frozen`; applies until :meth:`thaw`, or for the lifetime of this object.
+        clone, cache: See :class:`~trm_kernels.graphs.GraphedFunction`.
+        **options: Other options of :func:`~trm_kernels.deep_recursion`.
 
     Raises:
-        ValueError: ``length`` is given for a network that takes no mask.
+        ValueError: If ``length`` is set for a network that accepts no mask.
 
     Example:
         >>> fast = GraphedRecursion(net, n=6, T=3)
@@ -64,22 +63,22 @@ class GraphedRecursion:
         cache: GraphCache | None = None,
         **options: Any,
     ) -> None:
-        masked = _takes_mask(net)
+        masked = _accepts_mask(net)
         if isinstance(length, str):
             if length != "auto":
                 raise ValueError(f"length must be a bucket, None or 'auto', not {length!r}")
             length = eighths if masked else None
         elif length is not None and not masked:
             raise ValueError(
-                "this network takes no mask, so that padding would change its results: length must be None"
+                "this network accepts no mask, so padding would change its results: length must be None"
             )
         arguments.whole("n", n, 0)
         arguments.whole("T", T, 1)
         self.n, self.T = n, T
         buckets = {axis: bucket for axis, bucket in (("B", batch), ("L", length)) if bucket is not None}
         read = [module for module in (net, output_norm, *modules) if isinstance(module, nn.Module)]
-        self._promise = finalize(self, Frozen(*read).open().close) if frozen else None
-        # It does not hold this object, which ends its promise as soon as nobody holds it.
+        self._end_freeze = finalize(self, Frozen(*read).open().close) if frozen else None
+        # A partial, not a method: it holds no reference to this object, whose deletion ends the freeze.
         recursion = functools.partial(
             _recursion, net, n=n, T=T, output_norm=output_norm, with_gradients=False, **options
         )
@@ -97,14 +96,14 @@ class GraphedRecursion:
     def __call__(
         self, x: Tensor, y: Tensor, z: Tensor, *, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run n T net calls without gradient: x, y, z [B, L, D], mask [B, L] or None; gives (y, z)."""
+        """Run the recursion without gradients on x, y, z [B, L, D] and mask [B, L]; returns (y, z)."""
         with torch.no_grad():
             return self.graphed(x, y, z, mask)
 
     def thaw(self) -> None:
-        """End what ``frozen=True`` began: from here on calls compute with the weights as they are."""
-        if self._promise is not None:
-            self._promise()
+        """End the freeze of ``frozen=True``: later calls compute with the current weights."""
+        if self._end_freeze is not None:
+            self._end_freeze()
 
 
 def _recursion(
@@ -114,11 +113,11 @@ def _recursion(
 
 
 def graphed(net: Network, n: int, T: int, **options: Any) -> GraphedRecursion:
-    """A :class:`GraphedRecursion` of ``net``: ``y, z = graphed(net, n=6, T=3)(x, y, z, mask=mask)``."""
+    """Build a :class:`GraphedRecursion`: ``y, z = graphed(net, n=6, T=3)(x, y, z, mask=mask)``."""
     return GraphedRecursion(net, n, T, **options)
 
 
-def _takes_mask(net: Network) -> bool:
+def _accepts_mask(net: Network) -> bool:
     config = getattr(net, "config", None)
     if getattr(config, "mixer", None) == "tokens":
         return False

@@ -1,4 +1,4 @@
-"""Triton kernels. One file an op: kernels, launcher, torch.library schema, fake, autograd."""
+"""Triton kernels. One file per op, with kernels, launcher, torch.library schema, fake and autograd."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import shutil
 
 import torch
 
-#: Whether Triton runs its kernels in Python, on CPU tensors. Read once: Triton reads it at import too.
+#: Whether Triton interprets its kernels in Python, on CPU tensors. Read once, because Triton also reads it at
+#: import.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-#: Whether Triton's interpreter computes in bfloat16: by itself it multiplies bit patterns, our tests mend it.
+#: Whether Triton's interpreter supports bfloat16. Unpatched, it multiplies bit patterns; our tests patch it.
 INTERPRETS_BFLOAT16 = False
 
 
 def _missing() -> str | None:
-    """What Triton lacks in this process to compile for a GPU, or None."""
+    """Return what Triton is missing to compile for a GPU in this process, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    # Triton builds a small C module for each kernel's launcher.
+    # Triton builds a small C module for the launcher of each kernel.
     if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "triton needs a C compiler and found none of cc, gcc, clang (or set CC)"
     if torch.version.hip is None and torch.cuda.is_available():
@@ -29,7 +30,7 @@ def _missing() -> str | None:
 
 
 def _unavailable() -> str | None:
-    """Why the kernels cannot run in this process, or None if they can."""
+    """Return why the kernels cannot run in this process, or None if they can."""
     if INTERPRET and importlib.util.find_spec("triton") is not None:
         return None
     if MISSING is not None:
@@ -42,7 +43,7 @@ def _unavailable() -> str | None:
     return None
 
 
-#: Why Triton cannot compile here, and why the kernels cannot run here: asked once, so that torch.compile
-#: reads constants while it traces.
+#: Why Triton cannot compile here, and why the kernels cannot run here. Evaluated once, so that torch.compile
+#: reads constants when it traces.
 MISSING = _missing()
 UNAVAILABLE = _unavailable()

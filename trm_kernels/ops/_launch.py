@@ -1,4 +1,4 @@
-"""How kernels are launched, counted, recorded, and fitted to the device they run on."""
+"""Launching, counting and recording of kernels, and properties of the target device."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from trm_kernels.ops import INTERPRET
 
 @dataclass(frozen=True)
 class Target:
-    """What a launcher needs to know of the device to choose its tiles.
+    """Device properties that launchers need to choose tiles.
 
     Attributes:
-        kind: ``"cuda"``, ``"hip"``, or ``"interpreter"``.
+        kind: ``"cuda"``, ``"hip"`` or ``"interpreter"``.
         arch: Compute capability times ten (90 for Hopper), or the gfx name.
-        processors: Streaming multiprocessors.
-        shared_memory: Bytes of shared memory that one program may take.
-        name: The device's name, by which tables of measurements are found; empty for a target that is
-            compiled for and not run on.
+        processors: Number of streaming multiprocessors.
+        shared_memory: Maximum bytes of shared memory per program.
+        name: Device name, which selects tables of measurements; empty for a compile-only target.
     """
 
     kind: str
@@ -40,8 +39,8 @@ class Target:
         return self.kind == "interpreter"
 
 
-#: Targets whose configurations are compiled ahead of time by the tests. The shared memory of sm_120 is
-#: that of consumer Blackwell, which sm_86 and sm_89 have too.
+#: Targets for which the tests compile all configurations ahead of time. The shared memory of sm_120 is that
+#: of consumer Blackwell, and also of sm_86 and sm_89.
 TARGETS = {
     "sm_80": Target("cuda", 80, 108, 163 * 1024),
     "sm_90": Target("cuda", 90, 132, 227 * 1024),
@@ -54,7 +53,7 @@ _INTERPRETER = Target("interpreter", 0, 1, 1 << 30)
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: enough to compile the same kernel ahead of time."""
+    """One recorded launch, with everything needed to compile the kernel ahead of time."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -63,7 +62,7 @@ class Launch:
     stages: int
 
 
-#: Launches by kernel name since the process began; tests assert on the differences.
+#: Number of launches by kernel name since the process started; tests assert on differences.
 LAUNCHES: Counter[str] = Counter()
 
 _recorder: Callable[[Launch], None] | None = None
@@ -72,7 +71,7 @@ _target_override: Target | None = None
 
 @contextmanager
 def record(target: Target) -> Iterator[list[Launch]]:
-    """Collect what launchers would run on ``target`` instead of running it (use ``meta`` tensors)."""
+    """Record launches for ``target`` instead of running them (use ``meta`` tensors)."""
     global _recorder, _target_override
     launches: list[Launch] = []
     _recorder, _target_override = launches.append, target
@@ -98,22 +97,22 @@ def _device_target(index: int) -> Target:
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The target that kernels on this tensor are compiled for."""
+    """Return the target for which kernels on this tensor are compiled."""
     if _target_override is not None:
         return _target_override
     return _INTERPRETER if INTERPRET else _device_target(tensor.device.index)
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: float32 follows torch's own setting for matrix products."""
-    # This getter knows what set_float32_matmul_precision said too; the older one raises once this is set.
+    """Return the input precision of ``tl.dot``; float32 follows torch's setting for matrix products."""
+    # This getter also reflects set_float32_matmul_precision; the older getter raises once the new one is set.
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    # Of AMD's GPUs only one has TF32, and the compiler refuses the word for the others.
+    # Only one AMD GPU supports TF32, and the compiler rejects the option for the others.
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """Accumulators are float32; float64 only where gradcheck runs the kernels in the interpreter."""
+    """Return the accumulator dtype: float32, or float64 for gradcheck in the interpreter."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -130,10 +129,10 @@ def launch(
 
 
 def cdiv(a: int, b: int) -> int:
-    """Ceiling of a / b."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
-def power_of_two(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least ``n`` and ``least``."""
-    return max(least, 1 << (n - 1).bit_length() if n > 0 else 1)
+def power_of_two(n: int, minimum: int = 1) -> int:
+    """Return the smallest power of two that is at least ``n`` and ``minimum``."""
+    return max(minimum, 1 << (n - 1).bit_length() if n > 0 else 1)

@@ -1,10 +1,10 @@
-"""Back through the second GEMM of an MLP and its activation, in one kernel.
+"""Backward through the second GEMM of an MLP and its activation, in one kernel.
 
 d act = grad W                                  grad [m, K] of the output, W of the second GEMM
 dY    = d act * f'(pre + bias)                  gradient of the pre-activation, bias included
-act   = f(pre + bias)                           again, for the gradient of W
-G     = dY / rms(h_m)                           where the norm before the MLP is folded
-dots  = partial sums over n of dY_n pre_n       what :mod:`~trm_kernels.ops.gemm` undoes that norm with
+act   = f(pre + bias)                           recomputed, for the gradient of W
+G     = dY / rms(h_m)                           if the norm before the MLP is folded
+dots  = partial sums over n of dY_n pre_n       for the backward of that norm in :mod:`~trm_kernels.ops.gemm`
 and the partial sums over rows of dY, for the gradient of the bias
 """
 
@@ -108,7 +108,7 @@ def activation_gradient_kernel(
         act = silu * up
         grad = acc * up * gate_sigmoid * (1.0 + pre * (1.0 - gate_sigmoid))
         grad_up = acc * silu
-        # grad_up up = acc act: what the up projection adds to the dot.
+        # grad_up up = acc act is the contribution of the up projection to the dot.
         dot = grad * pre + acc * act
         grad_up *= rstd[:, None]
         tl.store(g_ptr + o_g + N * g_col, grad_up.to(g_ptr.dtype.element_ty), mask=valid)
@@ -117,7 +117,7 @@ def activation_gradient_kernel(
         parts = tl.cdiv(N, BLOCK_N)
         tl.store(dots_ptr + m.to(tl.int64) * parts + tile_n, tl.sum(dot, axis=1), mask=in_m)
     if HAS_BIAS:
-        # Padding adds nothing: its gradients and pre-activations were read as zeros.
+        # Padding adds nothing, because its gradients and pre-activations are loaded as zeros.
         part = batch * tl.cdiv(M, BLOCK_M) + tile_m
         tl.store(columns_ptr + part * N + n, tl.sum(grad, axis=0), mask=in_n)
     tl.store(g_ptr + o_g, (grad * rstd[:, None]).to(g_ptr.dtype.element_ty), mask=valid)
@@ -128,9 +128,9 @@ _DERIVATIVE = {Activation.GELU: Activation.GELU_BACKWARD, Activation.SWIGLU: Act
 
 @dataclass
 class ActivationGradient:
-    """What the kernel wrote."""
+    """Outputs of the kernel."""
 
-    g: Tensor  # gradient of the first GEMM's output, [B, L, N or 2 N]; over rms(h) where its norm is folded
+    g: Tensor  # gradient of the first GEMM's output, [B, L, N or 2 N]; over rms(h) if its norm is folded
     act: Tensor  # [B, L, N]
     dots: Tensor | None  # [rows, parts]
     bias: Tensor | None  # gradient of the first bias [N], float32
@@ -155,11 +155,11 @@ def activation_gradient(
     Args:
         grad: Contiguous gradient of the MLP's output [B, L, K] (``transposed``: [B, K, D]), operand dtype.
         weight: Weight of the second GEMM, [K, N], any strides.
-        pre: Pre-activations without the bias, [B, L, N], gate beside up for SwiGLU.
-        activation: The forward's.
-        sumsq: Partial sums of squares [m, parts] of the rows of h [B, L, K], whose norm is folded.
+        pre: Pre-activations without the bias, [B, L, N]; gate next to up for SwiGLU.
+        activation: Activation of the forward.
+        sumsq: Partial sums of squares [m, parts] of the rows of h [B, L, K], if its norm is folded.
         count: Number of packed rows, int32 [1].
-        g, act: Where to write; made here where None.
+        g, act: Output tensors; allocated if None.
     """
     batches, outer, inner = grad.shape
     N = weight.shape[1]

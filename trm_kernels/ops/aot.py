@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation of recorded launches: what a GPU would run, checked without one.
+"""Ahead-of-time compilation of recorded launches, which checks GPU code without a GPU.
 
-Must run in a process without ``TRITON_INTERPRET=1``, which disables the compiler.
+It needs a process without ``TRITON_INTERPRET=1``, which disables the compiler.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ _POINTER = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one launch.
+    """Properties of one compiled launch.
 
     Attributes:
-        shared_memory: Bytes of shared memory a program takes.
-        stack: Bytes of stack a thread takes for spilled registers (CUDA only; 0 elsewhere). ptxas parks a
-            pointer or two there that is used once, at 48 registers of 255: a choice, not pressure.
-        spills_in_loop: Whether a loop loads from that stack or stores to it, which is what costs.
-        registers: Registers a thread (CUDA only; 0 elsewhere).
-        wgmma: Whether the PTX holds Hopper's warp-group matrix instructions.
-        hazards: Patterns that the compiler is known to pipeline wrongly.
+        shared_memory: Bytes of shared memory per program.
+        stack: Bytes of stack per thread for spilled registers (CUDA only; 0 elsewhere). Even at 48 of 255
+            registers, ptxas stores one or two pointers there that are used once, so a small stack does not
+            indicate register pressure.
+        spills_in_loop: Whether a loop accesses that stack, which is what costs time.
+        registers: Registers per thread (CUDA only; 0 elsewhere).
+        wgmma: Whether the PTX contains Hopper's warp-group matrix instructions.
+        hazards: Patterns that the compiler is known to pipeline incorrectly.
     """
 
     shared_memory: int
@@ -56,7 +57,7 @@ class Compiled:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The kernel with the signature and specialisations that the real launch would give it."""
+    """Return the kernel with the signature and specialisations of the real launch."""
     kernel = launch.kernel
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
@@ -88,7 +89,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
 
 
 def inspect(compiled: Any, target: Target) -> Compiled:
-    """What the compiler made of a kernel that it has compiled for ``target``."""
+    """Return the properties of a kernel that was compiled for ``target``."""
     shared = compiled.metadata.shared
     found = tuple(hazards(compiled.asm["ttir"]))
     if target.kind != "cuda":
@@ -98,7 +99,7 @@ def inspect(compiled: Any, target: Target) -> Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int, int, bool]:
-    """Registers a thread, bytes of spill stack a thread, and whether a loop touches it."""
+    """Return registers per thread, bytes of spill stack per thread, and whether a loop accesses it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -110,12 +111,12 @@ def _resources(cubin: bytes) -> tuple[int, int, bool]:
             return int(registers[1]), 0, False
         accesses, loops = _local_accesses(_cuobjdump("-sass", file.name))
     in_loop = any(first <= access <= last for access in accesses for first, last in loops)
-    # A kernel may have a stack frame that no instruction touches.
+    # A kernel may have a stack frame that no instruction accesses.
     return int(registers[1]), int(stack[1]) if accesses else 0, in_loop
 
 
 def _local_accesses(sass: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Addresses of loads and stores of local memory, and the address range of every loop."""
+    """Return the addresses of local-memory loads and stores, and the address range of every loop."""
     accesses, loops = [], []
     for address_text, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass):
         address = int(address_text, 16)

@@ -1,19 +1,19 @@
 """Softmax attention over packed projections [B, L, 3, H, E]: key masks, RoPE, dropout, any head size.
 
-Forward and backward never hold a score matrix (FlashAttention-2, arXiv 2307.08691). The backward runs as
-two kernels, one over key blocks and one over query blocks, so that nothing is accumulated by atomics.
+Forward and backward never store a score matrix (FlashAttention-2, arXiv 2307.08691). The backward consists of
+two kernels, one over key blocks and one over query blocks, so that it needs no atomics.
 
-- Mask [B, L]: padding is not attended to, and its own rows of the output are zeros, so a row of the batch
-  without any valid position gives zeros and no NaN. Keys behind a sample's last valid position are skipped.
-- RoPE (NeoX layout) is applied where queries and keys are loaded; their gradients are rotated back before
-  they are stored.
-- Dropout: Philox keyed by a device seed, counted by (query, key, sample and head, call). The backward draws
-  the same numbers again; no mask is stored, and a captured graph draws new ones when the seed changes.
-- Packed rows: samples of any lengths one behind the other, without padding, [1, R, 3 D] with ``starts``.
-- Bias of the projections: added where they are loaded, so that they are stored without it. The bias of the
-  keys moves all scores of a query alike and is left out; that of the values is added to the output.
-- As part of a block whose norm is folded, the backward also divides the gradient by the norm of its row and
-  leaves the row dots that the norm's backward needs (:mod:`~trm_kernels.ops.gemm`).
+- Mask [B, L]: padding is not attended to, and its output rows are zero. A sample without valid positions
+  returns zeros and no NaN. Keys after a sample's last valid position are skipped.
+- RoPE (NeoX layout) is applied when queries and keys are loaded; their gradients are rotated back before they
+  are stored.
+- Dropout: Philox with a device seed as key and (query, key, sample and head, call) as counter. The backward
+  draws the same numbers, so no mask is stored. A captured graph draws new numbers when the seed changes.
+- Packed rows: samples of any lengths one after another, without padding, [1, R, 3 D] with ``starts``.
+- Bias of the projections: added when they are loaded; they are stored without it. The bias of the keys shifts
+  all scores of a query equally and is omitted. The bias of the values is added to the output.
+- In a block whose norm is folded, the backward also divides the gradient by the RMS of its row and writes the
+  row dots for the norm's backward (:mod:`~trm_kernels.ops.gemm`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attention_kernel(
     if HAS_MASK:
         end = tl.load(end_ptr + b)
         keep_row = tl.load(mask_ptr + first + m, mask=keep_row, other=0) != 0
-    # A tile behind the last valid position has nothing to attend for.
+    # The queries of a tile after the last valid position are all padding.
     end = tl.where(tile * BLOCK_M < end, end, 0)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
     total = tl.zeros((BLOCK_M,), dtype=ACC)
@@ -101,7 +101,7 @@ def attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
         scores = tl.where(valid[None, :], scores, float("-inf"))  # [BM, BN], in powers of two
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        # A row that met no valid key yet has -inf for a maximum, and -inf - -inf is NaN.
+        # The maximum of a row without a valid key so far is -inf, and -inf - -inf is NaN.
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(highest - shift)
@@ -132,8 +132,8 @@ def attention_forward(
 
     Args:
         qkv: Contiguous [B, L, 3 D], or packed [1, R, 3 D].
-        heads: How to attend.
-        out, lse: Where to write; made here where None.
+        heads: Arguments of the attention.
+        out, lse: Output tensors; allocated if None.
 
     Returns:
         Output [B, L, D], and the log2-sum-exp2 of the scaled scores [H, R] for the backward.
@@ -148,7 +148,7 @@ def attention_forward(
     launch(
         attention_kernel,
         (cdiv(samples.length, tile.m) * samples.batch * heads.n_heads,),
-        qkv, *heads.pointers, out, lse, rows, *heads.numbers(width),
+        qkv, *heads.pointers, out, lse, rows, *heads.scalars(width),
         **heads.constants(qkv, width, tile),
     )  # fmt: skip
     return out, lse
@@ -165,7 +165,7 @@ def dropout_keep_kernel(seed_ptr, keep_ptr, L, call, threshold, BLOCK_M: tl.cons
 
 
 def dropout_keep(dropout: Dropout, batch: int, n_heads: int, length: int) -> Tensor:
-    """The mask that ``dropout`` stands for, bool [B, H, L, L], True = kept; for comparisons in tests."""
+    """Return the mask that ``dropout`` applies, bool [B, H, L, L], True = kept; for comparisons in tests."""
     assert dropout.seed is not None
     keep = torch.empty((batch, n_heads, length, length), dtype=torch.uint8, device=dropout.seed.device)
     launch(

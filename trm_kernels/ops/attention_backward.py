@@ -1,4 +1,4 @@
-"""Backward of the attention: one kernel over key blocks and one over query blocks, without atomics."""
+"""Backward of attention: one kernel over key blocks and one over query blocks, without atomics."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def attention_delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """delta = sum over channels of output times its gradient [H, R]: the softmax backward's row term.
+    """Compute delta [H, R], the softmax backward's row term: output times its gradient, summed over channels.
 
-    The values' bias adds the same to the gradient of every weight of a row: grad . bias, subtracted from delta
-    here, or, where dropout scales each weight's gradient, stored beside it.
+    The bias of the values adds the same term, grad . bias, to the gradient of every weight in a row. It is
+    subtracted from delta here or, if dropout scales the gradient of each weight, stored separately.
     """
     tile, _, b, h = program(L, H, BLOCK_M)
     first, length = sample_rows(start_ptr, b, L, PACKED)
@@ -75,7 +75,7 @@ def _load_query(
     E: tl.constexpr, BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     ROTARY: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Query block [BM, BE] with its output gradient [BM, BE], log-sum-exp, delta and value-bias term [BM]."""
+    """Load a query block [BM, BE], its output gradient [BM, BE], lse, delta and value-bias term [BM]."""
     e = tl.arange(0, BLOCK_E)
     p_q = qkv_ptr + first * (3 * H * E) + h * E
     q = load_head(p_q, m, length, 3 * H * E, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)
@@ -100,7 +100,7 @@ def _weights_and_gradient(
     q, k, v, grad, lse, delta, through_bias, valid, keep, scale, inv_keep,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Dropped attention weights and the gradient of the scores, both [BM, BN]."""
+    """Compute the attention weights after dropout and the gradient of the scores, both [BM, BN]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
     weights = tl.where(valid, tl.exp2(scores - lse[:, None]), 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -205,7 +205,7 @@ def attention_backward_kv_kernel(
     grad_k *= scale
     in_e = e < E
     if NORMED:
-        # Rotations keep the dot, so the rotated keys serve.
+        # Rotations preserve the dot product, so the rotated keys can be used.
         dot = tl.sum(grad_k * k.to(ACC), axis=1) + tl.sum(grad_v * v.to(ACC), axis=1)
         tl.store(dots_ptr + (first + n) * (2 * H) + H + h, dot, mask=in_n)
     if HAS_BIAS:
@@ -304,7 +304,7 @@ def attention_backward_q_kernel(
     in_m = m < length
     in_e = e < E
     if NORMED:
-        # Loaded again: q holds the bias, which the norm's row never met.
+        # Reload, because q contains the bias, which the norm does not affect.
         stored_q = load_head(p_q, m, length, row_stride, cos_ptr, sin_ptr, E, BLOCK_E, ROTARY)
         dot = tl.sum(grad_q * stored_q.to(ACC), axis=1)
         tl.store(dots_ptr + (first + m) * (2 * H) + h, dot, mask=in_m)
@@ -321,9 +321,9 @@ def attention_backward_q_kernel(
 
 @dataclass
 class ProjectionGradient:
-    """What the kernels wrote."""
+    """Outputs of the kernels."""
 
-    qkv: Tensor  # [B, L, 3 D]; over rms(h) where the norm before the projections is folded
+    qkv: Tensor  # [B, L, 3 D]; divided by rms(h) if the norm before the projections is folded
     dots: Tensor | None  # partial dots of the projections and their gradient [R, 2 H], for that norm
     bias: Tensor | None  # gradient of the bias [3 D], float32
 
@@ -339,16 +339,16 @@ def attention_backward(
     eps: float = 0.0,
     grad_qkv: Tensor | None = None,
 ) -> ProjectionGradient:
-    """Gradient of the packed projections, from that of the output (contiguous [B, L, D]).
+    """Compute the gradient of the packed projections from the gradient of the output.
 
-    Gradients at masked rows of the output are ignored, as those rows are constant zeros.
+    Gradients in masked rows of the output are ignored, because those rows are constant zeros.
 
     Args:
-        grad: Gradient of ``out``.
+        grad: Gradient of ``out``, contiguous [B, L, D].
         qkv, out, lse, heads: As in the forward.
         sumsq: Partial sums of squares [R, parts] of the rows whose RMSNorm (with ``eps``) is folded into the
             projections.
-        grad_qkv: Where to write; made here where None.
+        grad_qkv: Output tensor; allocated if None.
     """
     batch, length, width = qkv.shape
     rows, width = batch * length, width // 3
@@ -379,8 +379,8 @@ def attention_backward(
     if heads.bias is not None:
         of_q, of_kv = lse.new_empty((tiles_q, width)), lse.new_empty((tiles_kv, 2 * width))
     common = (qkv, grad, *heads.pointers, lse, delta, through, sumsq, grad_qkv, dots)
-    numbers = (rows, *heads.numbers(width), eps)
-    launch(attention_backward_kv_kernel, (tiles_kv * n_heads,), *common, of_kv, *numbers, **constants)
-    launch(attention_backward_q_kernel, (tiles_q * n_heads,), *common, of_q, *numbers, **constants)
+    scalars = (rows, *heads.scalars(width), eps)
+    launch(attention_backward_kv_kernel, (tiles_kv * n_heads,), *common, of_kv, *scalars, **constants)
+    launch(attention_backward_q_kernel, (tiles_q * n_heads,), *common, of_q, *scalars, **constants)
     bias = None if of_q is None or of_kv is None else torch.cat((of_q.sum(0), of_kv.sum(0)))
     return ProjectionGradient(grad_qkv, dots, bias)

@@ -1,6 +1,6 @@
-"""What the attention kernels share: tiles, samples, dropout, and the loading of heads.
+"""Code shared by the attention kernels: tiles, samples, dropout, and loading of heads.
 
-Rows of the packed projections are [R, 3, H, E]: queries, keys and values side by side, heads inside.
+Rows of the packed projections are [R, 3, H, E]: queries, keys and values, each with all heads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def program(L, H, BLOCK: tl.constexpr):
-    """Tile of rows, sample-and-head, sample, and head; one grid axis, as the others end at 65535."""
+    """Return tile of rows, sample-and-head, sample, and head. Other grid axes than the first end at 65535."""
     tiles = tl.cdiv(L, BLOCK)
     head = tl.program_id(0) // tiles
     return tl.program_id(0) % tiles, head, head // H, head % H
@@ -28,7 +28,7 @@ def program(L, H, BLOCK: tl.constexpr):
 
 @triton.jit
 def sample_rows(start_ptr, b, L, PACKED: tl.constexpr):
-    """First row (64-bit) and number of rows of sample b."""
+    """Return the first row (64-bit) and the number of rows of sample b."""
     first = b.to(tl.int64) * L
     length = L
     if PACKED:
@@ -39,9 +39,9 @@ def sample_rows(start_ptr, b, L, PACKED: tl.constexpr):
 
 @triton.jit
 def tables_of(cos_ptr, sin_ptr, first, E: tl.constexpr, PACKED: tl.constexpr):
-    """RoPE tables that a sample's rows index: by position, or, packed, one row of the table a row.
+    """Return the RoPE tables for a sample: indexed by position, or if packed, one table row per row.
 
-    Called only where there are tables: Triton 3.6 cannot return a None.
+    Called only with tables, because Triton 3.6 cannot return None.
     """
     if PACKED:
         cos_ptr += first * (E // 2)
@@ -61,7 +61,7 @@ def load_head(
     BLOCK_E: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """Rows of one head [BL, BE] in the dtype of storage, rotated if asked; zeros past L and past E."""
+    """Load rows of one head [BL, BE] in the stored dtype, rotated if ``ROTARY``; zeros beyond L and E."""
     e = tl.arange(0, BLOCK_E)
     valid = (rows < L)[:, None] & (e < E)[None, :]
     p_rows = p_head + rows.to(tl.int64)[:, None] * row_stride
@@ -77,14 +77,14 @@ def load_head(
 
 @triton.jit
 def load_bias(p_bias, E: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr):
-    """One head's part of a bias [BE]."""
+    """Load one head's part of a bias [BE]."""
     e = tl.arange(0, BLOCK_E)
     return tl.load(p_bias + e, mask=e < E, other=0.0).to(ACC)
 
 
 @triton.jit
 def _rotation(rows, L, cos_ptr, sin_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Factors [BL, BE] of a channel and of its partner: x' = x cos + partner sin, with the sign in sin."""
+    """Load factors [BL, BE] of a channel and its partner: x' = x cos + partner sin, with the sign in sin."""
     e = tl.arange(0, BLOCK_E)
     HALF: tl.constexpr = E // 2
     valid = (rows < L)[:, None] & (e < E)[None, :]
@@ -96,7 +96,7 @@ def _rotation(rows, L, cos_ptr, sin_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr)
 
 @triton.jit
 def rotate_back(grad, rows, L, cos_ptr, sin_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The transposed rotation of an accumulated gradient [BL, BE]."""
+    """Apply the transposed rotation to an accumulated gradient [BL, BE]."""
     e = tl.arange(0, BLOCK_E)
     HALF: tl.constexpr = E // 2
     partner = tl.where(e < HALF, e + HALF, tl.where(e < E, e - HALF, e))
@@ -107,7 +107,7 @@ def rotate_back(grad, rows, L, cos_ptr, sin_ptr, E: tl.constexpr, BLOCK_E: tl.co
 
 @triton.jit
 def kept(seed_ptr, call, rows, cols, head, threshold):
-    """Which attention weights [BM, BN] survive dropout."""
+    """Return which attention weights [BM, BN] dropout keeps."""
     shape = rows[:, None] + cols[None, :]
     c0 = rows[:, None] + tl.zeros_like(shape)
     c1 = cols[None, :] + tl.zeros_like(shape)
@@ -118,7 +118,7 @@ def kept(seed_ptr, call, rows, cols, head, threshold):
 
 @dataclass(frozen=True)
 class Tile:
-    """Query and key rows of a program, and its schedule."""
+    """Number of query and key rows per program, and its schedule."""
 
     m: int
     n: int
@@ -127,7 +127,7 @@ class Tile:
 
 
 #: Forward and backward tiles by element size and padded head size, chosen so that no configuration spills
-#: or passes 64 KiB of shared memory on any target (the ahead-of-time tests hold them to it).
+#: registers or exceeds 64 KiB of shared memory on any target (the ahead-of-time tests check this).
 _FORWARD = {
     2: {
         16: Tile(64, 64, 4, 2),
@@ -164,29 +164,29 @@ _INTERPRETER = Tile(64, 64, 1, 1)
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype, backward: bool, target: Target) -> Tile:
-    """Tiles for one attention kernel; by head size and dtype only, never by length."""
+    """Choose the tile of one attention kernel, by head size and dtype only, never by length."""
     if target.interpreted:
         return _INTERPRETER
     tile = (_BACKWARD if backward else _FORWARD)[dtype.itemsize][power_of_two(head_dim, 16)]
     if target.kind != "cuda":
-        return replace(tile, stages=1)  # a second stage does not fit beside the tiles in AMD's 64 KiB
+        return replace(tile, stages=1)  # a second stage does not fit into AMD's 64 KiB
     datacenter_blackwell = isinstance(target.arch, int) and 100 <= target.arch < 120
     if datacenter_blackwell and tile == _FORWARD[2][16]:
-        # Its accumulators lie outside the registers, and pass through them: 4 warps spill up to 256 bytes.
+        # Accumulators are in tensor memory but pass through registers: 4 warps spill up to 256 bytes.
         return replace(tile, warps=8, stages=1)
     if datacenter_blackwell and tile == _BACKWARD[2][64]:
-        return replace(tile, warps=8)  # and here 8 bytes in the loop, with RoPE
+        return replace(tile, warps=8)  # 4 warps spill 8 bytes in the loop, with RoPE
     return tile
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which attention weights are dropped.
+    """Dropout of attention weights.
 
     Attributes:
-        probability: Of dropping a weight.
+        probability: Probability of dropping a weight.
         seed: Device seed, int64 [1].
-        call: Number of the network call and block, so that one seed serves a whole recursion.
+        call: Index of the network call and block, so that one seed suffices for a recursion.
     """
 
     probability: float
@@ -203,15 +203,15 @@ NO_DROPOUT = Dropout(0.0, None)
 
 @dataclass(frozen=True)
 class Samples:
-    """How rows divide into samples: B x L of them, with a key mask or without, or packed.
+    """Division of rows into samples: B x L rows, with or without a key mask, or packed rows.
 
     Attributes:
         batch: Number of samples B.
-        length: Length L of a sample; of the longest, where they are packed.
+        length: Length L of a sample; of the longest sample if packed.
         mask: uint8 [B, L], 1 = valid, any pattern.
         ends: One past the last valid position of each sample, int32 [B].
-        starts: First row of each packed sample, and the end of the last, int32 [B + 1].
-        count: Number of packed rows, int32 [1] (a tensor of its own, so that its alignment never changes).
+        starts: First row of each packed sample and the end of the last, int32 [B + 1].
+        count: Number of packed rows, int32 [1] (a separate tensor, so that its alignment never changes).
     """
 
     batch: int
@@ -227,11 +227,11 @@ class Heads:
     """One attention call on rows of packed projections.
 
     Attributes:
-        n_heads: H.
-        samples: Which rows attend to one another.
-        cos, sin: RoPE tables [L, E/2], of packed samples [R, E/2], float32 or wider.
-        bias: Bias [3 D] that the projections were stored without.
-        dropout: Of the attention weights.
+        n_heads: Number of heads H.
+        samples: Rows of each sample, which attend to each other.
+        cos, sin: RoPE tables [L, E/2], or [R, E/2] for packed samples, float32 or wider.
+        bias: Bias [3 D] to add to the projections, which are stored without it.
+        dropout: Dropout of the attention weights.
     """
 
     n_heads: int
@@ -242,18 +242,18 @@ class Heads:
     dropout: Dropout = NO_DROPOUT
 
     def __post_init__(self) -> None:
-        assert self.bias is None or self.cos is None, "no family has a bias and RoPE"
+        assert self.bias is None or self.cos is None, "no family has both a bias and RoPE"
 
     @property
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """bias, mask, ends, starts, cos, sin, seed."""
+        """The kernel arguments bias, mask, ends, starts, cos, sin, seed."""
         samples = self.samples
         return (
             self.bias, samples.mask, samples.ends, samples.starts, self.cos, self.sin, self.dropout.seed,
         )  # fmt: skip
 
-    def numbers(self, width: int) -> tuple[Any, ...]:
-        """L, H, call, scale, threshold, 1 / (1 - p) for projections of ``width`` D."""
+    def scalars(self, width: int) -> tuple[Any, ...]:
+        """Return L, H, call, scale, threshold, 1 / (1 - p) for projections of width D."""
         dropout = self.dropout
         scale = (width // self.n_heads) ** -0.5
         return (
@@ -262,7 +262,7 @@ class Heads:
         )  # fmt: skip
 
     def constants(self, like: Tensor, width: int, tile: Tile) -> dict[str, Any]:
-        """Constants, warps and stages of a launch on projections of ``width`` D."""
+        """Return constants, warps and stages of a launch on projections of width D."""
         head_dim = width // self.n_heads
         return {
             "E": head_dim,
@@ -281,11 +281,11 @@ class Heads:
         }
 
     def tile(self, like: Tensor, width: int, *, backward: bool) -> Tile:
-        """Tile of a launch on projections of ``width`` D."""
+        """Return the tile of a launch on projections of width D."""
         return choose_tile(width // self.n_heads, like.dtype, backward, target_of(like))
 
 
 def mask_ends(mask: Tensor) -> Tensor:
-    """One past the last valid position of each sample, int32 [B]; ``mask``: uint8 [B, L]."""
+    """Return one past the last valid position of each sample, int32 [B]; ``mask`` is uint8 [B, L]."""
     positions = torch.arange(1, mask.shape[1] + 1, dtype=torch.int32, device=mask.device)
     return (mask * positions).amax(dim=1).to(torch.int32)

@@ -1,4 +1,4 @@
-"""The attention as an op of its own: ``torch.ops.trm_kernels.attention``."""
+"""Attention as a separate op: ``torch.ops.trm_kernels.attention``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _attention_saving(
     if cos is not None and (sin is None or cos.shape != tables or sin.shape != tables):
         raise ValueError(f"expected two RoPE tables {list(tables)}")
     if dropout > 0.0 and seed is None:
-        raise ValueError("dropout needs a seed, an int64 tensor of one element")
+        raise ValueError("dropout needs a seed, a one-element int64 tensor")
     return attention_forward(qkv.contiguous(), _heads(qkv, n_heads, mask, cos, sin, dropout, seed))
 
 
@@ -115,8 +115,8 @@ attention_gradient = define(
     _attention_backward,
     _attention_backward_fake,
 )
-#: ``attention(qkv, n_heads, mask, cos, sin, dropout, seed)`` on packed projections [B, L, 3 D] gives
-#: [B, L, D]; mask uint8 [B, L], tables [L, E/2], seed int64 [1], each of them optional.
+#: ``attention(qkv, n_heads, mask, cos, sin, dropout, seed)`` on packed projections [B, L, 3 D] returns
+#: [B, L, D]. The mask uint8 [B, L], tables [L, E/2] and seed int64 [1] are optional.
 attention = define(
     "attention",
     f"(Tensor qkv, {_ARGUMENTS}) -> Tensor",

@@ -1,18 +1,18 @@
 """A latent recursion as one chain of kernels: n times ``z = net(x + y + z)``, then ``y = net(y + z)``.
 
-Kernels of a pre-norm block with attention, five in all:
+A pre-norm block with attention has five kernels:
 
-    1. QKV GEMM, its epilogue applying the row scale of the norm that is folded into the weights
+    1. QKV GEMM; its epilogue applies the row scale of the norm that is folded into the weights
     2. attention
-    3. output GEMM + bias + residual, leaving the row sums of squares for the next norm
+    3. output GEMM + bias + residual; it also writes the row sums of squares for the next norm
     4. first MLP GEMM, with the row scale, bias and activation
     5. second MLP GEMM + bias + residual; in a network's last block also + x + y, the next call's input
 
-and one kernel in front that adds x + y + z. Where a norm ends the network call (a post-norm block,
-``SequenceTRM``'s ``output_norm``) a row kernel applies it and adds x + y. The other norms of a post-norm block
-need none without gradient: the products that read their rows scale them, and a token mixer's of up to 128 positions
-is applied in the epilogue of its second product, whose tile holds it whole. In training a row kernel applies each,
-as it does the norms in front of token mixers and those of float16.
+One kernel before them adds x + y + z. If a norm ends the network call (a post-norm block, ``SequenceTRM``'s
+``output_norm``), a row kernel applies it and adds x + y. Without gradients, the other norms of a post-norm
+block need no kernel: the GEMMs that read the rows scale them, and the norm of a token mixer with up to 128
+positions is applied in the epilogue of its second GEMM, whose tile holds complete rows. In training, a row
+kernel applies each of them. It also applies the norms before token mixers and all norms in float16.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def block_spec(call: Call, block: Block, like: Tensor, memory: Memory, *, last: bool) -> Spec:
-    """Names, shapes and dtypes of what one call of one block keeps; ``like``: the stream [B, L, D]."""
+    """Return name, shape and dtype of each tensor that a block call saves; ``like``: the stream."""
     batch, length, width = like.shape
     rows = batch * length
     wide = torch.promote_types(like.dtype, torch.float32)
@@ -66,7 +66,7 @@ def block_spec(call: Call, block: Block, like: Tensor, memory: Memory, *, last: 
 
 
 def saved_spec(call: Call, blocks: list[Block], like: Tensor, steps: int, memory: Memory) -> Spec:
-    """What a recursion of ``steps`` network calls keeps, each tensor stacked over the steps."""
+    """Return the spec of what a recursion of ``steps`` network calls saves, stacked over the steps."""
     if memory == "small":
         return {"in": ((steps, *like.shape), call.residual)}
     return {
@@ -80,19 +80,19 @@ def saved_spec(call: Call, blocks: list[Block], like: Tensor, steps: int, memory
 
 @dataclass
 class Saved:
-    """What the backward reads, each tensor stacked over the network calls from ``first`` on."""
+    """Tensors saved for the backward, each stacked over the network calls from ``first`` on."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     first: int = 0
 
     @classmethod
     def empty(cls, spec: Spec, like: Tensor, first: int = 0) -> Saved:
-        """Memory for ``spec`` on the device of ``like``."""
-        made = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
-        return cls(made, first)
+        """Allocate the tensors of ``spec`` on the device of ``like``."""
+        tensors = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
+        return cls(tensors, first)
 
     def slot(self, layer: int, step: int) -> Slot:
-        """The tensors of one call of one block, by name."""
+        """Return the tensors of one block call, by name."""
         lead = f"{layer}."
         return {
             name[len(lead) :]: tensor[step - self.first]
@@ -101,12 +101,12 @@ class Saved:
         }
 
     def stack(self, layer: int, name: str, first: int, last: int) -> Tensor:
-        """A tensor of the calls ``first`` to ``last - 1``, stacked."""
+        """Return a tensor of the calls ``first`` to ``last - 1``, stacked."""
         return self.tensors[f"{layer}.{name}"][first - self.first : last - self.first]
 
 
 def _part(slot: Slot, name: str) -> Slot:
-    """The sublayer ``name`` of a slot."""
+    """Return the part of a slot that belongs to sublayer ``name``."""
     lead = f"{name}."
     return {key[len(lead) :]: tensor for key, tensor in slot.items() if key.startswith(lead)}
 
@@ -123,16 +123,16 @@ def network_call(
     next_slot: Slot | None = None,
     read: Tensor | None = None,
 ) -> tuple[Tensor | None, Stream | None]:
-    """One call of the network: its output, and the next call's input.
+    """Call the network once; returns its output, and the next call's input.
 
     Args:
         stream: The input.
-        step: Number of the call in the recursion; tells the dropout of one call from that of another.
-        slots: Where each block keeps what the backward reads.
+        step: Index of the call in the recursion, which distinguishes its dropout from that of other calls.
+        slots: Tensors in which each block saves data for the backward.
         addend, keep: See :func:`~trm_kernels.ops.sublayer.last_half`.
-        next_slot: Of the first block in the next call.
-        read: Rows of the output that anything reads, int64 [N]; the output is then [1, N, D]. In the last block,
-            only they go on behind the mixing of positions.
+        next_slot: Slot of the first block in the next call.
+        read: Rows of the output to compute, int64 [N]; the output is then [1, N, D]. The last block drops all
+            other rows after its mixer.
     """
     mask = call.samples.mask
     for layer, block in enumerate(blocks):
@@ -173,7 +173,7 @@ def network_call(
 def enter(
     call: Call, blocks: list[Block], x: Tensor | None, y: Tensor | None, z: Tensor | None, slot: Slot
 ) -> tuple[Stream, Tensor | None]:
-    """The input of the first network call, x + y + z, and the pair x + y."""
+    """Compute the input of the first network call, x + y + z, and the pair x + y."""
     reader = blocks[0].mixer
     if x is None and (y is None or z is None) and not reader.folded and "in" not in slot:
         only = y if z is None else z
@@ -194,14 +194,14 @@ def recursion_forward(
     memory: Memory | None,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
-    """Run a latent recursion on contiguous x, y, z [B, L, D]; with n = 0 a single call, ``net(y + z)``.
+    """Run a latent recursion on contiguous x, y, z [B, L, D]; with n = 0, a single call ``net(y + z)``.
 
     Args:
-        memory: What to keep for the backward, None for nothing.
-        read: Rows of the new y that anything reads, int64 [N]; without ``memory`` only.
+        memory: What to save for the backward; None for nothing.
+        read: Rows of the new y to compute, int64 [N]; only without ``memory``.
 
     Returns:
-        The new y, the new z (None if n is 0), and what is kept, by name.
+        The new y, the new z (None if n is 0), and the saved tensors by name.
     """
     saved = Saved()
     if memory is None:
@@ -218,7 +218,7 @@ def recursion_forward(
     def entry(step: int) -> Slot:
         if not inputs_only:
             return saved.slot(0, step)
-        # A rounded copy would take the place of the stream itself.
+        # Otherwise the kernel would save a rounded copy instead of the stream.
         return {"in": saved.tensors["in"][step]} if call.rounds(blocks[0].mixer) is None else {}
 
     stream, pair = enter(call, blocks, x, y, z, entry(0))
@@ -227,7 +227,7 @@ def recursion_forward(
         if inputs_only and stream.value.data_ptr() != saved.tensors["in"][step].data_ptr():
             saved.tensors["in"][step].copy_(stream.value)
         last_z, answer = step == n - 1, step == n
-        # What the next call adds to this one's output; behind the last z it is y alone.
+        # The next call adds x + y to this output; after the last z it adds only y.
         addend = y if last_z else pair
         out, following = network_call(
             call,

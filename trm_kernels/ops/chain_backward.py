@@ -1,5 +1,5 @@
-"""Backward of a latent recursion: data gradients swept through every block of every network call, then one
-weight gradient a matrix over the concatenated calls, or over as many of them as memory allows.
+"""Backward of a latent recursion: data gradients through every block of every network call, then one weight
+gradient per matrix over the concatenated calls, or over as many calls as fit into memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from trm_kernels.ops.stream import Stream
 from trm_kernels.ops.sublayer import Call, Slot
 from trm_kernels.ops.sublayer_backward import SublayerGradient, middle_stream, sublayer_backward
 
-#: Bytes of gradients that are kept until their weight gradients are taken: one call's at least. More would
-#: save launches, which only small problems feel.
+#: Maximum bytes of gradients kept until their weight gradients are computed (at least those of one call).
+#: More would save launches, which matters only for small problems.
 WORKSPACE = 128 * 2**20
 
 
@@ -31,11 +31,11 @@ class RecursionGradient:
     y: Tensor
     z: Tensor | None
     output_weight: Tensor | None
-    parameters: list[Tensor]  # empty where none was needed
+    parameters: list[Tensor]  # empty if none was needed
 
 
 class _Workspace:
-    """Memory that the calls of one chunk share: each tensor stacked over the calls."""
+    """Memory of one chunk of calls, with each tensor stacked over the calls."""
 
     def __init__(self, steps: int, like: Tensor) -> None:
         self.steps = steps
@@ -44,7 +44,9 @@ class _Workspace:
 
     def slot(self, name: str, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.steps == 1:
-            return self._like.new_empty(shape, dtype=dtype)  # used at once, and free for the next sublayer
+            return self._like.new_empty(
+                shape, dtype=dtype
+            )  # used immediately, then free for the next sublayer
         if name not in self._stacks:
             self._stacks[name] = self._like.new_empty((self.steps, *shape), dtype=dtype)
         return self._stacks[name][index]
@@ -54,14 +56,14 @@ class _Workspace:
 
 
 def _chunk(call: Call, blocks: list[Block], like: Tensor, steps: int, memory: Memory) -> int:
-    """Network calls whose weight gradients are taken at once."""
+    """Return the number of network calls whose weight gradients are computed together."""
     if memory == "small" or not all(part.folded for block in blocks for part in block.sublayers):
         return 1
     widths = 0
     for block in blocks:
         for part in block.sublayers:
             widths += part.inner + like.shape[2]  # G, and the gradient of the output
-        widths += block.mlp.second.shape[1]  # the activation; the attention's output is saved
+        widths += block.mlp.second.shape[1]  # the activation; the attention output is saved
     bytes_of_call = widths * like.shape[0] * like.shape[1] * call.operand.itemsize
     return max(1, min(steps, WORKSPACE // max(1, bytes_of_call)))
 
@@ -71,11 +73,11 @@ Kind = Literal["mixer", "mlp"]
 
 @dataclass(frozen=True)
 class _Visit:
-    """One block in one network call, and what the forward kept of it."""
+    """One block in one network call, with the tensors that its forward saved."""
 
     layer: int
     step: int
-    index: int  # of the call in its chunk
+    index: int  # index of the call in its chunk
     slot: Slot
 
 
@@ -99,14 +101,14 @@ class _Sweep:
             for block in blocks
         ]
         self.of_output_norm: Tensor | None = None
-        # Written by one call for the call before it, which may belong to the next chunk.
+        # Each call writes an entry for the call before it, which may belong to the next chunk.
         self.copies = call.operand != call.residual
         self.entries = None
         if self.chunk > 1:
             self.entries = some.new_empty((self.steps, *self.like.shape), dtype=call.operand)
 
     def recomputed(self, step: int) -> Saved:
-        """What the forward of one call keeps, run again from its input."""
+        """Run the forward of one call again from its input, and return its saved tensors."""
         spec = saved_spec(self.call, self.blocks, self.like, 1, "fast")
         again = Saved.empty(spec, self.like, step)
         slots = [again.slot(layer, step) for layer in range(len(self.blocks))]
@@ -115,12 +117,12 @@ class _Sweep:
         return again
 
     def entry(self, step: int) -> dict[str, Tensor | None]:
-        """Where the gradient of a network call's output, or its copy, is written by the call after it."""
-        return self.written(None if self.entries is None or step < 0 else self.entries[step])
+        """Return the output argument with which the next call writes the gradient of this call's output."""
+        return self.output(None if self.entries is None or step < 0 else self.entries[step])
 
-    def written(self, place: Tensor | None) -> dict[str, Tensor | None]:
-        """``place`` for the gradient that a product reads: the copy, where the stream is wider."""
-        return {"copy": place} if self.copies else {"out": place}
+    def output(self, target: Tensor | None) -> dict[str, Tensor | None]:
+        """Return ``target`` as the output argument that a GEMM reads: the copy if the stream is wider."""
+        return {"copy": target} if self.copies else {"out": target}
 
     def back_output_norm(self, grad: Tensor, slot: Slot) -> Stream:
         norm = self.call.output_norm
@@ -135,7 +137,7 @@ class _Sweep:
         return Stream(back)
 
     def network_call(self, grad: Stream, step: int, index: int, saved: Saved) -> Stream:
-        """Back through one network call; ``index``: its place in the chunk."""
+        """Backward through one network call; ``index`` is its index in the chunk."""
         if self.call.output_norm is not None:
             grad = self.back_output_norm(grad.value, saved.slot(len(self.blocks) - 1, step))
         if self.entries is not None and grad.operand.data_ptr() != self.entries[step].data_ptr():
@@ -150,9 +152,9 @@ class _Sweep:
         return grad
 
     def sublayer(self, visit: _Visit, kind: Kind, grad: Stream, stream: Stream) -> Stream:
-        """Back through one sublayer, whose input is ``stream``; weight gradients follow here or with the chunk."""
+        """Backward through one sublayer with input ``stream``; adds weight gradients unless chunked."""
         part, gradient = getattr(self.blocks[visit.layer], kind), self.gradients[visit.layer][kind]
-        in_front, where = self.in_front(visit, kind)
+        previous, output = self.previous(visit, kind)
         back, products = sublayer_backward(
             self.call,
             part,
@@ -164,8 +166,8 @@ class _Sweep:
             lambda name, shape, dtype: self.workspace.slot(
                 f"{visit.layer}.{kind}.{name}", visit.index, shape, dtype
             ),
-            write_copy=self.copies and in_front.folded,
-            **where,
+            write_copy=self.copies and previous.folded,
+            **output,
         )
         if self.needed and self.chunk == 1:
             a = stream.operand if products.a is None else products.a
@@ -173,27 +175,27 @@ class _Sweep:
             gradient.add(products.g, a, products.grad, inner, self.rows)
         return back
 
-    def in_front(self, visit: _Visit, kind: Kind) -> tuple[Sublayer, dict[str, Tensor | None]]:
-        """The sublayer in front, whose output's gradient is this one's input's, and where that is written."""
+    def previous(self, visit: _Visit, kind: Kind) -> tuple[Sublayer, dict[str, Tensor | None]]:
+        """Return the previous sublayer, and the output argument for the gradient of its output."""
         layer = visit.layer
         if kind == "mixer" and layer == 0:
             return self.blocks[-1].mlp, self.entry(visit.step - 1)
         name, part = f"{layer}.mixer", self.blocks[layer].mixer
         if kind == "mixer":
             name, part = f"{layer - 1}.mlp", self.blocks[layer - 1].mlp
-        place = None
+        target = None
         if part.folded and self.needed:
             shape = tuple(self.like.shape)
-            place = self.workspace.slot(f"{name}.grad", visit.index, shape, self.call.operand)
-        return part, self.written(place)
+            target = self.workspace.slot(f"{name}.grad", visit.index, shape, self.call.operand)
+        return part, self.output(target)
 
     @property
     def rows(self) -> int:
-        """Rows of one network call."""
+        """Number of rows of one network call."""
         return self.like.shape[0] * self.like.shape[1]
 
     def flush(self, first: int, last: int) -> None:
-        """Weight gradients of the calls ``first`` to ``last - 1``, whose operands lie in the workspace."""
+        """Add the weight gradients of the calls ``first`` to ``last - 1`` from the workspace."""
         steps = last - first
 
         def stacked(name: str) -> Tensor:
@@ -231,13 +233,13 @@ def recursion_backward(
     memory: Memory,
     needed: bool,
 ) -> RecursionGradient:
-    """Back through :func:`~trm_kernels.ops.chain.recursion_forward`.
+    """Backward of :func:`~trm_kernels.ops.chain.recursion_forward`.
 
     Args:
-        saved: What the forward kept.
-        grad_y, grad_z: Gradients of the new y and z [B, L, D], contiguous, residual dtype.
-        pair: Whether there was an x.
-        needed: Whether any parameter of the blocks wants a gradient.
+        saved: Tensors that the forward saved.
+        grad_y, grad_z: Gradients of the new y and z [B, L, D], contiguous, in the residual dtype.
+        pair: Whether x was passed.
+        needed: Whether any parameter of the blocks requires a gradient.
     """
     sweep = _Sweep(call, blocks, saved, n, memory, needed)
     grad = Stream(grad_y)
@@ -251,7 +253,7 @@ def recursion_backward(
             source = sweep.recomputed(step) if memory == "small" else saved
             back = sweep.network_call(grad, step, step - first, source)
             if step == n:
-                # A copy: its memory is where the next call keeps its own gradient.
+                # A copy, because the next call overwrites this memory with its own gradient.
                 of_y = back.value.clone() if n > 0 else back.value
                 if n > 0 and grad_z is not None:
                     back = Stream(back.value + grad_z)

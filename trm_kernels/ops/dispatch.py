@@ -1,9 +1,9 @@
-"""Tables of measured choices: which tile, and Triton or cuBLAS, for each GEMM on each GPU.
+"""Tables of measured choices: the tile, and Triton or cuBLAS, for each GEMM on each GPU.
 
-A table is a JSON file a GPU, written by ``llm-trm tune``. A user's own table goes before the packaged one,
-entry by entry, and :func:`~trm_kernels.ops.tiles.heuristic` decides where neither has an entry.
-``TRM_DISPATCH=heuristic`` ignores all tables; ``TRM_TABLES`` names the folder of the user's own (both are
-read once, at import). A table that cannot be used is reported once and left out.
+``llm-trm tune`` writes one table, a JSON file, per GPU. Entries of the user's table take precedence over
+those of the packaged one; without an entry in either, :func:`~trm_kernels.ops.tiles.heuristic` decides.
+``TRM_DISPATCH=heuristic`` ignores all tables; ``TRM_TABLES`` sets the folder of the user's tables (both are
+read once, at import). An unusable table triggers one warning and is ignored.
 """
 
 from __future__ import annotations
@@ -46,39 +46,39 @@ _FOLDER = Path(os.environ.get("TRM_TABLES") or _default_folder())
 
 
 class TableWarning(UserWarning):
-    """A table, or an entry of one, is not used."""
+    """A table, or an entry in one, is ignored."""
 
 
 class TableError(ValueError):
-    """A file that is no table; the message names the file and what is wrong with it."""
+    """A file is not a valid table; the message contains the file and the reason."""
 
 
 def slug(device_name: str) -> str:
-    """A device's name as a file name: NVIDIA H100 80GB HBM3 gives nvidia-h100-80gb-hbm3."""
+    """Convert a device name to a file name: NVIDIA H100 80GB HBM3 becomes nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
 def user_path(device_name: str) -> Path:
-    """Where a user's own table for a device lies."""
+    """Return the path of the user's table for a device."""
     return _FOLDER / f"{slug(device_name)}.json"
 
 
 def packaged_path(device_name: str) -> Path:
-    """Where the table that comes with the package lies, if there is one."""
+    """Return the path of the packaged table for a device, which may not exist."""
     return PACKAGED / f"{slug(device_name)}.json"
 
 
 def bucket(size: int) -> int:
-    """The power of two nearest to ``size`` by ratio, at least 1."""
+    """Return the power of two nearest to ``size`` by ratio, at least 1."""
     return 1 << round(math.log2(max(size, 1)))
 
 
 def key(problem: Problem) -> str:
-    """What an entry is filed under: rows and batch in buckets, the sides of the weight exactly."""
+    """Return the key of an entry: rows and batch are bucketed, the sizes of the weight are exact."""
     M, N, K, kind = problem.M, problem.N, problem.K, _kind(problem)
     if problem.kernel == "weight_gradient":
         return f"{kind} {M}x{N} rows {bucket(K)} batch {bucket(problem.batch)}"
-    # Along the sequence, the rows are the channels: a size of the network, too.
+    # If transposed, rows are channels, which are a fixed size of the network too.
     rows = M if problem.transposed else bucket(M)
     return f"{kind} {N}x{K} rows {rows} batch {bucket(problem.batch)}"
 
@@ -93,12 +93,12 @@ class Entry:
     """One measured problem.
 
     Attributes:
-        choice: The fastest of what was tried.
-        ms: Its median time, in milliseconds.
-        heuristic_ms: The median time of the heuristic's choice, measured in turn with it; None if that
-            did not run.
-        problem: The sizes that were measured, of all those in the bucket.
-        source: :func:`~trm_kernels.ops.fingerprint.fingerprint` of the kernel that was measured.
+        choice: The fastest choice that was measured.
+        ms: Its median time in milliseconds.
+        heuristic_ms: Median time of the heuristic's choice, measured alternately with it; None if that did
+            not run.
+        problem: The measured problem, one of those in the bucket.
+        source: :func:`~trm_kernels.ops.fingerprint.fingerprint` of the measured kernel.
         triton: Version of Triton that compiled it.
     """
 
@@ -111,11 +111,11 @@ class Entry:
 
     @property
     def stale(self) -> bool:
-        """Whether the kernel has changed since; the choice is used until it is measured again."""
+        """Whether the kernel has changed since the measurement; the choice is still used."""
         return self.source != fingerprint(self.problem.kernel)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as a table holds it."""
+        """Return the entry in the format of a table."""
         tile = asdict(self.choice.tile)
         sizes = {name: getattr(self.problem, name) for name in ("M", "N", "K", "batch")}
         return {
@@ -131,7 +131,7 @@ class Entry:
 
     @staticmethod
     def from_json(name: str, value: Mapping[str, Any]) -> Entry:
-        """Read an entry filed under ``name``; raises KeyError, TypeError or ValueError where it is none."""
+        """Read the entry with key ``name``; raises KeyError, TypeError or ValueError if it is invalid."""
         problem = _problem(name, value["measured"])
         tile = Tile(**{axis: _integer(size) for axis, size in value["tile"].items()})
         choice = Choice(value["route"], tile, _integer(value["splits"]))
@@ -148,35 +148,35 @@ class Entry:
 
 def _integer(value: Any) -> int:
     if type(value) is not int:
-        raise TypeError(f"{value!r} is no integer")
+        raise TypeError(f"{value!r} is not an integer")
     return value
 
 
 def _problem(name: str, sizes: Mapping[str, Any]) -> Problem:
-    """The problem that an entry was measured on, checked against what it is filed under."""
+    """Return the measured problem of an entry, after checking it against the entry's key."""
     from trm_kernels.ops.tiles import Activation, Kernel
 
     kernel, dtype, activation = name.split()[:3]
     operand = getattr(torch, dtype, None)
     if kernel not in get_args(Kernel) or not isinstance(operand, torch.dtype):
-        raise ValueError("it names no kernel and dtype")
+        raise ValueError("unknown kernel or dtype")
     M, N, K, batch = (_integer(sizes[size]) for size in ("M", "N", "K", "batch"))
     transposed = name.split()[3] == "transposed"
     problem = Problem(kernel, M, N, K, batch, Activation[activation.upper()], operand, transposed)  # type: ignore[arg-type]
     if min(M, N, K, batch) < 1 or key(problem) != name:
-        raise ValueError("the sizes that it was measured at are not those that it is filed under")
+        raise ValueError("the measured sizes do not match the key")
     return problem
 
 
 @dataclass
 class Table:
-    """The entries of one device, and where they were measured.
+    """The entries of one device, and the circumstances of their measurement.
 
     Attributes:
         device: ``name``, ``kind``, ``arch``, ``processors`` and ``shared_memory`` of the target.
-        run: When and with what it was last written: ``time``, ``commit``, ``versions``.
-        entries: By :func:`key`.
-        flaws: What is wrong with entries that were left out.
+        run: Time and software of the last write: ``time``, ``commit``, ``versions``.
+        entries: Entries by :func:`key`.
+        flaws: Reasons why entries were ignored.
     """
 
     device: dict[str, Any]
@@ -186,11 +186,11 @@ class Table:
 
     @property
     def stale(self) -> int:
-        """How many entries were measured with another version of their kernel."""
+        """Number of entries that were measured with another version of their kernel."""
         return sum(entry.stale for entry in self.entries.values())
 
     def write(self, path: Path) -> None:
-        """Replace the file at ``path``, whole or not at all."""
+        """Replace the file at ``path`` atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, "device": self.device, "run": self.run}
         lines = [
@@ -207,10 +207,10 @@ class Table:
 
 
 def read(path: Path, target: Target) -> Table:
-    """Read a table for ``target``; entries that cannot run there are left out, and told in ``flaws``.
+    """Read a table for ``target``. Entries that cannot run there are ignored and listed in ``flaws``.
 
     Raises:
-        TableError: The file is unreadable, no table of this format, or another device's.
+        TableError: If the file is unreadable, not a table in this format, or for another device.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -218,12 +218,12 @@ def read(path: Path, target: Target) -> Table:
         raise TableError(f"{path} cannot be read: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise TableError(f"{path} is no table of format {FORMAT} (it says {found!r})")
+        raise TableError(f"{path} is not a table of format {FORMAT} (its format is {found!r})")
     device, run, raw = content.get("device"), content.get("run"), content.get("entries")
     if not isinstance(device, dict) or not isinstance(run, dict) or not isinstance(raw, dict):
-        raise TableError(f"{path} lacks its device, run or entries")
+        raise TableError(f"{path} has no device, run or entries")
     if device.get("name") != target.name:
-        raise TableError(f"{path} was measured on {device.get('name')!r}, this is {target.name!r}")
+        raise TableError(f"{path} was measured on {device.get('name')!r}, but this is {target.name!r}")
     table = Table(device, run)
     for name, value in raw.items():
         try:
@@ -239,29 +239,27 @@ def read(path: Path, target: Target) -> Table:
     return table
 
 
-_REMEDY = "write it again with `llm-trm tune`, delete it, or set TRM_DISPATCH=heuristic"
+_REMEDY = "recreate it with `llm-trm tune`, delete it, or set TRM_DISPATCH=heuristic"
 
 
 def _usable(path: Path, target: Target) -> Table | None:
-    """The table at ``path`` if there is one, with a warning for what is wrong with it."""
+    """Return the table at ``path`` if it exists and is valid, and warn of anything invalid."""
     if not path.is_file():
         return None
     try:
         table = read(path, target)
     except TableError as error:
-        warnings.warn(f"{error}; it is not used: {_REMEDY}", TableWarning, stacklevel=2)
+        warnings.warn(f"{error}; it is ignored: {_REMEDY}", TableWarning, stacklevel=2)
         return None
     if table.flaws:
         count, first = len(table.flaws), table.flaws[0]
-        warnings.warn(
-            f"{path}: {count} entries are not used ({first}): {_REMEDY}", TableWarning, stacklevel=2
-        )
+        warnings.warn(f"{path}: {count} entries are ignored ({first}): {_REMEDY}", TableWarning, stacklevel=2)
     return table
 
 
 @functools.cache
 def _tables(target: Target) -> tuple[Table, ...]:
-    """The tables in use for a device, the user's own first."""
+    """Return the tables in use for a device, the user's first."""
     found = (_usable(path(target.name), target) for path in (user_path, packaged_path))
     return tuple(table for table in found if table is not None)
 
@@ -274,10 +272,10 @@ def _heuristic_only() -> bool:
 
 
 def lookup(problem: Problem, target: Target) -> Choice | None:
-    """The measured choice for a problem, or None where nobody measured one.
+    """Return the measured choice for a problem, or None if there is none.
 
     Raises:
-        ValueError: ``TRM_DISPATCH`` is neither ``tables`` nor ``heuristic``.
+        ValueError: If ``TRM_DISPATCH`` is neither ``tables`` nor ``heuristic``.
     """
     if _heuristic_only():
         return None
@@ -291,7 +289,7 @@ def lookup(problem: Problem, target: Target) -> Choice | None:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, target: Target) -> Choice:
-    # A target without a name is compiled for and not run on: what is recorded depends on no table.
+    # A target without a name is compile-only, so that recordings do not depend on tables.
     if target.name and not target.interpreted:
         from trm_kernels.ops import dispatch
 
@@ -302,12 +300,12 @@ def _choose(problem: Problem, target: Target) -> Choice:
 
 
 def forget_choices() -> None:
-    """Ask again for every choice: the tables have changed."""
+    """Clear the cache of choices after the tables have changed."""
     _choose.cache_clear()
 
 
 def choose(problem: Problem, target: Target) -> Choice:
-    """How ``problem`` is computed on ``target``: as measured there, or by :func:`heuristic`."""
+    """Return the choice for ``problem`` on ``target``: the measured one, or that of :func:`heuristic`."""
     return _choose(problem, target) if _override is None else _override(problem, target)
 
 
@@ -317,7 +315,7 @@ _override: Chooser | None = None
 
 @contextmanager
 def chosen_by(chooser: Chooser) -> Iterator[None]:
-    """Let ``chooser`` make the choices, in the whole process: a tuner tries them in turn."""
+    """Let ``chooser`` make all choices in this process, so that a tuner can try them in turn."""
     global _override
     before, _override = _override, chooser
     try:
@@ -327,7 +325,7 @@ def chosen_by(chooser: Chooser) -> Iterator[None]:
 
 
 def refresh() -> None:
-    """Read the environment and the tables again."""
+    """Reload the environment variables and the tables."""
     global _MODE, _FOLDER
     _MODE = os.environ.get("TRM_DISPATCH") or "tables"
     _FOLDER = Path(os.environ.get("TRM_TABLES") or _default_folder())
@@ -336,11 +334,11 @@ def refresh() -> None:
 
 
 def describe() -> list[str]:
-    """What decides tiles on each visible GPU, a line each, for ``llm-trm env``."""
+    """Describe the source of tile choices on each visible GPU, one line each, for ``llm-trm env``."""
     if _heuristic_only():
-        return ["the heuristic alone (TRM_DISPATCH=heuristic)"]
+        return ["only the heuristic (TRM_DISPATCH=heuristic)"]
     if torch.cuda.device_count() == 0:
-        return [f"no GPU; tables of one's own would lie in {_FOLDER}"]
+        return [f"no GPU; folder for your own tables: {_FOLDER}"]
     if ops.MISSING is not None:
         return [f"none: {ops.MISSING}"]
     from trm_kernels.ops._launch import target_of
@@ -350,10 +348,10 @@ def describe() -> list[str]:
 
 
 def describe_target(target: Target) -> str:
-    """The tables in use for one device, in a line."""
+    """Describe the tables in use for one device in one line."""
     paths = [path for path in (user_path(target.name), packaged_path(target.name)) if path.is_file()]
     if not paths:
-        return f"{target.name}: the heuristic alone (no table; `llm-trm tune` measures one)"
+        return f"{target.name}: only the heuristic (no table; `llm-trm tune` creates one)"
     return f"{target.name}: {'; '.join(_describe_table(path, target) for path in paths)}; else the heuristic"
 
 
@@ -361,7 +359,9 @@ def _describe_table(path: Path, target: Target) -> str:
     try:
         table = read(path, target)
     except TableError as error:
-        return f"{error}, not used"
+        return f"{error}, ignored"
     stale = f", {table.stale} of them with another version of their kernel" if table.stale else ""
-    broken = f", {len(table.flaws)} broken ones left out" if table.flaws else ""
-    return f"{path} ({len(table.entries)} entries of {table.run.get('time', 'unknown date')}{stale}{broken})"
+    broken = f", {len(table.flaws)} invalid ones ignored" if table.flaws else ""
+    return (
+        f"{path} ({len(table.entries)} entries from {table.run.get('time', 'unknown date')}{stale}{broken})"
+    )

@@ -1,4 +1,4 @@
-"""Fingerprints of kernel sources: whether a measurement was taken with the kernel that is installed."""
+"""Fingerprints of kernel sources, which show whether a measurement used the installed kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 _OPS = Path(__file__).parent
 
-#: Module and function of the kernel that computes each kind of problem.
+#: Module and function of the kernel for each kind of problem.
 KERNELS = {
     "gemm": ("gemm", "gemm_kernel"),
     "stream": ("gemm", "gemm_kernel"),
@@ -21,9 +21,9 @@ KERNELS = {
 
 @functools.cache
 def fingerprint(kernel: str) -> str | None:
-    """12 hex digits of the code of a kernel and of the jitted functions it calls; None without its source.
+    """Return 12 hex digits that identify the code of a kernel and its jitted callees, or None without source.
 
-    Comments, docstrings, formatting and launchers do not count.
+    Comments, docstrings, formatting and launchers do not affect it.
     """
     module, function = KERNELS[kernel]
     try:
@@ -36,7 +36,7 @@ def fingerprint(kernel: str) -> str | None:
 
 @functools.cache
 def _module(name: str) -> tuple[dict[str, ast.FunctionDef], dict[str, str]]:
-    """The jitted functions of a module of ``ops``, and where its names from other such modules lie."""
+    """Return the jitted functions of a module in ``ops``, and the modules of its other names from ``ops``."""
     functions: dict[str, ast.FunctionDef] = {}
     imported: dict[str, str] = {}
     for node in ast.parse((_OPS / f"{name}.py").read_text(encoding="utf-8")).body:
@@ -48,7 +48,7 @@ def _module(name: str) -> tuple[dict[str, ast.FunctionDef], dict[str, str]]:
 
 
 def _functions(module: str, name: str, found: dict[str, str]) -> dict[str, str]:
-    """Add the code of ``name`` and of all that it calls to ``found``."""
+    """Add the code of ``name`` and of everything it calls to ``found``."""
     functions, imported = _module(module)
     node = functions[name]
     if ast.get_docstring(node) is not None:

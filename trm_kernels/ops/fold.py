@@ -1,4 +1,4 @@
-"""Weights as the GEMMs read them: stacked, scaled by the norm in front of them, and rounded once."""
+"""Preparation of weights for the GEMMs: stacked, scaled by the preceding norm, and rounded once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fold(weights: tuple[Tensor, ...], norm: Tensor, dtype: torch.dtype) -> Tenso
     start = 0
     for weight in weights:
         rows = weight.shape[0]
-        # Views of `out`: a row is a multiple of 16 elements wide wherever vector loads matter.
+        # Views of `out` are aligned where vector loads matter: there, rows are multiples of 16 elements.
         launch(
             fold_kernel,
             (cdiv(rows, 32), cdiv(cols, 128)),
@@ -46,16 +46,16 @@ def fold(weights: tuple[Tensor, ...], norm: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def stack(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """Weights [N_i, K] as one [N, K] in ``dtype``."""
+    """Concatenate weights [N_i, K] to one [N, K] in ``dtype``."""
     if len(weights) == 1:
         return weights[0].to(dtype)
     return torch.cat([weight.to(dtype) for weight in weights])
 
 
 def aligned(weight: Tensor) -> Tensor:
-    """``weight`` [N, K] with rows that start at multiples of 16 elements.
+    """Pad ``weight`` [N, K] in memory, so that rows start at multiples of 16 elements.
 
-    A token mixer's K is the sequence length. Compiled for sm_90, rows of 97 elements are loaded without
-    asynchronous copies, and every product waits for them.
+    A token mixer's K is the sequence length. On sm_90, rows of 97 elements are loaded without asynchronous
+    copies, and every product waits for them.
     """
     return F.pad(weight, (0, -weight.shape[1] % 16))[:, : weight.shape[1]]

@@ -4,23 +4,24 @@
     acc *= 1 / sqrt(mean(h_m^2) + eps)        row scale of an RMSNorm, from partial sums of squares
     pre  = acc                                saved for training, before the bias
     act  = f(acc + bias[n])                   identity, GELU, or silu(gate) * up
-    out  = act + residual[m, n]               0 at masked rows; the residual may be normalised here too, and,
-                                              where a tile holds whole rows, the output
+    out  = act + residual[m, n]               0 in masked rows; can also normalise the residual and, if a tile
+                                              holds complete rows, the output
     next = out + addend[m, n]                 the input of the next network call, x + y + z
     and the partial sums of squares of the rows of next (or out), for the norm that reads them
 
-RMSNorm(h) @ W^T = 1 / rms(h) * (h @ (w * W)^T): the norm needs no kernel of its own, only weights with w
-folded in (``fold``) and the row sums that the kernel which wrote h left behind. The row sums come from
-the producer's epilogue and never from the A tile here: on sm_90 Triton 3.6-3.9 gives an operand that is
-read a second time, in registers, a ring one slot short.
+RMSNorm(h) @ W^T = 1 / rms(h) * (h @ (w * W)^T): the norm needs no separate kernel, only weights with w folded
+in (``fold``) and the row sums from the kernel that wrote h. The row sums come from the producer's epilogue
+and never from the A tile here, because on sm_90 Triton 3.6-3.9 allocates one slot too few in the ring buffer
+of an operand that is also read in registers.
 
-As a data gradient the same kernel undoes that norm: with G = dY / rms(h) and dot = sum_n dY_n pre_n,
+As a data gradient, the same kernel computes the backward of that norm: with G = dY / rms(h) and
+dot = sum_n dY_n pre_n,
 
     dh = G W - h dot / (D (mean(h^2) + eps)) + residual
 
-Both operands are read in the dtype they are multiplied in: a cast would take the A tile through registers,
-which the next step may overwrite while wgmma still reads them. Where the residual stream is wider than the
-operands (autocast), the epilogue writes a rounded copy beside it.
+Both operands are loaded in the dtype of the multiplication: a cast would move the A tile through registers,
+which the next step may overwrite while wgmma still reads them. If the residual stream is wider than the
+operands (autocast), the epilogue also writes a rounded copy of it.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def sigmoid(x):
 
 @triton.jit
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row tile, column tile and batch of this program.
+    """Return the row tile, column tile and batch of this program.
 
-    Tiles go in groups of GROUP_M row blocks, so that a wave of programs shares weights in L2. One grid axis
-    for tiles and batches: the others end at 65535.
+    Tiles are ordered in groups of GROUP_M row blocks, so that concurrent programs share weights in L2. Tiles
+    and batches use one grid axis, because the others are limited to 65535.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -126,14 +127,14 @@ def gemm_kernel(
     rows = M
     depth = K
     if PACKED:
-        # A tile of padding multiplies nothing and stores nothing.
+        # A tile of padding neither computes nor stores anything.
         rows = tl.load(count_ptr)
         depth = tl.where(tile_m * BLOCK_M < rows, K, 0)
     in_m = m < rows
     in_n = n < N
     valid = in_m[:, None] & in_n[None, :]
-    # Element (m, n) of a [B, L, N] tensor, or of a [B, N, D] one whose rows m are the D channels. Strides
-    # follow from the sizes: every argument of a launch costs time on the host.
+    # Element (m, n) of a [B, L, N] tensor, or of a [B, N, D] tensor whose rows m are the D channels. Strides
+    # are derived from the sizes, because every launch argument costs time on the host.
     GATED: tl.constexpr = ACTIVATION == _SWIGLU
     WIDTH = 2 * N if GATED else N
     a_row, a_col = (1, M) if TRANSPOSED else (K, 1)
@@ -143,8 +144,8 @@ def gemm_kernel(
     o_pre = batch * WIDTH * M + m.to(tl.int64)[:, None] * pre_row + n.to(tl.int64)[None, :] * pre_col
     o_up = o_pre + N * pre_col
 
-    # Hopper keeps about 14 bits of a sum of fp8 products (arXiv 2412.19437, section 3.3): tiles are summed in
-    # float32 outside the tensor cores.
+    # Hopper accumulates fp8 products with about 14 bits (arXiv 2412.19437, section 3.3), so tiles are summed
+    # in float32 outside the tensor cores.
     IMPRECISE: tl.constexpr = BLOCK_K if QUANTISED else None
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if GATED:
@@ -212,7 +213,7 @@ def gemm_kernel(
             residual *= tl.rsqrt(mean + eps)[:, None]
         acc += residual
     if NORMALISE:
-        # The tile holds whole rows.
+        # The tile holds complete rows.
         whole = tl.where(valid, acc, 0.0)
         acc *= tl.rsqrt(tl.sum(whole * whole, axis=1) / N + eps)[:, None]
     if HAS_MASK:
@@ -226,13 +227,13 @@ def gemm_kernel(
     if WRITE_COPY:
         tl.store(copy_ptr + o_c, acc.to(copy_ptr.dtype.element_ty), mask=valid)
     if OUT_SUMSQ:
-        # Of the rounded values: the norm that reads them must see what was stored.
+        # Sum the rounded values, because the norm reads what was stored.
         rounded = tl.where(valid, acc.to(STREAM).to(ACC), 0.0)
         parts = tl.cdiv(N, SUMSQ_COLUMNS)
         part = tile_n * (BLOCK_N // SUMSQ_COLUMNS) + tl.arange(0, BLOCK_N // SUMSQ_COLUMNS)
         first = tl.arange(0, BLOCK_N // SUMSQ_COLUMNS) == 0
         row_sum = tl.sum(rounded * rounded, axis=1)  # [BM]
-        # One sum a tile: it takes the first of the tile's slots, the others hold zeros.
+        # One sum per tile, in the first of the tile's slots; the others are zero.
         tl.store(
             out_sumsq_ptr + m.to(tl.int64)[:, None] * parts + part[None, :],
             tl.where(first[None, :], row_sum[:, None], 0.0),
@@ -242,7 +243,7 @@ def gemm_kernel(
 
 @dataclass(frozen=True)
 class FoldedNorm:
-    """The norm whose weight is folded into the matrix: the epilogue scales the rows, 1 / sqrt(mean + eps)."""
+    """A norm whose weight is folded into the matrix: the epilogue scales rows by 1 / sqrt(mean + eps)."""
 
     sumsq: Tensor  # [rows, parts], partial sums of squares of the rows of its input
     eps: float
@@ -250,7 +251,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class NormGradient:
-    """The way back through a folded norm: the epilogue takes the part along its input h away."""
+    """The backward of a folded norm: the epilogue subtracts the component along its input h."""
 
     sumsq: Tensor  # [rows, parts], of h
     eps: float
@@ -260,7 +261,7 @@ class NormGradient:
 
 @dataclass(frozen=True)
 class Residual:
-    """What the epilogue adds behind the activation, RMS-normalised on the way where there are ``sumsq``."""
+    """A tensor that the epilogue adds after the activation, RMS-normalised if ``sumsq`` is set."""
 
     value: Tensor  # shape of the output
     sumsq: Tensor | None = None  # [rows, parts], of the rows of value
@@ -269,14 +270,15 @@ class Residual:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a launch writes, and where: tensors are made where there are none.
+    """Outputs of a launch; tensors that are None are allocated.
 
     Attributes:
-        out, next, copy, pre, sumsq: Where each goes, see :class:`Product`.
-        keep: Whether the output is written, beside ``next``.
-        copy_dtype: Write a copy of ``next`` (or the output) in this dtype.
-        write_sumsq: Write the partial sums of squares of the rows of ``next`` (or the output).
-        save_pre: Write the pre-activations, without the bias: in bf16 a large bias would drown them.
+        out, next, copy, pre, sumsq: Output tensors, see :class:`Product`.
+        keep: Whether to write the output in addition to ``next``.
+        copy_dtype: Write a copy of ``next`` (or of the output) in this dtype.
+        write_sumsq: Write the partial sums of squares of the rows of ``next`` (or of the output).
+        save_pre: Write the pre-activations without the bias, because in bf16 a large bias would round them
+            away.
     """
 
     out: Tensor | None = None
@@ -292,9 +294,9 @@ class Outputs:
 
 @dataclass
 class Product:
-    """What a launch wrote; None for what was not asked for."""
+    """Results of a launch; None for those not requested."""
 
-    out: Tensor | None  # [B, L, N], transposed [B, N, D]
+    out: Tensor | None  # [B, L, N]; transposed [B, N, D]
     next: Tensor | None  # like out
     copy: Tensor | None  # like out, operand dtype
     pre: Tensor | None  # pre-activations, twice as wide for SwiGLU, operand dtype
@@ -303,7 +305,7 @@ class Product:
 
 _OUT = Outputs()
 
-#: The most columns that one tile can hold.
+#: Maximum number of columns of a complete row in one tile.
 WHOLE_ROW = 128
 
 _TRITON_DTYPE = {
@@ -315,7 +317,7 @@ _TRITON_DTYPE = {
 
 
 def sumsq_parts(width: int) -> int:
-    """Partial sums of squares that a row of ``width`` columns is written with."""
+    """Return the number of partial sums of squares of a row with ``width`` columns."""
     return cdiv(width, SUMSQ_COLUMNS.value)
 
 
@@ -344,20 +346,20 @@ def gemm(
     """Launch the kernel.
 
     Args:
-        a: Contiguous [B, L, K] (rows m = B L), or, ``transposed``, [B, K, D] read as B matrices [D, K].
-        weight: [N, K] in the dtype of ``a``, of any strides; [2 N, K], gate above up, for SwiGLU.
-        out_dtype: Of the output and of ``next``.
+        a: Contiguous [B, L, K] (rows m = B L); if ``transposed``, [B, K, D], read as B matrices [D, K].
+        weight: [N, K] in the dtype of ``a``, any strides; for SwiGLU [2 N, K], gate above up.
+        out_dtype: Dtype of the output and of ``next``.
         bias: [N].
         activation: Applied after the bias.
-        norm: In front of the product, or behind it on the way back.
+        norm: Norm before the product, or in the backward, after it.
         scales: Row scales [m] of an fp8 ``a`` and channel scales [N or 2 N] of an fp8 ``weight``.
         residual: Added after the activation.
         normalise: RMS-normalise the rows of the output with this eps; up to ``WHOLE_ROW`` columns.
-        addend: What ``next`` adds to the output.
-        mask: Rows that survive, uint8 [m]; the others come out as zeros.
-        count: Number of packed rows, int32 [1]; rows behind it are neither read nor written.
-        transposed: Contract over the sequence axis: the output is [B, N, D].
-        outputs: What is written, and where.
+        addend: Added to the output to form ``next``.
+        mask: Rows to keep, uint8 [m]; the others are written as zeros.
+        count: Number of packed rows, int32 [1]. Rows after them are neither read nor written.
+        transposed: Contract over the sequence axis; the output is [B, N, D].
+        outputs: What to write, and where.
     """
     batches, outer, inner = a.shape
     N = weight.shape[0] // (2 if activation.gated else 1)
@@ -377,12 +379,12 @@ def gemm(
     choice = choose(problem, target)
     library = choice.route == "library"
     if library and (count is not None or scales is not None):
-        # The library knows neither how many rows are packed nor scales of rows.
+        # The library supports neither a number of packed rows nor row scales.
         library, choice = False, heuristic(problem, target)
     tile = choice.tile
     if normalise is not None:
         assert N <= WHOLE_ROW, f"a tile does not hold {N} columns"
-        # 93 registers a thread on sm_90; with 4 warps 168.
+        # 93 registers per thread on sm_90; 168 with 4 warps.
         tile = replace(tile, m=64, n=power_of_two(N, tile.n), warps=8)
     if library:
         a = torch.matmul(weight, a) if transposed else torch.matmul(a, weight.t())
@@ -445,8 +447,8 @@ def gemm(
 def _one_norm(
     norm: FoldedNorm | NormGradient | None, residual: Residual | None, normalise: float | None
 ) -> tuple[Tensor | None, float]:
-    """The sums of squares and the eps that the kernel reads: it has one pointer and one number for all."""
+    """Return the sums of squares and eps of the only norm: the kernel has one pointer and one eps."""
     read = [part for part in (norm, residual) if part is not None and part.sumsq is not None]
     eps = {part.eps for part in read} | (set() if normalise is None else {normalise})
-    assert len(read) <= 1 and len(eps) <= 1, "one pointer and one eps serve all norms of a launch"
+    assert len(read) <= 1 and len(eps) <= 1, "all norms of a launch share one pointer and one eps"
     return read[0].sumsq if read else None, next(iter(eps), 0.0)

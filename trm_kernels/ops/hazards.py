@@ -1,9 +1,9 @@
-"""Two patterns that Triton 3.6 to 3.9 pipelines wrongly on sm_90, looked for in a kernel's intermediate code.
+"""Detection of two patterns that Triton 3.6 to 3.9 pipelines incorrectly on sm_90, in a kernel's Triton IR.
 
-1. An operand of a matrix product that is loaded in a loop and read a second time there, in registers: its ring
-   of buffers is one slot short, and a copy in flight overwrites what wgmma still reads.
-2. A loop that loads through a pointer argument it also stores to: it still gets a prefetch ring, and reads what
-   was there before the store.
+1. An operand of a matrix product that is loaded in a loop and also read there in registers. Its ring buffer
+   has one slot too few, so a copy in flight overwrites data that wgmma still reads.
+2. A loop that loads through a pointer argument to which it also stores. It still gets a prefetch ring buffer
+   and reads the data from before the store.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _LAYOUT_OPS = ("tt.trans", "ttg.convert_layout")
 class _Op:
     name: str
     operands: list[str]
-    loops: tuple[int, ...]  # the loops it lies in, outermost first
+    loops: tuple[int, ...]  # the enclosing loops, outermost first
 
 
 @dataclass
 class _Code:
-    """One kernel: what defines each value, and what each operation reads."""
+    """One kernel: the definition of each value, and the operands of each operation."""
 
     defined: dict[str, _Op] = field(default_factory=dict)
     operations: list[tuple[str | None, _Op]] = field(default_factory=list)
-    carried: dict[str, str] = field(default_factory=dict)  # a loop's variable -> what it starts as
+    carried: dict[str, str] = field(default_factory=dict)  # loop-carried variable -> initial value
 
 
 def _parse(ttir: str) -> _Code:
@@ -52,7 +52,7 @@ def _parse(ttir: str) -> _Code:
             code.operations.append((result, operation))
             if result is not None:
                 code.defined[result.split(":")[0].strip()] = operation
-        # Attributes open and close on one line; what stays open is a region.
+        # Attributes open and close on one line, so an open brace starts a region.
         for _ in range(line.count("{") - line.count("}")):
             regions.append(loop)
         for _ in range(line.count("}") - line.count("{")):
@@ -61,7 +61,7 @@ def _parse(ttir: str) -> _Code:
 
 
 def _loaded(code: _Code, value: str) -> str | None:
-    """The load inside a loop that ``value`` is, as it stands or transposed."""
+    """Return the load in a loop that produces ``value``, directly or transposed, or None."""
     while value in code.defined:
         operation = code.defined[value]
         if operation.name == "tt.load":
@@ -73,7 +73,7 @@ def _loaded(code: _Code, value: str) -> str | None:
 
 
 def _base(code: _Code, value: str) -> str:
-    """The argument that a pointer is computed from."""
+    """Return the argument from which a pointer is computed."""
     for _ in range(1000):
         if value in code.carried:
             value = code.carried[value]
@@ -85,7 +85,7 @@ def _base(code: _Code, value: str) -> str:
 
 
 def hazards(ttir: str) -> list[str]:
-    """The patterns above that a kernel's Triton IR holds, in words."""
+    """Return descriptions of the above patterns in a kernel's Triton IR."""
     code = _parse(ttir)
     found = []
     operands = {

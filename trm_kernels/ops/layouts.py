@@ -1,4 +1,4 @@
-"""The families of block as the kernels see them: which parameters each has, in what order."""
+"""Block families as the kernels see them: the parameters of each, and their order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trm_kernels.ops.tiles import Activation
 
 @dataclass(frozen=True)
 class SublayerLayout:
-    """How one sublayer's parameters lie in the flat list: [norm] first... [bias] second [bias]."""
+    """Order of one sublayer's parameters in the flat list: [norm] first... [bias] second [bias]."""
 
     weights: int = 1
     biases: bool = False
@@ -29,7 +29,7 @@ class SublayerLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of block: two sublayers, the mixer and the MLP."""
+    """A block family: two sublayers, the mixer and the MLP."""
 
     pre_norm: bool
     mixer: SublayerLayout
@@ -62,11 +62,11 @@ LAYOUTS = {
 
 
 def folds(layout: Layout, operand: torch.dtype) -> bool:
-    """Whether the norms of a block are folded into the weights behind them.
+    """Whether the norms of a block are folded into the weights that follow them.
 
-    Not in float16, whose range neither the unnormalised stream (over 65504) nor the folded weights (products
-    under 6e-5) need respect; not beside a token mixer, which contracts, and writes, along another axis than
-    the norms; and not behind a post-norm, whose row is not yet complete in the epilogue that writes it.
+    Not in float16, because the unnormalised stream (over 65504) and the folded weights (products under 6e-5)
+    may exceed its range. Not with a token mixer, which contracts and writes along a different axis than the
+    norms. Not with post-norm, where the epilogue that writes a row does not have the complete row.
     """
     return layout.pre_norm and not layout.mixer.tokens and operand != torch.float16
 
@@ -80,20 +80,20 @@ class Sublayer:
     norm: Tensor | None  # [D]
     first: tuple[Tensor, ...]  # [N_i, K]
     first_bias: Tensor | None  # [N]
-    second: Tensor  # [D, N], a token mixer's [L, N]
+    second: Tensor  # [D, N]; token mixers [L, N]
     second_bias: Tensor | None  # [D]
     first_matrix: Tensor | None = None  # [N, K], operand dtype or fp8
     second_matrix: Tensor | None = None  # like second, operand dtype or fp8
-    first_scales: Tensor | None = None  # of the rows of an fp8 first matrix [N], float32
-    second_scales: Tensor | None = None  # of those of an fp8 second matrix
+    first_scales: Tensor | None = None  # row scales of an fp8 first matrix [N], float32
+    second_scales: Tensor | None = None  # row scales of an fp8 second matrix
 
     @property
     def inner(self) -> int:
-        """Rows N of the first matrix."""
+        """Number of rows N of the first matrix."""
         return sum(weight.shape[0] for weight in self.first)
 
     def prepare(self, operand: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The two matrices in ``operand``: folded, stacked or cast; the parameters themselves where they serve."""
+        """Return the two matrices in ``operand``: folded, stacked or cast, or the parameters themselves."""
         if self.folded:
             assert self.norm is not None
             first = fold(self.first, self.norm, operand)
@@ -103,9 +103,9 @@ class Sublayer:
         return first, self.second.to(operand)
 
     def prepare_fp8(self, operand: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The two matrices in fp8 and their scales; a token mixer's in ``operand``, with empty scales.
+        """Return the two matrices in fp8 and their scales; a token mixer's in ``operand``, with empty scales.
 
-        A token mixer's operands have their rows along the sequence, where fp8 tiles of them cannot be loaded
+        The rows of a token mixer's operands run along the sequence, so fp8 tiles of them cannot be loaded
         without a transposition.
         """
         if self.layout.tokens:
@@ -116,23 +116,23 @@ class Sublayer:
         second, second_scales = quantise_rows(self.second.contiguous())
         return first, second, first_scales, second_scales
 
-    def take(self, matrices: Iterator[Tensor], fp8: bool) -> None:
-        """Take what :meth:`prepare` or :meth:`prepare_fp8` made."""
+    def set_matrices(self, matrices: Iterator[Tensor], fp8: bool) -> None:
+        """Set the matrices that :meth:`prepare` or :meth:`prepare_fp8` returned."""
         self.first_matrix, self.second_matrix = next(matrices), next(matrices)
         if fp8:
             scales = next(matrices), next(matrices)
             if not self.layout.tokens:
                 self.first_scales, self.second_scales = scales
-                self.folded = False  # the kernel that quantises a row normalises it
+                self.folded = False  # the quantising kernel normalises the rows
 
 
 def unpack_sublayer(
     layout: Layout, part: SublayerLayout, parameters: Iterator[Tensor], operand: torch.dtype
 ) -> Sublayer:
-    """Take one sublayer's tensors off the front of a flat list."""
+    """Remove one sublayer's tensors from the front of a flat list."""
 
     def vector() -> Tensor:
-        return next(parameters).contiguous()  # matrices are read with their strides, vectors are not
+        return next(parameters).contiguous()  # kernels support strides for matrices but not for vectors
 
     return Sublayer(
         part,
@@ -158,7 +158,7 @@ class Block:
 
 
 def unpack(layout: Layout, parameters: list[Tensor], operand: torch.dtype) -> list[Block]:
-    """Blocks from the flat list of their parameters, one block behind the other."""
+    """Build blocks from the concatenated flat lists of their parameters."""
     remaining = iter(parameters)
     blocks = []
     for _ in range(len(parameters) // layout.parameters):
@@ -170,9 +170,7 @@ def unpack(layout: Layout, parameters: list[Tensor], operand: torch.dtype) -> li
 def prepare(
     layout: Layout, parameters: list[Tensor], operand: torch.dtype, *, fp8: bool = False
 ) -> list[Tensor]:
-    """The matrices that the GEMMs of a network read, of every sublayer in order: first and second, in fp8
-    followed by their scales.
-    """
+    """Return the matrices that a network's GEMMs read: per sublayer first and second, then fp8 scales."""
     parts = [part for block in unpack(layout, parameters, operand) for part in block.sublayers]
     if fp8:
         return [matrix for part in parts for matrix in part.prepare_fp8(operand)]
@@ -182,12 +180,12 @@ def prepare(
 def with_matrices(
     blocks: list[Block], matrices: list[Tensor], operand: torch.dtype, *, fp8: bool = False
 ) -> list[Block]:
-    """Give blocks the matrices that :func:`prepare` made; where there are none, they are made here."""
+    """Set the matrices that :func:`prepare` returned; if there are none, prepare them here."""
     given = iter(matrices)
     for block in blocks:
         for part in block.sublayers:
             if matrices:
-                part.take(given, fp8)
+                part.set_matrices(given, fp8)
             else:
-                part.take(iter(part.prepare_fp8(operand) if fp8 else part.prepare(operand)), fp8)
+                part.set_matrices(iter(part.prepare_fp8(operand) if fp8 else part.prepare(operand)), fp8)
     return blocks

@@ -1,4 +1,4 @@
-"""The MLP sublayer on its own: ``x + second(act(first(norm(x))))`` in two or three kernels."""
+"""The MLP sublayer as a separate op: ``x + second(act(first(norm(x))))`` in two or three kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _prepare(
 
 
 def _forward(call: Call, sublayer: Sublayer, x: Tensor, saved: dict[str, Tensor]) -> tuple[Stream, Tensor]:
-    """The stream that the sublayer reads, and its output."""
+    """Return the input stream of the sublayer, and its output."""
     block = Block(sublayer, sublayer)
     with_matrices([block], [], call.operand)
     stream, _ = enter(call, [block], None, x.contiguous(), None, {})
@@ -41,7 +41,7 @@ def _forward(call: Call, sublayer: Sublayer, x: Tensor, saved: dict[str, Tensor]
 
 
 def _saved(call: Call, sublayer: Sublayer, x: Tensor) -> dict[str, Tensor]:
-    """Memory for what the backward reads."""
+    """Allocate the tensors saved for the backward."""
     saved = {"pre": x.new_empty((*x.shape[:2], sublayer.inner), dtype=call.operand)}
     return saved if call.layout.pre_norm else saved | {"sum": x.new_empty(x.shape)}
 
@@ -128,7 +128,7 @@ mlp_backward = define(
     _mlp_backward,
     _mlp_backward_fake,
 )
-#: ``mlp(x, parameters, mask, layout, eps, operand)``: the MLP sublayer of a family on x [B, L, D], with the
-#: sublayer's parameters in the order of :class:`~trm_kernels.ops.sublayer.SublayerLayout`; rows where the
-#: uint8 mask [B, L] is 0 come out as zeros.
+#: ``mlp(x, parameters, mask, layout, eps, operand)`` applies the MLP sublayer of a family to x [B, L, D]. The
+#: parameters are in the order of :class:`~trm_kernels.ops.layouts.SublayerLayout`. Output rows are zero where
+#: the uint8 mask [B, L] is 0.
 mlp = define("mlp", f"({_ARGUMENTS}) -> Tensor", _mlp, _mlp_fake, _mlp_differentiable)

@@ -1,7 +1,7 @@
 """add3 + RMSNorm and its backward, along the width or along the sequence.
 
-A row is what is normalised: the D values of one position (``axis=-1``), or, for the token mixers of the
-paper, the L values of one channel of one sample (``axis=1``). Both are rows to one kernel, with strides.
+The kernel normalises rows: the D values of one position (``axis=-1``) or, for the paper's token mixers, the L
+values of one channel of one sample (``axis=1``). Strides let one kernel handle both.
 
     h = x + y + z
     out = h / sqrt(mean(h^2) + eps) * weight
@@ -21,13 +21,13 @@ from trm_kernels.first_order import first_order
 from trm_kernels.ops._launch import Target, accumulator, cdiv, launch, power_of_two, target_of
 from trm_kernels.ops._library import define
 
-#: Columns that share one partial sum of squares; every GEMM tile is a multiple of it wide.
+#: Number of columns per partial sum of squares; the width of every GEMM tile is a multiple of it.
 SUMSQ_COLUMNS = tl.constexpr(32)
 
 
 @triton.jit
 def row_sum_parts(sums_ptr, rows, valid, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Totals [BM] of the partial sums [rows, PARTS] that another kernel's tiles left behind."""
+    """Return totals [BM] of the partial sums [rows, PARTS] that another kernel's tiles wrote."""
     p = tl.arange(0, PARTS_BLOCK)
     offsets = rows.to(tl.int64)[:, None] * PARTS + p[None, :]  # [BM, PARTS_BLOCK]
     partial = tl.load(sums_ptr + offsets, mask=valid[:, None] & (p < PARTS)[None, :], other=0.0)
@@ -46,7 +46,7 @@ def _row_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Row indices [BR], element offsets [BR, BC] and their validity, of one block of rows."""
+    """Return row and column indices, element offsets [BR, BC] and their validity for one block of rows."""
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
     c = tl.arange(0, BLOCK_C)  # [BC]
     base = (r // inner).to(tl.int64) * stride_outer + (r % inner) * stride_inner
@@ -95,7 +95,7 @@ def add_rms_norm_kernel(
     if HAS_Z:
         h += tl.load(z_ptr + offsets, mask=valid, other=0.0).to(ACC)
     if WRITE_SUM:
-        # What is normalised is what was stored: the next reader sees the rounded sum.
+        # Normalise the stored, rounded sum, because that is what later kernels read.
         stored = h.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + offsets, stored, mask=valid)
         h = stored.to(ACC)
@@ -139,8 +139,8 @@ def rms_norm_backward_kernel(
 ):
     if PACKED:
         rows = tl.load(count_ptr)
-    # One row of the weight's gradient for each program, summed by the launcher: no atomics, so the
-    # result is the same on every run.
+    # Each program writes one row of the weight's gradient, and the launcher sums them: without atomics, the
+    # result is the same in every run.
     grad_weight = tl.zeros((BLOCK_C,), dtype=ACC)
     blocks = tl.cdiv(rows, BLOCK_R)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -171,7 +171,7 @@ def rms_norm_backward_kernel(
 
 @dataclass(frozen=True)
 class _Rows:
-    """A [B, L, D] tensor seen as rows to normalise."""
+    """A [B, L, D] tensor viewed as rows to normalise."""
 
     rows: int
     cols: int
@@ -194,7 +194,7 @@ class _Rows:
         elif axis == -1:
             block_r = max(1, 1024 // block_c)
         else:
-            block_r = max(8, min(64, 4096 // block_c))  # neighbouring rows are neighbours in memory
+            block_r = max(8, min(64, 4096 // block_c))  # adjacent rows are adjacent in memory
         return _Rows(rows, cols, inner, strides, block_r, block_c, max(4, min(16, block_r * block_c // 256)))
 
     @property
@@ -220,14 +220,15 @@ def add_rms_norm(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the forward kernel on contiguous [B, L, D] tensors.
 
-    ``count``, int32 [1]: number of packed rows; rows behind it are neither read nor written. ``out``: where to
-    write; made here where None.
+    Args:
+        count: Number of packed rows, int32 [1]. Rows after them are neither read nor written.
+        out: Output tensor; allocated if None.
 
     Returns:
         The sum h [B, L, D], its normalised form [B, L, D] in ``out_dtype``, and the sums of squares
-        [rows, 1]; None for each that was not asked for.
+        [rows, 1]; None for each that was not requested.
     """
-    assert mask is None or axis == -1, "a mask [B, L] has one value a row only along the width"
+    assert mask is None or axis == -1, "a mask [B, L] requires rows along the width"
     view = _Rows.of(x, axis, target_of(x))
     total = torch.empty_like(x) if write_sum else None
     if write_out and out is None:
@@ -267,21 +268,21 @@ def rms_norm_backward(
     normed_dtype: torch.dtype | None = None,
     grad_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradient of ``rms_norm(h) * weight``, plus ``residual``; contiguous [B, L, D] tensors.
+    """Compute the gradient of ``rms_norm(h) * weight`` plus ``residual``, on contiguous [B, L, D] tensors.
 
     With n = h s, s = 1 / sqrt(mean(h^2) + eps) and g = grad * weight:
     ``dh = s (g - n mean(g n)) + residual`` and ``dweight = sum over rows of grad n``.
 
     Returns:
-        dh [B, L, D] in the dtype of ``h``, dweight [D] or None, and, if ``normed_dtype`` is given, the
-        weighted normalised input [B, L, D] (the operand of the following weight gradient).
+        dh [B, L, D] in the dtype of ``h``, dweight [D] or None, and, if ``normed_dtype`` is set, the weighted
+        normalised input [B, L, D] (the operand of the following weight gradient).
     """
     target = target_of(h)
     view = _Rows.of(h, axis, target)
     grad_h = torch.empty_like(h) if grad_h is None else grad_h
     normed = None if normed_dtype is None else torch.empty_like(h, dtype=normed_dtype)
-    # With a weight, four programs a multiprocessor hide the latency of a loop over rows; more only lengthen
-    # the sum of their partial gradients.
+    # With a weight, four programs per multiprocessor hide the latency of the loop over rows; more would only
+    # lengthen the sum of their partial gradients.
     programs = view.blocks if weight is None else min(view.blocks, 4 * target.processors)
     partial = None
     if weight is not None:
@@ -367,7 +368,7 @@ add3_rms_norm_backward = define(
     _add3_backward,
     _add3_backward_fake,
 )
-#: ``add3_rms_norm(x, y, z, weight, eps)`` gives ``h = x + y + z`` and ``rms_norm(h) * weight``, both
+#: ``add3_rms_norm(x, y, z, weight, eps)`` returns ``h = x + y + z`` and ``rms_norm(h) * weight``, both
 #: [B, L, D] in the dtype of x; y, z and weight [D] may be None.
 add3_rms_norm = define(
     "add3_rms_norm",

@@ -1,12 +1,12 @@
-"""Rows in fp8 (e4m3): every row with a float32 scale of its own, so that its largest value is the largest of fp8.
+"""Row-wise fp8 quantisation (e4m3): one float32 scale per row maps its maximum to the maximum of fp8.
 
     v     = x * column, or x
     scale = max |v| / 448
     q     = v / scale                     in e4m3, saturating
-    scale = scale / sqrt(mean(v^2) + eps) where the row is to be RMS-normalised: the norm costs nothing here
+    scale = scale / sqrt(mean(v^2) + eps) if the row is RMS-normalised, which costs nothing here
 
-Rows of activations and rows (output channels) of weights alike; a product then takes the two scales in its
-epilogue (:mod:`~trm_kernels.ops.gemm`). Format: arXiv 2209.05433.
+Used for rows of activations and for rows (output channels) of weights. The epilogue of a product applies both
+scales (:mod:`~trm_kernels.ops.gemm`). Format: arXiv 2209.05433.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trm_kernels.ops._launch import cdiv, launch, power_of_two, target_of
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = tl.constexpr(448.0)
-#: Columns of a tile; longer rows are read tile by tile, twice.
+#: Maximum columns of a tile; longer rows are read twice, tile by tile.
 _COLUMNS = 4096
 
 
@@ -61,13 +61,13 @@ def quantise_rows_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(v), axis=1))
         if NORM:
             sumsq += tl.sum(v * v, axis=1)
-    # A row of zeros keeps its zeros.
+    # A row of zeros stays zero.
     scale = tl.where(largest > 0.0, largest / _LARGEST, 1.0)
     for start in range(0, cols, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         valid = in_r & (c < cols)[None, :]
         v = _load_rows(x_ptr, column_ptr, offsets, c, valid, cols, HAS_COLUMN) / scale[:, None]
-        # Rounding may carry the largest value past what e4m3 holds, and e4m3 has no infinity but NaN.
+        # Rounding may push the largest value out of range, where e4m3 has NaN instead of infinity.
         v = tl.minimum(tl.maximum(v, -_LARGEST), _LARGEST)
         tl.store(q_ptr + offsets + c[None, :], v.to(q_ptr.dtype.element_ty), mask=valid)
     if NORM:
@@ -82,12 +82,12 @@ def quantise_rows(
 
     Args:
         x: Contiguous [..., K].
-        column: Multiplies every row, [K] (the weight of a norm that is folded into a matrix).
-        eps: Of the RMSNorm that the rows are to go through; None for none.
+        column: Multiplied with every row, [K] (the weight of a norm that is folded into a matrix).
+        eps: Epsilon of an RMSNorm to apply to the rows; None for no norm.
         count: Number of packed rows, int32 [1].
 
     Returns:
-        Values in e4m3, shaped like ``x``, and the scale of each row, float32 [rows].
+        Values in e4m3 with the shape of ``x``, and the scale of each row, float32 [rows].
     """
     cols = x.shape[-1]
     rows = x.numel() // cols

@@ -1,4 +1,4 @@
-"""A latent recursion, or one network call, behind one autograd boundary: ``torch.ops.trm_kernels.recursion``."""
+"""A latent recursion, or one network call, as one autograd node: ``torch.ops.trm_kernels.recursion``."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from trm_kernels.ops.stream import Norm
 from trm_kernels.ops.sublayer import Call
 
 
-class Tensors(NamedTuple):
-    """The tensors of a call that have no gradient; each may be None.
+class AuxiliaryTensors(NamedTuple):
+    """Tensors of a call that need no gradient; each may be None.
 
     Attributes:
-        mask: uint8 [B, L], 1 = valid, for samples that are not packed; its ``ends`` are made here if missing.
+        mask: uint8 [B, L], 1 = valid, for samples that are not packed. If ``ends`` is None, it is computed.
         ends: See :func:`~trm_kernels.ops.attention_common.mask_ends`.
         starts, row_count: ``starts`` and ``count`` of packed samples
             (:class:`~trm_kernels.ops.attention_common.Samples`).
-        cos, sin: RoPE tables [L, E/2], of packed samples [R, E/2].
-        seed: Of the dropout, int64 [1].
-        read: Rows of the new y that anything reads, int64 [N], for which y is [1, N, D]; not for training.
+        cos, sin: RoPE tables [L, E/2]; [R, E/2] for packed samples.
+        seed: Seed of the dropout, int64 [1].
+        read: Rows of the new y to compute, int64 [N]; y is then [1, N, D]. Not for training.
     """
 
     mask: Tensor | None = None
@@ -43,20 +43,20 @@ class Tensors(NamedTuple):
     read: Tensor | None = None
 
 
-class Numbers(NamedTuple):
-    """What else describes a call.
+class Settings(NamedTuple):
+    """Non-tensor arguments of a call.
 
     Attributes:
         layout: Name in :data:`~trm_kernels.ops.layouts.LAYOUTS`.
-        n: Latent steps; 0 for a single call of the network.
-        n_heads: Attention heads.
-        batch, length: Samples, and the length of the longest.
-        eps: Of the blocks' norms.
-        output_eps: Of the norm after every network call; None: there is none.
+        n: Number of latent steps; 0 for a single call of the network.
+        n_heads: Number of attention heads.
+        batch, length: Number of samples, and the length of the longest.
+        eps: Epsilon of the blocks' norms.
+        output_eps: Epsilon of the norm after every network call; None for no norm.
         dropout: Probability of dropping an attention weight.
-        operand: Dtype of the GEMMs' operands.
-        memory: What a training step keeps (:data:`~trm_kernels.config.Memory`).
-        fp8: Whether the GEMMs run in fp8; without gradient only.
+        operand: Dtype of the GEMM operands.
+        memory: What a training step saves (:data:`~trm_kernels.config.Memory`).
+        fp8: Whether the GEMMs run in fp8; only without gradients.
     """
 
     layout: str
@@ -72,35 +72,35 @@ class Numbers(NamedTuple):
     fp8: bool = False
 
 
-_STATIC = len(Tensors._fields) + len(Numbers._fields)
+_STATIC = len(AuxiliaryTensors._fields) + len(Settings._fields)
 
 
-def _call(like: Tensor, output_weight: Tensor | None, tensors: Tensors, numbers: Numbers) -> Call:
+def _call(like: Tensor, output_weight: Tensor | None, tensors: AuxiliaryTensors, settings: Settings) -> Call:
     mask, ends = tensors.mask, tensors.ends
     if mask is not None:
         mask = mask.contiguous()
         ends = mask_ends(mask) if ends is None else ends
     norm = None
-    if numbers.output_eps is not None:
-        norm = Norm(None if output_weight is None else output_weight.contiguous(), numbers.output_eps)
+    if settings.output_eps is not None:
+        norm = Norm(None if output_weight is None else output_weight.contiguous(), settings.output_eps)
     return Call(
-        LAYOUTS[numbers.layout],
-        numbers.eps,
-        numbers.operand,
+        LAYOUTS[settings.layout],
+        settings.eps,
+        settings.operand,
         like.dtype,
-        Samples(numbers.batch, numbers.length, mask, ends, tensors.starts, tensors.row_count),
-        numbers.n_heads,
+        Samples(settings.batch, settings.length, mask, ends, tensors.starts, tensors.row_count),
+        settings.n_heads,
         tensors.cos,
         tensors.sin,
-        numbers.dropout,
+        settings.dropout,
         tensors.seed,
         norm,
     )
 
 
-def _split(rest: Sequence[Any]) -> tuple[Tensors, Numbers]:
-    count = len(Tensors._fields)
-    return Tensors(*rest[:count]), Numbers(*rest[count:])
+def _split(rest: Sequence[Any]) -> tuple[AuxiliaryTensors, Settings]:
+    count = len(AuxiliaryTensors._fields)
+    return AuxiliaryTensors(*rest[:count]), Settings(*rest[count:])
 
 
 def _run(
@@ -114,17 +114,19 @@ def _run(
     *,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    tensors, numbers = _split(rest)
-    if numbers.n > 0 and x is None:
-        raise ValueError("latent steps need an x")
-    if numbers.n > 0 and tensors.mask is not None:
-        raise ValueError("a mask [B, L] serves single calls: pack the samples of a recursion")
-    call = _call(y, output_weight, tensors, numbers)
+    tensors, settings = _split(rest)
+    if settings.n > 0 and x is None:
+        raise ValueError("latent steps require x")
+    if settings.n > 0 and tensors.mask is not None:
+        raise ValueError("a mask [B, L] is for single calls: pack the samples of a recursion")
+    call = _call(y, output_weight, tensors, settings)
     blocks = unpack(call.layout, parameters, call.operand)
-    with_matrices(blocks, matrices, call.operand, fp8=numbers.fp8)
+    with_matrices(blocks, matrices, call.operand, fp8=settings.fp8)
     x, z = (None if state is None else state.contiguous() for state in (x, z))
-    memory = numbers.memory if save else None
-    out, new_z, saved = recursion_forward(call, blocks, x, y.contiguous(), z, numbers.n, memory, tensors.read)
+    memory = settings.memory if save else None
+    out, new_z, saved = recursion_forward(
+        call, blocks, x, y.contiguous(), z, settings.n, memory, tensors.read
+    )
     return out, y.new_empty(0) if new_z is None else new_z, list(saved.values())
 
 
@@ -163,21 +165,21 @@ def _recursion_backward(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    tensors, numbers = _split(rest)
-    call = _call(grad_y, output_weight, tensors, numbers)
+    tensors, settings = _split(rest)
+    call = _call(grad_y, output_weight, tensors, settings)
     blocks = with_matrices(unpack(call.layout, parameters, call.operand), matrices, call.operand)
     if call.samples.mask is not None:
         grad_y = grad_y.masked_fill(call.samples.mask[..., None] == 0, 0.0)
-    spec = saved_spec(call, blocks, grad_y, numbers.n + 1, numbers.memory)
+    spec = saved_spec(call, blocks, grad_y, settings.n + 1, settings.memory)
     found = recursion_backward(
         call,
         blocks,
         Saved(dict(zip(spec, saved, strict=True))),
-        numbers.n,
+        settings.n,
         grad_y.contiguous(),
         None if grad_z is None else grad_z.contiguous(),
         pair=pair,
-        memory=numbers.memory,
+        memory=settings.memory,
         needed=needed,
     )
     nothing = grad_y.new_empty(0)
@@ -197,9 +199,9 @@ def _recursion_fake(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    tensors, numbers = _split(rest)
+    tensors, settings = _split(rest)
     shape = y.shape if tensors.read is None else (1, tensors.read.shape[0], y.shape[2])
-    return y.new_empty(shape), y.new_empty(0 if numbers.n == 0 else y.shape)
+    return y.new_empty(shape), y.new_empty(0 if settings.n == 0 else y.shape)
 
 
 def _recursion_saving_fake(
@@ -211,10 +213,10 @@ def _recursion_saving_fake(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    tensors, numbers = _split(rest)
-    call = _call(y, output_weight, tensors, numbers)
+    tensors, settings = _split(rest)
+    call = _call(y, output_weight, tensors, settings)
     blocks = unpack(call.layout, parameters, call.operand)
-    spec = saved_spec(call, blocks, y, numbers.n + 1, numbers.memory)
+    spec = saved_spec(call, blocks, y, settings.n + 1, settings.memory)
     saved = [y.new_empty(shape, dtype=dtype) for shape, dtype in spec.values()]
     return *_recursion_fake(x, y, z, parameters, matrices, output_weight, *rest), saved
 
@@ -230,14 +232,14 @@ def _recursion_backward_fake(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    _, numbers = _split(rest)
-    steps = numbers.n > 0
+    _, settings = _split(rest)
+    steps = settings.n > 0
 
     def like(there: bool) -> Tensor:
         return grad_y.new_empty(grad_y.shape if there else 0)
 
     of_output = grad_y.new_empty(0)
-    if numbers.output_eps is not None and output_weight is not None:
+    if settings.output_eps is not None and output_weight is not None:
         of_output = output_weight.new_empty(output_weight.shape)
     # Contiguous, whatever the strides of the parameters.
     of_parameters = [parameter.new_empty(parameter.shape) for parameter in parameters] if needed else []
@@ -245,7 +247,7 @@ def _recursion_backward_fake(
 
 
 class _Recursion(torch.autograd.Function):
-    """Takes ``_LEADING`` arguments, parameters, matrices, :class:`Tensors` and :class:`Numbers`."""
+    """Accepts ``_LEADING`` arguments, parameters, matrices, :class:`AuxiliaryTensors`, :class:`Settings`."""
 
     @staticmethod
     def forward(
@@ -260,13 +262,13 @@ class _Recursion(torch.autograd.Function):
         of_parameters, of_matrices = counts
         parameters, rest = list(rest[:of_parameters]), rest[of_parameters:]
         matrices, rest = list(rest[:of_matrices]), rest[of_matrices:]
-        tensors, numbers = _split(rest)
+        tensors, settings = _split(rest)
         out, new_z, saved = recursion_saving(x, y, z, parameters, matrices, output_weight, *rest)
         ctx.save_for_backward(output_weight, *tensors, *parameters, *matrices, *saved)
-        ctx.counts, ctx.numbers = counts, numbers
+        ctx.counts, ctx.settings = counts, settings
         ctx.given = x is not None, z is not None
         ctx.set_materialize_grads(False)
-        if numbers.n == 0:
+        if settings.n == 0:
             ctx.mark_non_differentiable(new_z)
         return out, new_z
 
@@ -275,21 +277,21 @@ class _Recursion(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         of_parameters, of_matrices = ctx.counts
         output_weight, *found = ctx.saved_tensors
-        static, found = found[: len(Tensors._fields)], found[len(Tensors._fields) :]
+        static, found = found[: len(AuxiliaryTensors._fields)], found[len(AuxiliaryTensors._fields) :]
         parameters, found = found[:of_parameters], found[of_parameters:]
         matrices, saved = found[:of_matrices], found[of_matrices:]
         pair, has_z = ctx.given
         needed = any(ctx.needs_input_grad[_LEADING : _LEADING + of_parameters])
-        if ctx.numbers.n == 0:
+        if ctx.settings.n == 0:
             grad_z = None
         if grad_y is None:
             if grad_z is None:
                 return (None,) * len(ctx.needs_input_grad)
             grad_y = torch.zeros_like(grad_z)
         of_x, of_y, of_z, of_output, *gradients = recursion_gradient(
-            grad_y, grad_z, saved, pair, needed, parameters, matrices, output_weight, *static, *ctx.numbers
+            grad_y, grad_z, saved, pair, needed, parameters, matrices, output_weight, *static, *ctx.settings
         )
-        if ctx.numbers.n == 0:
+        if ctx.settings.n == 0:
             of_x, of_z = None, of_y if has_z else None
         return (
             of_x if pair else None,
@@ -302,7 +304,7 @@ class _Recursion(torch.autograd.Function):
         )
 
 
-#: Arguments of :meth:`_Recursion.forward` in front of the parameters.
+#: Number of arguments of :meth:`_Recursion.forward` before the parameters.
 _LEADING = (
     sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature(_Recursion.forward).parameters.values()) - 1
 )
@@ -317,16 +319,16 @@ def _differentiable(
     output_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    tensors, numbers = _split(rest)
-    if numbers.fp8 or tensors.read is not None:
+    tensors, settings = _split(rest)
+    if settings.fp8 or tensors.read is not None:
         raise RuntimeError(
-            "a recursion in fp8, or of some rows, has no gradient: run it under torch.no_grad()"
+            "a recursion in fp8, or of selected rows, has no gradient: run it under torch.no_grad()"
         )
     counts = len(parameters), len(matrices)
     return _Recursion.apply(x, y, z, output_weight, counts, *parameters, *matrices, *rest)
 
 
-#: How the dispatcher's schemas name the types of :class:`Tensors` and :class:`Numbers`.
+#: Dispatcher schema types for the fields of :class:`AuxiliaryTensors` and :class:`Settings`.
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor | None: "Tensor?",
     str: "str",
@@ -342,7 +344,7 @@ _REST = ", ".join(
         "Tensor[] parameters, Tensor[] matrices, Tensor? output_weight",
         *(
             f"{_SCHEMA_TYPES[kind]} {name}"
-            for record in (Tensors, Numbers)
+            for record in (AuxiliaryTensors, Settings)
             for name, kind in get_type_hints(record).items()
         ),
     )
@@ -360,10 +362,10 @@ recursion_gradient = define(
     _recursion_backward,
     _recursion_backward_fake,
 )
-#: ``recursion(x, y, z, parameters, matrices, output_weight, *Tensors, *Numbers)`` gives the new y and z
-#: [B, L, D] (z empty where n is 0). x may be None where n is 0, z always; ``parameters`` are the blocks' flat
-#: lists (:class:`~trm_kernels.ops.layouts.SublayerLayout`) one behind the other, ``matrices`` what
-#: :func:`~trm_kernels.ops.layouts.prepare` made of them, or empty.
+#: ``recursion(x, y, z, parameters, matrices, output_weight, *AuxiliaryTensors, *Settings)`` returns the new y
+#: and z [B, L, D] (z is empty if n is 0). x may be None if n is 0, and z may always be None. ``parameters``
+#: are the concatenated flat lists of the blocks (:class:`~trm_kernels.ops.layouts.SublayerLayout`), and
+#: ``matrices`` the result of :func:`~trm_kernels.ops.layouts.prepare`, or empty.
 recursion = define(
     "recursion", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _recursion, _recursion_fake, _differentiable
 )

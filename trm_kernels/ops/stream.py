@@ -1,12 +1,13 @@
-"""What a network call starts from: x + y + z, or the normalised output of the call before plus x + y.
+"""The input of a network call: x + y + z, or the normalised output of the previous call plus x + y.
 
     v    = z, or z / sqrt(mean(z^2) + eps) * weight
     pair = x + y                          constant over the latent steps
-    h    = pair + v                       x and y may be missing
+    h    = pair + v                       x and y are optional
     and the sums of squares of the rows of h
 
-A post-norm block's last norm and ``SequenceTRM``'s ``output_norm`` end a call in the middle of the sum that
-starts the next: the scale of a row is not known in the epilogue that writes it, so they take this kernel.
+The last norm of a post-norm block and ``SequenceTRM``'s ``output_norm`` come between a call's output and the
+sum that starts the next call. The epilogue that writes a row does not know its scale, so this kernel applies
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trm_kernels.ops.gemm import Outputs, sumsq_parts
 
 
 def rows_of(x: Tensor, read: Tensor) -> Tensor:
-    """The rows ``read`` [N] of a tensor [B, L, D], as [1, N, D]."""
+    """Return the rows ``read`` [N] of a tensor [B, L, D] as [1, N, D]."""
     return x.flatten(0, 1).index_select(0, read)[None]
 
 
@@ -32,16 +33,16 @@ class Stream:
     """The residual stream between two kernels."""
 
     value: Tensor  # [B, L, D]
-    copy: Tensor | None = None  # [B, L, D] in the dtype of the operands, where that is another
+    copy: Tensor | None = None  # [B, L, D] in the operand dtype, if that differs
     sumsq: Tensor | None = None  # [rows, parts]
 
     @property
     def operand(self) -> Tensor:
-        """What the next GEMM multiplies."""
+        """Operand of the next GEMM."""
         return self.value if self.copy is None else self.copy
 
     def rows(self, read: Tensor) -> Stream:
-        """The rows ``read`` [N], for a residual: without the copy."""
+        """Return the rows ``read`` [N] for a residual, without the copy."""
         sumsq = None if self.sumsq is None else self.sumsq.index_select(0, read)
         return Stream(rows_of(self.value, read), sumsq=sumsq)
 
@@ -105,7 +106,7 @@ def stream_kernel(
         if WRITE_COPY:
             tl.store(copy_ptr + offsets, h.to(copy_ptr.dtype.element_ty), mask=valid)
         if PARTS:
-            # As many parts as a GEMM leaves, the first of them the sum: its readers are compiled once.
+            # The same number of parts as a GEMM writes, with the sum in the first: readers compile only once.
             h = stored.to(ACC)
             p = tl.arange(0, PARTS_BLOCK)[None, :]
             parts = tl.where(p == 0, tl.sum(h * h, axis=1)[:, None], 0.0)
@@ -135,12 +136,14 @@ def start(
     count: Tensor | None = None,
     outputs: Outputs = _OUT,
 ) -> tuple[Stream | None, Tensor | None, Tensor | None]:
-    """Launch the kernel on contiguous [B, L, D] tensors of one dtype; x only with y.
+    """Launch the kernel on contiguous [B, L, D] tensors of one dtype; x requires y.
 
-    ``outputs``: h is its ``next``. ``count``: number of packed rows, int32 [1].
+    Args:
+        count: Number of packed rows, int32 [1].
+        outputs: Output tensors; h is ``next``.
 
     Returns:
-        The stream h, the pair x + y, and the normalised z; None for each that does not exist.
+        The stream h, the pair x + y, and the normalised z; None for each that was not computed.
     """
     like = y if z is None else z
     assert like is not None

@@ -1,9 +1,8 @@
-"""The forward halves of a sublayer, ``h + second(f(first(norm(h))))``.
+"""The two halves of a sublayer's forward, ``h + second(f(first(norm(h))))``.
 
-Precision: operands of every GEMM are in ``operand``; the residual stream stays in the dtype of x, which
-under autocast is float32. A folded norm then reads a rounded copy of the stream, which the kernel that wrote
-the stream left beside it; where norms are not folded (:func:`~trm_kernels.ops.layouts.folds`) a row kernel
-applies them.
+Precision: all GEMM operands are in ``operand``; the residual stream stays in the dtype of x, which is float32
+under autocast. A folded norm then reads a rounded copy of the stream, from the kernel that wrote the stream.
+A row kernel applies norms that are not folded (:func:`~trm_kernels.ops.layouts.folds`).
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from trm_kernels.ops.quantise import quantise_rows
 from trm_kernels.ops.stream import Norm, Stream, start
 from trm_kernels.ops.tiles import Activation
 
-#: Where the tensors of one call of one block are kept for the backward, by name; empty where nothing is.
+#: Tensors of one block call that are saved for the backward, by name; empty if nothing is saved.
 Slot = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Call:
-    """What every step of a recursion reads.
+    """Arguments common to all steps of a recursion.
 
     Attributes:
-        layout: The family of block.
-        eps: Of the blocks' norms.
-        operand: Dtype of the GEMMs' operands.
+        layout: Layout of the block family.
+        eps: Epsilon of the blocks' norms.
+        operand: Dtype of the GEMM operands.
         residual: Dtype of the residual stream.
-        samples: How rows divide into samples.
-        n_heads: Attention heads.
+        samples: Division of rows into samples.
+        n_heads: Number of attention heads.
         cos, sin: RoPE tables.
         dropout: Probability of dropping an attention weight.
-        seed: Its device seed, int64 [1].
+        seed: Device seed of the dropout, int64 [1].
         output_norm: Applied after every network call.
-        deferred: Whether a post-norm sublayer leaves its sum as it is, with the sums of squares of its rows:
-            the products behind it then scale their rows, and the residual, instead of a row kernel. Without
-            gradient only, as the backward reads the normalised streams.
+        deferred: Whether post-norm sublayers write the unnormalised sum with the sums of squares of its rows.
+            The following GEMMs then scale rows and residual instead of a row kernel. Only without gradients,
+            because the backward reads the normalised streams.
     """
 
     layout: Layout
@@ -60,21 +59,21 @@ class Call:
     deferred: bool = False
 
     def axis(self, sublayer: Sublayer) -> int:
-        """Axis of the sublayer's norm."""
+        """Return the axis of the sublayer's norm."""
         return 1 if sublayer.layout.tokens and not self.layout.pre_norm else -1
 
     def heads(self, mixer: Sublayer, call: int) -> Heads:
-        """Attention of the ``call``-th block call of a recursion."""
+        """Return the attention arguments for block call number ``call`` of a recursion."""
         dropout = Dropout(self.dropout, self.seed, call)
         return Heads(self.n_heads, self.samples, self.cos, self.sin, mixer.first_bias, dropout)
 
     def rounds(self, reader: Sublayer | None) -> torch.dtype | None:
-        """The dtype of the copy that ``reader`` needs of a stream, or None if it reads the stream itself."""
+        """Return the dtype of the stream copy for ``reader``, or None if it reads the stream itself."""
         copied = reader is not None and reader.folded and self.operand != self.residual
         return self.operand if copied else None
 
     def outputs(self, reader: Sublayer | None, slot: Slot, key: str) -> Outputs:
-        """What a kernel that writes the stream of ``reader``, as its ``next``, writes, and where."""
+        """Return the outputs of a kernel that writes the input stream of ``reader`` as ``next``."""
         copied = self.rounds(reader)
         return Outputs(
             next=slot.get(key) if copied is None else None,
@@ -86,7 +85,7 @@ class Call:
 
 
 def normed_operand(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
-    """What the first GEMM of an unfolded sublayer multiplies, [B, L, D]."""
+    """Return the operand of an unfolded sublayer's first GEMM, [B, L, D]."""
     if sublayer.norm is None:
         return stream.value.to(call.operand)
     _, normed, _ = add_rms_norm(
@@ -99,7 +98,7 @@ def normed_operand(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
 def _quantised(
     call: Call, rows: Tensor, scales: Tensor | None, eps: float | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The left operand of a GEMM, and the scales of both where the matrix is in fp8."""
+    """Return the left operand of a GEMM and, if the matrix is in fp8, the scales of both operands."""
     if scales is None:
         return rows, None
     quantised, of_rows = quantise_rows(rows, eps=eps, count=call.samples.count)
@@ -109,7 +108,7 @@ def _quantised(
 def _first_operand(
     call: Call, sublayer: Sublayer, stream: Stream
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The normalised stream as the first GEMM reads it; where the norm is folded, not yet normalised."""
+    """Return the operand of the first GEMM: the normalised stream, or the stream if the norm is folded."""
     deferred = sublayer.norm is None and stream.sumsq is not None
     if sublayer.first_scales is not None:
         eps = call.eps if deferred or sublayer.norm is not None else None
@@ -120,9 +119,9 @@ def _first_operand(
 
 
 def first_half(call: Call, sublayer: Sublayer, stream: Stream, pre: Tensor | None, *, save: bool) -> Tensor:
-    """``f(first(norm(h)))``; the pre-activations go to ``pre``, or are not kept if ``save`` is False.
+    """Compute ``f(first(norm(h)))``, and write the pre-activations to ``pre`` unless ``save`` is False.
 
-    An attention's projections, which have no activation here, come without their bias.
+    The projections of attention, which have no activation here, are returned without their bias.
     """
     assert sublayer.first_matrix is not None
     activation = sublayer.layout.activation
@@ -144,7 +143,7 @@ def first_half(call: Call, sublayer: Sublayer, stream: Stream, pre: Tensor | Non
 
 
 def pre_activations(call: Call, sublayer: Sublayer, stream: Stream) -> Tensor:
-    """The pre-activations of a first half again, without the bias."""
+    """Recompute the pre-activations of a first half, without the bias."""
     assert sublayer.first_matrix is not None
     product = gemm(
         stream.operand if sublayer.folded else normed_operand(call, sublayer, stream),
@@ -173,10 +172,10 @@ def _second_product(
     mask: Tensor | None = None,
     normalise: bool = False,
 ) -> Product:
-    """``stream + second(inner)``, and what the epilogue does behind it."""
+    """Compute ``stream + second(inner)`` and the rest of the epilogue."""
     assert sublayer.second_matrix is not None
     inner, scales = _quantised(call, inner, sublayer.second_scales)
-    # Behind a norm that was deferred the residual is normalised here; a folded one leaves it as it is.
+    # After a deferred norm the residual is normalised here; after a folded one it stays unnormalised.
     sumsq = None if call.layout.pre_norm else stream.sumsq
     return gemm(
         inner,
@@ -206,7 +205,7 @@ def second_half(
     *,
     mask: Tensor | None = None,
 ) -> Stream:
-    """``h + second(inner)``, normalised if post-norm: the stream that ``reader`` goes on with."""
+    """Compute ``h + second(inner)``, normalised if post-norm: the input stream of ``reader``."""
     assert sublayer.second_matrix is not None
     outputs = call.outputs(reader, reader_slot, reader_key)
     place = outputs.next
@@ -252,12 +251,12 @@ def last_half(
     reader: Sublayer | None,
     reader_slot: Slot,
 ) -> tuple[Tensor | None, Stream | None]:
-    """The end of a network call: its output, and the stream of the next call, which adds ``addend`` to it.
+    """Finish a network call: return its output, and the next call's stream, which is output + ``addend``.
 
     Args:
-        addend: x + y, or y before the answer's update; None after it.
-        keep: Whether the output is wanted beside the next stream.
-        reader, reader_slot: First sublayer of the next call, and where its stream is kept.
+        addend: x + y, or y before the update of the answer; None after it.
+        keep: Whether to return the output in addition to the next stream.
+        reader, reader_slot: First sublayer of the next call, and the slot for its stream.
     """
     outputs = Outputs() if addend is None else call.outputs(reader, reader_slot, "in")
     norm = call.output_norm if call.layout.pre_norm else Norm(None, call.eps)

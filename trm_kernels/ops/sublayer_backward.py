@@ -1,12 +1,12 @@
-"""Back through one sublayer: the gradient of its input, and what its weight gradients are made of.
+"""Backward of one sublayer: the gradient of its input, and the operands of its weight gradients.
 
-Where the norm is folded, its backward needs no pass of its own. With s = 1 / rms(h), dY the gradient of the
-first GEMM's output, G = s dY and Y that output without its bias,
+The backward of a folded norm needs no separate pass. With s = 1 / rms(h), dY the gradient of the first GEMM's
+output, G = s dY and Y that output without its bias,
 
-    dh    = G (w * W) - h s^2 dot / D + residual      dot = sum_n dY_n Y_n, left by the kernel that wrote G
+    dh    = G (w * W) - h s^2 dot / D + residual      dot = sum_n dY_n Y_n, from the kernel that wrote G
     d(wW) = G^T h,  dW = d(wW) * w,  dw = sum_n d(wW)_n W_n
 
-so the weight gradient reads the stream itself, never its normalised form.
+so the weight gradient reads the stream itself instead of its normalised form.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from trm_kernels.ops.sublayer import Call, Slot, pre_activations
 from trm_kernels.ops.tiles import Activation
 from trm_kernels.ops.weight_gradient import ColumnSum, WeightGradient
 
-#: ``place(name, shape, dtype)``: memory for one tensor of this network call.
-Place = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+#: ``allocate(name, shape, dtype)`` returns memory for one tensor of this network call.
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
 class SublayerGradient:
@@ -46,12 +46,12 @@ class SublayerGradient:
         self._norm = grad.to(wide) if self._norm is None else self._norm + grad
 
     def add(self, g: Tensor, a: Tensor, grad: Tensor, inner: Tensor, rows: int) -> None:
-        """Add the weight gradients of one network call, or of several, stacked.
+        """Add the weight gradients of one network call, or of several stacked calls.
 
         Args:
-            g, a: Gradient of the first GEMM's output, and what it multiplied.
-            grad, inner: Gradient of the second GEMM's output, and what it multiplied.
-            rows: Rows of one network call, B L, or R of packed samples.
+            g, a: Gradient of the first GEMM's output, and its input.
+            grad, inner: Gradient of the second GEMM's output, and its input.
+            rows: Number of rows of one network call: B L, or R for packed samples.
         """
         tokens = self.sublayer.layout.tokens
 
@@ -68,7 +68,7 @@ class SublayerGradient:
             self.second_bias.add(of_rows(grad))
 
     def totals(self) -> list[Tensor]:
-        """Gradients in the order of the sublayer's flat list of parameters, in the parameters' dtypes."""
+        """Return gradients in the order of the sublayer's flat parameter list, in the parameters' dtypes."""
         sublayer = self.sublayer
         first = self.first.total
         flat: list[Tensor] = []
@@ -81,7 +81,7 @@ class SublayerGradient:
             assert self._norm is not None
             flat.append(self._norm.to(sublayer.norm.dtype))
         parts = first.split([weight.shape[0] for weight in sublayer.first])
-        # Copies: an op's results may not be views of one another.
+        # Copies, because the results of an op must not be views of each other.
         flat += [
             torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(part)
             for part, weight in zip(parts, sublayer.first, strict=True)
@@ -98,15 +98,15 @@ class SublayerGradient:
 class Products:
     """Operands of one sublayer's weight gradients in one network call; each matrix is [rows, ...]."""
 
-    g: Tensor  # gradient of the first GEMM's output, over rms(h) where the norm is folded
-    a: Tensor | None  # what the first GEMM multiplied; None: the stream that was saved
+    g: Tensor  # gradient of the first GEMM's output, divided by rms(h) if the norm is folded
+    a: Tensor | None  # input of the first GEMM; None: the saved stream
     grad: Tensor  # gradient of the second GEMM's output
-    inner: Tensor | None  # what the second GEMM multiplied; None: the attention's output, which was saved
+    inner: Tensor | None  # input of the second GEMM; None: the saved attention output
 
 
 def back_linear(call: Call, grad: Tensor, weight: Tensor, *, tokens: bool) -> Tensor:
-    """Gradient of a linear map's input, in the dtype of ``grad``; ``weight``: [N, K] of the map."""
-    # Detached: matmul copies a broadcast operand that requires a gradient.
+    """Compute the gradient of a linear layer's input, in the dtype of ``grad``; ``weight`` is [N, K]."""
+    # Detached, because matmul copies a broadcast operand that requires a gradient.
     weight = weight.detach()
     if tokens:
         return weight.t() @ grad
@@ -118,12 +118,18 @@ def back_linear(call: Call, grad: Tensor, weight: Tensor, *, tokens: bool) -> Te
 
 
 def back_second(
-    call: Call, sublayer: Sublayer, grad: Tensor, heads_call: int, slot: Slot, stream: Stream, place: Place
+    call: Call,
+    sublayer: Sublayer,
+    grad: Tensor,
+    heads_call: int,
+    slot: Slot,
+    stream: Stream,
+    allocate: Allocate,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Back through the second GEMM and what precedes it.
+    """Backward through the second GEMM and the activation or attention before it.
 
     Returns:
-        G [B, L, N], the partial dots, the activation (None for an attention), and the gradient of the first
+        G [B, L, N], the partial dots, the activation (None for attention), and the gradient of the first
         bias.
     """
     assert sublayer.second_matrix is not None and sublayer.first_matrix is not None
@@ -138,7 +144,7 @@ def back_second(
             call.heads(sublayer, heads_call),
             sumsq=sumsq,
             eps=call.eps,
-            grad_qkv=place("g", tuple(slot["qkv"].shape), call.operand),
+            grad_qkv=allocate("g", tuple(slot["qkv"].shape), call.operand),
         )
         return back.qkv, back.dots, None, back.bias
     pre = slot.get("mixer.pre" if tokens else "mlp.pre")
@@ -157,8 +163,8 @@ def back_second(
         eps=call.eps,
         count=call.samples.count,
         transposed=tokens,
-        g=place("g", tuple(pre.shape), call.operand),
-        act=place("inner", shape, call.operand),
+        g=allocate("g", tuple(pre.shape), call.operand),
+        act=allocate("inner", shape, call.operand),
     )
     return activation.g, activation.dots, activation.act, activation.bias
 
@@ -171,27 +177,27 @@ def sublayer_backward(
     slot: Slot,
     stream: Stream,
     gradient: SublayerGradient,
-    place: Place,
+    allocate: Allocate,
     *,
     out: Tensor | None = None,
     copy: Tensor | None = None,
     write_copy: bool = False,
 ) -> tuple[Stream, Products]:
-    """Back through ``h + second(f(first(norm(h))))``, or ``norm(h + second(f(first(h))))``.
+    """Backward through ``h + second(f(first(norm(h))))``, or ``norm(h + second(f(first(h))))``.
 
     Args:
-        grad: Gradient of the sublayer's output, residual dtype, and its copy in the operand dtype if there is
-            one.
-        heads_call: Number of the block call, which the dropout is counted by.
-        slot: What the forward kept of the block.
-        stream: Its input h.
-        gradient: Takes the gradients of biases and of an unfolded norm.
-        place: Memory for G and the activation.
-        out, copy: Where the gradient of h and its copy are written; made here where None.
-        write_copy: Whether a folded sublayer writes the copy too.
+        grad: Gradient of the sublayer's output in the residual dtype, with its copy in the operand dtype if
+            there is one.
+        heads_call: Index of the block call, a counter of the dropout.
+        slot: Tensors that the forward of the block saved.
+        stream: The input h.
+        gradient: Accumulates the gradients of biases and of an unfolded norm.
+        allocate: Allocates G and the activation.
+        out, copy: Output tensors for the gradient of h and its copy; allocated if None.
+        write_copy: Whether a folded sublayer also writes the copy.
 
     Returns:
-        Gradient of h, and the operands of the weight gradients.
+        The gradient of h, and the operands of the weight gradients.
     """
     assert sublayer.first_matrix is not None
     tokens, count = sublayer.layout.tokens, call.samples.count
@@ -208,7 +214,7 @@ def sublayer_backward(
         )
         grad = Stream(value)
     operand = grad.operand.to(call.operand)
-    g, dots, inner, of_bias = back_second(call, sublayer, operand, heads_call, slot, stream, place)
+    g, dots, inner, of_bias = back_second(call, sublayer, operand, heads_call, slot, stream, allocate)
     if of_bias is not None:
         gradient.first_bias.add_total(of_bias)
     if sublayer.folded:
@@ -246,7 +252,7 @@ def sublayer_backward(
 
 
 def middle_stream(call: Call, mixer: Sublayer, slot: Slot) -> Stream:
-    """What the MLP of a block read: saved, or normalised again from the sum that was."""
+    """Return the input of a block's MLP: the saved stream, or a norm recomputed from the saved sum."""
     if call.layout.pre_norm:
         return Stream(slot["middle"], sumsq=slot.get("middle.sumsq"))
     _, normed, _ = add_rms_norm(

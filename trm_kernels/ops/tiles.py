@@ -1,6 +1,6 @@
-"""Route, tile shape and schedule of each GEMM: what there is to choose, and a heuristic by shape, dtype, device.
+"""Route, tile shape and schedule of each GEMM: possible choices, and a heuristic by shape, dtype and device.
 
-Imports no Triton: tables of choices are read and shown where there is none.
+This module does not import Triton, so that tables of choices can be read and displayed without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Activation(IntEnum):
-    """What the epilogue applies; ``*_BACKWARD`` turns the gradient of the activation into that of its input."""
+    """Activation in the epilogue; ``*_BACKWARD`` computes the gradient of the activation's input."""
 
     NONE = 0
     GELU = 1
@@ -48,9 +48,10 @@ Kernel = Literal["gemm", "stream", "activation_gradient", "norm_gradient", "weig
 Route = Literal["triton", "library"]
 
 
-# A tuple, not a dataclass: launchers make one a call, and a frozen dataclass takes 1 to 2 us longer to make.
+# A tuple, not a dataclass: launchers create one per call, and creating a frozen dataclass takes 1 to 2 us
+# more.
 class Problem(NamedTuple):
-    """One matrix product, as a launcher asks for it. Rows are what batch and sequence length decide.
+    """One matrix product as a launcher describes it. Batch and sequence length determine the rows.
 
     Attributes:
         kernel: ``"gemm"``: C [M, N] = epilogue(A [M, K] W^T), W [N, K], over M rows.
@@ -58,10 +59,10 @@ class Problem(NamedTuple):
             ``"norm_gradient"``: the same with the backward of an RMSNorm over N in the epilogue.
             ``"weight_gradient"``: C [M, N] = G^T A, contracted over K rows of G [K, M] and A [K, N].
         M: Height of the output.
-        N: Width of the output, of one of the two halves where ``activation`` is gated.
+        N: Width of the output; of one of its two halves if ``activation`` is gated.
         K: Length of the contraction.
-        batch: Independent products of these sizes (token mixers), else 1.
-        activation: What the epilogue applies.
+        batch: Number of independent products of these sizes (token mixers), else 1.
+        activation: Activation in the epilogue.
         operand: Dtype of the operands.
         transposed: Whether the rows are the last axis, [B, K, M] to [B, N, M].
     """
@@ -77,20 +78,20 @@ class Problem(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Matrices of W's shape that one tile of A is multiplied by: gate and up, or one."""
+        """Number of matrices with the shape of W that multiply one tile of A: two (gate and up) or one."""
         return 2 if self.activation == Activation.SWIGLU else 1
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a problem is computed.
+    """The way to compute a problem.
 
     Attributes:
-        route: ``"triton"``, or ``"library"``: torch's own product, then a kernel for the epilogue.
-        tile: Tile of the Triton kernel, m by n over the output and k along the contraction; for
-            ``"library"`` that of the epilogue.
-        splits: Parts that the contraction of a weight gradient is cut into, each with its own partial
-            sum; 1 elsewhere.
+        route: ``"triton"``, or ``"library"``: torch's matrix product, then a kernel for the epilogue.
+        tile: Tile of the Triton kernel: m by n over the output and k along the contraction. For
+            ``"library"``, the tile of the epilogue.
+        splits: Number of parts of a weight gradient's contraction, each with its own partial sum; 1 for
+            other kernels.
     """
 
     route: Route
@@ -98,10 +99,10 @@ class Choice:
     splits: int = 1
 
 
-#: Kernels whose launchers offer the route ``"library"``.
+#: Kernels whose launchers support the route ``"library"``.
 LIBRARY_KERNELS: frozenset[Kernel] = frozenset(("gemm", "stream", "norm_gradient", "weight_gradient"))
 
-#: 16-bit tiles, largest first. 64 rows is the least that sm_90's wgmma takes.
+#: 16-bit tiles, largest first. 64 rows is the minimum for wgmma on sm_90.
 _TILES_16BIT = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 128, 64, 4, 3),
@@ -109,16 +110,16 @@ _TILES_16BIT = (
     Tile(64, 32, 64, 4, 4),
 )
 #: Two accumulators (SwiGLU), the operands of a derivative, or the scattered addresses of a transposed output
-#: do not fit beside a 128 x 128 accumulator: the gradient of SwiGLU spills 944 bytes a thread on sm_90, a
-#: transposed residual 104 on sm_80.
+#: do not fit into registers with a 128 x 128 accumulator: the gradient of SwiGLU spills 944 bytes per thread
+#: on sm_90, a transposed residual 104 on sm_80.
 _TILES_NARROW = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4))
-#: float32 multiplies outside the tensor cores unless TF32 is allowed, so its tiles are small.
+#: Without TF32, float32 products do not use the tensor cores, so these tiles are small.
 _TILES_FLOAT32 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
 _TILE_INTERPRETER = Tile(64, 64, 64, 1, 1)
 
 
 def cdiv(a: int, b: int) -> int:
-    """Ceiling of a / b."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
@@ -132,7 +133,7 @@ def choose_tile(
     *,
     transposed: bool = False,
 ) -> Tile:
-    """The largest tile that still gives every processor one; a heuristic, by shape only."""
+    """Return the largest tile that still gives every processor a tile; a heuristic by shape only."""
     if target.interpreted:
         return _TILE_INTERPRETER
     narrow = activation.gated or activation.backward or transposed
@@ -144,29 +145,30 @@ def choose_tile(
         if cdiv(M, candidate.m) * cdiv(N, candidate.n) * batch >= target.processors:
             tile = candidate
             break
-    # Two weight tiles and one input tile in each stage of the ring for a gated activation.
+    # For a gated activation, each stage of the ring buffer holds two weight tiles and one input tile.
     stage = tile.k * (tile.m + tile.n * (2 if activation == Activation.SWIGLU else 1)) * operand.itemsize
     stages = min(tile.stages, max(1, target.shared_memory // stage - 1)) if target.kind == "cuda" else 2
     return Tile(tile.m, tile.n, tile.k, tile.warps, stages)
 
 
-#: Rows of a split: fewer would cost more in writing and adding partial sums than the added programs gain.
+#: Minimum rows per split: with fewer, writing and adding partial sums costs more than the extra programs
+#: save.
 _SPLIT_ROWS = 512
 
 
 def heuristic(problem: Problem, target: Target) -> Choice:
-    """The choice for a problem that nobody measured."""
+    """Return the choice for a problem that was not measured."""
     kernel, M, N, _, batch, activation, operand, transposed = problem
     if kernel == "weight_gradient":
         return _split_heuristic(problem, target)
-    # The norm's backward reads two more tiles in its epilogue, as the derivative of an activation does; a
-    # float32 stream and what is added to it spill 344 bytes a thread beside a 128 x 128 accumulator (sm_90).
+    # Like the derivative of an activation, the norm's backward reads two more tiles in its epilogue. A
+    # float32 stream and its addend spill 344 bytes per thread with a 128 x 128 accumulator (sm_90).
     narrow = transposed or kernel in ("norm_gradient", "stream")
     return Choice("triton", choose_tile(M, N, batch, activation, operand, target, transposed=narrow))
 
 
 def _split_heuristic(problem: Problem, target: Target) -> Choice:
-    """The largest tile that gives every processor a program once the rows are split."""
+    """Return the largest tile that gives every processor a program after the rows are split."""
     if target.interpreted:
         return Choice("triton", _TILE_INTERPRETER)
     limit = max(1, problem.K // _SPLIT_ROWS)
@@ -179,47 +181,47 @@ def _split_heuristic(problem: Problem, target: Target) -> Choice:
 
 
 def programs(problem: Problem, choice: Choice) -> int:
-    """Programs of the launch that computes the product."""
+    """Return the number of programs of the launch that computes the product."""
     tile = choice.tile
     return cdiv(problem.M, tile.m) * cdiv(problem.N, tile.n) * problem.batch * choice.splits
 
 
 def shared_memory(problem: Problem, tile: Tile) -> int:
-    """Bytes of shared memory that the stages of a tile take: the least that a program of it needs."""
+    """Return the bytes of shared memory for the stages of a tile: the minimum for one program."""
     return tile.stages * tile.k * (tile.m + tile.n * problem.products) * problem.operand.itemsize
 
 
-#: ``tl.dot`` multiplies no less than 16 by 16; row sums are written for every 32 columns.
-_LEAST = {"m": 16, "n": 32, "k": 16}
-_MOST = {"m": 256, "n": 256, "k": 256}
+#: ``tl.dot`` needs at least 16 by 16 elements; row sums are written for every 32 columns.
+_MIN_TILE = {"m": 16, "n": 32, "k": 16}
+_MAX_TILE = {"m": 256, "n": 256, "k": 256}
 _WARPS = (1, 2, 4, 8, 16)
-_MOST_STAGES = 8
-_MOST_SPLITS = 128
-#: Accumulators are float32, in registers: 255 a thread, of which addresses and operands need some.
-_ACCUMULATORS = 192
+_MAX_STAGES = 8
+_MAX_SPLITS = 128
+#: Maximum float32 accumulators per thread: of its 255 registers, addresses and operands need some.
+_MAX_ACCUMULATORS = 192
 
 
 def flaw(problem: Problem, choice: Choice, target: Target) -> str | None:
-    """Why ``choice`` cannot be launched for ``problem`` on ``target``, or None."""
+    """Return why ``choice`` cannot be launched for ``problem`` on ``target``, or None."""
     if choice.route not in get_args(Route):
         return f"unknown route {choice.route!r}"
     if choice.route == "library" and problem.kernel not in LIBRARY_KERNELS:
         return f"{problem.kernel} has no library route"
     tile = choice.tile
-    for axis, least in _LEAST.items():
+    for axis, minimum in _MIN_TILE.items():
         size = getattr(tile, axis)
-        if size & (size - 1) or not least <= size <= _MOST[axis]:
-            return f"tile {axis} {size} is no power of two from {least} to {_MOST[axis]}"
+        if size & (size - 1) or not minimum <= size <= _MAX_TILE[axis]:
+            return f"tile {axis} {size} is not a power of two from {minimum} to {_MAX_TILE[axis]}"
     if tile.warps not in _WARPS:
         return f"{tile.warps} warps are not one of {_WARPS}"
-    if not 1 <= tile.stages <= _MOST_STAGES:
-        return f"{tile.stages} stages are not from 1 to {_MOST_STAGES}"
-    if not 1 <= choice.splits <= (_MOST_SPLITS if problem.kernel == "weight_gradient" else 1):
-        return f"{choice.splits} splits do not fit {problem.kernel}"
+    if not 1 <= tile.stages <= _MAX_STAGES:
+        return f"{tile.stages} stages are not in 1 to {_MAX_STAGES}"
+    if not 1 <= choice.splits <= (_MAX_SPLITS if problem.kernel == "weight_gradient" else 1):
+        return f"{choice.splits} splits are not possible for {problem.kernel}"
     lanes = 64 if target.kind == "hip" else 32
-    if tile.m * tile.n * problem.products > _ACCUMULATORS * tile.warps * lanes:
+    if tile.m * tile.n * problem.products > _MAX_ACCUMULATORS * tile.warps * lanes:
         return f"{tile.warps} warps cannot hold the accumulators of {tile.m} x {tile.n}"
     needed = shared_memory(problem, tile)
     if needed > target.shared_memory:
-        return f"{needed} bytes of stages are over the {target.shared_memory} of shared memory"
+        return f"the stages need {needed} bytes, more than the {target.shared_memory} of shared memory"
     return None

@@ -2,9 +2,9 @@
 
     dW[n, k] = sum over steps and rows of G[step, row, n] A[step, row, k]
 
-One product over the concatenated steps of a recursion, or over as many of them as memory holds, instead of
-one accumulating product a step. Rows are split among programs; each split has a buffer of its own that later
-launches add to, and the buffers are summed once, in a fixed order.
+This is one product over the concatenated steps of a recursion, or over as many steps as fit into memory,
+instead of one accumulating product per step. Rows are split among programs. Each split has its own buffer, to
+which later launches add, and the buffers are summed once in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trm_kernels.ops.tiles import Activation, Problem, heuristic
 
 @triton.jit
 def _row_range(count_ptr, steps, rows, split, splits, PACKED: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Rows of a step, row blocks of a step, and the first and last block, over all steps, of this split."""
+    """Return rows per step, row blocks per step, and the range of blocks, over all steps, of this split."""
     if PACKED:
         rows = tl.load(count_ptr)
     blocks = tl.cdiv(rows, BLOCK_R)
@@ -117,7 +117,7 @@ def column_sum_kernel(
 
 
 def _library_product(g: Tensor, a: Tensor) -> Tensor:
-    """``g^T a`` [N, K] in float32 by torch's own product."""
+    """Compute ``g^T a`` [N, K] in float32 with torch."""
     if g.dtype in (torch.float32, torch.float64):
         return g.t() @ a
     return torch.mm(g.t(), a, out_dtype=torch.float32)
@@ -133,7 +133,7 @@ class WeightGradient:
     def add(self, g: Tensor, a: Tensor, *, transposed: bool = False) -> None:
         """Add the product over the steps and rows of G [steps, rows, N] and A [steps, rows, K].
 
-        ``transposed``: the rows are the last axis, [steps, N, rows] and [steps, K, rows].
+        If ``transposed``, rows are the last axis: [steps, N, rows] and [steps, K, rows].
         """
         if transposed:
             g, a = g.transpose(1, 2), a.transpose(1, 2)
@@ -143,9 +143,8 @@ class WeightGradient:
         problem = Problem("weight_gradient", N, K, steps * rows, 1, Activation.NONE, g.dtype, transposed)
         choice = choose(problem, target)
         if choice.route == "library" and (self.count is not None or transposed):
-            choice = heuristic(
-                problem, target
-            )  # the library knows no packed rows and no rows in the last axis
+            # The library route supports neither packed rows nor rows in the last axis.
+            choice = heuristic(problem, target)
         if choice.route == "library":
             product = _library_product(g.reshape(-1, N), a.reshape(-1, K))
             if self._partial is None:
@@ -212,7 +211,7 @@ class ColumnSum:
         )  # fmt: skip
 
     def add_total(self, total: Tensor) -> None:
-        """Add a sum [N] that a kernel made on the way."""
+        """Add a sum [N] that another kernel computed."""
         self._partial = total[None] if self._partial is None else self._partial + total
 
     @property

@@ -1,1 +1,1 @@
-"""Optimizers and averages that a CUDA graph can hold."""
+"""Optimizers and parameter averages that CUDA graphs can capture."""

@@ -1,4 +1,4 @@
-"""Adam with an arctangent in place of the division, so that no epsilon is needed (arXiv 2407.05872)."""
+"""Adam with an arctangent instead of the division, which needs no epsilon (arXiv 2407.05872)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from trm_kernels import arguments
 
 
 class AdamATan2(Optimizer):
-    """AdamW whose update is ``-lr * a * atan2(m, b * sqrt(v))``, m and v the corrected means.
+    """AdamW with the update ``-lr * a * atan2(m, b * sqrt(v))``, with bias-corrected moments m and v.
 
-    Without an epsilon the update does not depend on the scale of the gradients: all of them times a constant
-    change nothing, as long as their squares are normal numbers. It is at most ``lr * a * pi / 2``. Weight
-    decay is decoupled, and comes first: ``p * (1 - lr * weight_decay)``, as in :class:`torch.optim.AdamW`.
+    Without an epsilon, the update does not depend on the scale of the gradients, as long as their squares are
+    normal numbers. Its magnitude is at most ``lr * a * pi / 2``. Weight decay is decoupled and applied first:
+    ``p * (1 - lr * weight_decay)``, as in :class:`torch.optim.AdamW`.
 
-    A step consists of device work alone, in place, so that a CUDA graph can hold it; its counters lie beside
-    the parameters. With ``found_inf`` (a tensor of one element, set by ``TrainingStep(skip_nonfinite=True)``)
-    other than 0 it changes nothing, as torch's fused optimizers do.
+    A step consists only of in-place device work, so a CUDA graph can capture it; its step counters are on the
+    device of the parameters. If ``found_inf`` (a one-element tensor, set by
+    ``TrainingStep(skip_nonfinite=True)``) is not 0, the step changes nothing, as in torch's fused optimizers.
 
     Args:
-        params: Parameters or groups; those of a group lie on one device.
-        lr: Learning rate, a number or a tensor without dimensions on the device.
-        betas: Shares of m and v that a step keeps, each in [0, 1).
-        weight_decay: Share of a parameter that a learning rate of 1 would take away.
-        a, b: Scales of the update and of its argument. With ``a = 4 / pi`` an update is ``lr`` where m equals
-            sqrt(v), as Adam's is; with the default of 1 it is ``lr * pi / 4`` there, and where m is small
-            against sqrt(v) the two agree. The official code of TRM leaves both to the compiled ``adam-atan2``
-            package, whose values have not been looked up.
-        capturable: Says to :class:`~trm_kernels.TrainingStep` that the step may be captured, which needs
-            ``lr`` to be a tensor: see :func:`~trm_kernels.capturable_adam_atan2`.
+        params: Parameters or groups; all parameters of a group are on one device.
+        lr: Learning rate: a number, or a 0-dimensional tensor on the device.
+        betas: Decay rates of m and v, each in [0, 1).
+        weight_decay: Decoupled weight decay coefficient.
+        a, b: Scales of the update and of its argument. With ``a = 4 / pi`` the update is ``lr`` if m equals
+            sqrt(v), as in Adam. With the default of 1 it is ``lr * pi / 4`` there, and matches Adam if m is
+            small compared to sqrt(v). The official TRM code uses the defaults of the compiled ``adam-atan2``
+            package, which we have not checked.
+        capturable: Whether :class:`~trm_kernels.TrainingStep` may capture the step, which requires ``lr`` to
+            be a tensor: see :func:`~trm_kernels.capturable_adam_atan2`.
 
     Raises:
-        ValueError: A number outside its range.
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AdamATan2(Optimizer):
         if not isinstance(lr, Tensor):
             arguments.real("lr", lr)
         for beta in betas:
-            arguments.share("betas", beta)
+            arguments.fraction("betas", beta)
         arguments.real("weight_decay", weight_decay)
         if a <= 0.0 or b <= 0.0:
             raise ValueError(f"a and b must be positive, got {a} and {b}")
@@ -67,14 +67,14 @@ class AdamATan2(Optimizer):
             "a": a,
             "b": b,
             "capturable": capturable,
-            # torch's mark of optimizers that obey found_inf, and whose counters load to the device.
+            # Tells torch that the optimizer supports found_inf and keeps its step counters on the device.
             "fused": True,
         }
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have gradients; gives what ``closure`` gave."""
+        """Update all parameters that have gradients and return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -108,7 +108,7 @@ class AdamATan2(Optimizer):
         keep2: float | Tensor = beta2
         decay, rate = 1.0 - lr * group["weight_decay"], -group["a"] * lr
         if skip is not None:
-            # Numbers that leave everything as it is, bit for bit: gradients of 0, and not 0 * infinity.
+            # Values that leave everything unchanged bit for bit: gradients are 0, which avoids 0 * infinity.
             gradients = [gradient.masked_fill(skip, 0.0) for gradient in gradients]
             rate = _unless(skip, rate, 0.0, dtype)
             keep1, keep2, decay = (_unless(skip, value, 1.0, dtype) for value in (keep1, keep2, decay))
@@ -116,7 +116,7 @@ class AdamATan2(Optimizer):
         if skip is None:
             torch._foreach_add_(steps, 1.0)
         else:
-            # Without alpha this would be the form that takes a number: it would wait for the tensor's value.
+            # Without alpha torch selects the scalar overload, which synchronises to read the tensor's value.
             torch._foreach_add_(steps, (~skip).float(), alpha=1.0)
         if group["weight_decay"] != 0.0:
             torch._foreach_mul_(parameters, decay)
@@ -125,13 +125,14 @@ class AdamATan2(Optimizer):
         torch._foreach_mul_(squares, keep2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
 
-        # atan2 does not change when both its arguments are divided by the correction of the first.
-        count = torch.stack(steps).to(dtype).clamp_(min=1.0)  # 0 if the first step of all is skipped
+        # atan2 is unchanged if both arguments are divided by the correction of the first.
+        count = torch.stack(steps).to(dtype).clamp_(min=1.0)  # 0 if the very first step is skipped
         correction = group["b"] * _corrected(beta1, count) / _corrected(beta2, count).sqrt()
         arguments = torch._foreach_sqrt(squares)
         torch._foreach_mul_(arguments, list(correction.unbind()))
-        # torch has no foreach form of atan2. Where its second argument is not negative, atan of the quotient
-        # is the same, but for 0 / 0: the root of the least v above 0 is far above the least normal number.
+        # torch has no _foreach_atan2. For a non-negative second argument, atan of the quotient is equal
+        # except at 0 / 0, which the clamp avoids: sqrt of the smallest positive v is far above the smallest
+        # normal number.
         torch._foreach_clamp_min_(arguments, [torch.finfo(p.dtype).tiny for p in parameters])
         updates = torch._foreach_div(means, arguments)
         torch._foreach_atan_(updates)
@@ -140,13 +141,13 @@ class AdamATan2(Optimizer):
 
 
 def _corrected(beta: float, count: Tensor) -> Tensor:
-    """``1 - beta ** count`` without cancellation."""
+    """Compute ``1 - beta ** count`` without cancellation."""
     return -torch.expm1(count * (math.log(beta) if beta > 0.0 else -math.inf))
 
 
 def _unless(skip: Tensor, value: float | Tensor, otherwise: float, dtype: torch.dtype) -> Tensor:
-    """``value``, or ``otherwise`` where ``skip`` is set, without dimensions."""
-    # torch.where would copy a number to the device and wait for that, which a capture forbids.
+    """Return ``value``, or ``otherwise`` if ``skip`` is set, as a 0-dimensional tensor."""
+    # torch.where would copy a number to the device synchronously, which a capture forbids.
     if not isinstance(value, Tensor):
         value = torch.full((), value, dtype=dtype, device=skip.device)
     return value.masked_fill(skip, otherwise)

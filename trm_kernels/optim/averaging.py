@@ -1,4 +1,4 @@
-"""An exponential moving average of parameters that stays on the device."""
+"""An exponential moving average of parameters, kept on the device."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from trm_kernels import arguments
 
 
 class ParameterAverage:
-    """``average = decay * average + (1 - decay) * parameter``, for all parameters in a few launches.
+    """``average = decay * average + (1 - decay) * parameter`` for all parameters, in a few launches.
 
-    Updates are in place and wait for nothing, so that a CUDA graph can hold them. Averages of bfloat16 and
-    float16 parameters are float32: at a decay of 0.999 an update would vanish in their rounding.
+    Updates are in place and asynchronous, so a CUDA graph can capture them. Averages of bfloat16 and float16
+    parameters are float32, because at a decay of 0.999 rounding to the lower precision would lose updates.
 
     Args:
-        parameters: What to average, for instance ``model.parameters()``.
-        decay: Share of the average that an update keeps, in [0, 1).
+        parameters: Parameters to average, for example ``model.parameters()``.
+        decay: Decay rate of the average, in [0, 1).
 
     Raises:
-        ValueError: A decay outside of it.
+        ValueError: If the decay is out of range.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float = 0.999) -> None:
-        arguments.share("decay", decay)
+        arguments.fraction("decay", decay)
         self.decay = decay
         self._parameters = list(parameters)
         self.averages = [_wide(parameter).clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step towards the parameters."""
+        """Update the averages with the current parameters."""
         torch._foreach_lerp_(self.averages, [_wide(p) for p in self._parameters], 1.0 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write the averages into ``parameters``, by default those that are averaged."""
+        """Copy the averages into ``parameters``, by default the averaged parameters themselves."""
         targets = self._parameters if parameters is None else list(parameters)
         for target, average in zip(targets, self.averages, strict=True):
             target.copy_(average)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the parameters hold their averages; in place, so that graphs see them too."""
+        """Replace the parameters with their averages inside the block, in place, so that graphs see them."""
         saved = [parameter.detach().clone() for parameter in self._parameters]
         self.copy_to()
         try:
@@ -57,17 +57,17 @@ class ParameterAverage:
                     parameter.copy_(value)
 
     def state_dict(self) -> dict[str, object]:
-        """The decay and copies of the averages."""
+        """Return the decay and copies of the averages."""
         return {"decay": self.decay, "averages": [average.clone() for average in self.averages]}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over what :meth:`state_dict` gave, in place."""
+        """Load the result of :meth:`state_dict` in place."""
         averages = state["averages"]
         assert isinstance(averages, list)
         for own, value in zip(self.averages, averages, strict=True):
             own.copy_(value)
         decay: Any = state["decay"]
-        arguments.share("decay", decay)
+        arguments.fraction("decay", decay)
         self.decay = float(decay)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers inside CUDA graphs: some that fit, and what keeps another from fitting."""
+"""Optimizers that CUDA graphs can capture, and checks for obstacles in other optimizers."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ _NEEDS = attrgetter("requires_grad")
 
 
 def capturable_adamw(parameters: Iterable[Any], lr: float, **options: Any) -> AdamW:
-    """A fused AdamW whose learning rates are device tensors, so that schedules change them between replays.
+    """Build a fused AdamW with learning rates in device tensors, so that schedules work between replays.
 
     Args:
-        parameters: Parameters or groups, as for :class:`torch.optim.AdamW`, on one device.
-        lr: Learning rate of the groups that bring none of their own.
-        **options: Further arguments of :class:`torch.optim.AdamW`.
+        parameters: Parameters or groups as for :class:`torch.optim.AdamW`, on one device.
+        lr: Learning rate of groups without their own.
+        **options: Other arguments of :class:`torch.optim.AdamW`.
 
     Raises:
-        ValueError: A learning rate that is negative or not finite, or no parameters.
+        ValueError: If a learning rate is negative or not finite, or if there are no parameters.
     """
     groups, device = _groups(parameters, lr)
-    # torch refuses capturable on devices that have no graphs.
+    # torch rejects capturable=True on devices without graphs.
     return AdamW(groups, lr=groups[0]["lr"], fused=True, capturable=device.type == "cuda", **options)
 
 
 def capturable_adam_atan2(parameters: Iterable[Any], lr: float, **options: Any) -> AdamATan2:
-    """An :class:`AdamATan2` whose learning rates are device tensors, as those of :func:`capturable_adamw`.
+    """Build an :class:`AdamATan2` with learning rates in device tensors, as :func:`capturable_adamw` does.
 
     Args:
         parameters: Parameters or groups, on one device.
-        lr: Learning rate of the groups that bring none of their own.
-        **options: Further arguments of :class:`AdamATan2`.
+        lr: Learning rate of groups without their own.
+        **options: Other arguments of :class:`AdamATan2`.
     """
     groups, _ = _groups(parameters, lr)
     return AdamATan2(groups, lr=groups[0]["lr"], capturable=True, **options)
 
 
 def _groups(parameters: Iterable[Any], lr: float) -> tuple[list[dict[str, Any]], torch.device]:
-    """``parameters`` as groups, each with a learning rate of its own in a tensor on their device."""
+    """Convert ``parameters`` to groups, each with its own learning rate as a tensor on their device."""
     groups = list(parameters)
     if not groups:
         raise ValueError("there are no parameters")
@@ -63,19 +63,19 @@ def _groups(parameters: Iterable[Any], lr: float) -> tuple[list[dict[str, Any]],
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters that ``optimizer`` updates."""
+    """Return all parameters that ``optimizer`` updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def refusal(optimizer: Optimizer) -> str | None:
-    """Why a step of ``optimizer`` cannot be captured, or None."""
+    """Return why a step of ``optimizer`` cannot be captured, or None."""
     for group in optimizer.param_groups:
         if not group.get("capturable", False):
             return "the optimizer was built without capturable=True"
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != group["params"][0].device:
-            return "a learning rate is no tensor on the device: a graph would keep it for ever"
-    # A JointOptimizer's parts have hooks of their own.
+            return "a learning rate is not a tensor on the device, so a graph would never see changes to it"
+    # The parts of a JointOptimizer have their own hooks.
     for one in (optimizer, *getattr(optimizer, "optimizers", ())):
         if one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks:
             return "the optimizer has hooks, which a replay would not call"
@@ -86,7 +86,7 @@ def refusal(optimizer: Optimizer) -> str | None:
 
 
 def settings(optimizer: Optimizer) -> tuple[Hashable, ...]:
-    """What a captured step of ``optimizer`` holds fast: numbers, and where its tensors lie."""
+    """Return everything that a captured step of ``optimizer`` fixes: numbers, and tensor addresses."""
     return tuple(
         (
             (*map(Tensor.data_ptr, group["params"]), *map(_NEEDS, group["params"])),
@@ -101,6 +101,6 @@ def settings(optimizer: Optimizer) -> tuple[Hashable, ...]:
 
 
 def call_global_post_hooks(optimizer: Optimizer) -> None:
-    """Tell those who asked to know of every optimizer's steps that a replay took one."""
+    """Call the global optimizer post-hooks after a replayed step."""
     for hook in list(internals._global_optimizer_post_hooks.values()):
         hook(optimizer, (), {})

@@ -1,4 +1,7 @@
-"""Embeddings of which a step uses few rows, as those of puzzles in arXiv 2510.04871, and their optimizer."""
+"""Embeddings of which each step uses few rows, such as the puzzle embeddings of arXiv 2510.04871.
+
+This module also contains their optimizer, and one that steps several optimizers together.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,22 @@ from trm_kernels import arguments
 
 
 class SparseEmbedding(nn.Module):
-    """An embedding whose rows are updated by :class:`SparseSignSGD`, and only those that a batch used.
+    """An embedding of which :class:`SparseSignSGD` updates only the rows that a batch uses.
 
-    The table is no parameter but a buffer: with a row for each of a million puzzles, gradients and moments of
-    the whole of it would be the larger part of the training's memory. In training the rows of the batch are
-    copied into ``rows``, which gets the gradient. All forward passes between two updates must have the same
-    ids, as those of one :class:`~trm_kernels.TrainingStep` have.
+    The table is a buffer, not a parameter: with one row per puzzle and a million puzzles, its gradient and
+    moments would dominate the memory of training. In training, the rows of the batch are copied into
+    ``rows``, which receives the gradient. All forward passes between two updates must use the same ids, as
+    those of one :class:`~trm_kernels.TrainingStep` do.
 
     Args:
-        num_embeddings: Rows N.
-        width: Columns E.
+        num_embeddings: Number of rows N.
+        width: Number of columns E.
 
     Attributes:
-        weights: The table, float32 [N, E], zeros at first; saved with the module.
-        rows: What the latest batch used of it, [B, E], the leaf that gradients reach; None before
+        weights: The table, float32 [N, E], initialised to zeros and saved with the module.
+        rows: Rows of the latest batch, [B, E], the leaf that receives gradients; None before
             :meth:`allocate`.
-        ids: Which rows these are, int64 [B]; None before :meth:`allocate`.
+        ids: Indices of these rows, int64 [B]; None before :meth:`allocate`.
 
     Example:
         >>> embedding = SparseEmbedding(num_puzzles, 512).to(device)
@@ -46,11 +49,11 @@ class SparseEmbedding(nn.Module):
         arguments.whole("width", width, 1)
         self.register_buffer("weights", torch.zeros(num_embeddings, width, dtype=torch.float32))
         self.register_buffer("ids", None, persistent=False)
-        # No buffer: modules move those to devices by calls that autograd would record.
+        # Not a buffer: modules move buffers between devices with operations that autograd would record.
         self.rows: Tensor | None = None
 
     def allocate(self, batch_size: int) -> None:
-        """Make room for training on batches of ``batch_size``; optimizers are to be built after this."""
+        """Allocate ``rows`` and ``ids`` for batches of ``batch_size``. Build the optimizer after this."""
         shape = (batch_size, self.weights.shape[1])
         self.rows = torch.zeros(
             shape, dtype=self.weights.dtype, device=self.weights.device, requires_grad=True
@@ -60,26 +63,26 @@ class SparseEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseEmbedding:
         super()._apply(fn, recurse)
         if self.rows is not None:
-            # The same tensor with other data, as modules do with parameters: optimizers hold it.
+            # Replace the data but keep the tensor, as modules do with parameters: the optimizer refers to it.
             self.rows.data = fn(self.rows.data)
             self.rows.grad = None
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the table.
+        """Look up rows of the table.
 
         Args:
-            ids: Integers, [B] in training, of any shape without gradient.
+            ids: Integers: [B] in training, any shape without gradients.
 
         Returns:
-            ``[B, E]``: in training the leaf ``rows``, the same tensor each time; in evaluation, and under
-            ``torch.no_grad``, without gradient.
+            The rows [B, E]. In training this is always the same leaf ``rows``; in evaluation mode and under
+            ``torch.no_grad`` it has no gradient.
 
         Raises:
-            ValueError: In training, another batch size than the allocated one (without one, the first batch
-                allocates).
+            ValueError: In training, if the batch size differs from the allocated one. Without
+                :meth:`allocate`, the first batch allocates.
         """
-        # Predictions amid training have other batches than the allocated one.
+        # Predictions during training may have another batch size than the allocated one.
         if not self.training or not torch.is_grad_enabled():
             return F.embedding(ids, self.weights)
         if self.rows is None:
@@ -87,7 +90,7 @@ class SparseEmbedding(nn.Module):
         assert self.rows is not None and self.ids is not None
         if ids.shape != self.ids.shape:
             raise ValueError(
-                f"ids of shape {list(ids.shape)}, but room for {list(self.ids.shape)}: "
+                f"ids have shape {list(ids.shape)}, but {list(self.ids.shape)} was allocated: "
                 "call allocate(batch_size), then build the optimizer"
             )
         with torch.no_grad():
@@ -97,22 +100,22 @@ class SparseEmbedding(nn.Module):
 
 
 class SparseSignSGD(Optimizer):
-    """Sign-SGD with decoupled weight decay on the rows that a batch used, and nothing else.
+    """Sign-SGD with decoupled weight decay, only on the rows that a batch uses.
 
-    Gradients of equal ids are summed; then ``w * (1 - lr * weight_decay) - lr * sign(sum)``. On rows that few
-    batches use, Adam would do much the same. A step consists of device work alone, so that a CUDA graph can
-    hold it, and does nothing while ``found_inf`` is set (see :class:`~trm_kernels.AdamATan2`). It sees the
-    batch of one process. It has no state: what it trains is saved with the embeddings.
+    Gradients of equal ids are summed; the new row is ``w * (1 - lr * weight_decay) - lr * sign(sum)``. Adam
+    behaves similarly on rows that few batches use. A step consists only of device work, so a CUDA graph can
+    capture it, and does nothing while ``found_inf`` is set (see :class:`~trm_kernels.AdamATan2`). It uses
+    the batch of one process only. It has no state; the embeddings save the rows that it trains.
 
     Args:
-        embeddings: Modules on which :meth:`SparseEmbedding.allocate` was called; one group holds their rows.
-        lr: Learning rate, a number or a tensor without dimensions on the device.
-        weight_decay: Share of a used row that a learning rate of 1 would take away.
-        capturable: Says to :class:`~trm_kernels.TrainingStep` that the step may be captured, which needs
-            ``lr`` to be a tensor.
+        embeddings: Modules on which :meth:`SparseEmbedding.allocate` was called. Their rows form one group.
+        lr: Learning rate: a number, or a 0-dimensional tensor on the device.
+        weight_decay: Decoupled weight decay coefficient of the used rows.
+        capturable: Whether :class:`~trm_kernels.TrainingStep` may capture the step, which requires ``lr`` to
+            be a tensor.
 
     Raises:
-        ValueError: A number outside its range, no embedding, or one without rows.
+        ValueError: If a number is out of range, or if there is no embedding or one without rows.
     """
 
     def __init__(
@@ -130,16 +133,16 @@ class SparseSignSGD(Optimizer):
         rows = [embedding.rows for embedding in self._embeddings if embedding.rows is not None]
         if len(rows) < len(self._embeddings):
             raise ValueError("an embedding has no rows to train: call its allocate(batch_size) first")
-        # fused: torch's mark of optimizers that obey found_inf.
+        # fused=True tells torch that the optimizer supports found_inf.
         defaults = {"lr": lr, "weight_decay": weight_decay, "capturable": capturable, "fused": True}
         super().__init__(rows, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the rows of the latest batch; gives what ``closure`` gave.
+        """Update the rows of the latest batch and return the result of ``closure``.
 
         Raises:
-            RuntimeError: An embedding was allocated anew since this optimizer was built.
+            RuntimeError: If an embedding was reallocated after this optimizer was built.
         """
         loss = None
         if closure is not None:
@@ -150,7 +153,7 @@ class SparseSignSGD(Optimizer):
         leaves: list[Tensor] = group["params"]
         for embedding, rows in zip(self._embeddings, leaves, strict=True):
             if embedding.rows is not rows or embedding.ids is None:
-                raise RuntimeError("allocate() was called since this optimizer was built: build it again")
+                raise RuntimeError("allocate() was called after this optimizer was built: build it again")
             if rows.grad is not None:
                 new = _descend(
                     embedding.weights, embedding.ids, rows.grad, group["lr"], group["weight_decay"], found_inf
@@ -167,14 +170,14 @@ def _descend(
     weight_decay: float,
     found_inf: Tensor | None,
 ) -> Tensor:
-    """New values [B, E] of the rows ``ids`` [B], those of equal ids the same bit for bit."""
-    # A product with the matrix of equal ids, [B, B]: how many different ids there are is not known without
-    # waiting for the device, and atomic additions would sum in another order each time. In float64, which
-    # MPS lacks, TF32 settings do not touch it, and a sum near zero has the right sign.
+    """Return new values [B, E] of the rows ``ids`` [B], bitwise equal for equal ids."""
+    # Sum with a product by the [B, B] matrix of equal ids: counting distinct ids would synchronise with the
+    # device, and atomic additions would sum in a different order each time. In float64, which MPS lacks, TF32
+    # settings do not apply and a sum near zero has the right sign.
     same = ids[:, None] == ids
     wide = torch.float32 if gradient.device.type == "mps" else torch.float64
     sums = same.to(wide) @ gradient.to(wide)
-    # Rows of one product may be rounded differently: equal ids take that of their first occurrence.
+    # Rows of one product may be rounded differently, so equal ids use the row of their first occurrence.
     positions = torch.arange(len(ids), device=ids.device).expand_as(same)
     first = positions.masked_fill(~same, len(ids)).amin(dim=1)
     sign = sums.sign().to(weights.dtype).index_select(0, first)
@@ -184,14 +187,14 @@ def _descend(
 
 
 class _JointState(Mapping[Tensor, Any]):
-    """The states of several optimizers as one."""
+    """A combined view of the states of several optimizers."""
 
     def __init__(self, states: list[Mapping[Tensor, Any]]) -> None:
         self._states = states
 
     def __getitem__(self, parameter: Tensor) -> Any:
         for state in self._states:
-            # Asked first: a defaultdict would make an entry.
+            # Test first, because reading a defaultdict would create an entry.
             if parameter in state:
                 return state[parameter]
         raise KeyError(parameter)
@@ -205,20 +208,20 @@ class _JointState(Mapping[Tensor, Any]):
 
 
 class JointOptimizer(Optimizer):
-    """Several optimizers stepped as one, for instance by :class:`~trm_kernels.TrainingStep`.
+    """Several optimizers stepped as one, for example by :class:`~trm_kernels.TrainingStep`.
 
-    Its groups are those of the optimizers, the very same dicts, one optimizer after the other. Its state dict
-    has torch's form, with parameters numbered through; the tables of :class:`SparseEmbedding` are not in it,
-    but in that of their module.
+    Its parameter groups are the group dicts of the optimizers, in order. Its state dict has torch's format,
+    with consecutively numbered parameters. It does not contain the tables of :class:`SparseEmbedding`, which
+    the state dict of their module contains.
 
     Args:
-        optimizers: With no parameter in common.
+        optimizers: Optimizers without common parameters.
 
     Attributes:
-        optimizers: In the order in which they are stepped.
+        optimizers: The optimizers, in step order.
 
     Raises:
-        ValueError: No optimizer, or a parameter that several have.
+        ValueError: If there is no optimizer, or if several share a parameter.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
@@ -226,7 +229,7 @@ class JointOptimizer(Optimizer):
         super().__init__([group for one in self.optimizers for group in one.param_groups], {})
         self._join()
         for one in self.optimizers:
-            # Loading gives an optimizer new groups and a new state.
+            # load_state_dict replaces an optimizer's groups and state.
             one.register_load_state_dict_post_hook(lambda _: self._join())
 
     def _join(self) -> None:
@@ -234,13 +237,13 @@ class JointOptimizer(Optimizer):
         self.state = _JointState([one.state for one in self.optimizers])  # type: ignore[assignment]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take up a group that was added to one of the optimizers; ValueError for any other."""
+        """Add a group that one of the optimizers already has; raises ValueError for any other group."""
         if not any(param_group is own for one in self.optimizers for own in one.param_groups):
-            raise ValueError("none of the joined optimizers has this group: add it to one of them first")
+            raise ValueError("no joined optimizer has this group: add it to one of them first")
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step all optimizers, with this one's ``found_inf`` if it has one; gives what ``closure`` gave."""
+        """Step all optimizers, passing on ``found_inf`` if set, and return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -258,7 +261,7 @@ class JointOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give each optimizer its part of what :meth:`state_dict` gave; ValueError if the groups differ."""
+        """Load each optimizer's part of :meth:`state_dict`; raises ValueError if the groups differ."""
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")

@@ -1,1 +1,1 @@
-"""How :func:`trm_kernels.patch.patch` finds networks and loops, and tries what it has put in their place."""
+"""Search for networks and loops, and tests of their replacements, for :func:`trm_kernels.patch.patch`."""

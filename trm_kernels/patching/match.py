@@ -1,7 +1,7 @@
-"""Structure of other people's tiny networks: one matcher a family, for :mod:`trm_kernels.patch`.
+"""Structure of third-party tiny networks: one matcher per family, for :mod:`trm_kernels.patch`.
 
-A matcher turns a block into the :class:`~trm_kernels.config.NetworkConfig` that describes it, or raises
-:class:`Mismatch` with the reason why none does.
+A matcher returns the :class:`~trm_kernels.config.NetworkConfig` that describes a block, or raises
+:class:`Mismatch` with the reason why no config does.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from trm_kernels.reference import rotary_tables
 
 Tables = tuple[Tensor, Tensor]
 
-#: Dtypes that networks may have, with the relative error to which the same function agrees. RoPE tables
-#: were made in float32 even in models that are in float64 now.
+#: Supported dtypes, with the relative error within which equal functions agree. Even models that were
+#: converted to float64 computed their RoPE tables in float32.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Mismatch(Exception):
-    """Why a fused network cannot stand in for a module."""
+    """The reason why a fused network cannot replace a module."""
 
 
 def require(holds: object, reason: str) -> None:
@@ -37,7 +37,7 @@ def require(holds: object, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Site:
-    """A module that looks like a tiny network: its path, its family by name, and the module that owns it."""
+    """A module that resembles a tiny network: its path, its family by name, and the module that owns it."""
 
     path: str
     network: nn.Module
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def block_paths(self) -> list[str]:
-        """The path of each block from the network."""
+        """The path of each block inside the network."""
         prefix = "" if isinstance(self.network, nn.ModuleList) else "layers."
         return [f"{prefix}{i}" for i in range(len(self.blocks))]
 
@@ -63,7 +63,7 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> Iterator[Site]:
-    """Every module inside ``model`` that has the names of a tiny network."""
+    """Yield every module inside ``model`` that has the submodule names of a tiny network."""
     inside_fused = {
         id(child)
         for module in model.modules()
@@ -97,7 +97,7 @@ def _family(module: nn.Module) -> Family | None:
 
 
 def parameter_names(function: Callable[..., Any]) -> list[str]:
-    """Names of the parameters that a function takes, ``self`` left out for methods."""
+    """Return the parameter names of a function, without ``self`` for methods."""
     return list(inspect.signature(function).parameters)
 
 
@@ -105,10 +105,10 @@ def match(site: Site) -> tuple[NetworkConfig, Tables | None]:
     """Describe the network at ``site``.
 
     Returns:
-        Its config, and the RoPE tables that its owner passes to it where it does.
+        Its config, and the RoPE tables if its owner passes them to it.
 
     Raises:
-        Mismatch: No config describes it.
+        Mismatch: If no config describes it.
     """
     _require_plain(site.network)
     match_block = {"seed": _match_seed, "scratch": _match_scratch, "paper": _match_paper}[site.family]
@@ -136,7 +136,7 @@ def _match_seed(block: Any, at: str) -> NetworkConfig:
     for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
         _require_type(norm, nn.RMSNorm, f"{at}.{name}")
         wide = torch.promote_types(attention.in_proj_weight.dtype, torch.float32)
-        # With eps None, nn.RMSNorm takes the epsilon of the dtype that it computes in.
+        # With eps=None, nn.RMSNorm uses the epsilon of its compute dtype.
         _require_eps(torch.finfo(wide).eps if norm.eps is None else norm.eps, config, f"{at}.{name}")
     _require_type(block.mlp, nn.Sequential, f"{at}.mlp")
     require(len(block.mlp) == 3, f"{at}.mlp has {len(block.mlp)} layers, not Linear, GELU, Linear")
@@ -196,13 +196,13 @@ def _match_paper(block: Any, at: str) -> NetworkConfig:
 
 
 def _match_positions(owner: nn.Module, config: NetworkConfig) -> tuple[NetworkConfig, Tables | None]:
-    """Add to the config what an official network is told at every call: whether RoPE applies."""
-    said: Any = getattr(owner, "config", None)
-    encoding = getattr(said, "pos_encodings", None)
+    """Add to the config whether RoPE applies, which an official network learns only in each call."""
+    owner_config: Any = getattr(owner, "config", None)
+    encoding = getattr(owner_config, "pos_encodings", None)
     rotary: Any = getattr(owner, "rotary_emb", None)
     if encoding is None:
         known = rotary is not None or config.mixer == "tokens"
-        require(known, "neither config.pos_encodings nor rotary_emb beside it tells whether it gets RoPE")
+        require(known, "its owner has neither config.pos_encodings nor rotary_emb: use of RoPE is unknown")
     else:
         has = "no rotary_emb" if rotary is None else "a rotary_emb"
         agree = (encoding == "rope") == (rotary is not None)
@@ -211,13 +211,13 @@ def _match_positions(owner: nn.Module, config: NetworkConfig) -> tuple[NetworkCo
         return replace(config, rope=False), None
     tables: Tables = rotary()
     if config.mixer == "attention":
-        config = replace(config, rope_theta=float(getattr(said, "rope_theta", config.rope_theta)))
+        config = replace(config, rope_theta=float(getattr(owner_config, "rope_theta", config.rope_theta)))
         _require_tables(tables, config)
     return config, tables
 
 
 def neox_tables(config: NetworkConfig, length: int, like: Tensor) -> Tables:
-    """RoPE tables as other people keep them: cosines and sines [L, E], the halves of E alike."""
+    """Return RoPE tables in the common format: cosines and sines [L, E], with equal halves of E."""
     cos, sin = rotary_tables(length, config.head_dim, config.rope_theta, like)
     return cos.repeat(1, 2), sin.repeat(1, 2)
 
@@ -231,21 +231,21 @@ def _require_tables(tables: Tables, config: NetworkConfig) -> None:
 
 
 def _require_plain(network: nn.Module) -> None:
-    """Refuse what a fused network would bypass: hooks, replaced methods, sharded or quantised weights."""
+    """Reject what a fused network would bypass: hooks, replaced methods, sharded or quantised weights."""
     for path, module in network.named_modules():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        where = path or "it"
+        where = path or "the network"
         require(not any(getattr(module, name) for name in hooks), f"{where} has hooks")
-        require("forward" not in vars(module), f"{where} has a forward of its own, set on the instance")
+        require("forward" not in vars(module), f"{where} has its own forward, set on the instance")
     parameters = dict(network.named_parameters())
     for path, parameter in parameters.items():
         kind = type(parameter).__name__
         require(type(parameter) is nn.Parameter, f"{path} is a {kind}: sharded, quantised or wrapped")
         require(parameter.dtype in TOLERANCE, f"{path} has dtype {parameter.dtype}")
         require(not parameter.is_meta, f"{path} is on the meta device and has no values yet")
-    for what in ("dtype", "device"):
-        found = sorted({str(getattr(parameter, what)) for parameter in parameters.values()})
-        require(len(found) == 1, f"its parameters have more than one {what}: {', '.join(found)}")
+    for attribute in ("dtype", "device"):
+        found = sorted({str(getattr(parameter, attribute)) for parameter in parameters.values()})
+        require(len(found) == 1, f"its parameters have more than one {attribute}: {', '.join(found)}")
 
 
 def _require_signature(site: Site) -> None:
@@ -253,9 +253,9 @@ def _require_signature(site: Site) -> None:
         found, known = parameter_names(site.blocks[0].forward), ["x"]
     elif site.family == "seed":
         found, known = parameter_names(site.network.forward), ["x", "mask"]
-    else:  # what follows is passed on to the blocks
+    else:  # further parameters are passed on to the blocks
         found, known = parameter_names(site.network.forward)[:2], ["hidden_states", "input_injection"]
-    require(found == known, f"its forward takes ({', '.join(found)}), not ({', '.join(known)})")
+    require(found == known, f"its forward has parameters ({', '.join(found)}), not ({', '.join(known)})")
 
 
 def _require_children(module: nn.Module, at: str, names: set[str], optional: str | None = None) -> None:
@@ -267,7 +267,7 @@ def _require_children(module: nn.Module, at: str, names: set[str], optional: str
 
 
 def _require_type(module: nn.Module, kind: type[nn.Module], at: str) -> None:
-    # The very class, since a subclass is how LoRA and quantisation change a layer.
+    # Exactly this class, because LoRA and quantisation change a layer by subclassing.
     found = type(module)
     require(found is kind, f"{at} is a {found.__module__}.{found.__qualname__}, not a {kind.__name__}")
 
@@ -278,7 +278,7 @@ def _require_linears(module: nn.Module, at: str, names: Sequence[str]) -> None:
 
 
 def _require_weights(module: nn.Module, at: str, names: Sequence[str]) -> None:
-    """Children that are linear layers of a class of the model's own: a weight, and nothing inside."""
+    """Require children that are linear layers of any class: a weight and no submodules."""
     _require_children(module, at, set(names))
     for name in names:
         linear = module.get_submodule(name)
@@ -287,9 +287,9 @@ def _require_weights(module: nn.Module, at: str, names: Sequence[str]) -> None:
 
 
 def _require_exact_gelu(gelu: nn.GELU, at: str) -> None:
-    require(gelu.approximate == "none", f"{at} is GELU({gelu.approximate}), the family's is exact")
+    require(gelu.approximate == "none", f"{at} is GELU({gelu.approximate}), but the family uses exact GELU")
 
 
 def _require_eps(eps: float, config: NetworkConfig, at: str) -> None:
     same = abs(eps - config.norm_eps) <= 1e-3 * config.norm_eps
-    require(same, f"{at} has norm eps {eps:.3g}, the {config.family} family's is {config.norm_eps:.3g}")
+    require(same, f"{at} has norm eps {eps:.3g}, but the {config.family} family uses {config.norm_eps:.3g}")

@@ -1,4 +1,4 @@
-"""Old against new on random inputs: what :func:`trm_kernels.patch` rests a swap on."""
+"""Comparison of originals and replacements on random inputs: the evidence for :func:`trm_kernels.patch`."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ _LENGTH = 13
 
 
 def probe_network(site: Site, fused: FusedModule, tables: Tables | None) -> str:
-    """Compare a network with its replacement, outputs and gradients.
+    """Compare outputs and gradients of a network and its replacement.
 
     Returns:
-        The evidence, for the report.
+        The evidence for the report.
 
     Raises:
-        Mismatch: They differ, or one of them cannot run.
+        Mismatch: If they differ, or if one of them cannot run.
     """
     like = next(fused.parameters())
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
-        # Rounding may hide what differs, so the functions are compared where it is small ...
+        # Rounding may hide a difference, so compare in float32 first ...
         _compare_networks(*_widened(site, fused, tables))
-    # ... and then as they will run.
+    # ... and then in the dtype in which they will run.
     return _evidence(_compare_networks(site, fused, tables))
 
 
 def _widened(
     site: Site, fused: FusedModule, tables: Tables | None
 ) -> tuple[Site, FusedModule, Tables | None]:
-    """Copies in float32 on the CPU, ours on the eager backend. Rounded RoPE tables are made anew."""
+    """Copy both to float32 on the CPU, ours on the eager backend, and recompute rounded RoPE tables."""
     network = copy.deepcopy(site.network).to("cpu", torch.float32)
     ours = copy.deepcopy(fused).to("cpu", torch.float32)
     ours.backend = "eager"
@@ -98,9 +98,9 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def probe_loop(site: Site, fused: FusedModule, original: Callable[..., Any], ours: Callable[..., Any]) -> str:
-    """Compare two recursion methods of the owner; both call the fused network, so only schedules can differ.
+    """Compare two recursion methods of the owner. Both call the fused network, so only schedules can differ.
 
-    Returns and raises as :func:`probe_network`.
+    Returns and raises the same as :func:`probe_network`.
     """
     owner, names = site.owner, parameter_names(ours)
     assert owner is not None
@@ -126,13 +126,13 @@ def _evidence(errors: list[float]) -> str:
 
 
 def _comparable_modes(fused: FusedModule) -> tuple[bool, ...]:
-    # In training mode without dropout nothing may be random, which shows a quirk of training if there is.
+    # Without dropout, training mode must be deterministic too; comparing it reveals training-only behaviour.
     return (False, True) if fused.config.dropout == 0.0 else (False,)
 
 
 @contextmanager
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Put a module into training or evaluation mode, then every part of it back as it was."""
+    """Put a module into training or evaluation mode, then restore the mode of every submodule."""
     before = [(child, child.training) for child in module.modules()]
     module.train(training)
     try:
@@ -156,7 +156,7 @@ def _eager(fused: FusedModule) -> Iterator[None]:
 
 
 def _random_inputs(site: Site, fused: FusedModule, tables: Tables | None, count: int) -> list[Tensor]:
-    """Inputs [B, L, D] of unit scale but for one sample, so small that another epsilon shows."""
+    """Inputs [B, L, D] of unit scale, except one sample so small that a different epsilon shows."""
     length = fused.config.seq_len or getattr(site.owner, "seq_len", None)
     if tables is not None:
         length = tables[0].shape[0]
@@ -171,7 +171,7 @@ def _random_inputs(site: Site, fused: FusedModule, tables: Tables | None, count:
 
 
 def _ragged_mask(x: Tensor) -> Tensor:
-    """A mask [B, L]: a full row, one with a hole (1..1 0..0 1) and one padded at the left."""
+    """Return a mask [B, L]: a full row, one with a gap (1..1 0..0 1) and one padded on the left."""
     mask = torch.ones(x.shape[:2], device=x.device)
     mask[1, x.shape[1] // 3 : -1] = 0
     mask[2, : x.shape[1] // 2] = 0
@@ -180,13 +180,13 @@ def _ragged_mask(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Run:
-    """A function of the inputs, and the parameters whose gradients count."""
+    """A function of the inputs, and the parameters whose gradients are compared."""
 
     function: Callable[..., Any]
     parameters: Sequence[nn.Parameter] = ()
 
     def evaluate(self, inputs: list[Tensor], mask: Tensor | None) -> dict[str, list[Tensor]]:
-        """Outputs at valid positions, and the gradients that reach inputs and parameters."""
+        """Compute outputs at valid positions, and the gradients of inputs and parameters."""
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [x.clone().requires_grad_() for x in inputs]
             returned = self.function(*leaves)
@@ -204,13 +204,13 @@ class _Run:
 
 
 def _compare(old: _Run, new: _Run, inputs: list[Tensor], mask: Tensor | None, training: bool) -> float:
-    """The larger of the relative Frobenius errors of outputs and gradients."""
+    """Return the larger of the relative Frobenius errors of outputs and gradients."""
     device, dtype, shape = inputs[0].device, inputs[0].dtype, list(inputs[0].shape)
     mode = "training" if training else "eval"
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             expected = old.evaluate(inputs, mask)
-        except Exception as error:  # whatever it is, the model is not one that we know
+        except Exception as error:  # any failure means that we do not know this model
             first_line = str(error).strip().partition("\n")[0]
             raise Mismatch(
                 f"the original fails on a probe {shape}: {type(error).__name__}: {first_line}"
@@ -222,13 +222,13 @@ def _compare(old: _Run, new: _Run, inputs: list[Tensor], mask: Tensor | None, tr
     tf32 = device.type == "cuda" and dtype is torch.float32
     tolerance = _TF32_TOLERANCE if tf32 else TOLERANCE[dtype]
     errors = []
-    for what in ("outputs", "gradients"):
-        shapes, known = ([list(t.shape) for t in side[what]] for side in (actual, expected))
-        require(shapes == known, f"{what} of shapes {known} came out as {shapes} in {mode} mode")
+    for kind in ("outputs", "gradients"):
+        shapes, known = ([list(t.shape) for t in side[kind]] for side in (actual, expected))
+        require(shapes == known, f"{kind} have shapes {shapes} instead of {known} in {mode} mode")
         pool = ErrorPool()
-        for tensor, truth in zip(actual[what], expected[what], strict=True):
+        for tensor, truth in zip(actual[kind], expected[kind], strict=True):
             pool.add(tensor, truth)
-        found = f"{what} differ on the probe by {pool.error:.1e} (relative, {dtype}, {mode} mode)"
-        require(pool.error <= tolerance, f"{found}; at most {tolerance:.0e} is rounding")
+        found = f"{kind} differ on the probe by {pool.error:.1e} (relative, {dtype}, {mode} mode)"
+        require(pool.error <= tolerance, f"{found}, more than the tolerance {tolerance:.0e}")
         errors.append(pool.error)
     return max(errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from types import FrameType
@@ -67,8 +68,10 @@ class Interruption:
     def stop(self, step: int) -> Interrupted:
         """The exception that ends the training, once the checkpoint of ``step`` is written."""
         file = self._config.output / self._config.FILE
-        again = f"llm-trm train {self._config.COMMAND} --config {file}"
+        again = ["llm-trm", "train", self._config.COMMAND, "--config", str(file)]
         if hasattr(self._config, "resume"):
-            again += " --resume"
+            again.append("--resume")
         name = signal.Signals(self._signal).name
-        return Interrupted(self._signal, f"{name}: stopped after step {step}; to continue: {again}")
+        return Interrupted(
+            self._signal, f"{name}: stopped after step {step}; to continue: {shlex.join(again)}"
+        )

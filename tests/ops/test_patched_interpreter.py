@@ -1,4 +1,4 @@
-"""What Triton's interpreter computes wrongly by itself: see ``tests/mended_interpreter.py``."""
+"""Operations that Triton's interpreter computes incorrectly without ``tests/patched_interpreter.py``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 in_interpreter = pytest.mark.skipif(not ops.INTERPRET, reason="what the interpreter refuses")
 
-#: Around every rounding of a significand: exact, below half, half to even both ways, above half, with a carry
-#: into the next exponent; then subnormals, both zeros, the largest numbers, infinity, NaN of either kind.
+#: All cases of rounding a significand: exact, below half, half to even in both directions, above half, with a
+#: carry into the exponent; then subnormals, both zeros, the largest numbers, infinity, and both kinds of NaN.
 PATTERNS = [
     0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0x3F817FFF, 0x3FFF8000, 0x3FFF7FFF,
     0x3FFFFFFF, 0x00000000, 0x00000001, 0x00007FFF, 0x00008000, 0x00008001, 0x00018000, 0x007F7FFF,
@@ -39,7 +39,7 @@ def copy_kernel(out_ptr, x_ptr, count, BLOCK: tl.constexpr):
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Equal bit by bit; any NaN equals any other."""
+    """Whether the bits are equal; all NaNs count as equal."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
     nan = expected.isnan()
     return torch.equal(found.isnan(), nan) and torch.equal(
@@ -52,14 +52,16 @@ def all_bfloat16(device: str) -> Tensor:
 
 
 def interesting_float32(device: str) -> Tensor:
-    """Each pattern with either sign, and random ones: every exponent, NaN and infinity among them."""
+    """Return each pattern with both signs, and random patterns: all exponents, including NaN and infinity."""
     chosen = torch.tensor(PATTERNS, dtype=torch.int64)
     chosen = torch.cat((chosen, chosen + 2**31, torch.randint(2**32, (2**18,))))
     return chosen.to(torch.int32).view(torch.float32).to(device)
 
 
-def test_the_mend_is_applied() -> None:
-    assert ops.INTERPRETS_BFLOAT16 == ops.INTERPRET, "Triton's internals moved: tests/mended_interpreter.py"
+def test_the_patch_is_applied() -> None:
+    assert ops.INTERPRETS_BFLOAT16 == ops.INTERPRET, (
+        "Triton's internals have changed: tests/patched_interpreter.py"
+    )
 
 
 def test_loads_and_stores_keep_every_pattern(device: str) -> None:
@@ -84,7 +86,7 @@ def test_other_dtypes_are_rounded_to_bfloat16(dtype: torch.dtype, device: str) -
     assert same_bits(found, x.to(torch.bfloat16))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, of signalling NaN
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy warns of signalling NaN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_bfloat16_becomes_another_dtype(dtype: torch.dtype, device: str) -> None:
     x = all_bfloat16(device)
@@ -104,7 +106,7 @@ def test_bfloat16_becomes_an_integer(dtype: torch.dtype, device: str) -> None:
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="fp8 needs sm_90"
 )
 def test_float32_is_rounded_to_e4m3(device: str) -> None:
-    """Kernels divide by the largest value first, so that nothing is beyond 448."""
+    """Kernels divide by the largest value first, so no value exceeds 448."""
     x = torch.cat(
         (torch.tensor([124.01, 17.0, 19.0, 448.0, 2.0**-10]), 448.0 * (2.0 * torch.rand(10**5) - 1.0))
     )
@@ -146,7 +148,7 @@ def elementwise_kernel(out_ptr, x_ptr, y_ptr, count, BLOCK: tl.constexpr, OP: tl
     tl.store(out_ptr + place, z.to(out_ptr.dtype.element_ty), mask=place < count)
 
 
-#: In bfloat16, where PyTorch's own op rounds once, too; else in float32, and rounded here.
+#: In bfloat16 if PyTorch's op also rounds once; else in float32, and rounded here.
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
     "subtract": torch.sub,

@@ -1,9 +1,9 @@
-"""Triton's interpreter with right numbers where its own are wrong.
+"""Patches for incorrect results of Triton's interpreter.
 
-It rounds float32 to bfloat16 by cutting bits off, and computes with the bit patterns of bfloat16, ``tl.dot``
-included. It converts float32 to e4m3 half up, and loses the carry into every odd exponent: 124.01 becomes 64.
-So do Triton 3.6, 3.7 and 3.9. ``tests/ops/test_mended_interpreter.py`` shows what comes out, and fails where
-a mend no longer reaches what it should.
+It rounds float32 to bfloat16 by truncation, and computes with the bit patterns of bfloat16, even in
+``tl.dot``. It rounds halves up when it converts float32 to e4m3, and loses the carry into odd exponents:
+124.01 becomes 64. This applies to Triton 3.6, 3.7 and 3.9. ``tests/ops/test_patched_interpreter.py`` checks
+the results, and fails if a patch no longer takes effect.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 
-#: What a ``TensorHandle`` holds. NumPy has no bfloat16: of that, bit patterns.
+#: Data of a ``TensorHandle``. NumPy has no bfloat16, so its values are bit patterns.
 Array = np.ndarray[Any, Any]
 
 
 def widen(bits: Array) -> Array:
-    """Bit patterns of bfloat16 as float32: exact."""
+    """Convert bit patterns of bfloat16 to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(values: Array) -> Array:
-    """float32 as bit patterns of bfloat16: to nearest, ties to even, overflow to infinity, NaN to NaN."""
+    """Round float32 to bit patterns of bfloat16: nearest, ties to even, overflow to infinity, NaN to NaN."""
     bits = values.view(np.uint32).astype(np.uint64)  # room for the carry
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
 def install() -> None:
-    """Mend the interpreter, and let the kernels take bfloat16 in it.
+    """Patch the interpreter, and allow the kernels to use bfloat16 in it.
 
-    Where Triton's internals have moved, nothing is mended, bfloat16 stays refused, and its tests fail.
+    If Triton's internals have changed, nothing is patched, bfloat16 stays rejected, and its tests fail.
     """
     try:
         from triton.runtime import interpreter
@@ -43,7 +43,7 @@ def install() -> None:
     from trm_kernels import ops
 
     builder, reductions = interpreter.InterpreterBuilder, interpreter.ReduceScanOpInterface
-    mends = [
+    patches = [
         (interpreter, "_convert_float", _convert),
         (builder, "cast_impl", _cast),
         (builder, "create_dot", _in_float32),
@@ -51,11 +51,11 @@ def install() -> None:
         (reductions, "apply", _refused),
         (builder, "create_atomic_rmw", _refused),
     ]
-    if not all(hasattr(place, name) for place, name, _ in mends):
+    if not all(hasattr(owner, name) for owner, name, _ in patches):
         return
-    for place, name, mend in mends:
-        original = getattr(place, name)
-        setattr(place, name, functools.wraps(original)(mend(original, interpreter)))
+    for owner, name, patch in patches:
+        original = getattr(owner, name)
+        setattr(owner, name, functools.wraps(original)(patch(original, interpreter)))
     if not hasattr(builder, "get_bf16"):  # Triton 3.9 has one
         builder.get_bf16 = lambda self, value: self.create_fp_trunc(
             self.get_fp32(value), interpreter.tl.bfloat16
@@ -80,7 +80,7 @@ def _convert(original: Callable[..., Any], interpreter: Any) -> Callable[..., An
 
 
 def _cast(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    """Casts between bfloat16 and anything go through float32, as PyTorch's do."""
+    """Convert between bfloat16 and other dtypes through float32, as PyTorch does."""
     tl = interpreter.tl
 
     def cast(self: Any, source: Any, target: Any) -> Any:
@@ -93,7 +93,7 @@ def _cast(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
 
 
 def _in_float32(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    """Operands of bfloat16 are widened: their products are exact in float32, where they are summed."""
+    """Widen bfloat16 operands, whose products are exact in float32, and sum in float32."""
 
     def run(self: Any, *arguments: Any) -> Any:
         return original(self, *(_widened(argument, interpreter) for argument in arguments))
@@ -102,7 +102,7 @@ def _in_float32(original: Callable[..., Any], interpreter: Any) -> Callable[...,
 
 
 def _rounded(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    """Element by element in float32, rounded once, as GPUs do it; comparisons stay booleans."""
+    """Compute elementwise in float32 and round once, as GPUs do; comparisons stay booleans."""
     tl, handle = interpreter.tl, interpreter.TensorHandle
 
     def run(self: Any, *arguments: Any) -> Any:
@@ -118,7 +118,7 @@ def _rounded(original: Callable[..., Any], interpreter: Any) -> Callable[..., An
 
 
 def _refused(original: Callable[..., Any], interpreter: Any) -> Callable[..., Any]:
-    """GPUs round at every step of a sum in bfloat16, in an order of their own; kernels sum in float32."""
+    """Reject bfloat16 sums: GPUs round at every step, in an unspecified order, so kernels sum in float32."""
     tl = interpreter.tl
 
     def run(self: Any, *arguments: Any) -> Any:
@@ -137,6 +137,6 @@ def _widened(argument: Any, interpreter: Any) -> Any:
 
 
 def _is_bfloat16(argument: Any, tl: Any) -> bool:
-    """Of handles and tensors; anything else, such as the function to apply, has no such dtype."""
+    """Whether a handle or tensor is bfloat16; other arguments, such as functions, have no such dtype."""
     dtype = getattr(argument, "dtype", None)
     return isinstance(dtype, tl.dtype) and dtype.scalar == tl.bfloat16
