@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu_candidates import CANDIDATES
-from llm_trm.benchmark.plot import colour, figure, say_empty
+from llm_trm.benchmark.plot import colour, figure, show_empty
 from llm_trm.benchmark.results import read
 from llm_trm.benchmark.table import number
 from llm_trm.benchmark.workloads import Case
@@ -261,7 +261,7 @@ def _ratios(found: Measurement) -> dict[str, float]:
 def _draw(axis: Any, panel: Sequence[Measurement]) -> None:
     drawn = [(found, ratios) for found in panel if (ratios := _ratios(found))]
     if not drawn:
-        say_empty(axis)
+        show_empty(axis)
         return
     place, ticks, labels = 0.0, [], []
     for found, ratios in drawn:

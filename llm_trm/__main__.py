@@ -1,4 +1,4 @@
-"""``python -m llm_trm``: the ``llm-trm`` command, for launchers that take a module."""
+"""``python -m llm_trm`` runs the ``llm-trm`` command, for launchers that start a module."""
 
 from llm_trm.cli import main
 

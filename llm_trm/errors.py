@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the file or option at fault and the remedy.
+    """Invalid input. The message is one line that names the file or option at fault and the remedy.
 
     The command line prints it and exits with code 2.
     """
@@ -28,5 +28,5 @@ def one_line(error: Exception, longest: int | None = 200) -> str:
 
 
 def shortened(question: str, longest: int = 40) -> str:
-    """``question`` as an error message quotes it."""
+    """Quote ``question`` for an error message, shortened to ``longest`` characters."""
     return repr(question) if len(question) <= longest else f"{question[:longest]!r}..."

@@ -1,4 +1,4 @@
-"""Optional packages, and what installs them."""
+"""Checks for optional packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llm_trm.errors import InputError
 
 
 def require(extra: str, *packages: str) -> None:
-    """Raise InputError unless every package of ``packages`` is installed; ``extra`` brings them."""
+    """Raise InputError unless all ``packages``, which ``extra`` installs, are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f'this needs {" and ".join(missing)}: pip install "llm-trm[{extra}]"')

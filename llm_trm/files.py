@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with errors that name them."""
+"""Atomic file writes, and reads whose errors name the file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place when the block ends without an error.
+    """Yield a temporary path that replaces ``path`` when the block ends without an error.
 
-    The content reaches the disk before the name does, so that a crash leaves the old file or the new one.
+    The content reaches the disk before the rename, so a crash leaves either the old file or the new one.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -34,8 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a temporary file, or a folder, its name ``path`` once it has reached the disk."""
-    # tempfile makes what only its owner can read; this is as public as the umask allows.
+    """Flush a temporary file or folder to disk, then rename it to ``path``."""
+    # tempfile creates files that only the owner can read. Widen the mode to what the umask allows.
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod((0o777 if temporary.is_dir() else 0o666) & ~mask)
@@ -53,24 +53,24 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
+    """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write ``lines``, which bring their line ends, one after the other, whole or not at all."""
+    """Write ``lines``, which include their line endings, atomically."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, atomically."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -78,7 +78,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """The content of a JSON file; InputError, ending in ``remedy``, if it is missing or broken."""
+    """Read a JSON file. Raises InputError, ending in ``remedy``, if it is missing or invalid."""
     try:
         return parse_json(read_text(path))
     except FileNotFoundError:
@@ -88,23 +88,23 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def named_in(folder: Path, name: Any, index: Path, remedy: str) -> Path:
-    """What ``index`` calls ``name``, a file or a folder below ``folder``.
+    """Resolve ``name``, which the file ``index`` lists, to a file or folder below ``folder``.
 
-    A link there may lead anywhere: the hub's cache is made of links, and whoever keeps data on another disk
-    makes one. An index, which comes with data from elsewhere, may not.
+    Symbolic links below ``folder`` may point anywhere: the hub's cache consists of links, and users link to
+    data on other disks. An index file comes with data from elsewhere, so its names may not leave ``folder``.
 
     Raises:
-        InputError: It is no name, an absolute one, or one that leads out of ``folder`` by ``..``.
+        InputError: ``name`` is not a file name, is absolute, or leaves ``folder`` through ``..``.
     """
     known = isinstance(name, str) and "\0" not in name
     paths = (PurePosixPath(name), PureWindowsPath(name)) if known else ()
     if not all(path.parts and not path.anchor and ".." not in path.parts for path in paths) or not known:
-        raise InputError(f"{index} names {name!r:.200}, which is no file below {folder}: {remedy}")
+        raise InputError(f"{index} names {name!r:.200}, which is not a file below {folder}: {remedy}")
     return folder / name
 
 
 def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file; InputError, ending in ``remedy``, if it is missing or broken."""
+    """Read a safetensors file. Raises InputError, ending in ``remedy``, if it is missing or invalid."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -116,20 +116,21 @@ def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tens
         raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
 
 
-def require_size(path: Path, numbers: int, tensors: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise InputError unless ``tensors`` have as many ``numbers`` as the sizes that ``path`` describes.
+def require_size(path: Path, parameters: int, tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise InputError unless ``tensors`` have ``parameters`` elements, as the sizes in ``path`` imply.
 
-    Before a model is built of sizes that a file describes: what no weights belong to may fit no memory.
+    Call it before building a model from sizes in a file: sizes that do not match the weights may describe a
+    model that does not fit into memory.
     """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    if held != numbers:
+    found = sum(tensor.numel() for tensor in tensors.values())
+    if found != parameters:
         raise InputError(
-            f"{path} describes a model of {numbers:,} numbers, and its weights have {held:,}: {remedy}"
+            f"{path} describes a model of {parameters:,} parameters, but its weights have {found:,}: {remedy}"
         )
 
 
 def writable_folder(path: Path) -> Path:
-    """``path``, created where it is missing; InputError if nothing can be written there."""
+    """Create ``path`` if it is missing, and return it. Raises InputError if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

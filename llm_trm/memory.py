@@ -1,4 +1,4 @@
-"""Asks for memory before it is taken: a process that takes more than there is gets killed without a word."""
+"""Checks memory before allocating it: the system kills a process that runs out, without a message."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     import torch
 
 _MEMINFO = Path("/proc/meminfo")
-#: What a container may take, by the second and the first version of control groups.
+#: A container's memory limit, in versions 2 and 1 of control groups.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _FLOAT32 = 4
-#: Numbers of a trained parameter: its weight, gradient, Adam's two moments, and its average.
+#: Values per trained parameter: weight, gradient, Adam's two moments, and the weight average.
 _TRAINED = 5
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """Bytes that ``device``, by default the CPU, has left for this process; None where nobody says.
+    """Bytes of memory available to this process on ``device``, by default the CPU; None if unknown.
 
-    On CUDA with those that PyTorch's allocator keeps unused. On a CPU what the system has available, swap
-    included, as far as a container may take it; without /proc, all that there is.
+    On CUDA this includes memory that PyTorch's allocator has reserved but does not use. On a CPU it is the
+    system's available memory and swap, capped by the container's limit; without /proc, the total memory.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -36,17 +36,17 @@ def free_memory(device: torch.device | None = None) -> int | None:
 
 
 def require_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
-    """Raise InputError, ending in ``remedy``, if ``what`` surely does not fit into memory.
+    """Raise InputError, ending in ``remedy``, if ``what`` cannot fit into memory.
 
     Args:
-        needed: Bytes that it takes at least.
-        device: Where it takes them; the CPU by default.
+        needed: Lower bound of the memory that it needs, in bytes.
+        device: Device whose memory it uses; the CPU by default.
     """
     free = free_memory(device)
     if free is not None and needed > free:
         kind = "GPU memory" if device is not None and device.type == "cuda" else "memory"
         raise InputError(
-            f"{what} would take at least {in_words(needed)} of {kind}, and {in_words(free)} are free: "
+            f"{what} needs at least {format_bytes(needed)} of {kind}, but only {format_bytes(free)} is free: "
             f"{remedy}"
         )
 
@@ -54,22 +54,22 @@ def require_memory(needed: int, what: str, remedy: str, device: torch.device | N
 def require_training_memory(
     parameters: int, what: str, remedy: str, device: torch.device | None = None, *, besides: int = 0
 ) -> None:
-    """:func:`require_memory` for the training of so many float32 ``parameters``, and bytes ``besides``."""
+    """:func:`require_memory` for training float32 ``parameters``, plus ``besides`` bytes of other memory."""
     require_memory(_TRAINED * _FLOAT32 * parameters + besides, what, remedy, device)
 
 
-def require_room(needed: int, folder: Path, what: str, remedy: str) -> None:
-    """Raise InputError, ending in ``remedy``, if the disk of ``folder`` has no ``needed`` bytes left."""
+def require_disk_space(needed: int, folder: Path, what: str, remedy: str) -> None:
+    """Raise InputError, ending in ``remedy``, if the disk of ``folder`` lacks ``needed`` free bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{what} would take at least {in_words(needed)} of disk in {folder}, and {in_words(free)} are "
-            f"free: {remedy}"
+            f"{what} needs at least {format_bytes(needed)} of disk space in {folder}, but only "
+            f"{format_bytes(free)} is free: {remedy}"
         )
 
 
-def in_words(count: int) -> str:
-    """Bytes with a unit: ``1.5 GiB``."""
+def format_bytes(count: int) -> str:
+    """Format a number of bytes with a unit: ``1.5 GiB``."""
     size, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
@@ -92,5 +92,5 @@ def _available() -> int | None:
 def _limit(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # "max" is no limit
+    except (OSError, ValueError):  # "max" means unlimited
         return None

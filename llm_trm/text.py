@@ -1,7 +1,7 @@
-"""Text that somebody hands in: UTF-8, with byte order marks or without; a newline alone ends a line.
+"""Reads user-supplied text: UTF-8, with or without byte order marks; only a newline ends a line.
 
-Python's own ways differ from one another: standard input keeps a byte order mark and follows the locale,
-``str.splitlines`` cuts at form feeds, U+0085 and U+2028 too, and each of these makes other questions of it.
+Python's own readers disagree: standard input keeps a byte order mark and follows the locale, and
+``str.splitlines`` also splits at form feeds, U+0085 and U+2028. One text would yield different questions.
 """
 
 from __future__ import annotations
@@ -13,54 +13,54 @@ from pathlib import Path
 from typing import Any
 
 _MARK = "\ufeff"
-_NUL = "a NUL, as text in UTF-16 has them,"
+_NUL = "a NUL, as found in UTF-16 text,"
 
 
 def read_lines(path: Path, *, only_text: bool = False) -> Iterator[str]:
-    """The lines of a file, without what ends them: a newline, or a carriage return and a newline.
+    """Yield the lines of a file without their line endings (a newline, or carriage return and newline).
 
     Args:
-        path: Of the file.
-        only_text: Leave out lines that are no text, as a crash may leave some, instead of refusing them.
+        path: The file to read.
+        only_text: Skip lines that are not text, which a crash can leave behind, instead of raising.
 
     Raises:
-        OSError: It cannot be read.
-        UnicodeDecodeError: It is not UTF-8, or holds a NUL; ``reason`` says in which line.
+        OSError: The file cannot be read.
+        UnicodeDecodeError: The file is not UTF-8 or contains a NUL; ``reason`` names the line.
     """
     with path.open("rb") as file:
         yield from _decoded(file, only_text)
 
 
 def csv_lines(path: Path) -> Iterator[str]:
-    """The lines of a file as ``csv`` takes them: the newlines belong to cells that have several lines."""
+    """Yield the lines of a file, with newlines, for ``csv``: a cell may span several lines."""
     return (f"{line}\n" for line in read_lines(path))
 
 
 def read_text(path: Path) -> str:
-    """The lines of a file, joined by newlines. Raises as :func:`read_lines`."""
+    """Read a file with newlines as line endings. Raises the errors of :func:`read_lines`."""
     return "\n".join(read_lines(path))
 
 
 def read_stdin() -> str:
-    """Standard input to its end, whatever the locale says. Raises as :func:`read_lines`."""
+    """Read standard input as UTF-8 whatever the locale. Raises the errors of :func:`read_lines`."""
     return "\n".join(_decoded(sys.stdin.buffer))
 
 
-def lines_of(text: str) -> list[str]:
-    """The lines of ``text`` in which nobody has cared for byte order marks, such as an argument."""
+def split_lines(text: str) -> list[str]:
+    """Split text that still has its byte order marks, such as an argument, into lines."""
     return [line.removesuffix("\r").removeprefix(_MARK) for line in text.split("\n")]
 
 
-def words_of(text: str) -> str:
-    """``text`` as questions are compared: white space at its ends counts for nothing, a run of it for one."""
+def normalise_spaces(text: str) -> str:
+    """Normalise whitespace to compare questions: strip the ends and collapse runs to one space."""
     return " ".join(text.split())
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, whose strings are all text.
+    """Parse JSON whose strings must all be encodable text.
 
     Raises:
-        ValueError: It is not JSON, nests too deeply, or escapes half of a surrogate pair.
+        ValueError: The text is not JSON, nests too deeply, or escapes half of a surrogate pair.
     """
     try:
         value = json.loads(text)
@@ -69,12 +69,12 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("it has half of a surrogate pair, which is no character") from None
+        raise ValueError("it contains half of a surrogate pair, which is not a character") from None
     return value
 
 
 def is_text(argument: str) -> bool:
-    """Whether an argument of the command line is text: bytes that are not come as surrogates."""
+    """Whether a command-line argument is valid text; Python passes undecodable bytes as surrogates."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -83,7 +83,7 @@ def is_text(argument: str) -> bool:
 
 
 def _decoded(lines: Iterable[bytes], only_text: bool = False) -> Iterator[str]:
-    # No byte of a longer character in UTF-8 is a newline, so that bytes may be cut there.
+    # Splitting bytes at newlines is safe: no multi-byte UTF-8 character contains one.
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode()
@@ -94,5 +94,5 @@ def _decoded(lines: Iterable[bytes], only_text: bool = False) -> Iterator[str]:
                 continue
             error.reason = f"{error.reason} in line {number}"
             raise
-        # Files that were put together have a mark where each of them began.
+        # A concatenation of files has a byte order mark at the start of each.
         yield text.removesuffix("\n").removesuffix("\r").removeprefix(_MARK)

@@ -1,4 +1,4 @@
-"""What other packages call the same thing in the versions that are served."""
+"""Names that differ between the supported versions of other packages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llm_trm.errors import InputError
 
 @functools.cache
 def cache_name() -> str:
-    """What transformers calls a decoder's cache, among arguments and in outputs.
+    """The name of a decoder's cache in the arguments and outputs of transformers' models.
 
-    ``"cache"`` from 5.24.0 on, which warns of the older name, and ``"past_key_values"`` before.
+    ``"cache"`` since 5.24.0, which deprecates the older name ``"past_key_values"``.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -22,25 +22,25 @@ def cache_name() -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what transformers' models return, or None; from ``generate``, the dictionary."""
+    """The cache in the output of a transformers model or of ``generate`` (a dictionary), or None."""
     return getattr(output, cache_name())
 
 
 def either_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache that a caller gave under one of its two names, or None.
+    """The cache that a caller passed under either of its two names, or None.
 
     Raises:
-        InputError: Under both.
+        InputError: The caller passed both.
     """
     if cache is not None and past_key_values is not None:
-        raise InputError("cache and past_key_values are two names of one argument: give one of them")
+        raise InputError("cache and past_key_values are the same argument: pass only one of them")
     return past_key_values if cache is None else cache
 
 
 def checkpointing_option() -> str:
-    """The argument of ``TrainingArguments`` that asks for gradient checkpointing.
+    """The argument of ``TrainingArguments`` that enables gradient checkpointing.
 
-    ``"activation_checkpointing"`` where transformers has it, which warns of the older name.
+    ``"activation_checkpointing"`` if transformers has it, since it then deprecates the older name.
     """
     from transformers import TrainingArguments
 

@@ -26,7 +26,7 @@ OUTSIDE = ("../x", "a/../../x", "/etc/passwd", "..", "", ".", "..\\x", "C:\\x", 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_lead_out(name: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"index\.json names .* no file below .*: do this") as refused:
+    with pytest.raises(InputError, match=r"index\.json names .* not a file below .*: do this") as refused:
         named_in(tmp_path, name, tmp_path / "index.json", "do this")
     assert "\n" not in str(refused.value)
 

@@ -21,7 +21,7 @@ from llm_trm.data.questions import load_solved
 from llm_trm.errors import InputError
 from llm_trm.evaluate.questions import read_questions
 from llm_trm.files import read_json
-from llm_trm.text import is_text, lines_of, parse_json, read_lines, read_text, words_of
+from llm_trm.text import is_text, normalise_spaces, parse_json, read_lines, read_text, split_lines
 from llm_trm.train.phase1 import texts
 from llm_trm.train.phase3.train import _keep_completions
 from llm_trm.train.run.tracking import lines_until
@@ -44,7 +44,7 @@ def test_lines(tmp_path: Path) -> None:
     file.write_bytes(MARK + f"{ODD}\r\n\n".encode() + MARK + b"end")
     assert list(read_lines(file)) == [ODD, "", "end"]
     assert read_text(file) == f"{ODD}\n\nend"
-    assert lines_of(f"\ufeff{ODD}\r\nend\n") == [ODD, "end", ""]
+    assert split_lines(f"\ufeff{ODD}\r\nend\n") == [ODD, "end", ""]
 
 
 @pytest.mark.parametrize("content", NOT_TEXT.values(), ids=NOT_TEXT)
@@ -55,7 +55,7 @@ def test_invalid_bytes_are_rejected_with_their_line(content: bytes, tmp_path: Pa
 
 
 def test_questions_are_compared_by_their_words() -> None:
-    assert words_of(" 1 +\t\u00a02\r\n") == words_of("1 + 2") != words_of("1+2")
+    assert normalise_spaces(" 1 +\t\u00a02\r\n") == normalise_spaces("1 + 2") != normalise_spaces("1+2")
 
 
 def test_json_of_strings_that_are_text() -> None:

@@ -1,1 +1,1 @@
-"""What ``llm-trm bench`` runs: workloads, candidates, the measuring protocol, tables and plots."""
+"""The implementation of ``llm-trm bench``: workloads, candidates, timing protocol, tables and plots."""

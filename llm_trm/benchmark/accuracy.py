@@ -1,4 +1,4 @@
-"""Errors against float64, held to the rule of ``trm_kernels.testing``: no speed without correctness."""
+"""Errors against float64, checked by the tolerance rule of ``trm_kernels.testing``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llm_trm.benchmark.training import float64_gradients
 from llm_trm.benchmark.workloads import Case
 from trm_kernels.testing import ErrorPool, ToleranceRule
 
-#: Elements of B * L * D that the float64 run takes at once: it keeps some 3 KB for each of them.
+#: Maximum B * L * D per chunk of the float64 run, which needs about 3 KB per element.
 _CHUNK_ELEMENTS = 2**22
 
 
 def float64_truth(case: Case, state: State, inputs: Inputs) -> dict[str, Tensor]:
-    """Output and gradients of the reference in float64 on input set 0, as :meth:`Step.results` names them.
+    """Output and gradients of the reference in float64 on input set 0, by the names of :meth:`Step.results`.
 
-    The batch is taken in chunks: samples are independent, and gradients of parameters add up over them.
+    The batch is processed in chunks, since samples are independent and parameter gradients add up over them.
     """
     size = max(1, _CHUNK_ELEMENTS // (case.latents * case.hidden_size))
     if case.mode == "step":
@@ -33,8 +33,8 @@ def float64_truth(case: Case, state: State, inputs: Inputs) -> dict[str, Tensor]
     model = written_out(reference_network)(case, wide)
     parts: dict[str, list[Tensor]] = {"output": [], "x": []}
     sums: dict[str, Tensor] = {}
-    for begin in range(0, case.batch, size):
-        rows = slice(begin, begin + size)
+    for start in range(0, case.batch, size):
+        rows = slice(start, start + size)
         question, answer, latent, grad_y = (
             tensor[rows].to(device, torch.float64) for tensor in (x, y, z, inputs.grad_y)
         )
@@ -50,9 +50,9 @@ def float64_truth(case: Case, state: State, inputs: Inputs) -> dict[str, Tensor]
 
 
 def errors(results: Iterable[tuple[str, Tensor]], truth: dict[str, Tensor]) -> dict[str, ErrorPool]:
-    """Relative Frobenius errors of the output, and of all gradients pooled (training).
+    """Relative Frobenius errors of the output and, in training, of all gradients together.
 
-    Each gradient is first scaled to unit norm, so that a wrong bias is not lost among the weights.
+    Each gradient is first scaled to unit norm, so that a wrong bias is not hidden by the weights.
     """
     pools: dict[str, ErrorPool] = {}
     for name, actual in results:
@@ -69,5 +69,5 @@ def errors(results: Iterable[tuple[str, Tensor]], truth: dict[str, Tensor]) -> d
 
 
 def broken_rules(dtype: torch.dtype, ours: dict[str, ErrorPool], eager: dict[str, ErrorPool]) -> list[str]:
-    """One line for each pool that breaks the tolerance rule."""
+    """One line for each pool that violates the tolerance rule."""
     return ToleranceRule(dtype, {name: (pool, eager[name]) for name, pool in ours.items()}).failures()

@@ -1,4 +1,4 @@
-"""The implementations that a case is run on, and why some cannot run."""
+"""The implementations to benchmark, and the reasons why some cannot run."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Candidate:
     """One row of a table.
 
     Attributes:
-        name: What ``--backends`` and the results call it.
-        build: Makes its model.
-        groups: The tables that show it unasked.
-        missing: Why it cannot run in this process at all, with the remedy, or None.
-        families: The families of block that it has.
-        modes, dtypes: The cases in which it is another candidate than those beside it.
-        cuda_only: Why it runs on CUDA alone, or None.
+        name: Name in ``--backends`` and in results.
+        build: Function that builds its model.
+        groups: The tables that show it by default.
+        missing: Returns the reason why it cannot run in this process, with the remedy, or None.
+        families: The block families that it supports.
+        modes, dtypes: The cases in which it differs from related candidates.
+        cuda_only: Why it only runs on CUDA, or None.
         graph: Whether the whole case is replayed as one CUDA graph.
-        compiles: Time that it spends compiling, in that of torch.compile's default on the network.
-        differs: What it computes instead, where that is another function of the same shape: it cannot be
-            held to the tolerance rule then, and its operations are counted on their own.
-        base: The candidate whose memory tells what this one needs: that it replays, or varies.
-        trains: Whether its whole training step is this library's own instead of the plain loop.
-        coarser: Why it may err more than the tolerance rule allows (a narrower dtype, asked for).
+        compiles: Compile time, relative to torch.compile with default settings on the network.
+        differs: What it computes instead, if that is a different function of the same shape. The tolerance
+            rule then does not apply, and its operations are counted separately.
+        base: The candidate that this one replays or varies, which indicates its memory.
+        trains: Whether it uses this library's own training step instead of the plain loop.
+        coarser: Why it may exceed the tolerance rule (a narrower dtype, on request).
     """
 
     name: str
@@ -68,19 +68,19 @@ class Candidate:
     base: str = "eager"
 
     def unavailable(self, device_type: str) -> str | None:
-        """Why it cannot run on a device type in this process, or None."""
+        """The reason why it cannot run on a device type in this process, or None."""
         if self.cuda_only is not None and device_type != "cuda":
             return f"{self.cuda_only}, not {device_type}"
         return self.missing()
 
 
 def _backend(name: str, groups: tuple[Group, ...] = ("main", "peers"), **options: Any) -> Candidate:
-    # Looked up when asked: a backend may be registered anew.
+    # Look up the backend on each call, because it may be re-registered.
     return Candidate(name, ours(name), groups, lambda: backends.BACKENDS[name].unavailable(), **options)
 
 
 def _variant(candidate: Candidate, suffix: str, recursion: dict[str, Any], **changes: Any) -> Candidate:
-    """The same backend, its recursions given further options."""
+    """The same backend with further options for its recursions."""
     name = f"{candidate.name}-{suffix}"
     build = ours(candidate.name, **recursion)
     return replace(candidate, name=name, build=build, base=candidate.name, **changes)
@@ -103,7 +103,7 @@ _EVERYWHERE: tuple[Group, ...] = ("main", "peers", "scaling")
 _EAGER = _backend("eager", _EVERYWHERE)
 _COMPILE = _backend("compile", _EVERYWHERE, compiles=1.0)
 _TRITON = _backend("triton", _EVERYWHERE, trains=True)
-#: max-autotune times every tiling that Inductor knows for each matrix product.
+#: max-autotune times all of Inductor's tilings for each matrix product.
 _COMPILE_MAX = Candidate(
     "compile-max",
     written_out(reference_network, MAX_AUTOTUNE),
@@ -119,7 +119,7 @@ _MIXER = functools.partial(
     differs=peers.MIXER_DIFFERS,
 )
 
-#: By name, in the order of a table's rows.
+#: Candidates by name, in the order of table rows.
 CANDIDATES: dict[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
@@ -158,7 +158,7 @@ CANDIDATES: dict[str, Candidate] = {
 
 
 def candidates_for(case: Case, device_type: str, group: Group = "main") -> tuple[str, ...]:
-    """The rows of a case's table, without graph replays where there are no graphs."""
+    """The rows of a case's table, without graph replays on devices that do not support graphs."""
     return tuple(
         name
         for name, candidate in CANDIDATES.items()
@@ -171,7 +171,7 @@ def candidates_for(case: Case, device_type: str, group: Group = "main") -> tuple
 
 
 def unavailable(name: str, device_type: str) -> str | None:
-    """Why candidate ``name`` cannot run in this process at all, or None."""
+    """The reason why candidate ``name`` cannot run in this process, or None."""
     reason = CANDIDATES[name].unavailable(device_type)
     if reason is None and name == "triton" and device_type == "cpu":
         return "the kernels run on a GPU; Triton's interpreter shows no speed"
@@ -179,9 +179,10 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def refusal(case: Case, model: Model, inputs: Inputs, mask: Tensor | None = None) -> str | None:
-    """Why the backend of ``model``, or its fused recursion, cannot serve the case, or None.
+    """The reason why the backend of ``model`` or its fused recursion cannot run the case, or None.
 
-    ``mask`` [B, L]: what the recursion is given beside the inputs, if it is given one.
+    Args:
+        mask: The mask of the recursion [B, L], if any.
     """
     net = model.net
     if not isinstance(net, TinyRecursiveNetwork) or net.backend is None:
@@ -204,7 +205,7 @@ def refusal(case: Case, model: Model, inputs: Inputs, mask: Tensor | None = None
 
 
 def build(name: str, case: Case, state: State, inputs: Inputs) -> Timed | str:
-    """The step of candidate ``name``, or the reason why it cannot serve the case."""
+    """The step of candidate ``name``, or the reason why it cannot run the case."""
     candidate = CANDIDATES[name]
     reason = unavailable(name, inputs.head.device.type)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""The machine, the versions and the commit that a measurement belongs to."""
+"""Records the machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a result is filed under: the GPU's name, or the processor and its thread count."""
+    """The device name in results: the GPU's name, or the processor and its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -47,7 +47,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, ``+`` for local changes; None if installed."""
+    """The commit of this package's checkout, with ``+`` for local changes; None if installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -64,7 +64,7 @@ def _installed(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides speed; None where it is absent."""
+    """Versions of all software that affects speed; None if not installed."""
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "llm-trm": llm_trm.__version__,
@@ -78,7 +78,7 @@ def versions() -> dict[str, str | None]:
 
 
 def run_record(device: torch.device, commit_name: str | None = None) -> dict[str, Any]:
-    """What every line of a results file says about its run."""
+    """Metadata of the run for every line of a results file."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_name or commit(),

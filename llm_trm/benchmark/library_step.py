@@ -1,4 +1,4 @@
-"""A whole training step by :class:`trm_kernels.training.TrainingStep`, plain or captured."""
+"""A whole training step with :class:`trm_kernels.training.TrainingStep`, plain or captured."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from trm_kernels.training import TrainingStep
 
 
 class LibraryStep:
-    """The step that this library offers in place of the plain loop.
+    """This library's training step, as an alternative to the plain loop.
 
-    Every sample halts after one supervision step, so that each call trains on the inputs that it is given,
-    from the y and z of input set 0.
+    Every sample halts after one supervision step, so each call trains on the given inputs, starting from the
+    y and z of input set 0.
     """
 
     WARM_UP = 3
@@ -72,7 +72,7 @@ class LibraryStep:
         """Run until the step is captured.
 
         Raises:
-            RuntimeError: It could not be captured; it would run, but as another candidate does.
+            RuntimeError: The step could not be captured. It would still run, but as a different candidate.
         """
         for _ in range(self.WARM_UP if self.capture else 1):
             self(0)
@@ -97,7 +97,7 @@ class LibraryStep:
                 average.copy_(parameter)
             for state in (carry.y, carry.z):
                 assert state is not None
-                state.fill_(float("nan"))  # a step that writes nothing must not pass
+                state.fill_(float("nan"))  # so that a step that writes nothing fails the check
         self(0)
         averages = dict(zip(self.parameters, self.average.averages, strict=True))
         require_updates(self.initial, {"parameter": self.parameters, "average": averages})
@@ -106,7 +106,7 @@ class LibraryStep:
         output = self.training.carry.y
         assert output is not None
         yield "output", output
-        # Gradients are not kept: they are read off AdamW's first moments, which were zero before the step.
+        # Gradients are not stored, but follow from AdamW's first moments, which were zero before the step.
         for name, parameter in self.parameters.items():
             yield name, self.optimizer.state[parameter]["exp_avg"] / (1.0 - BETAS[0])
 

@@ -1,4 +1,4 @@
-"""What the machine can do: one big matrix product and one big copy, timed in the same run."""
+"""Measures the machine's limits with one large matrix product and one large copy in the same run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from llm_trm.benchmark.protocol import Call, timer_for
 from llm_trm.benchmark.workloads import Case
 
-#: Assumed where the operating system does not tell the size of the last-level cache.
+#: Assumed size of the last-level cache if the operating system does not report it.
 _ASSUMED_CACHE = 32 * 2**20
 
 
@@ -20,8 +20,8 @@ class Limits:
     """Measured rates of one device in one dtype.
 
     Attributes:
-        flops: Operations a second of a square matrix product, at PyTorch's default precision settings.
-        bandwidth: Bytes a second of a copy, reads and writes both counted.
+        flops: Operations per second of a square matrix product, at PyTorch's default precision settings.
+        bandwidth: Bytes per second of a copy, counting both reads and writes.
         cache_bytes: Size of the last-level cache.
     """
 
@@ -30,19 +30,19 @@ class Limits:
     cache_bytes: int
 
     def floor(self, case: Case) -> float:
-        """Seconds below which the case cannot go: the longer of its arithmetic and its traffic."""
+        """Lower bound of the case's time in seconds: the maximum of its compute and memory time."""
         return max(case.flops / self.flops, case.bytes_moved(self.cache_bytes) / self.bandwidth)
 
 
 def _fastest(call: Call, device: torch.device, samples: int = 10) -> float:
     timer = timer_for(device)
     timer(call, 0, 2)
-    # The fastest, not the median: a limit that noise has lowered would flatter every candidate.
+    # Use the fastest sample, not the median, because a limit lowered by noise would flatter all candidates.
     return min(timer(call, i, 1) for i in range(samples))
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the last-level cache of a device."""
+    """Size of a device's last-level cache in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     try:
@@ -53,7 +53,7 @@ def cache_bytes(device: torch.device) -> int:
 
 @functools.cache
 def measure(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measure the limits of a device, once a process for each dtype."""
+    """Measure the limits of a device, once per process and dtype."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     c = torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""Peak memory of a call, from PyTorch's allocators."""
+"""Measures the peak memory of a call with PyTorch's allocators."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.autograd.profiler import profile
 
 
 def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
-    """Bytes that ``call`` holds at its peak, above what was held before; None where nothing counts them.
+    """Peak memory of ``call`` in bytes above the memory in use before; None if it cannot be measured.
 
-    On CUDA from the caching allocator's statistics. On CPUs from the profiler, which reports every
-    allocation and release of PyTorch's CPU allocator: compiled code is covered, the scratch space that
-    oneDNN and OpenMP take for themselves is not.
+    On CUDA it comes from the caching allocator's statistics. On CPUs it comes from the profiler, which
+    reports every allocation and release of PyTorch's CPU allocator. This covers compiled code, but not the
+    scratch space of oneDNN and OpenMP.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -25,7 +25,7 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
     if device.type != "cpu":
         call()
         return None
-    # The legacy recorder: kineto's own sessions take 100 ms to start and stop.
+    # Use the legacy recorder, because a kineto session takes 100 ms to start and stop.
     with profile(use_cpu=True, profile_memory=True, use_kineto=False) as recorded:
         call()
     assert recorded.kineto_results is not None

@@ -1,4 +1,4 @@
-"""What a candidate is made of: a network, and the recursion around it."""
+"""The parts of a candidate: a network, and the recursion around it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trm_kernels import reference
 
 State = dict[str, Tensor]
 
-#: (x, y, z), each [B, L, D], to the new (y, z).
+#: Maps (x, y, z), each [B, L, D], to the new (y, z).
 Recursion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -26,12 +26,12 @@ class Model:
     """One candidate's network and its recursions.
 
     Attributes:
-        net: Owns the parameters.
+        net: The network, which owns the parameters.
         latent: One latent recursion with the case's n.
         deep: One deep recursion with the case's n and T; the last of the T records gradients.
-        call_flops: Operations of one call of the network, where they are not the case's own.
-        options: What the recursions are given beside n and T (``latent_recursion``, ``deep_recursion``).
-        needs_autocast: Whether parameters in float32 serve low-precision streams under autocast alone.
+        call_flops: Operations of one call of the network, if they differ from the case's.
+        options: Further options of ``latent_recursion`` and ``deep_recursion``.
+        needs_autocast: Whether float32 parameters need autocast to process low-precision streams.
     """
 
     net: nn.Module
@@ -42,15 +42,15 @@ class Model:
     needs_autocast: bool = False
 
 
-#: Makes a candidate's model for a case, with a copy of the given parameters.
+#: Builds a candidate's model for a case, with a copy of the given parameters.
 Build = Callable[[Case, State], Model]
 
 
 def with_state(build: Callable[[], nn.Module], state: State) -> nn.Module:
-    """The module that ``build`` makes, with copies of the tensors of ``state``."""
+    """The module that ``build`` returns, with copies of the tensors of ``state``."""
     with torch.device("meta"):
         net = build()
-    # Own copies: training candidates must not share gradients, nor warm the cache for each other.
+    # Copy, because candidates must not share gradients or warm the cache for each other.
     net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return net
 
@@ -68,7 +68,7 @@ def _scheduled(
 
 
 def ours(backend: str, **options: Any) -> Build:
-    """The drop-in network on a backend, under this library's recursion with the given options."""
+    """The drop-in network on a backend, with this library's recursion and the given options."""
 
     def build(case: Case, state: State) -> Model:
         make = functools.partial(trm_kernels.TinyRecursiveNetwork.from_config, case.config(), backend=backend)
@@ -79,11 +79,11 @@ def ours(backend: str, **options: Any) -> Build:
 
 
 def written_out(network: Callable[[Case], nn.Module], mode: str | None = None) -> Build:
-    """A plain module under the recursion as it is usually written: x + y + z is added anew in every step.
+    """A plain module in the usual form of the recursion, which adds x + y + z in every step.
 
     Args:
-        network: Makes the module, whose state dict is that of the case's reference network.
-        mode: Compile it under torch.compile in this mode; None leaves it eager.
+        network: Builds the module, which has the state dict of the case's reference network.
+        mode: Mode of torch.compile; None for eager mode.
     """
 
     def build(case: Case, state: State) -> Model:
@@ -95,10 +95,10 @@ def written_out(network: Callable[[Case], nn.Module], mode: str | None = None) -
 
 
 def reference_network(case: Case) -> nn.Module:
-    """The reference, of any family."""
+    """The reference network of the case's family."""
     return reference.TinyRecursiveNetwork(case.config())
 
 
 def original_network(case: Case) -> nn.Module:
-    """The module that this project replaces (the seed family alone)."""
+    """The module that this project replaces (only for the seed family)."""
     return OriginalNetwork(case.config())

@@ -1,8 +1,9 @@
-"""The block and the recursion of SamsungSAILMontreal/TinyRecursiveModels, restated (arXiv 2510.04871).
+"""A reimplementation of SamsungSAILMontreal/TinyRecursiveModels' block and recursion (arXiv 2510.04871).
 
-The function is that of this library's paper family, and so are the names of the parameters. What is kept is
-what decides its speed: weights cast to the stream's dtype in every call, RoPE and norms as separate float32
-operations on cached tables, PyTorch's fused attention, and the injection ``z + (y + x)`` added in every call.
+It computes the function of this library's paper family, with the same parameter names. It keeps everything
+that determines the original's speed: weights cast to the stream's dtype in every call, RoPE and norms as
+separate float32 operations on cached tables, PyTorch's fused attention, and the injection ``z + (y + x)``
+added in every call.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def turn(heads: Tensor, tables: Tables) -> Tensor:
 
 
 class OfficialAttention(nn.Module):
-    """Packed projections, RoPE, PyTorch's fused attention."""
+    """Packed projections, RoPE and PyTorch's fused attention."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class OfficialSwiGLU(nn.Module):
 
 
 class OfficialBlock(nn.Module):
-    """Post-norm: attention, then SwiGLU."""
+    """Post-norm block of attention and SwiGLU."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class OfficialBlock(nn.Module):
 
 
 class OfficialLevel(nn.Module):
-    """The reasoning module: adds what is injected, then applies its blocks."""
+    """The reasoning module, which adds the injection and applies its blocks."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class OfficialLevel(nn.Module):
 
 
 def rope_tables(length: int, head_dim: int, theta: float, like: Tensor) -> Tables:
-    """Cosines and sines [L, E], the angles of E/2 channels twice over."""
+    """Cosines and sines [L, E]; the angles of E/2 channels are repeated twice."""
     wide = torch.promote_types(like.dtype, torch.float32)
     channel = torch.arange(0, head_dim, 2, device=like.device, dtype=wide) / head_dim
     angle = torch.arange(length, device=like.device, dtype=wide)[:, None] / theta**channel
@@ -116,9 +117,9 @@ def model(compiled: Literal["no", "level", "recursion"] = "no") -> Build:
     """The official recursion over an :class:`OfficialLevel` with the parameters of the paper family.
 
     Args:
-        compiled: What is put under torch.compile: nothing, the reasoning module that all calls share, or
-            one latent recursion, its calls unrolled into one graph. The official script compiles the whole
-            model, which unrolls all recursions: nothing more is fused but their ends.
+        compiled: What torch.compile compiles: nothing, the reasoning module that all calls share, or one
+            latent recursion with its calls unrolled into one graph. The official script compiles the whole
+            model, which unrolls all recursions but only fuses more at their boundaries.
     """
 
     def build(case: Case, state: State) -> Model:

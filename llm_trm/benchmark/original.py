@@ -1,7 +1,7 @@
-"""The eager network that this project replaces: the block of anonx3247/llm-trm, restated.
+"""The eager network that this project replaces: a reimplementation of anonx3247/llm-trm's block.
 
-Only its inefficiencies matter here, and they are kept: ``nn.MultiheadAttention`` is asked for its
-attention weights (the default), which rules out the fused attention of PyTorch.
+It keeps the original's inefficiency, which is what matters here: ``nn.MultiheadAttention`` returns its
+attention weights (the default), which rules out PyTorch's fused attention.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OriginalBlock(nn.Module):
 
 
 class OriginalNetwork(nn.Module):
-    """A stack of original blocks; loads the state dict of a seed-family network."""
+    """A stack of original blocks, which loads the state dict of a seed-family network."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()

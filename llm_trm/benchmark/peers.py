@@ -1,4 +1,4 @@
-"""Other people's packages as candidates; ``pip install "llm-trm[peers]"`` brings them."""
+"""Third-party packages as candidates. Install them with ``pip install "llm-trm[peers]"``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INSTALL = 'pip install "llm-trm[peers]"'
 
 
 def missing(package: str) -> str | None:
-    """Why a package cannot be used, with the remedy, or None; it is looked for, not imported."""
+    """The reason why a package is unavailable, with the remedy, or None. Does not import the package."""
     if importlib.util.find_spec(package) is not None:
         return None
     return f"{package.replace('_', '-')} is not installed: {INSTALL}"
@@ -33,7 +33,7 @@ MIXER_DIFFERS = (
 def mixer_model(*, compiled: bool = False) -> Build:
     """``TinyRecursiveModel`` of the package ``tiny-recursive-model``, with its ``MLPMixer1D``.
 
-    Embedding and heads of the package are left aside: its recursion is called on x, y and z.
+    The package's embedding and heads are not used: its recursion is called directly on x, y and z.
     """
 
     def build(case: Case, state: State) -> Model:
@@ -68,14 +68,14 @@ def mixer_model(*, compiled: bool = False) -> Build:
 
 
 def count_flops(net: nn.Module, x: Tensor) -> int:
-    """Operations of the matrix products of ``net(x)``; both may be on the ``meta`` device."""
+    """Number of operations of the matrix products in ``net(x)``; both may be on the ``meta`` device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)
     return counter.get_total_flops()
 
 
 class LigerRMSNorm(reference.RMSNorm):
-    """RMSNorm by liger-kernel, cast as PyTorch's own: the result is rounded once."""
+    """liger-kernel's RMSNorm with the casting of PyTorch's RMSNorm: the result is rounded once."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _liger_norm(x, self.weight, self.eps)
@@ -84,7 +84,7 @@ class LigerRMSNorm(reference.RMSNorm):
 def _liger_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     from liger_kernel.ops import LigerRMSNormFunction
 
-    # in_place lets it write over the incoming gradient, which a residual may still need.
+    # in_place would overwrite the incoming gradient, which a residual may still need.
     offset, casting, in_place = 0.0, "gemma", False
     return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, in_place)
 
@@ -99,7 +99,7 @@ class LigerSwiGLU(reference.SwiGLU):
 
 
 class LigerPackedSwiGLU(reference.PackedSwiGLU):
-    """The same over one packed projection; liger-kernel copies the halves, which are not contiguous."""
+    """The same with one packed projection. liger-kernel copies the halves, which are not contiguous."""
 
     def forward(self, x: Tensor) -> Tensor:
         from liger_kernel.ops import LigerSiLUMulFunction
@@ -108,7 +108,7 @@ class LigerPackedSwiGLU(reference.PackedSwiGLU):
 
 
 class LigerBlock(reference.TransformerBlock):
-    """The eager block of any family with liger-kernel's RMSNorm and SwiGLU where the family has them."""
+    """The eager block of any family with liger-kernel's RMSNorm and SwiGLU, if the family has them."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -127,7 +127,7 @@ class LigerBlock(reference.TransformerBlock):
 
 
 class LigerNetwork(reference.TinyRecursiveNetwork):
-    """The eager network of such blocks."""
+    """The eager network with :class:`LigerBlock`."""
 
     block_class = LigerBlock
 

@@ -1,4 +1,4 @@
-"""Results as bars, or as curves over shapes. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
+"""Plots results as bars, or as curves over shapes. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COLOURS = {
 
 
 def plot(results: Sequence[CaseResult], path: Path) -> None:
-    """Draw the timed rows of every case: median milliseconds as bars, p20 to p80 as whiskers."""
+    """Plot the timed rows of every case: median milliseconds as bars, p20 to p80 as whiskers."""
     timed = [result for result in results if any(row.median_ms for row in result.rows)]
     heights = [0.8 + 0.3 * len(result.rows) for result in timed] or [1.0]
     with figure(
@@ -42,16 +42,16 @@ def plot(results: Sequence[CaseResult], path: Path) -> None:
         gridspec_kw={"height_ratios": heights},
     ) as axes:
         if not timed:
-            say_empty(axes[0][0])
+            show_empty(axes[0][0])
         for axis, result in zip(axes[:, 0], timed, strict=False):
             _panel(axis, result)
 
 
 def plot_scaling(results: Sequence[CaseResult], path: Path) -> None:
-    """Draw cost against batch size, sequence length and hidden size, log-log, a line a candidate.
+    """Plot time against batch size, sequence length and hidden size, log-log, one line per candidate.
 
-    Takes the results that lie on an axis of the scaling suite (:func:`~.suites.scaling_axes`) and leaves
-    the others aside; the dotted line is the limit measured in the same run.
+    Uses only results on an axis of the scaling suite (:func:`~.suites.scaling_axes`). The dotted line is the
+    limit measured in the same run.
     """
     axes_of_suite = max(
         (scaling_axes(cpu) for cpu in (False, True)), key=lambda axes: len(_points(axes, results))
@@ -59,7 +59,7 @@ def plot_scaling(results: Sequence[CaseResult], path: Path) -> None:
     with figure(path, 1, len(axes_of_suite), figsize=(12, 4), sharey=True) as axes:
         for drawn, axis in zip(axes, axes_of_suite, strict=True):
             _curves(drawn, axis, results)
-        axes[0].set_ylabel("ms a latent recursion", fontsize=8)
+        axes[0].set_ylabel("ms per latent recursion", fontsize=8)
         handles, labels = axes[0].get_legend_handles_labels()
         if labels:
             axes[0].legend(handles, labels, fontsize=7)
@@ -71,7 +71,7 @@ def _points(axes: Sequence[Axis], results: Sequence[CaseResult]) -> list[CaseRes
 
 @contextmanager
 def figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
-    """The axes of ``plt.subplots(*shape, **options)``, saved to ``path`` behind the ``with`` block."""
+    """Yield the axes of ``plt.subplots(*shape, **options)``, and save the figure to ``path`` afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,14 +80,14 @@ def figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
     drawing, axes = plt.subplots(*shape, layout="constrained", **options)
     try:
         yield axes
-        # No version in the file: the same results give the same bytes.
+        # Omit the version from the file, so that equal results give equal bytes.
         drawing.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
     finally:
         plt.close(drawing)
 
 
-def say_empty(axis: Any) -> None:
-    """Say on an axis that there is nothing to draw."""
+def show_empty(axis: Any) -> None:
+    """Show on an axis that there is nothing to plot."""
     axis.set_axis_off()
     axis.text(0.5, 0.5, "nothing was timed", ha="center")
 
@@ -99,7 +99,7 @@ def _curves(drawn: Any, axis: Axis, results: Sequence[CaseResult]) -> None:
     )
     timed = [(value, result) for value, result in points if any(row.median_ms for row in result.rows)]
     if not timed:
-        say_empty(drawn)
+        show_empty(drawn)
         return
     names = dict.fromkeys(row.backend for _, result in timed for row in result.rows if row.median_ms)
     for name in names:
@@ -146,6 +146,6 @@ def _panel(axis: Any, result: CaseResult) -> None:
     axis.axvline(result.floor_ms, color="black", linestyle=":", linewidth=1)
     axis.bar_label(axis.containers[-1], labels=[f" {number(median)} ms" for median in medians], fontsize=8)
     axis.margins(x=0.15)
-    axis.set_xlabel("ms a call (dotted: the limit measured in the same run)", fontsize=8)
+    axis.set_xlabel("ms per call (dotted: the limit measured in the same run)", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.set_title(f"{result.key}, {result.device}", fontsize=9, loc="left")

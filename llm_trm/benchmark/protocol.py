@@ -1,7 +1,7 @@
-"""How time is taken: candidates interleaved round by round in one process, medians with p20 and p80.
+"""The timing protocol: candidates interleaved in rounds within one process; medians with p20 and p80.
 
-A machine changes speed while it is measured (clocks, heat, neighbours). Candidates that take turns share
-those changes; candidates timed one after the other do not.
+A machine's speed varies during a measurement (clocks, heat, other processes). Interleaved candidates are all
+affected in the same way; candidates timed one after the other are not.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from dataclasses import dataclass
 
 import torch
 
-#: A timed unit of work; the argument counts up and picks the input set.
+#: A timed unit of work; the argument is a counter that selects the input set.
 Call = Callable[[int], object]
 
-#: ``timer(call, first, count)``: seconds a call, over ``call(first) ... call(first + count - 1)``.
+#: ``timer(call, first, count)``: seconds per call, over ``call(first) ... call(first + count - 1)``.
 Timer = Callable[[Call, int, int], float]
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 200
 
-#: A sample repeats its call until it lasts about this long, so that clock and launch jitter are small.
+#: A sample repeats its call for about this long, so that clock and launch jitter are negligible.
 SAMPLE_SECONDS = 2e-3
 MAX_CALLS = 200
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of one candidate, in seconds a call."""
+    """Samples of one candidate, in seconds per call."""
 
     samples: tuple[float, ...]
 
     def quantile(self, q: float) -> float:
-        """The q-quantile, linear between samples."""
+        """The q-quantile, linearly interpolated."""
         ordered = sorted(self.samples)
         position = q * (len(ordered) - 1)
         low = int(position)
@@ -42,17 +42,17 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Median, in seconds."""
+        """Median in seconds."""
         return self.quantile(0.5)
 
     @property
     def p20(self) -> float:
-        """20% of the samples were at most this long, in seconds."""
+        """20th percentile in seconds."""
         return self.quantile(0.2)
 
     @property
     def p80(self) -> float:
-        """80% of the samples were at most this long, in seconds."""
+        """80th percentile in seconds."""
         return self.quantile(0.8)
 
 
@@ -65,18 +65,18 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     max_rounds: int = MAX_ROUNDS,
 ) -> tuple[dict[str, Timing], dict[str, Exception]]:
-    """Time every candidate once a round, the first place rotating, until the budget is spent.
+    """Time every candidate once per round, rotating the order, until the budget is spent.
 
     Args:
-        calls: Candidates, each called before so that it is compiled and warm.
-        timer: Takes one sample.
-        expected: Seconds that one warm call of each candidate took; sets the calls in a sample.
-        budget: Seconds after which no round is begun, ``MIN_ROUNDS`` rounds excepted.
-        clock: Seconds; replaced in tests.
-        max_rounds: Rounds after which to stop though time is left.
+        calls: Candidates, each already called, so that it is compiled and warm.
+        timer: Function that takes one sample.
+        expected: Time of one warm call of each candidate in seconds, which determines the calls per sample.
+        budget: Time in seconds after which no new round starts, except for the first ``MIN_ROUNDS``.
+        clock: Clock in seconds; replaced in tests.
+        max_rounds: Maximum number of rounds.
 
     Returns:
-        The timings, and the exceptions of candidates that failed (those have no timing).
+        The timings, and the exceptions of candidates that failed, which have no timing.
     """
     counts = {
         name: min(MAX_CALLS, max(1, round(SAMPLE_SECONDS / max(expected[name], 1e-9)))) for name in calls
@@ -100,7 +100,7 @@ def interleave(
             index += counts[name]
 
     start = clock()
-    # Slow candidates were warmed by the calls before; for quick ones a discarded round costs nothing.
+    # Discard one round to warm up, unless it would take much of the budget: slow candidates are warm already.
     if sum(counts[name] * expected[name] for name in calls) * 10 < budget:
         one_round(0, keep=False)
     for done in range(max_rounds):
@@ -121,7 +121,7 @@ def synchronize(device: torch.device) -> None:
 
 def _cuda_timer(call: Call, first: int, count: int) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # From an idle device: work queued by the previous candidate would hide this one's launches.
+    # Start with an idle device, because queued work of the previous candidate would hide launch overhead.
     torch.cuda.synchronize()
     begin.record()
     for i in range(first, first + count):
@@ -132,7 +132,7 @@ def _cuda_timer(call: Call, first: int, count: int) -> float:
 
 
 def timer_for(device: torch.device) -> Timer:
-    """CUDA events on CUDA, a wall clock around synchronised calls elsewhere."""
+    """A timer with CUDA events on CUDA, and with a wall clock around synchronised calls elsewhere."""
     if device.type == "cuda":
         return _cuda_timer
 

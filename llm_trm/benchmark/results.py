@@ -1,4 +1,4 @@
-"""Results of a case: what tables and plots are drawn from, and what a results file holds a line of."""
+"""Results of a case, which tables and plots show and results files store one per line."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
 from llm_trm.text import read_lines
 
-#: Candidates that others are compared with, where they ran.
+#: Candidates that others are compared with.
 BASELINES = ("original", "eager", "compile", "eager+graph", "compile+graph", "official+compile")
 
 
 @dataclass
 class Row:
-    """One candidate at one case. Figures that were not taken, or are withheld, are None.
+    """Result of one candidate for one case. Values that were not measured or are withheld are None.
 
     Attributes:
-        status: ``ok``, ``wrong`` (breaks the tolerance rule: its speed is withheld), ``not run`` (cannot
-            serve the case here), ``skipped`` (no time left) or ``failed`` (raised an error).
+        status: ``ok``, ``wrong`` (violates the tolerance rule, so its speed is withheld), ``not run`` (does
+            not support the case here), ``skipped`` (no time left) or ``failed`` (raised an error).
         reason: Why the status is not ``ok``.
-        median_ms, p20_ms, p80_ms: Milliseconds a call.
-        rounds: Samples behind them.
-        tflops: 1e12 operations a second.
-        share: Time of the measured limit over the median, 1 being the limit.
+        median_ms, p20_ms, p80_ms: Milliseconds per call.
+        rounds: Number of samples.
+        tflops: 1e12 operations per second.
+        share: Time of the measured limit divided by the median; 1 is the limit.
         peak_bytes: Peak memory above parameters and inputs.
         errors: Relative Frobenius error against float64 of ``output`` and, in training, ``gradients``;
-            None where it is not finite.
-        speedup: Median of each baseline over this row's median.
-        differs: What the candidate computes instead of the case's function; nothing holds it to the
-            tolerance rule then.
-        flops: Operations of a call, where they are not the case's own.
-        coarser: Why it may err more than the tolerance rule allows; its error stands beside its speed.
+            None if it is not finite.
+        speedup: Median of each baseline divided by this row's median.
+        differs: What the candidate computes instead of the case's function. The tolerance rule then does
+            not apply.
+        flops: Operations per call, if they differ from the case's.
+        coarser: Why it may exceed the tolerance rule; its error is shown with its speed.
     """
 
     backend: str
@@ -57,14 +57,14 @@ class Row:
 
 @dataclass
 class CaseResult:
-    """All rows of a case, and the limit that they are held against.
+    """All rows of a case, and the measured limits.
 
     Attributes:
-        device: Name of the device, as in ``NVIDIA H200``.
-        floor_ms: Milliseconds that the measured limits allow at best.
-        matmul_tflops: Measured rate of the big matrix product, 1e12 operations a second.
-        copy_gbps: Measured rate of the big copy, 1e9 bytes read or written a second.
-        group: Which rows it has; a case may be measured once for each group.
+        device: Name of the device, such as ``NVIDIA H200``.
+        floor_ms: Lower bound of the time from the measured limits, in milliseconds.
+        matmul_tflops: Measured rate of the large matrix product, 1e12 operations per second.
+        copy_gbps: Measured rate of the large copy, 1e9 bytes read or written per second.
+        group: The group of its rows; a case may be measured once per group.
     """
 
     case: Case
@@ -77,7 +77,7 @@ class CaseResult:
 
     @property
     def key(self) -> str:
-        """Identifies what was measured: of two results with one key the later counts."""
+        """Identifies the measurement. Of two results with the same key, the later one counts."""
         return key_of(self.case, self.group)
 
     def baselines(self) -> list[str]:
@@ -86,12 +86,12 @@ class CaseResult:
         return [name for name in BASELINES if name in timed]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to JSON values."""
         return asdict(self) | {"name": self.key}
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> CaseResult:
-        """The inverse of :meth:`to_json`, run details aside."""
+        """The inverse of :meth:`to_json`, ignoring metadata of the run."""
         fields = {key: line[key] for key in ("device", "floor_ms", "matmul_tflops", "copy_gbps")}
         rows = [Row(**row) for row in line["rows"]]
         return cls(Case(**line["case"]), rows=rows, group=line.get("group", "main"), **fields)
@@ -103,7 +103,7 @@ def key_of(case: Case, group: Group) -> str:
 
 
 def add_speedups(rows: Iterable[Row]) -> None:
-    """Fill in the ratios of every timed row to the baselines that were timed."""
+    """Set the speedups of all timed rows over the timed baselines."""
     medians = {row.backend: row.median_ms for row in rows if row.median_ms is not None}
     for row in rows:
         if row.median_ms is not None:
@@ -115,7 +115,7 @@ def add_speedups(rows: Iterable[Row]) -> None:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Append one line to a results file, on a line of its own even after a run that was cut short."""
+    """Append one line to a results file, starting a new line even after an interrupted write."""
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)
@@ -125,7 +125,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a results file; a last line that was cut short is left out."""
+    """Yield the lines of a results file, skipping incomplete ones from an interrupted write."""
     if not path.exists():
         return
     for text in read_lines(path, only_text=True):

@@ -1,4 +1,4 @@
-"""Runs a case: checks every candidate against float64, then times those that are right."""
+"""Runs a case: checks every candidate against float64, then times the correct ones."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from llm_trm.benchmark.workloads import Case
 from llm_trm.memory import free_memory
 from trm_kernels.testing import ErrorPool
 
-#: Told what is being done now.
+#: Called with a description of the current activity.
 Progress = Callable[[str], None]
 
-#: Told of a row when it was checked, and again when it was timed.
+#: Called with a row after it has been checked, and again after it has been timed.
 OnRow = Callable[[Row], None]
 
-#: Called with a candidate before its timing: one that compiles or captures is no longer cold then.
+#: Number of calls of each candidate before its timing, after which it is compiled, captured and warm.
 _CALLS_BEFORE_TIMING = 2
 
-#: Time to compile a training step over that of a forward case: 77 s and 26 s, without torch's caches, on a
+#: Time to compile a training step relative to a forward case: 77 s and 26 s, without torch's caches, on a
 #: busy 2-core machine.
 _TRAIN_COMPILES = 3.0
 
 
-#: Of what is free on a device; the rest is lost to fragments and to libraries.
+#: Usable fraction of a device's free memory; the rest is lost to fragmentation and libraries.
 _USABLE_MEMORY = 0.9
 
 
 class DeviceLostError(RuntimeError):
-    """A candidate left the device unusable for this process (a bad memory access, a failed launch).
+    """A candidate made the device unusable for this process (an invalid memory access or failed launch).
 
     Attributes:
         case: Name of the case.
@@ -57,13 +57,13 @@ class DeviceLostError(RuntimeError):
 
 @dataclass
 class Budget:
-    """Time that a whole run may take, and what it has learnt about the time that things take.
+    """Time budget of a whole run, and its estimate of compile times.
 
     Args:
         seconds: Wall-clock seconds from now.
-        case_seconds: Seconds that the timed rounds of one case may take.
-        compile_seconds: What compiling a forward case is expected to take; follows what is seen.
-        clock: Seconds; replaced in tests.
+        case_seconds: Maximum time of the timed rounds of one case, in seconds.
+        compile_seconds: Expected time to compile a forward case; updated by measurements.
+        clock: Clock in seconds; replaced in tests.
     """
 
     seconds: float
@@ -77,11 +77,11 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds left; negative when overdrawn."""
+        """Remaining seconds; negative if the budget is exceeded."""
         return self.seconds - (self.clock() - self.start)
 
     def refuses(self, cost: float) -> str | None:
-        """Why something that takes about ``cost`` seconds is skipped, or None if there is time."""
+        """The reason to skip work that takes about ``cost`` seconds, or None if there is time."""
         if cost <= self.left:
             return None
         return (
@@ -91,7 +91,7 @@ class Budget:
 
 @dataclass
 class _Measured:
-    """A candidate that gave the right result, ready for timing."""
+    """A candidate with a correct result, ready for timing."""
 
     step: Timed
     row: Row
@@ -100,7 +100,7 @@ class _Measured:
 
 
 class CaseRun:
-    """Everything of one case that its candidates share."""
+    """One case with the state that its candidates share."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class CaseRun:
         self.progress = progress
         self.limits = machine_limits.measure(device, self.dtype)
         self.floor = self.limits.floor(case)
-        self.eager_seconds = 1.25 * self.floor  # until it has run; wide networks come that near
+        self.eager_seconds = 1.25 * self.floor  # estimate until eager has run; wide networks come close
         self.committed = 0.0
         self.eager_errors: dict[str, ErrorPool] = {}
         self.measured: list[_Measured] = []
@@ -134,18 +134,18 @@ class CaseRun:
 
     def run(self, names: Sequence[str]) -> CaseResult:
         """Measure the candidates, and return one row for each in the order of ``names``."""
-        # float64 takes about twice as long as eager, which itself is called until it is timed.
+        # float64 takes about twice as long as eager, plus eager's own calls before and during timing.
         reason = self.budget.refuses((2 + _CALLS_BEFORE_TIMING + MIN_ROUNDS) * self.eager_seconds)
         if reason is not None:
             return self._result([self._absent(name) or Row(name, "skipped", reason) for name in names])
-        # Without a reset torch.compile would meet the second shape of a run with dynamic shapes.
+        # Without a reset, torch.compile would use dynamic shapes for the second shape of a run.
         torch.compiler.reset()
         torch.manual_seed(self.seed)
         state = make_state(self.case, self.device)
         inputs = make_inputs(self.case, self.device, self.limits.cache_bytes)
         self.progress("float64")
         truth = float64_truth(self.case, state, inputs)
-        # Eager goes first, asked for or not: the tolerance rule is stated in its error.
+        # Eager always runs first, because the tolerance rule is relative to its error.
         eager = self._prepare("eager", state, inputs, truth)
         self.eager_status = eager.status
         self._add(eager)
@@ -183,10 +183,10 @@ class CaseRun:
         return None if reason is None else Row(name, "not run", reason)
 
     def _prepare(self, name: str, state: State, inputs: Inputs, truth: dict[str, Tensor]) -> Row:
-        """Compile, check and warm one candidate; keeps it in ``measured`` if it is to be timed."""
+        """Compile, check and warm one candidate, and add it to ``measured`` if it should be timed."""
         if name != "eager" and not self.eager_errors:
             return self._absent(name) or Row(
-                name, self.eager_status, "eager, which all are held to, did not run"
+                name, self.eager_status, "eager, the reference for all candidates, did not run"
             )
         self.progress(name)
         candidate = CANDIDATES[name]
@@ -211,18 +211,18 @@ class CaseRun:
             row.peak_bytes = peak[0]
             if row.status == "ok":
                 self.measured.append(_Measured(step, row, flops, self._warm_seconds(step, seconds)))
-        except Exception as error:  # a candidate's failure is a result, and no reason to lose the others
+        except Exception as error:  # a candidate's failure is a result and must not affect the others
             self._require_device(name, error)
             return Row(name, "failed", _first_line(error))
         if name == "eager":
             self.eager_seconds = seconds
-        if candidate.compiles == 1.0 and not candidate.graph:  # a graph finds what was compiled before it
+        if candidate.compiles == 1.0 and not candidate.graph:  # a graph reuses what is compiled already
             self.budget.compile_seconds = max(first - seconds, 1.0) / graphs
         self.committed += MIN_ROUNDS * seconds
         return row
 
     def _lacks_memory(self, candidate: Candidate) -> str | None:
-        """Why a graph, which keeps its memory between replays, would leave too little for the plain calls."""
+        """The reason why a graph, which keeps its memory, would leave too little for plain calls, or None."""
         free = free_memory(self.device)
         if not candidate.graph or free is None:
             return None
@@ -233,11 +233,11 @@ class CaseRun:
             return None
         return (
             f"a graph would keep about {own / 2**30:.0f} GiB, the largest plain candidate needs "
-            f"{plain / 2**30:.0f}, and {free / 2**30:.0f} are free"
+            f"{plain / 2**30:.0f} GiB, and only {free / 2**30:.0f} GiB are free"
         )
 
     def _checked(self, candidate: Candidate, step: Timed, truth: dict[str, Tensor]) -> tuple[Row, int]:
-        """The row of a candidate whose results were just computed, and the operations of one call."""
+        """The row of a candidate whose results were just computed, and the operations per call."""
         if candidate.differs is not None:
             row = Row(candidate.name, "ok", differs=candidate.differs)
             if not all(bool(tensor.isfinite().all()) for _, tensor in step.results()):
@@ -257,24 +257,24 @@ class CaseRun:
         return row, self.case.flops
 
     def _warm_seconds(self, step: Timed, seconds: float) -> float:
-        # The call that counted memory was slowed by counting; a slow one hides that, a quick one is repeated.
+        # Measuring memory slows a call down. This is negligible for a slow call; repeat a quick one.
         return seconds if seconds > 0.5 else self._timed(lambda: step(0))
 
     def _require_device(self, name: str, error: Exception) -> None:
-        """Raise DeviceLostError if nothing works on the device any more, for which ``name`` is to blame."""
+        """Raise DeviceLostError, blaming ``name``, if the device no longer works."""
         try:
             synchronize(self.device)
         except Exception:
             raise DeviceLostError(self.case, name, error) from error
 
     def _timed(self, call: Callable[[], object]) -> float:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call()
         synchronize(self.device)
-        return time.perf_counter() - begin
+        return time.perf_counter() - start
 
     def _time(self, names: Sequence[str], seconds: float) -> None:
-        """Time those of ``names`` that are ready, in turn; ``seconds``: of rounds."""
+        """Time those of ``names`` that are ready in interleaved rounds for ``seconds``."""
         ready = {one.row.backend: one for one in self.measured if one.row.status == "ok"}
         measured = {name: ready[name] for name in names if name in ready}
         if not measured:
@@ -300,8 +300,8 @@ class CaseRun:
 
 
 def _preparation_order(name: str) -> tuple[float, bool]:
-    # What compiles longest comes last: a cut then costs one row. Graphs of the baselines come after the
-    # library's own: where memory is short, they go without.
+    # Candidates that compile longest come last, so that an interruption costs one row. Graphs of baselines
+    # come after the library's, so that these get the memory if it is short.
     candidate = CANDIDATES[name]
     return candidate.compiles, candidate.graph and not candidate.trains
 
@@ -324,22 +324,23 @@ def run_case(
     on_row: OnRow = lambda _: None,
     early_seconds: float = 0.0,
 ) -> CaseResult:
-    """Measure candidates on a case; those that cannot run get a row that says why.
+    """Measure candidates on a case; those that cannot run get a row with the reason.
 
     Args:
-        case: What to run.
-        device: Where.
+        case: The case.
+        device: The device.
         names: The candidates, in the order of the rows.
-        budget: Time that may be taken, shared by the cases of a run.
-        progress: Told what is being done.
-        seed: Of weights and inputs.
+        budget: Time budget, shared by the cases of a run.
+        progress: Called with a description of the current activity.
+        seed: Seed of weights and inputs.
         excluded: Candidates that are known to break the device on this case, with the reason.
-        group: What the result is filed under.
-        on_row: Told of each row as it comes, before the case is whole.
-        early_seconds: Of timed rounds before the first candidate compiles: a run that is cut then has those.
+        group: Group of the result.
+        on_row: Called with each row as it becomes available, before the case is complete.
+        early_seconds: Duration of timed rounds before the first candidate compiles, so that an interrupted
+            run has at least these.
 
     Raises:
-        DeviceLostError: A candidate left the device unusable for this process.
+        DeviceLostError: A candidate made the device unusable for this process.
     """
     run = CaseRun(case, device, budget, progress, seed, excluded or {}, group, on_row, early_seconds)
     return run.run(names)

@@ -1,4 +1,4 @@
-"""The timed unit of work: a latent recursion, or a deep recursion and its backward pass."""
+"""The timed units of work: a latent recursion, or a deep recursion with its backward pass."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trm_kernels import reference
 
 @dataclass
 class Inputs:
-    """Sets of x, y, z, each a list of K tensors [B, L, D], and what a training case needs beside them.
+    """Sets of x, y, z, each a list of K tensors [B, L, D], and further inputs for training cases.
 
-    K sets together exceed twice the last-level cache of a GPU, so that no call finds its input there.
+    The K sets together exceed twice the last-level cache of a GPU, so that no call finds its input there.
 
     Attributes:
         grad_y: Gradient of y [B, L, D], for ``train``.
         labels: Class of each position [B, L], for ``step``.
         head: Weight of the head [C, D] in float32, for ``step``.
-        graph_pool: The memory that the case's CUDA graphs share. They never run at the same time, and what
-            outlives a replay is not shared.
+        graph_pool: Memory pool that the case's CUDA graphs share. They never run at the same time, and
+            tensors that outlive a replay are not shared.
     """
 
     x: list[Tensor]
@@ -46,7 +46,7 @@ MAX_INPUT_SETS = 256
 
 
 def make_inputs(case: Case, device: torch.device, cache_bytes: int) -> Inputs:
-    """Draw normal inputs; the gradient of y is scaled so that parameter gradients stay of unit order."""
+    """Sample normal inputs. The gradient of y is scaled to give parameter gradients of order one."""
     dtype: torch.dtype = getattr(torch, case.stream_dtype)
     shape = (case.batch, case.latents, case.hidden_size)
     sets = 1
@@ -61,14 +61,14 @@ def make_inputs(case: Case, device: torch.device, cache_bytes: int) -> Inputs:
     return Inputs(x, y, z, grad_y, labels, head, pool)
 
 
-#: Factor of the paper family's output projections. With those of a fresh network the recursion amplifies what
-#: was rounded: a bf16 run of 21 calls is 18% off at width 512 and no kernel could be told from eager by its
-#: error; with this one it is 1.3%.
+#: Scale of the paper family's output projections. At a new network's scale the recursion amplifies rounding
+#: errors: a bf16 run of 21 calls has an error of 18% at width 512, too much to distinguish a kernel from
+#: eager. With this factor the error is 1.3%.
 _DAMPING = 0.25
 
 
 def make_state(case: Case, device: torch.device) -> State:
-    """The state dict that all candidates load. Vectors are drawn too: fresh norms and biases hide errors."""
+    """The state dict for all candidates. Vectors are random too, as initial ones would hide errors."""
     with device:
         net = reference.TinyRecursiveNetwork(case.config())
     for name, parameter in net.named_parameters():
@@ -81,28 +81,28 @@ def make_state(case: Case, device: torch.device) -> State:
 
 
 class Timed(Protocol):
-    """What the runner measures."""
+    """The interface of a timed step."""
 
     model: Model
 
     def prepare(self) -> None:
-        """First call: compiles or captures."""
+        """Compile or capture in the first call."""
 
     def __call__(self, i: int) -> None:
-        """Run on input set ``i`` modulo their number."""
+        """Run on input set ``i`` modulo the number of sets."""
 
     def check(self) -> None:
         """Run on input set 0 from the initial parameters, for :meth:`results`."""
 
     def results(self) -> Iterator[tuple[str, Tensor]]:
-        """``("output", y)``, then in training the gradient of all that receives one."""
+        """Yield ``("output", y)`` and, in training, all gradients by name."""
 
     def peak_memory(self, device: torch.device) -> int | None:
-        """Bytes held at the peak of a call, results included, above parameters and inputs."""
+        """Peak memory of a call in bytes, including results but not parameters and inputs."""
 
 
 class Step:
-    """One candidate at one case of mode ``forward`` or ``train`` (see :class:`Case`)."""
+    """One candidate on a case with mode ``forward`` or ``train`` (see :class:`Case`)."""
 
     def __init__(self, case: Case, model: Model, inputs: Inputs) -> None:
         self.case = case
@@ -136,13 +136,13 @@ class Step:
         self.verify()
 
     def restore(self) -> None:
-        """Set back what calls have changed."""
+        """Restore the state that calls change."""
 
     def verify(self) -> None:
-        """Raise RuntimeError if a call from there left undone what :meth:`results` does not show."""
+        """Raise RuntimeError if a call after :meth:`restore` left out an effect not in :meth:`results`."""
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
-        """What receives a gradient, by name."""
+        """Yield all tensors that receive a gradient, by name."""
         if self.case.mode == "train":
             assert self.leaf is not None
             yield "x", self.leaf
@@ -157,7 +157,7 @@ class Step:
             yield name, tensor.grad
 
     def clear(self) -> None:
-        """Let go of the last call's results."""
+        """Release the results of the last call."""
         self.output = self.leaf = None
         self.model.net.zero_grad(set_to_none=True)
 
@@ -177,7 +177,7 @@ class GraphStep:
         self.inputs = step.inputs
 
     def prepare(self) -> None:
-        """Warm up on a side stream, as capturing asks for, and capture the last input set."""
+        """Warm up on a side stream, as capturing requires, and capture the last input set."""
         self.static = [tensor.clone() for tensor in self.inputs[-1]]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -200,7 +200,7 @@ class GraphStep:
 
     def check(self) -> None:
         for _, tensor in self.step.results():
-            tensor.fill_(float("nan"))  # a replay that writes nothing must not pass
+            tensor.fill_(float("nan"))  # so that a replay that writes nothing fails the check
         self.step.restore()
         self(0)
         self.step.verify()
@@ -209,4 +209,4 @@ class GraphStep:
         return self.step.results()
 
     def peak_memory(self, device: torch.device) -> int | None:
-        return self._peak  # all of it is allocated while capturing
+        return self._peak  # all memory is allocated during capture

@@ -1,4 +1,4 @@
-"""The suites: named lists of cases. Imports no torch, so that help is quick."""
+"""The suites: named lists of cases. Does not import torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 from llm_trm.benchmark.workloads import Case, Mode
 
-#: Which rows a table has: ``main`` the backends and the baselines of the ratio columns, ``peers`` what people
-#: would use instead beside them, ``scaling`` the few that are worth a curve.
+#: The rows of a table: ``main`` has the backends and the baselines of the ratio columns, ``peers`` adds
+#: alternative implementations, and ``scaling`` has only the candidates to plot.
 Group = Literal["main", "peers", "scaling"]
 
-#: Above this width a training step takes many seconds on a CPU, so the suites leave it out there.
+#: Above this width a training step takes many seconds on a CPU, so the suites omit it there.
 CPU_TRAIN_WIDTH = 512
 
-#: Above this many operations a point of the scaling suite takes minutes on 2 CPU cores (0.2 TFLOP/s).
+#: Above this many operations, a point of the scaling suite takes minutes on 2 CPU cores (0.2 TFLOP/s).
 CPU_SCALING_FLOPS = 10**12
 
-#: Suite name -> what it holds, in the order of ``--help``.
+#: Description of each suite, in the order of ``--help``.
 SUITES = {
     "quick": "d 64, L 32, batch 2: a smoke test",
     "default": "d 256 and d 2048 at L 256, batch 1",
@@ -37,7 +37,7 @@ _PHASE2 = Case("forward", 256, 256)
 _LATENTS = Case("forward", 2048, 256)
 _PAPER = Case("forward", 512, 97, family="paper")
 
-#: What a suite measures unless ``--mode`` says otherwise; the others forward and train.
+#: Default modes of suites; the others measure forward and train.
 _MODES: dict[str, tuple[Mode, ...]] = {
     "train": ("step",),
     "peers": ("forward", "train", "step"),
@@ -46,21 +46,21 @@ _MODES: dict[str, tuple[Mode, ...]] = {
 
 
 def group_of(suite_name: str | None) -> Group:
-    """Which rows the tables of a suite have."""
+    """The group of rows in the tables of a suite."""
     if suite_name == "paper":
-        return "peers"  # its readers ask how it compares with the official code
+        return "peers"  # to compare with the official code
     return suite_name if suite_name in ("peers", "scaling") else "main"  # type: ignore[return-value]
 
 
 def suite(name: str, device: str, dtype: str, modes: Sequence[Mode] | None = None) -> list[Case]:
-    """The cases of a suite on a device type, most telling first.
+    """The cases of a suite on a device type, most informative first.
 
     Args:
         name: One of :data:`SUITES`.
         device: ``"cuda"``, ``"cpu"`` or ``"mps"``.
-        dtype: Of every case.
-        modes: What to measure; None for what the suite is about. ``train`` and ``scaling`` hold cases of
-            one mode, and none of any other.
+        dtype: Dtype of all cases.
+        modes: Modes to measure; None for the suite's default. ``train`` and ``scaling`` only have cases of
+            one mode.
     """
     if name == "all":
         return [case for part in _ALL for case in suite(part, device, dtype, modes)]
@@ -81,7 +81,7 @@ def suite(name: str, device: str, dtype: str, modes: Sequence[Mode] | None = Non
 def _shapes(name: str, cpu: bool) -> list[Case]:
     if name == "scaling":
         points = (point for axis in scaling_axes(cpu) for point in axis.points() if _cheap(point, cpu))
-        return sorted(points, key=lambda point: point.flops)  # where time runs out, the fewest are missing
+        return sorted(points, key=lambda point: point.flops)  # so that most are done when time runs out
     phase2, latents, paper = (
         [replace(case, batch=batch) for batch in batches]
         for case, batches in (
@@ -105,7 +105,7 @@ def _shapes(name: str, cpu: bool) -> list[Case]:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the scaling suite: a field of :class:`Case`, its values, and the point they vary."""
+    """One axis of the scaling suite: a field of :class:`Case`, its values, and the base point."""
 
     field: Literal["batch", "latents", "hidden_size"]
     label: str
@@ -113,13 +113,13 @@ class Axis:
     base: Case
 
     def points(self) -> Iterator[Case]:
-        """The cases along the axis; the base point itself belongs to the first axis alone."""
+        """Yield the cases along the axis; only the first axis includes the base point."""
         for value in self.values:
             if self.field == "batch" or value != getattr(self.base, self.field):
                 yield self._at(value, self.base)
 
     def value(self, case: Case) -> int | None:
-        """Where ``case`` lies on this axis, whatever its dtype; None if it does not."""
+        """The value of ``case`` on this axis, ignoring its dtype; None if it is not on the axis."""
         value: int = getattr(case, self.field)
         on_axis = self._at(value, replace(self.base, dtype=case.dtype))
         return value if on_axis == case and value in self.values else None
@@ -130,7 +130,7 @@ class Axis:
 
 
 def scaling_axes(cpu: bool) -> tuple[Axis, ...]:
-    """Batch, length and width, each around one base point (batch 16; on a CPU 1)."""
+    """Batch, length and width axes through one base point (batch 16; on a CPU 1)."""
     base = replace(_PHASE2, batch=1 if cpu else 16)
     return (
         Axis("batch", "batch size", (1, 4, 16, 64, 256, 1024), base),
@@ -144,7 +144,7 @@ def _cheap(case: Case, cpu: bool) -> bool:
 
 
 def left_out(name: str, device: str) -> str | None:
-    """One line on what a suite leaves out on a device type, or None."""
+    """One line about the cases that a suite omits on a device type, or None."""
     if name != "scaling" or device != "cpu":
         return None
     missing = [
@@ -153,11 +153,11 @@ def left_out(name: str, device: str) -> str | None:
         for point in axis.points()
         if not _cheap(point, cpu=True)
     ]
-    return f"left out on a CPU, over {CPU_SCALING_FLOPS:.0e} operations a call: {', '.join(missing)}"
+    return f"omitted on a CPU, over {CPU_SCALING_FLOPS:.0e} operations per call: {', '.join(missing)}"
 
 
 def shrunk(cases: Sequence[Case]) -> list[Case]:
-    """The same kinds of case at d 64, L 32, 4 heads and batch 2 at most: to try a command, not to measure."""
+    """The cases reduced to at most d 64, L 32, 4 heads and batch 2, to test a command quickly."""
     small = (
         replace(
             case,

@@ -1,4 +1,4 @@
-"""A case's results as a table for the terminal, or as Markdown."""
+"""Formats a case's results as a table for the terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def columns(result: CaseResult) -> dict[str, Callable[[Row], str]]:
 
 
 def title(result: CaseResult) -> str:
-    """One line that tells the case."""
+    """One line that describes the case."""
     case = result.case
     what = {
         "forward": f"one latent recursion, {case.forward_calls} network calls",
@@ -85,7 +85,7 @@ def title(result: CaseResult) -> str:
 
 
 def footnotes(result: CaseResult) -> list[str]:
-    """The limit that shares are taken of, who computes another function, and why rows have no figures."""
+    """The measured limit, rows that compute another function, and reasons for missing values."""
     limit = (
         f"limit {number(result.floor_ms)} ms, from {number(result.matmul_tflops)} TFLOP/s (matrix product) "
         f"and {number(result.copy_gbps)} GB/s (copy) measured in this run"
@@ -103,7 +103,7 @@ def footnotes(result: CaseResult) -> list[str]:
 
 
 def terminal_table(result: CaseResult) -> Table:
-    """A table for a rich console; a row whose result is wrong is red and shows no speed."""
+    """A table for a rich console. A row with a wrong result is red and shows no speed."""
     table = Table(
         title=escape(title(result)),
         caption=Text("\n".join(footnotes(result))),
@@ -122,7 +122,7 @@ def terminal_table(result: CaseResult) -> Table:
 
 
 def markdown_table(result: CaseResult) -> str:
-    """The same as a Markdown table, without title and footnotes."""
+    """A Markdown table without title and footnotes."""
     cells = columns(result)
     lines: Iterable[list[str]] = [
         list(cells),

@@ -1,4 +1,4 @@
-"""A whole training step: deep recursion, norm, head, cross-entropy, backward, clipping, AdamW, average."""
+"""A whole training step: deep recursion, norm, head, cross-entropy, backward, clipping, AdamW and EMA."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loss_of(y: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def autocast_dtype(case: Case, model: Model) -> torch.dtype | None:
-    """What a step runs under autocast to, or None: the paper's model casts its weights itself."""
+    """The autocast dtype of a step, or None; the paper's model casts its weights itself."""
     if case.dtype == "float32" or not (model.needs_autocast or case.stream_dtype == "float32"):
         return None
     dtype: torch.dtype = getattr(torch, case.dtype)
@@ -37,11 +37,11 @@ def autocast_dtype(case: Case, model: Model) -> torch.dtype | None:
 
 @functools.cache
 def autocast_cache_keeps_gradients(device_type: str) -> bool:
-    """Whether a weight that autocast first cast without gradient still gets one from a later use.
+    """Whether a weight that autocast first casts without gradients still gets a gradient from a later use.
 
-    The recursions without gradient come first in a step. Up to some release of PyTorch (issue 112583 of
-    pytorch/pytorch) the cast that they left in the cache cut the weight off from the others; there the cache
-    must be off.
+    The recursions without gradients come first in a step. In older releases of PyTorch (issue 112583 of
+    pytorch/pytorch) the cast that they leave in the cache detaches the weight from later uses, so the cache
+    must be disabled.
     """
     weight = torch.ones(1, 1, device=device_type, requires_grad=True)
     x = torch.ones(1, 1, device=device_type)
@@ -52,7 +52,7 @@ def autocast_cache_keeps_gradients(device_type: str) -> bool:
 
 
 def require_updates(initial: Mapping[str, Tensor], updated: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise RuntimeError if a tensor of ``updated``, by kind and name, equals that of ``initial``."""
+    """Raise RuntimeError if a tensor of ``updated``, by kind and name, equals its value in ``initial``."""
     for kind, tensors in updated.items():
         for name, before in initial.items():
             if not (tensors[name] != before).any():
@@ -60,10 +60,10 @@ def require_updates(initial: Mapping[str, Tensor], updated: Mapping[str, Mapping
 
 
 class LoopStep(Step):
-    """The plain training loop: one Python statement a parameter for the average, and a loss that is read.
+    """The plain training loop, which updates the average per parameter in Python and reads the loss.
 
-    Under the case's low precision it runs as training does: parameters, their average and AdamW's moments
-    in float32; autocast, or, in the paper's family, streams in low precision and weights cast at use.
+    In low precision it runs as in real training: parameters, their average and AdamW's moments are float32,
+    with autocast or, for the paper's family, low-precision streams and weights cast on use.
     """
 
     def __init__(self, case: Case, model: Model, inputs: Inputs) -> None:
@@ -77,13 +77,13 @@ class LoopStep(Step):
         self.loss = float("nan")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with PyTorch's defaults for its implementation."""
+        """AdamW with PyTorch's default implementation."""
         return torch.optim.AdamW(
             self.parameters.values(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
         )
 
     def gradients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """Forward and backward pass; returns the loss."""
+        """Run the forward and backward pass, and return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         kind = self.head.device.type
         with torch.autocast(
@@ -109,7 +109,7 @@ class LoopStep(Step):
         self.loss = loss.item()
 
     def restore(self) -> None:
-        """Set the parameters back to what they were before the first step; AdamW keeps its moments."""
+        """Reset the parameters to their initial values; AdamW keeps its moments."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.initial[name])
@@ -127,7 +127,7 @@ class LoopStep(Step):
 
 
 class DeviceLoopStep(LoopStep):
-    """The same arithmetic without a wait for the device, as a CUDA graph needs it."""
+    """The same arithmetic without device synchronisation, as CUDA graphs require."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -148,15 +148,15 @@ class DeviceLoopStep(LoopStep):
 
 
 def float64_gradients(case: Case, state: State, inputs: Inputs, rows: int) -> dict[str, Tensor]:
-    """Output and clipped gradients of the first step in float64, ``rows`` samples at a time."""
+    """Output and clipped gradients of the first step in float64, computed ``rows`` samples at a time."""
     device = torch.device("cpu") if inputs.head.device.type == "mps" else inputs.head.device
     wide = {name: tensor.to(device, torch.float64) for name, tensor in state.items()}
     model = written_out(reference_network)(case, wide)
     head = inputs.head.to(device, torch.float64).requires_grad_()
     outputs = []
-    for begin in range(0, case.batch, rows):
-        x, y, z = (tensor[begin : begin + rows].to(device, torch.float64) for tensor in inputs[0])
-        labels = inputs.labels[begin : begin + rows].to(device)
+    for start in range(0, case.batch, rows):
+        x, y, z = (tensor[start : start + rows].to(device, torch.float64) for tensor in inputs[0])
+        labels = inputs.labels[start : start + rows].to(device)
         output = model.deep(x, y, z)[0]
         (loss_of(output, head, labels) * (len(x) / case.batch)).backward()
         outputs.append(output.detach())

@@ -1,4 +1,4 @@
-"""What is measured: cases, and the work that each holds. Imports no torch, so that help is quick."""
+"""Benchmark cases and their amount of work. Does not import torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ Mode = Literal["forward", "train", "step"]
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
-#: Classes that a whole training step's head tells apart: those of a Sudoku cell, with padding (the paper's).
+#: Number of classes of a training step's head: those of a Sudoku cell, including padding (as in the paper).
 CLASSES = 11
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measured unit of work on a tiny network.
+    """One unit of work to measure on a tiny network.
 
     Attributes:
-        mode: ``"forward"`` is one latent recursion without gradient: n + 1 calls of the network.
+        mode: ``"forward"`` is one latent recursion without gradients: n + 1 calls of the network.
             ``"train"`` is one supervision step: gradients set to None, a deep recursion (T - 1 latent
-            recursions without gradient, one with), and the backward pass from a given gradient of y to
-            the parameters and x. The optimizer's step is no part of it. ``"step"`` is a whole training
-            step: the same deep recursion on given x, then norm, head and cross-entropy, the backward pass
-            to the parameters, gradient clipping, AdamW and an exponential moving average of the parameters.
+            recursions without gradients, one with), and the backward pass from a given gradient of y to
+            the parameters and x, without the optimizer's step. ``"step"`` is a whole training step: the
+            same deep recursion on a given x, then norm, head and cross-entropy, the backward pass to the
+            parameters, gradient clipping, AdamW and an exponential moving average of the parameters.
         hidden_size: Width D.
         latents: Sequence length L.
         batch: Batch size B.
-        dtype: Of everything, or, for a whole training step, of the matrix products: parameters and what
-            the optimizer keeps of them are float32 there.
-        steps: n, the latent steps of one latent recursion.
-        recursions: T, the latent recursions of one deep recursion.
+        dtype: Dtype of all tensors. For a whole training step, only of the matrix products: parameters and
+            optimizer state are float32.
+        steps: Number n of latent steps per latent recursion.
+        recursions: Number T of latent recursions per deep recursion.
     """
 
     mode: Mode
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Identifies the case in results; equal for equal cases."""
+        """Name that identifies the case in results."""
         return (
             f"{self.family} {self.mode} d{self.hidden_size} L{self.latents} B{self.batch} "
             f"layers{self.layers} heads{self.heads} {_SHORT_DTYPE[self.dtype]}"
@@ -61,7 +61,7 @@ class Case:
         return asdict(self)
 
     def config(self) -> NetworkConfig:
-        """The network; raises ValueError where the fields describe none."""
+        """The network's configuration. Raises ValueError if the fields are invalid."""
         from trm_kernels.config import NetworkConfig
 
         return NetworkConfig(
@@ -73,30 +73,30 @@ class Case:
 
     @property
     def parameter_dtype(self) -> str:
-        """Of the parameters: float32 where an optimizer updates them."""
+        """Dtype of the parameters: float32 if an optimizer updates them."""
         return "float32" if self.mode == "step" else self.dtype
 
     @property
     def stream_dtype(self) -> str:
-        """Of x, y and z. A whole step in low precision keeps float32 streams, as autocast does; the paper's
-        model has streams in the low precision itself."""
+        """Dtype of x, y and z. A whole step in low precision has float32 streams, as with autocast, except
+        for the paper's model, whose streams are in low precision."""
         return "float32" if self.mode == "step" and self.family != "paper" else self.dtype
 
     @property
     def forward_calls(self) -> int:
-        """Calls of the network in the forward pass."""
+        """Number of network calls in the forward pass."""
         return (self.steps + 1) * (1 if self.mode == "forward" else self.recursions)
 
     @property
     def backward_calls(self) -> int:
-        """Calls of the network that a backward pass runs through."""
+        """Number of network calls in the backward pass."""
         return 0 if self.mode == "forward" else self.steps + 1
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the matrix products, two for a multiply-add.
+        """Floating-point operations of the matrix products, two per multiply-add.
 
-        A backward pass counts twice its forward pass; norms, activations and softmax are not counted.
+        A backward pass counts as twice its forward pass. Norms, activations and softmax are not counted.
         """
         config = self.config()
         d, matrices = config.d_model, 3 if config.gated else 2
@@ -105,7 +105,7 @@ class Case:
         return self.in_all_calls(config.n_layers * (projections + attention))
 
     def in_all_calls(self, call: int) -> int:
-        """Operations of the case, if one call of the network takes ``call`` of them."""
+        """Operations of the case, if one call of the network needs ``call`` operations."""
         head = 6 * self.batch * self.latents * self.hidden_size * CLASSES if self.mode == "step" else 0
         return call * (self.forward_calls + 2 * self.backward_calls) + head
 
@@ -116,18 +116,18 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes that the parameters and the states x, y and z take; a run needs more."""
+        """Bytes of the parameters and the states x, y and z, a lower bound of the memory of a run."""
         states = 3 * self.batch * self.latents * self.hidden_size * ELEMENT_BYTES[self.stream_dtype]
         return self.parameters * ELEMENT_BYTES[self.parameter_dtype] + states
 
     def bytes_moved(self, cache_bytes: int) -> int:
-        """Fewest bytes that must cross main memory.
+        """Lower bound of the main-memory traffic in bytes.
 
-        x, y and z are read and y and z written once; ``train`` also reads the gradient of y and writes
-        those of x and of every parameter; a whole step reads and writes every parameter, its average and
-        AdamW's two moments. The parameters are read once, or once in each forward and backward call of
-        the network if they do not fit the last-level cache of ``cache_bytes``. Nothing in between counts:
-        a kernel may keep it on the chip or compute it again.
+        x, y and z are read once and y and z are written once. ``train`` also reads the gradient of y and
+        writes the gradients of x and of every parameter. A whole step reads and writes every parameter, its
+        average and AdamW's two moments. The parameters are read once, or once per forward and backward call
+        of the network if they do not fit the last-level cache of ``cache_bytes``. Intermediate results are
+        not counted, because a kernel may keep them on the chip or recompute them.
         """
         size = ELEMENT_BYTES[self.stream_dtype]
         parameters = self.parameters * ELEMENT_BYTES[self.parameter_dtype]

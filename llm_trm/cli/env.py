@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llm_trm.cli.options.types import BATCH, DEPTH, LENGTH, NO_OR_WIDTH, WIDTH
-from llm_trm.memory import in_words
+from llm_trm.memory import format_bytes
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ def print_plan(facts: dict[str, Any], as_json: bool) -> None:
     console.print("[bold]memory[/bold]")
     for name, size in found.items():
         kind = "  (estimate)" if name == "activations" else ""
-        console.print(f"  {name:<24} {in_words(size):>15}{kind}")
+        console.print(f"  {name:<24} {format_bytes(size):>15}{kind}")
     for name, size in facts["devices"].items():
         verdict = "fits into" if found["total"] <= size else "[bold]does not fit into[/bold]"
-        console.print(f"  {verdict} the {in_words(size)} of {escape(name)}")
+        console.print(f"  {verdict} the {format_bytes(size)} of {escape(name)}")

@@ -18,7 +18,7 @@ from llm_trm.cli.options.types import BATCH, LENGTH, NO_OR_COUNT, NO_OR_SPREAD, 
 from llm_trm.device import resolve_device
 
 if TYPE_CHECKING:
-    from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Speaker
+    from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Responder
 
 
 @click.command(short_help="Ask a language model, with or without a recursion.")
@@ -131,35 +131,37 @@ def generate(
         raise InputError("the question is empty: ask something")
     import torch
 
-    speaker = _speaker(mode, checkpoint, model, where, trust_remote_code)
+    responder = _speaker(mode, checkpoint, model, where, trust_remote_code)
     # All before the first is answered, and before a file is written anew: one may be too long.
-    prompts = [speaker.encode(asked) for asked in questions]
+    prompts = [responder.encode(asked) for asked in questions]
     torch.manual_seed(seed)
     with _writer(output) as written, memory_advice():
         if asks:
-            _converse(speaker, decoding, written, verbose=verbose)
+            _converse(responder, decoding, written, verbose=verbose)
         else:
-            _answer(speaker, questions, prompts, decoding, batch_size, written, verbose=verbose)
+            _answer(responder, questions, prompts, decoding, batch_size, written, verbose=verbose)
 
 
 def _speaker(
     mode: Mode | None, checkpoint: str | None, model: str | None, device: Any, trust_remote_code: bool
-) -> Speaker:
+) -> Responder:
     from llm_trm.errors import InputError
-    from llm_trm.evaluate.language_model_modes import load_speakers
+    from llm_trm.evaluate.language_model_modes import load_responders
 
     wanted: Sequence[Mode] = [mode] if mode else ["latent"] if checkpoint else ["think", "no-think"]
-    speakers, missing = load_speakers(wanted, checkpoint, model, device, trust_remote_code=trust_remote_code)
-    if not speakers:
+    responders, missing = load_responders(
+        wanted, checkpoint, model, device, trust_remote_code=trust_remote_code
+    )
+    if not responders:
         raise InputError("; ".join(f"mode {name} cannot run: {reason}" for name, reason in missing.items()))
-    speaker = next(iter(speakers.values()))
+    responder = next(iter(responders.values()))
     for name, reason in missing.items():
-        click.echo(f"mode {speaker.mode}, not {name}: {reason}", err=True)
-    return speaker
+        click.echo(f"mode {responder.mode}, not {name}: {reason}", err=True)
+    return responder
 
 
 def _answer(
-    speaker: Speaker,
+    responder: Responder,
     questions: Sequence[str],
     prompts: Sequence[list[int]],
     decoding: Decoding,
@@ -170,34 +172,34 @@ def _answer(
 ) -> None:
     for start in range(0, len(questions), batch_size):
         batch = slice(start, start + batch_size)
-        replies, seconds = speaker.reply(prompts[batch], decoding)
+        replies, seconds = responder.reply(prompts[batch], decoding)
         for asked, reply in zip(questions[batch], replies, strict=True):
             if verbose:
                 if len(questions) > 1:
                     click.echo(f"> {asked}")
                 click.echo(reply.text)
-                click.echo(_figures(speaker, reply, seconds, len(replies)))
+                click.echo(_figures(responder, reply, seconds, len(replies)))
             else:
                 click.echo(reply.answer)
             _warn(reply, asked if len(questions) > 1 else None, decoding)
-            _record(written, speaker, asked, reply, seconds / len(replies))
+            _record(written, responder, asked, reply, seconds / len(replies))
 
 
-def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, verbose: bool) -> None:
+def _converse(responder: Responder, decoding: Decoding, written: IO[str] | None, *, verbose: bool) -> None:
     from transformers import TextStreamer
 
     from llm_trm.errors import InputError
-    from llm_trm.text import is_text, lines_of
+    from llm_trm.text import is_text, split_lines
 
     # With it input() edits lines and remembers them; Windows has none.
     with suppress(ImportError):
         import readline  # noqa: F401
     click.echo(
-        f"{speaker.name}, mode {speaker.mode}. Each line is a question of its own; Ctrl-D ends.", err=True
+        f"{responder.name}, mode {responder.mode}. Each line is a question of its own; Ctrl-D ends.", err=True
     )
     while True:
         try:
-            asked = "\n".join(lines_of(input("> "))).strip()
+            asked = "\n".join(split_lines(input("> "))).strip()
         except (EOFError, KeyboardInterrupt):
             click.echo()
             return
@@ -209,9 +211,9 @@ def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, 
             click.echo("llm-trm: error: the line is not text in UTF-8: type it again", err=True)
             continue
         # Whoever types has time to read how the answer comes about.
-        streamer = TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(responder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            (reply,), seconds = speaker.reply([speaker.encode(asked)], decoding, streamer)
+            (reply,), seconds = responder.reply([responder.encode(asked)], decoding, streamer)
         except InputError as error:
             click.echo(f"llm-trm: error: {error}", err=True)
             continue
@@ -219,14 +221,14 @@ def _converse(speaker: Speaker, decoding: Decoding, written: IO[str] | None, *, 
             click.echo()
             continue
         if verbose:
-            click.echo(_figures(speaker, reply, seconds, 1))
+            click.echo(_figures(responder, reply, seconds, 1))
         _warn(reply, None, decoding)
-        _record(written, speaker, asked, reply, seconds)
+        _record(written, responder, asked, reply, seconds)
 
 
-def _figures(speaker: Speaker, reply: Reply, seconds: float, batch: int) -> str:
+def _figures(responder: Responder, reply: Reply, seconds: float, batch: int) -> str:
     steps = ""
-    if speaker.mode == "latent":
+    if responder.mode == "latent":
         taken = ", ".join(map(str, reply.steps))
         steps = f"steps of the recursion: {taken}; " if taken else "no recursion: it wrote no <think>; "
     shared = f" for {batch} questions" if batch > 1 else ""
@@ -243,14 +245,14 @@ def _warn(reply: Reply, asked: str | None, decoding: Decoding) -> None:
         )
 
 
-def _record(written: IO[str] | None, speaker: Speaker, asked: str, reply: Reply, seconds: float) -> None:
+def _record(written: IO[str] | None, responder: Responder, asked: str, reply: Reply, seconds: float) -> None:
     if written is None:
         return
     record = {
         "question": asked,
         "answer": reply.answer,
         "text": reply.text,
-        "mode": speaker.mode,
+        "mode": responder.mode,
         "tokens": reply.tokens,
         "finished": reply.finished,
         "steps": list(reply.steps),
@@ -277,12 +279,12 @@ def _is_terminal() -> bool:
 def _questions(question: str | None, file: Path | None) -> list[str]:
     from llm_trm.data.problems import read_questions
     from llm_trm.errors import InputError, one_line
-    from llm_trm.text import is_text, lines_of, read_stdin, read_text
+    from llm_trm.text import is_text, read_stdin, read_text, split_lines
 
     if question is not None:
         if not is_text(question):
             raise InputError(f"the question {question!a} is not text in UTF-8: ask it in UTF-8")
-        return ["\n".join(lines_of(question))]
+        return ["\n".join(split_lines(question))]
     if file is not None and file.suffix in (".jsonl", ".json"):
         found = [asked.text for asked in read_questions(file)]
     else:

@@ -1,4 +1,4 @@
-"""Problems, language-model states, and the files that hold them."""
+"""Problems, language-model states, and the files that store them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ThinkingDataGenerator"]
 
 
 def __getattr__(name: str) -> Any:
-    # It imports torch, which `llm-trm data arithmetic` does not need.
+    # The module imports torch, which `llm-trm data arithmetic` does not need.
     if name == "ThinkingDataGenerator":
         from llm_trm.data.generation import ThinkingDataGenerator
 

@@ -1,7 +1,7 @@
-"""The arithmetic world: problems that a tiny language model solves by thinking, and not without.
+"""The arithmetic world: problems that a tiny language model can solve only by thinking.
 
-A problem is a chain of operations on a running total, from left to right, modulo ``modulus``:
-``7+5*3-8`` is ``((7 + 5) * 3 - 8) mod 10 = 8``. Its worked trace writes every intermediate total.
+A problem is a chain of operations on a running total, evaluated from left to right modulo ``modulus``:
+``7+5*3-8`` is ``((7 + 5) * 3 - 8) mod 10 = 8``. Its worked trace shows every intermediate total.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llm_trm.settings import Settings, setting
 
 Split = Literal["train", "test"]
 
-#: One problem of so many is held out, by a hash of its question, whatever seed drew it.
+#: One problem in this many is held out, chosen by a hash of its question and independent of the seed.
 _HELD_OUT = 8
 _OPERATORS = "+-*"
 
@@ -28,10 +28,10 @@ class Problem:
     """One problem with its worked solution.
 
     Attributes:
-        question: What is asked, ``7+5*3-8``.
+        question: The question, ``7+5*3-8``.
         thinking: The worked trace, ``7+5=2;2*3=6;6-8=8``.
         answer: The last total, ``8``.
-        operations: How many operations the chain has: its difficulty.
+        operations: Number of operations in the chain, which is its difficulty.
     """
 
     question: str
@@ -76,15 +76,16 @@ class World(Settings):
         super().__post_init__()
         if self.min_operations > self.max_operations:
             raise InputError(
-                f"operations must be a range from 1 up, not {self.min_operations} to {self.max_operations}"
+                "operations must be a range from 1 upwards, not "
+                f"{self.min_operations} to {self.max_operations}"
             )
         if self.max_operand is not None and self.max_operand >= self.modulus:
             raise InputError(
-                f"the largest operand must lie in 1 to {self.modulus - 1}, not {self.max_operand}"
+                f"the largest operand must be from 1 to {self.modulus - 1}, not {self.max_operand}"
             )
 
     def draw(self, generator: random.Random) -> Problem:
-        """One problem, of either split."""
+        """Sample a problem of either split."""
         operations = generator.randint(self.min_operations, self.max_operations)
         total = generator.randrange(1, self.modulus)
         largest = self.modulus - 1 if self.max_operand is None else self.max_operand
@@ -98,7 +99,7 @@ class World(Settings):
         return Problem("".join(question), ";".join(steps), str(total), operations)
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        """Problem ``index`` of the endless sequence that ``split`` and ``seed`` name."""
+        """Problem ``index`` of the infinite sequence given by ``split`` and ``seed``."""
         if split not in get_args(Split):
             raise InputError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
         # A string seed is hashed with SHA-512, the same in every process and version.
@@ -109,7 +110,7 @@ class World(Settings):
                 return problem
 
     def problems(self, count: int, split: Split = "train", seed: int = 0) -> Iterator[Problem]:
-        """The first ``count`` problems of a split; the two splits share no question."""
+        """The first ``count`` problems of a split. The two splits have no question in common."""
         return (self.problem(split, seed, index) for index in range(count))
 
 

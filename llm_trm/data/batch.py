@@ -1,4 +1,4 @@
-"""Sequences that grow together: a key-value cache whose rows come and go."""
+"""A batch of growing sequences with a key-value cache, whose rows can be added and removed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """A problem under way.
+    """A problem in progress.
 
     Attributes:
-        index: Of the problem.
+        index: Index of the problem.
         prompt: Token ids.
-        context_length: How many of them stand before ``<think>``.
-        written: Tokens written up to ``</think>``.
-        thinking_from: Where in ``written`` the thinking begins, behind ``<think>``; None before that.
-        context: States before ``<think>``, in pieces ``[k, D]``.
-        thought: Whether ``</think>`` was written.
+        context_length: Number of prompt tokens before ``<think>``.
+        written: Generated tokens up to ``</think>``.
+        thinking_from: Index in ``written`` of the first token after ``<think>``; None before that.
+        context: States before ``<think>``, in chunks ``[k, D]``.
+        thought: Whether ``</think>`` was generated.
         post, next_token, response: As in :class:`llm_trm.data.decoding.Thought`.
     """
 
@@ -45,25 +45,25 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens read and written."""
+        """Number of tokens read and generated."""
         return len(self.prompt) + len(self.written) + len(self.response)
 
     def is_finite(self) -> bool:
-        """Whether the states that were kept hold no NaN and no infinity."""
+        """Whether all stored states are finite."""
         kept = [*self.context, *([] if self.post is None else [self.post])]
         return all(bool(torch.isfinite(states).all()) for states in kept)
 
 
 @dataclass
 class Batch:
-    """Rows, what the model remembers of them, and the token that it is to read next.
+    """Rows, their key-value cache, and the next token of each.
 
     Attributes:
         rows: B problems.
-        cache: Keys and values ``[B, heads, K, head size]`` of every layer, the last position at the end.
-        mask: ``[B, K + 1]``, 1 where a row has a token, the next one included.
-        lengths: ``[B]``, ones of the mask.
-        tokens: ``[B]``, the next ones.
+        cache: Keys and values ``[B, heads, K, head size]`` of every layer, padded on the left.
+        mask: ``[B, K + 1]``, 1 where a row has a token, including the next one.
+        lengths: ``[B]``, number of ones in the mask.
+        tokens: ``[B]``, the next tokens.
     """
 
     rows: list[Row]
@@ -73,24 +73,24 @@ class Batch:
     tokens: Tensor
 
     def feed(self, tokens: Tensor) -> None:
-        """Make ``tokens`` ``[B]`` the next ones; the cache has the previous ones by now."""
+        """Set the next tokens to ``tokens`` ``[B]``; the cache already contains the previous ones."""
         self.mask = functional.pad(self.mask, (0, 1), value=1)
         self.lengths = self.lengths + 1
         self.tokens = tokens
 
-    def keep(self, places: list[int]) -> None:
-        """Drop all rows but those at ``places``, and the columns that are padding in every row left."""
-        self.rows = [self.rows[place] for place in places]
-        index = torch.tensor(places, device=self.mask.device)
+    def keep(self, indices: list[int]) -> None:
+        """Keep only the rows at ``indices``, and drop columns that are padding in all of them."""
+        self.rows = [self.rows[index] for index in indices]
+        selected = torch.tensor(indices, device=self.mask.device)
         padding = self.mask.shape[1] - max(row.length for row in self.rows)
         for layer in _layers(self.cache):
-            layer.keys = layer.keys[index, :, padding:]
-            layer.values = layer.values[index, :, padding:]
-        self.mask = self.mask[index, padding:]
-        self.lengths, self.tokens = self.lengths[index], self.tokens[index]
+            layer.keys = layer.keys[selected, :, padding:]
+            layer.values = layer.values[selected, :, padding:]
+        self.mask = self.mask[selected, padding:]
+        self.lengths, self.tokens = self.lengths[selected], self.tokens[selected]
 
     def join(self, other: Batch) -> None:
-        """Take the rows of ``other`` in, the shorter of the two padded on the left."""
+        """Add the rows of ``other``, padding the shorter batch on the left."""
         mine = max(other.mask.shape[1] - self.mask.shape[1], 0)
         theirs = max(self.mask.shape[1] - other.mask.shape[1], 0)
 
@@ -107,5 +107,5 @@ class Batch:
 
 
 def _layers(cache: DynamicCache) -> list[Any]:
-    # Typed as Any: transformers' own annotation allows for layers that have neither keys nor values.
+    # Any, because transformers' annotation includes layers without keys and values.
     return list(cache.layers)

@@ -1,4 +1,4 @@
-"""Batched generation that keeps the states which a recursion learns from, in one pass over every token."""
+"""Batched generation that records the states for training a recursion, in one pass over every token."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ NOT_FINITE = "not_finite"
 PROMPT_TOO_LONG = "prompt_too_long"
 STOPPED_THINKING = "stopped_thinking"
 
-#: Why a problem gave no sample.
+#: Reasons why a problem yields no sample.
 REASONS = {
-    EMPTY_CONTEXT: "nothing stands before <think>",
+    EMPTY_CONTEXT: "nothing before <think>",
     NO_END_THINK: "no </think> within --max-new-tokens or the model's context",
     NO_THINK: "no <think>",
     NOT_FINITE: "states with NaN or infinity",
@@ -41,15 +41,15 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a sample may get, in tokens.
+    """Maximum lengths of a sample in tokens.
 
     Attributes:
-        prompt: Of the prompt; longer ones fail, none is cut.
-        thinking: Generated up to ``</think>``, both tags included.
-        answer: Generated behind ``</think>``.
+        prompt: Maximum length of the prompt. Longer prompts fail; none is truncated.
+        thinking: Maximum number of tokens generated up to ``</think>``, including both tags.
+        answer: Maximum number of tokens generated after ``</think>``.
 
     Raises:
-        InputError: A value out of range.
+        InputError: A value is out of range.
     """
 
     prompt: Annotated[int, LENGTH] = 2048
@@ -62,16 +62,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Thought:
-    """A problem that was thought about.
+    """The result of thinking about a problem.
 
     Attributes:
         hidden_pre: ``[L, D]``, on the CPU, final-norm states of every position before ``<think>``.
         hidden_post: ``[D]``, final-norm state at ``</think>``.
-        preamble: Tokens written before ``<think>``; with the prompt, those that ``hidden_pre`` is of.
+        preamble: Tokens generated before ``<think>``. ``hidden_pre`` covers the prompt and these.
         thinking: Tokens between the tags.
-        next_token: The likeliest token behind ``</think>``.
-        response: Tokens behind ``</think>``, each the likeliest; without the end token.
-        complete: Whether the response has come to its end.
+        next_token: The most likely token after ``</think>``.
+        response: Greedily decoded tokens after ``</think>``, without the end token.
+        complete: Whether the response ended with an end token.
     """
 
     hidden_pre: Tensor
@@ -88,20 +88,20 @@ Outcome = Thought | str
 
 
 class ThoughtDecoder:
-    """Lets a model think about problems, many at a time.
+    """Lets a model think about a batch of problems at a time.
 
-    Rows leave the batch as soon as they are done, and others enter when it is half empty. The cache is padded
-    on the left, and every row has its own position ids. Only the last position goes through the output head.
+    Rows leave the batch when they finish, and new ones enter when it is half empty. The cache is padded on
+    the left, and every row has its own position ids. The output head only reads the last position.
 
-    Logits are taken as the output head gives them: a model that scales or caps them behind it is sampled at
-    another temperature than the one asked for.
+    Sampling uses the logits of the output head. For a model that scales or caps its logits afterwards, the
+    effective temperature therefore differs from the requested one.
 
     Args:
-        model: Decoder with a key-value cache and ``last_hidden_state`` behind its final norm.
-        sampling: Up to ``</think>``; the answer is greedy.
-        limits: Lengths.
-        batch_size: Rows at a time. Halved for good when the device runs out of memory.
-        dtype: Of the states that are kept.
+        model: A decoder with a key-value cache whose ``last_hidden_state`` comes after its final norm.
+        sampling: Sampling up to ``</think>``; the answer is decoded greedily.
+        limits: Maximum lengths.
+        batch_size: Maximum number of rows. Halved permanently when the device runs out of memory.
+        dtype: Dtype of the stored states.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class ThoughtDecoder:
         """Think about every prompt.
 
         Args:
-            prompts: Token ids by the problem's index, on which the sampling noise depends.
-            report: Called with each outcome when it is there.
+            prompts: Token ids by problem index. The sampling noise depends on the index.
+            report: Called with each outcome once it is available.
 
         Returns:
             Outcomes in the order of ``prompts``.
@@ -146,10 +146,10 @@ class ThoughtDecoder:
                 batch, done = self._advance(batch, waiting)
             except torch.OutOfMemoryError:
                 out_of_memory = True
-            # Not above, where the exception still holds the tensors of the call that failed.
+            # Not in the except block, where the exception still references the failed call's tensors.
             if out_of_memory:
                 self._halve(len(prompts) - len(outcomes))
-                # What was under way begins anew; its noise, and so its tokens, are the same.
+                # Restart the rows in progress. Their noise, and so their tokens, stay the same.
                 batch, done, waiting = None, [], self._queue(prompts, outcomes)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -163,7 +163,7 @@ class ThoughtDecoder:
         return None if self._context_length(prompt) else EMPTY_CONTEXT
 
     def _context_length(self, prompt: Sequence[int]) -> int:
-        """Tokens before ``<think>`` where a prompt ends in an open one, otherwise all."""
+        """Number of tokens before ``<think>`` if the prompt ends in an open one, otherwise of all tokens."""
         think = self._model.think
         if think in prompt:
             last = len(prompt) - 1 - list(reversed(prompt)).index(think)
@@ -172,7 +172,7 @@ class ThoughtDecoder:
         return len(prompt)
 
     def _queue(self, prompts: Mapping[int, Sequence[int]], outcomes: Mapping[int, Outcome]) -> deque[Row]:
-        # Alike lengths together waste the least padding; the longest first, so that memory runs out early.
+        # Sorting by length minimises padding. With the longest first, memory runs out early if at all.
         order = sorted(prompts.keys() - outcomes.keys(), key=lambda index: (-len(prompts[index]), index))
         return deque(Row(index, prompts[index], self._context_length(prompts[index])) for index in order)
 
@@ -189,7 +189,7 @@ class ThoughtDecoder:
     def _advance(
         self, batch: Batch | None, waiting: deque[Row]
     ) -> tuple[Batch | None, list[tuple[Row, Outcome]]]:
-        """One forward pass: over new prompts if there is room for them, else over one token of every row."""
+        """One forward pass: over new prompts if the batch has room, else over the next token of every row."""
         rows = 0 if batch is None else len(batch.rows)
         if batch is not None and (not waiting or 2 * rows > self.batch_size):
             states = self._forward(batch.cache, batch.tokens[:, None], batch.mask, batch.lengths[:, None] - 1)
@@ -218,7 +218,7 @@ class ThoughtDecoder:
         return Batch(rows, cache, mask, lengths, tokens[:, -1]), states[:, -1]
 
     def _forward(self, cache: DynamicCache, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Final-norm states ``[B, K, D]`` of ``tokens`` ``[B, K]``, which ``cache`` then holds."""
+        """Final-norm states ``[B, K, D]`` of ``tokens`` ``[B, K]``, which are added to ``cache``."""
         output = self._backbone(
             input_ids=tokens,
             attention_mask=mask,
@@ -230,17 +230,17 @@ class ThoughtDecoder:
         return states
 
     def _extend(self, batch: Batch, states: Tensor) -> tuple[Batch | None, list[tuple[Row, Outcome]]]:
-        """Choose what follows ``states`` ``[B, D]`` in every row, and take out the rows that are done."""
+        """Sample the token after ``states`` ``[B, D]`` in every row, and remove finished rows."""
         device = states.device
         index, written, greedy = torch.tensor(
             [[row.index, len(row.written), row.thought] for row in batch.rows], device=device
         ).unbind(-1)
         tokens = self._sampling.draw(self._head(states), index, written, greedy.bool())
         done, staying = [], []
-        for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
-            outcome = self._write(row, token, states[place])
+        for number, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
+            outcome = self._write(row, token, states[number])
             if outcome is None:
-                staying.append(place)
+                staying.append(number)
             else:
                 done.append((row, outcome if row.is_finite() else NOT_FINITE))
         if not staying:
@@ -251,7 +251,7 @@ class ThoughtDecoder:
         return batch, done
 
     def _write(self, row: Row, token: int, state: Tensor) -> Outcome | None:
-        """Write ``token`` behind the position that has ``state``; the outcome if that ends the row."""
+        """Append ``token``, sampled at the position with ``state``. Returns the outcome if the row ends."""
         if row.thought:
             return self._answer(row, token, state)
         if row.written and row.thinking_from is None:
@@ -264,7 +264,7 @@ class ThoughtDecoder:
             return NO_THINK if row.thinking_from is None else STOPPED_THINKING
         if token == self._model.think and row.thinking_from is None:
             row.thinking_from = len(row.written)
-        # Position len(prompt) + len(written) - 1 is the next to be fed.
+        # The next position to feed is len(prompt) + len(written) - 1.
         if len(row.written) >= min(self._limits.thinking, self._positions - len(row.prompt)):
             return NO_THINK if row.thinking_from is None else NO_END_THINK
         return None
@@ -284,7 +284,7 @@ class ThoughtDecoder:
         return Thought(pre, row.post, preamble, thinking, row.next_token, row.response, complete)
 
     def _kept(self, states: Tensor) -> Tensor:
-        # A copy even on the CPU, where a view would keep the states of the whole batch.
+        # Copy even on the CPU, where a view would keep the states of the whole batch alive.
         return states.to("cpu", self._dtype, copy=True)
 
 

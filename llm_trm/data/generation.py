@@ -1,4 +1,4 @@
-"""Runs a language model in thinking mode on problems, and keeps its states before and after it thought."""
+"""Runs a language model in thinking mode on problems, and stores its states before and after thinking."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm_trm.data.grading import is_correct
 from llm_trm.data.pairs import DTYPES, Pair, PairFiles, open_pairs, summarize_shard, write_index, write_shard
 from llm_trm.data.problems import Question, load_questions
 from llm_trm.data.processes import launched_processes
-from llm_trm.data.resume import begin, check_settings
+from llm_trm.data.resume import check_settings, start
 from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
 from llm_trm.files import writable_folder
@@ -31,21 +31,22 @@ class DataGenConfig:
     """Settings of :class:`ThinkingDataGenerator`.
 
     Attributes:
-        output: Folder of the pairs.
-        model: As :func:`llm_trm.models.loading.load_thinking_model` takes it.
-        dataset, split, world: As :func:`llm_trm.data.problems.load_questions` takes them.
-        num_samples: Problems; those that fail give no pair.
-        sampling: Temperature, top-p and seed. The seed is the arithmetic world's, too.
-        limits: Of prompt, thinking and answer.
-        batch_size: Problems at a time on one device. No setting of the samples: it may change on resuming.
-        shard_size: Problems a shard, the unit of resuming and of the division among processes.
-        dtype: Of the stored states, a key of :data:`llm_trm.data.pairs.DTYPES`; None for the model's own.
-        device: Where the model runs.
-        fresh: Start over in a folder that holds another run's pairs.
-        trust_remote_code: Run the Python files that the language model brings, if it needs them.
+        output: Output folder.
+        model: See :func:`llm_trm.models.loading.load_thinking_model`.
+        dataset, split, world: See :func:`llm_trm.data.problems.load_questions`.
+        num_samples: Number of problems; those that fail yield no pair.
+        sampling: Temperature, top-p and seed. The arithmetic world uses the same seed.
+        limits: Maximum lengths of prompt, thinking and answer.
+        batch_size: Problems per batch on one device. It is not part of the samples' settings and may change
+            on resuming.
+        shard_size: Problems per shard. Shards are the unit of resuming and of distribution over processes.
+        dtype: Dtype of the stored states, a key of :data:`llm_trm.data.pairs.DTYPES`; None for the model's.
+        device: Device of the model.
+        fresh: Start over in a folder that has another run's pairs.
+        trust_remote_code: Allow the language model's own Python files to run if it needs them.
 
     Raises:
-        InputError: A value out of range.
+        InputError: A value is out of range.
     """
 
     output: Path
@@ -69,14 +70,14 @@ class DataGenConfig:
 
 @dataclass
 class GenerationProgress:
-    """How far one process has come.
+    """Progress of one process.
 
     Attributes:
-        total: Problems of the shards that fall to this process.
-        resumed: Those in shards that were there before.
-        pairs: Problems that gave a pair.
-        failures: Problems that gave none, by reason.
-        batch_size: Problems at a time; less than asked for where memory ran out.
+        total: Number of problems in this process's shards.
+        resumed: Number of problems in shards that already existed.
+        pairs: Number of problems that yielded a pair.
+        failures: Number of problems that failed, by reason.
+        batch_size: Problems per batch; less than requested after memory ran out.
     """
 
     total: int = 0
@@ -87,21 +88,20 @@ class GenerationProgress:
 
     @property
     def done(self) -> int:
-        """Problems that are settled."""
+        """Number of finished problems."""
         return self.resumed + self.pairs + self.failures.total()
 
 
 class ThinkingDataGenerator:
-    """Generates pairs of hidden states for phase 2, and resumes where it was interrupted.
+    """Generates pairs of hidden states for phase 2, and resumes after an interruption.
 
-    Under ``accelerate launch`` on P processes, process r makes the shards r, r + P, r + 2 P and so on. A
-    shard depends on the settings alone, not on who makes it or when; batch size and device change its states
-    by rounding.
+    Under ``accelerate launch`` with P processes, process r generates the shards r, r + P, r + 2 P and so on.
+    A shard depends only on the settings. Batch size and device change its states only by rounding errors.
 
     Args:
         config: Settings.
-        model: Instead of loading ``config.model``; on the device that it is to run on.
-        on_progress: Called with the state of this process after every problem.
+        model: A model to use instead of loading ``config.model``; already on its device.
+        on_progress: Called with this process's progress after every problem.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class ThinkingDataGenerator:
         self._on_progress = on_progress
 
     def run(self) -> PairFiles:
-        """Generate what is missing, and index it.
+        """Generate the missing shards and write the index.
 
         Raises:
-            InputError: A folder that cannot be written or holds pairs of other settings, a model or a data
-                set that cannot be loaded.
+            InputError: The folder is not writable or has pairs with other settings, or the model or data set
+                cannot be loaded.
         """
         config, processes = self.config, launched_processes()
         questions = load_questions(
@@ -131,7 +131,7 @@ class ThinkingDataGenerator:
             world=config.world,
         )
         if not questions:
-            raise InputError(f"--dataset {config.dataset} holds no problem: name another")
+            raise InputError(f"--dataset {config.dataset} has no problems: choose another data set")
         dtype = self._dtype()
         settings = _settings(config, questions, dtype)
         folder = writable_folder(config.output)
@@ -142,7 +142,7 @@ class ThinkingDataGenerator:
         missing = [number for number in mine if config.fresh or summarize_shard(folder, number) is None]
         maker = None
         if missing:
-            # Before anything is removed: a model that cannot be loaded costs nobody their pairs.
+            # Load the model before removing anything, so that a failure to load loses no pairs.
             model = self._model or load_thinking_model(
                 config.model,
                 processes.place(config.device),
@@ -151,7 +151,7 @@ class ThinkingDataGenerator:
             maker = _ShardMaker(config, model, questions, dtype)
             maker.check(missing)
         if processes.is_main:
-            begin(folder, settings, fresh=config.fresh)
+            start(folder, settings, fresh=config.fresh)
         processes.wait()
         if maker is not None:
             self._generate(maker, mine, missing)
@@ -166,7 +166,7 @@ class ThinkingDataGenerator:
             name = self.config.dtype
         elif self._model is not None:
             name = str(self._model.model.dtype).removeprefix("torch.")
-        else:  # what load_thinking_model takes
+        else:  # the defaults of load_thinking_model
             name = "bfloat16" if self.config.device.type == "cuda" else "float32"
         if name not in DTYPES:
             raise InputError(f"states cannot be stored as {name}: use {' or '.join(DTYPES)}")
@@ -193,7 +193,7 @@ class ThinkingDataGenerator:
 
 
 def _settings(config: DataGenConfig, questions: list[Question], dtype: str) -> dict[str, Any]:
-    """Everything that the samples depend on."""
+    """All settings that determine the samples."""
     asked = json.dumps([[question.text, question.answer] for question in questions])
     return {
         "model": config.model,
@@ -217,7 +217,7 @@ def _settings(config: DataGenConfig, questions: list[Question], dtype: str) -> d
 
 
 class _ShardMaker:
-    """Makes the shard of a number: a fixed range of problems."""
+    """Generates shards by number. A shard is a fixed range of problems."""
 
     def __init__(
         self, config: DataGenConfig, model: ThinkingModel, questions: list[Question], dtype: str
@@ -229,7 +229,7 @@ class _ShardMaker:
 
     @property
     def batch_size(self) -> int:
-        """Problems at a time."""
+        """Problems per batch."""
         return self._decoder.batch_size
 
     def problems(self, number: int) -> range:
@@ -238,7 +238,7 @@ class _ShardMaker:
         return range(number * size, min((number + 1) * size, len(self._questions)))
 
     def check(self, numbers: Sequence[int]) -> None:
-        """Refuse questions of these shards that cannot be asked, before any is.
+        """Reject questions of these shards that cannot be encoded, before generating any shard.
 
         Raises:
             InputError: See :meth:`ThinkingModel.encode`.
@@ -250,7 +250,7 @@ class _ShardMaker:
         return self._model.encode([self._questions[index].text for index in indices])
 
     def make(self, number: int, report: Callable[[Outcome], None]) -> None:
-        """Generate shard ``number`` and write it; ``report`` gets each outcome when it is there."""
+        """Generate and write shard ``number``, calling ``report`` with each outcome."""
         indices = self.problems(number)
         tokens = self._tokens(indices)
         pairs: list[Pair] = []
@@ -266,7 +266,7 @@ class _ShardMaker:
         tokenizer, question = self._model.tokenizer, self._questions[index]
         response = str(tokenizer.decode(thought.response, skip_special_tokens=True)).strip()
         correct = None
-        # A response that was cut may have been on its way to the right answer.
+        # A truncated response might still have reached the correct answer.
         if thought.complete and question.answer is not None:
             correct = is_correct(response, question.answer)
         return {

@@ -1,28 +1,28 @@
-"""Whether what a model said is the reference answer."""
+"""Compares a model's response with the reference answer."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-#: A minus behind a digit, a letter or a bracket takes away, and a comma not before three digits lists.
+#: A minus after a digit, letter or bracket is subtraction; a comma not before three digits separates items.
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/[1-9]\d*(?![\d.]))?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{([1-9]\d*)\}")
-#: Spellings that make no difference in a LaTeX answer.
+#: LaTeX that does not change the meaning of an answer.
 _LATEX_NOISE = re.compile(r"\\left|\\right|\\[!,;: ]|[\s$]")
 
 
 def is_correct(response: str, answer: str) -> bool | None:
-    """Compare the final answer of ``response`` with that of the reference ``answer``.
+    """Compare the final answer of ``response`` with the final answer of the reference ``answer``.
 
-    A final answer stands on the line behind ``####`` (GSM8K), in ``\\boxed{}`` (MATH), or is the whole text
-    of one line; a response may also name a number last. Numbers are compared as numbers: ``1,000.0`` is
-    ``1000``.
+    A final answer follows ``####`` on the same line (GSM8K), is in ``\\boxed{}`` (MATH), or is the whole
+    text if that is a single line. For a response it may also be the last number. Numbers are compared by
+    value: ``1,000.0`` equals ``1000``.
 
     Returns:
-        None if the reference has no final answer that could be told from its explanation.
+        Whether they are equal; None if the reference's final answer cannot be identified.
     """
     wanted = _marked(answer)
     if wanted is None:
@@ -38,7 +38,7 @@ def is_correct(response: str, answer: str) -> bool | None:
 
 
 def _marked(text: str) -> str | None:
-    """What stands on the line behind the last ``####`` or in the last ``\\boxed{}``."""
+    """The rest of the line after the last ``####``, or the content of the last ``\\boxed{}``."""
     _, mark, behind = text.rpartition("####")
     if mark:
         return behind.strip().partition("\n")[0].strip()
@@ -62,7 +62,7 @@ def _divided(text: str) -> Fraction:
 
 
 def _spelt(text: str) -> str:
-    """``text`` with its minus signs and simple LaTeX fractions as numbers have them."""
+    """``text`` with Unicode minus signs and simple LaTeX fractions in plain notation."""
     return _FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-"))
 
 

@@ -1,4 +1,4 @@
-"""Questions for a language model that recurs at ``<think>``, and what it is to write: tokens and labels."""
+"""Prompts and training examples (tokens and labels) for a language model that recurs at ``<think>``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def prompt_form(tokenizer: PreTrainedTokenizerBase, form: PromptForm | None = None) -> PromptForm:
-    """``form``, by default ``"chat"`` for a tokenizer with a chat template and ``"plain"`` for others.
+    """Validate ``form``, which defaults to ``"chat"`` if the tokenizer has a chat template, else ``"plain"``.
 
     Raises:
-        InputError: An unknown form, ``"chat"`` without a template, or with one that loses the question.
+        InputError: The form is unknown, or ``"chat"`` with a template that is missing or loses the question.
     """
     if form is None:
         form = "chat" if tokenizer.chat_template else "plain"
@@ -43,20 +43,22 @@ def question_prompt(
     thinking: bool = True,
     recurs: bool = True,
 ) -> Passage:
-    """``question``, up to where the model begins to write; it is text, whatever tokens it names.
+    """The prompt for ``question``, up to where the model starts to write.
+
+    The question is encoded as text, even if it contains special tokens.
 
     Args:
-        tokenizer: The model's.
-        question: What is asked.
-        form: How it is put.
-        thinking: Whether the model is to think. A chat template may open the thought itself
-            (:func:`opens_thought`); if not, it closes it, or it is closed here. The plain form has nothing to
-            say about it.
-        recurs: Whether the model recurs at ``<think>``, so that what a chat template says about the tag must
-            be text.
+        tokenizer: The model's tokenizer.
+        question: The question.
+        form: Prompt form.
+        thinking: Whether the model should think. If so, a chat template may open the thought itself
+            (:func:`opens_thought`). If not, the template closes the thought or this function does. The plain
+            form ignores this argument.
+        recurs: Whether the model recurs at ``<think>``. If so, tags that a chat template mentions are
+            encoded as text.
 
     Raises:
-        InputError: The chat template loses or changes the question, or leaves nothing to think.
+        InputError: The chat template loses or changes the question, or does not let the model think.
     """
     if form == "plain":
         return joined("Question: ", text(question), "\nAnswer: ")
@@ -64,54 +66,54 @@ def question_prompt(
 
 
 def prompts_fingerprint(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
-    """Of what decides which tokens a question becomes, but for the date, which some chat templates write."""
-    decides = [
+    """SHA-256 of everything that determines a prompt's tokens, except the date in some chat templates."""
+    determining = [
         form,
         tokenizer.chat_template if form == "chat" else surroundings(tokenizer)[0],
         sorted(control_tokens(tokenizer).items()),
         tokenizer.bos_token,
         encode(tokenizer, [f"Is 1 < 2?\n{THINK}"]),
     ]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
 
 
 def opens_thought(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
-    """Whether a prompt for thinking ends in ``<think>`` already, so that the model does not write it."""
+    """Whether a prompt for thinking already ends in ``<think>``, so that the model does not write it."""
     return form == "chat" and chat_template(tokenizer).opens
 
 
 def response(
     tokenizer: PreTrainedTokenizerBase, answer: str, form: PromptForm, *, thinking: str = ""
 ) -> Passage:
-    """What a model that recurs at ``<think>`` is to write: the tag, what is left of thinking, the answer.
+    """The target output of a model that recurs at ``<think>``: the tag, any written thinking, the answer.
 
-    The tag is left out where the prompt ends in it (:func:`opens_thought`). Thinking and answer are text.
+    The tag is omitted if the prompt ends in it (:func:`opens_thought`). Thinking and answer are text.
     """
     tail = answer_tail(tokenizer, answer, form)
     if form == "plain":
         return joined(THINK, *((" ", text(thinking)) if thinking else ()), tail)
-    begun = "" if opens_thought(tokenizer, form) else THINK
-    return joined(begun, text(thinking), END_THINK, tail)
+    opening = "" if opens_thought(tokenizer, form) else THINK
+    return joined(opening, text(thinking), END_THINK, tail)
 
 
 def answer_tail(tokenizer: PreTrainedTokenizerBase, answer: str, form: PromptForm) -> Passage:
-    """What of a :func:`response` stands behind its thinking."""
+    """The part of a :func:`response` after its thinking."""
     return joined(" " if form == "plain" else "", answer_at_once(tokenizer, answer))
 
 
 def answer_at_once(tokenizer: PreTrainedTokenizerBase, answer: str) -> Passage:
-    """What a model is to write that does not think: the answer, which is text, and its end."""
+    """The target output of a model that does not think: the answer, which is text, and the end token."""
     return joined(text(answer), tokenizer.eos_token or "")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptForm) -> list[int]:
-    """Tokens of a :func:`question_prompt`; in any other string, tokens that it names are read as such.
+    """Encode a :func:`question_prompt`. In a plain ``str``, special tokens are parsed as such.
 
-    A chat template has written the token that begins a text itself; the plain form gets the tokenizer's.
-    None gets the end token that some tokenizers add.
+    A chat template writes the beginning-of-text token itself; the plain form gets the tokenizer's. The end
+    token that some tokenizers add is always omitted.
 
     Raises:
-        InputError: The question names a token that the tokenizer cannot write out.
+        InputError: The question contains a token that the tokenizer cannot encode as text.
     """
     return encode_each(tokenizer, [prompt], form)[0]
 
@@ -119,25 +121,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, form: PromptF
 def encode_each(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], form: PromptForm
 ) -> list[list[int]]:
-    """Tokens of each prompt, as :func:`encode_prompt` gives them."""
-    begun = surroundings(tokenizer)[0] if form == "plain" else []
-    return [begun + ids for ids in encode(tokenizer, prompts)]
+    """Encode each prompt like :func:`encode_prompt`."""
+    prefix = surroundings(tokenizer)[0] if form == "plain" else []
+    return [prefix + ids for ids in encode(tokenizer, prompts)]
 
 
 def lesson(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str, form: PromptForm, *, thinking: str = ""
 ) -> dict[str, list[int]]:
-    """``input_ids`` of a question and its response, and ``labels``: -100 at the question."""
-    asked = encode_prompt(tokenizer, question_prompt(tokenizer, question, form), form)
-    written = response(tokenizer, answer, form, thinking=thinking)
-    (said,) = encode(tokenizer, [written])
-    return {"input_ids": asked + said, "labels": [IGNORED] * len(asked) + said}
+    """``input_ids`` of a question and its response, and ``labels``, which are -100 at the question."""
+    prompt = encode_prompt(tokenizer, question_prompt(tokenizer, question, form), form)
+    (target,) = encode(tokenizer, [response(tokenizer, answer, form, thinking=thinking)])
+    return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], form: PromptForm
 ) -> BatchEncoding:
-    """``input_ids`` and ``attention_mask`` of prompts, padded on the left: what ``generate`` takes."""
+    """``input_ids`` and ``attention_mask`` of prompts, padded on the left for ``generate``."""
     return tokenizer.pad(
         {"input_ids": encode_each(tokenizer, prompts, form)},
         padding_side="left",

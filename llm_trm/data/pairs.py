@@ -1,17 +1,17 @@
-"""Pair files: the states of a language model before it thinks, and the one after.
+"""Pair files: the states of a language model before it thinks, and the state after.
 
-A folder holds ``pairs.json``, the index, and numbered shards. ``shard-00000.safetensors`` has the states of
-its samples in packed rows, and ``shard-00000.jsonl`` one record a sample, in the same order:
+A folder contains ``pairs.json``, the index, and numbered shards. ``shard-00000.safetensors`` has the packed
+states of its samples, and ``shard-00000.jsonl`` has one record per sample, in the same order:
 
 ===============  =============  =============================================================================
-``hidden_pre``   ``[rows, D]``  final-norm states of every position before ``<think>``, sample behind sample
+``hidden_pre``   ``[rows, D]``  final-norm states of every position before ``<think>``, samples concatenated
 ``hidden_post``  ``[N, D]``     final-norm state at the position of ``</think>``
 ``offsets``      ``[N + 1]``    int64; sample i has the rows ``offsets[i] .. offsets[i + 1] - 1``
 ===============  =============  =============================================================================
 
 The records load with ``datasets.load_dataset("json", data_files="FOLDER/shard-*.jsonl",
-features=record_features())``; :data:`RECORD` names their fields. Without the features, ``datasets`` takes a
-field that is null in a whole shard for another type than in the next.
+features=record_features())``; :data:`RECORD` lists their fields. Without the features, ``datasets`` infers
+different types for a field that is null in the whole of one shard but not in the next.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "llm-trm pairs", 1
 INDEX = "pairs.json"
-#: Types that states are stored in, by the name that the index has for them.
+#: Dtypes of stored states, by their names in the index.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
-#: Fields of a record and their types. Lengths are in tokens, and the tags are in none of them.
+#: Fields of a record and their types. Lengths are in tokens and do not include the tags.
 RECORD = {
-    "index": "int64",  # of the problem, in 0 .. num_samples - 1
-    "problem": "string",  # the text asked
+    "index": "int64",  # index of the problem, in 0 .. num_samples - 1
+    "problem": "string",  # the question
     "answer": "string",  # the reference answer, or null
     "thinking": "string",  # the text between <think> and </think>
     "context_length": "int64",  # rows of hidden_pre
     "thinking_tokens": "int64",
-    "next_token": "int64",  # id of the token that the language model ranks first at </think>
-    "response": "string",  # the text behind </think>, empty if none was generated
-    "correct": "bool",  # whether it gives the reference answer; null where that is not known
+    "next_token": "int64",  # id of the language model's most likely token at </think>
+    "response": "string",  # the text after </think>, empty if none was generated
+    "correct": "bool",  # whether it gives the reference answer; null if unknown
 }
 
-# One key, because safetensors writes the metadata of a file in no fixed order.
+# A single key, because safetensors does not write metadata in a fixed order.
 _METADATA_KEY = "llm_trm"
-_REMEDY = "run the same llm-trm datagen command again, which makes what is missing"
+_REMEDY = "run the same llm-trm datagen command again, which generates the missing shards"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index knows of a shard.
+    """A shard's entry in the index.
 
     Attributes:
         file, metadata: Names of the safetensors and the JSONL file in the folder.
@@ -99,7 +99,7 @@ class PairShard:
     """One shard in memory.
 
     Attributes:
-        hidden_pre: ``[rows, D]``, in the type that it is stored in.
+        hidden_pre: ``[rows, D]``, in the stored dtype.
         hidden_post: ``[N, D]``.
         offsets: ``[N + 1]``, int64.
         records: N records with the fields of :data:`RECORD`.
@@ -115,16 +115,16 @@ class PairShard:
 
 @dataclass(frozen=True)
 class PairFiles:
-    """A folder of pairs whose index has been checked; the states stay on disk until they are asked for.
+    """A folder of pairs whose index has been checked. The states are read from disk on demand.
 
     Attributes:
-        folder: Where they are.
-        hidden_size: D.
-        dtype: Of the stored states, a key of :data:`DTYPES`.
-        model: What the language model was loaded by.
-        settings: Everything that the samples depend on.
-        seed: Of the sampling noise.
-        failures: Problems that gave no sample, counted by reason.
+        folder: The folder.
+        hidden_size: Width D.
+        dtype: Dtype of the stored states, a key of :data:`DTYPES`.
+        model: Name that the language model was loaded by.
+        settings: All settings that determine the samples.
+        seed: Seed of the sampling noise.
+        failures: Number of problems without a sample, by reason.
         entries: The shards.
     """
 
@@ -142,38 +142,38 @@ class PairFiles:
 
     @property
     def samples(self) -> int:
-        """Samples of all shards."""
+        """Number of samples in all shards."""
         return sum(entry.samples for entry in self.entries)
 
     @property
     def rows(self) -> int:
-        """Rows of ``hidden_pre`` of all shards."""
+        """Number of rows of ``hidden_pre`` in all shards."""
         return sum(entry.rows for entry in self.entries)
 
     def shards(self) -> Iterator[PairShard]:
-        """The shards in order, each read when it is reached and none kept.
+        """Iterate over the shards, reading each on demand.
 
         Raises:
-            InputError: A shard that cannot be read, contradicts the index, or holds NaN or infinity.
+            InputError: A shard cannot be read, contradicts the index, or contains NaN or infinity.
         """
         return (_read_shard(self.folder, entry, self.hidden_size) for entry in self.entries)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The records of all samples, without their states."""
+        """Iterate over the records of all samples, without reading their states."""
         for entry in self.entries:
             yield from _read_records(self.folder / entry.metadata, entry.samples)
 
 
 def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
-    """Open a folder that ``llm-trm datagen`` has finished.
+    """Open a folder that ``llm-trm datagen`` has completed.
 
     Args:
         path: The folder.
-        hidden_size: The width D that the states must have; any if None.
+        hidden_size: Required width D of the states; any if None.
 
     Raises:
-        InputError: No index, one of another format, a shard that is missing or not as the index states, or
-            states of another width.
+        InputError: The index is missing or has another format, a shard is missing or contradicts the index,
+            or the states have another width.
     """
     index_path = path / INDEX
     index = read_json(
@@ -182,7 +182,7 @@ def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
     try:
         if index["format"] != FORMAT or index["version"] != VERSION:
             raise InputError(
-                f"{index_path} is not of format {FORMAT!r} {VERSION}: make it with llm-trm datagen"
+                f"{index_path} does not have the format {FORMAT!r} {VERSION}: create it with llm-trm datagen"
             )
         files = PairFiles(
             folder=path,
@@ -199,11 +199,11 @@ def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
     except ValueError as error:
         raise InputError(f"{index_path}: {error}: {_REMEDY}") from error
     except (KeyError, TypeError) as error:
-        raise InputError(f"{index_path} is no index of pairs ({error!r}): {_REMEDY}") from error
+        raise InputError(f"{index_path} is not an index of pairs ({error!r}): {_REMEDY}") from error
     if hidden_size is not None and files.hidden_size != hidden_size:
         raise InputError(
-            f"{index_path}: its states are {files.hidden_size} wide (model {files.model}) and not "
-            f"{hidden_size}: use pairs and a model that belong together"
+            f"{index_path}: its states have width {files.hidden_size} (model {files.model}), not "
+            f"{hidden_size}: use pairs that were generated with this model"
         )
     for entry in files.entries:
         for name in (entry.file, entry.metadata):
@@ -220,12 +220,12 @@ def write_shard(
     hidden_size: int,
     dtype: str,
 ) -> None:
-    """Write shard ``number``: its states, then its records, each whole or not at all.
+    """Write shard ``number``: first its states, then its records, each atomically.
 
     Args:
-        pairs: In the order of their index; none is possible.
-        failures: Indices of the problems that gave no pair, by reason.
-        hidden_size: D.
+        pairs: The pairs in the order of their index; may be empty.
+        failures: Indices of the problems without a pair, by reason.
+        hidden_size: Width D.
         dtype: A key of :data:`DTYPES`.
     """
     file, metadata = shard_paths(folder, number)
@@ -243,13 +243,13 @@ def write_shard(
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What can be told of a shard without reading its states.
+    """Properties of a shard that are known without reading its states.
 
     Attributes:
-        entry: For the index.
-        hidden_size: D.
-        dtype: Of the states, a key of :data:`DTYPES`.
-        failures: Indices of the problems that gave no pair, by reason.
+        entry: The shard's entry in the index.
+        hidden_size: Width D.
+        dtype: Dtype of the states, a key of :data:`DTYPES`.
+        failures: Indices of the problems without a pair, by reason.
     """
 
     entry: ShardEntry
@@ -259,7 +259,7 @@ class ShardSummary:
 
 
 def summarize_shard(folder: Path, number: int) -> ShardSummary | None:
-    """What shard ``number`` holds; None if it is missing or not whole."""
+    """Summarize shard ``number``; None if it is missing or incomplete."""
     from safetensors import SafetensorError, safe_open
 
     file, metadata = shard_paths(folder, number)
@@ -282,21 +282,21 @@ def summarize_shard(folder: Path, number: int) -> ShardSummary | None:
 def write_index(
     folder: Path, shards: int, *, model: str, seed: int, settings: Mapping[str, Any]
 ) -> PairFiles:
-    """Write the index over ``shards`` shards, at least one, and open the folder.
+    """Write the index of ``shards`` shards, at least one, and open the folder.
 
     Raises:
-        InputError: A shard is not whole, or of another width or type than the first.
+        InputError: A shard is incomplete, or its width or dtype differs from the first shard's.
     """
     found = []
     for number in range(shards):
         summary = summarize_shard(folder, number)
         path = shard_paths(folder, number)[0]
         if summary is None:
-            raise InputError(f"{path} is missing or not whole: {_REMEDY}")
+            raise InputError(f"{path} is missing or incomplete: {_REMEDY}")
         found.append(summary)
         if (summary.hidden_size, summary.dtype) != (found[0].hidden_size, found[0].dtype):
             raise InputError(
-                f"{path} has states of another width or type than the others: delete it, and {_REMEDY}"
+                f"{path} has states of another width or dtype than the others: delete it, and {_REMEDY}"
             )
     failures = Counter[str]()
     for summary in found:
@@ -341,7 +341,7 @@ def _check(folder: Path, entry: ShardEntry, files: PairFiles) -> None:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing: {_REMEDY}")
     if (size := path.stat().st_size) != entry.bytes:
-        raise InputError(f"{path} has {size} bytes and not {entry.bytes}: {_REMEDY}")
+        raise InputError(f"{path} has {size} bytes, not {entry.bytes}: {_REMEDY}")
     expected = _expected(entry, files.hidden_size)
     try:
         with safe_open(path, "pt") as opened:
@@ -365,7 +365,7 @@ def _compare(
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             raise InputError(
-                f"{path}: {name} is {shapes.get(name)} and not {shape} as {INDEX} says: {_REMEDY}"
+                f"{path}: {name} has shape {shapes.get(name)}, but {INDEX} has {shape}: {_REMEDY}"
             )
 
 
@@ -376,11 +376,11 @@ def _read_shard(folder: Path, entry: ShardEntry, hidden_size: int) -> PairShard:
     _compare(path, shapes, _expected(entry, hidden_size))
     for name in ("hidden_pre", "hidden_post"):
         if not torch.isfinite(tensors[name]).all():
-            raise InputError(f"{path}: {name} holds NaN or infinity: delete the file, and {_REMEDY}")
+            raise InputError(f"{path}: {name} contains NaN or infinity: delete the file, and {_REMEDY}")
     offsets = tensors["offsets"]
     if offsets[0] != 0 or offsets[-1] != entry.rows or bool((offsets.diff() < 1).any()):
         raise InputError(
-            f"{path}: offsets do not rise from 0 to {entry.rows}: delete the file, and {_REMEDY}"
+            f"{path}: offsets do not increase from 0 to {entry.rows}: delete the file, and {_REMEDY}"
         )
     records = _read_records(folder / entry.metadata, entry.samples)
     return PairShard(tensors["hidden_pre"], tensors["hidden_post"], offsets, records, path)
@@ -392,5 +392,5 @@ def _read_records(path: Path, samples: int) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): {_REMEDY}") from error
     if len(records) != samples:
-        raise InputError(f"{path} has {len(records)} records and not {samples}: {_REMEDY}")
+        raise InputError(f"{path} has {len(records)} records, not {samples}: {_REMEDY}")
     return records

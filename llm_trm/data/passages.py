@@ -1,4 +1,4 @@
-"""Strings for a language model to read, of which some parts are text: no special token begins there."""
+"""Strings for a language model in which some parts are text, where special tokens are not parsed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_Known = TypeVar("_Known")
+_Cached = TypeVar("_Cached")
 _Span = tuple[int, int]
-#: Stands for the control token before a piece, so that a tokenizer does not take its start for a text's.
+#: Placeholder for the control token before a piece, which keeps the piece from being the start of a text.
 _BEFORE = "\ue000llm-trm\ue001"
-#: Passages that are encoded in one call.
-_TOGETHER = 10_000
+#: Number of passages to encode per call.
+_BATCH = 10_000
 
 
 class Passage(str):
-    """A string, and which parts of it are text.
+    """A string with spans that are text.
 
-    In such a part the name of a control token (``<think>``, ``<|end|>``) is written out in ordinary tokens.
-    What the methods of ``str`` return knows of no parts; :func:`joined` keeps them.
+    In such a span the name of a control token (``<think>``, ``<|end|>``) is encoded with ordinary tokens.
+    Methods of ``str`` lose the spans; :func:`joined` keeps them.
 
     Args:
         whole: The string.
-        texts: Start and end of each part.
+        texts: Start and end of each span.
     """
 
     texts: tuple[_Span, ...]
@@ -41,12 +41,12 @@ class Passage(str):
 
 
 def text(value: str) -> Passage:
-    """``value``, all of it text."""
+    """``value`` as a passage that is all text."""
     return Passage(value, ((0, len(value)),) if value else ())
 
 
 def joined(*parts: str) -> Passage:
-    """``parts`` one behind the other: text where a part is, control tokens read elsewhere."""
+    """Concatenate ``parts``, keeping the text spans of each. Control tokens are parsed outside of them."""
     texts: list[_Span] = []
     length = 0
     for part in parts:
@@ -56,14 +56,14 @@ def joined(*parts: str) -> Passage:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> list[list[int]]:
-    """Tokens of each passage, without those that the tokenizer would put around it.
+    """Encode each passage, without the tokens that the tokenizer would add around it.
 
     Raises:
-        InputError: A text names a control token that the tokenizer cannot write out.
+        InputError: A text contains a control token that the tokenizer cannot encode as text.
     """
     found: list[list[int]] = []
-    for start in range(0, len(passages), _TOGETHER):
-        found += _encode(tokenizer, passages[start : start + _TOGETHER])
+    for start in range(0, len(passages), _BATCH):
+        found += _encode(tokenizer, passages[start : start + _BATCH])
     return found
 
 
@@ -81,7 +81,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> list
 
 
 def surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens that the tokenizer puts before a text (that which begins it), and behind it (an end token)."""
+    """Tokens that the tokenizer adds before a text (beginning of text) and after it (end of text)."""
     bare: list[int] = tokenizer("1", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("1")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
@@ -91,27 +91,27 @@ def surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
-    """Names, by id, of the added tokens that say how a text is built.
+    """Names, by id, of the added tokens that structure a text.
 
-    They are the special ones, the tags of thinking, and those that the chat template writes. Other added
-    tokens, and white space, are words of the vocabulary like any other.
+    These are the special tokens, the thinking tags, and the tokens that the chat template writes. Other added
+    tokens, and whitespace, are ordinary vocabulary.
     """
     return _control(tokenizer)
 
 
 def own_token(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
-    """The id of ``name`` if it is one token, and its own: what is not known may be one unknown token."""
+    """The id of ``name`` if it encodes to its own single token; other words may be one unknown token."""
     own: int | None = tokenizer.get_vocab().get(name)
     return own if tokenizer.encode(name, add_special_tokens=False) == [own] else None
 
 
-def remembered(
-    make: Callable[[PreTrainedTokenizerBase], _Known],
-) -> Callable[[PreTrainedTokenizerBase], _Known]:
-    """``make``, which is called again for a tokenizer only when its tokens or its template have changed."""
-    known: weakref.WeakKeyDictionary[Any, tuple[Any, _Known]] = weakref.WeakKeyDictionary()
+def cached_per_tokenizer(
+    make: Callable[[PreTrainedTokenizerBase], _Cached],
+) -> Callable[[PreTrainedTokenizerBase], _Cached]:
+    """Cache ``make`` per tokenizer until the tokenizer's tokens or chat template change."""
+    known: weakref.WeakKeyDictionary[Any, tuple[Any, _Cached]] = weakref.WeakKeyDictionary()
 
-    def recall(tokenizer: PreTrainedTokenizerBase) -> _Known:
+    def recall(tokenizer: PreTrainedTokenizerBase) -> _Cached:
         state = len(tokenizer), tokenizer.chat_template, dict(tokenizer.special_tokens_map)
         before = known.get(tokenizer)
         if before is None or before[0] != state:
@@ -121,9 +121,9 @@ def remembered(
     return recall
 
 
-@remembered
+@cached_per_tokenizer
 def _control(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
-    # Not every tokenizer in Python marks its special tokens as such.
+    # Not every Python tokenizer marks its special tokens as such.
     special = set(tokenizer.all_special_tokens)
     written = _template_literals(tokenizer.chat_template)
     return {
@@ -135,7 +135,7 @@ def _control(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
 
 
 def _template_literals(template: Any) -> str:
-    """What a chat template, or one of several by name, writes by itself."""
+    """The literal text in a chat template, or in several named templates."""
     if not template:
         return ""
     import jinja2
@@ -155,53 +155,53 @@ def _with_text(
     encoding: Encoding | None,
     control: Mapping[int, str],
 ) -> list[int]:
-    """``ids`` of the passage, but for control tokens that its texts name: those are written out."""
+    """The passage's ``ids``, in which control tokens inside its texts are replaced by ordinary tokens."""
     if encoding is None:
         _require_none(tokenizer, passage, ids, control)
         return ids
     markers, strays = [], set()
-    for place, (number, (start, end)) in enumerate(zip(ids, encoding.offsets, strict=True)):
+    for position, (number, (start, end)) in enumerate(zip(ids, encoding.offsets, strict=True)):
         if number not in control:
             continue
         named = passage[start:end].strip()
         if number == tokenizer.unk_token_id and named != control[number]:
             continue
-        # A token may swallow the white space around it, which is not what it is.
+        # A token's span may include surrounding whitespace, which is not part of its name.
         start = passage.index(named, start)
         if any(start < of_text[1] and start + len(named) > of_text[0] for of_text in passage.texts):
-            strays.add(place)
+            strays.add(position)
         else:
-            markers.append(place)
+            markers.append(position)
     if not strays:
         return ids
     made: list[int] = []
-    begun = at = 0
-    for place in [*markers, len(ids)]:
-        end = encoding.offsets[place][0] if place < len(ids) else len(passage)
-        piece = ids[begun:place]
-        if not strays.isdisjoint(range(begun, place)):
-            piece = _written_out(tokenizer, passage[at:end], begun > 0)
+    first = at = 0
+    for position in [*markers, len(ids)]:
+        end = encoding.offsets[position][0] if position < len(ids) else len(passage)
+        piece = ids[first:position]
+        if not strays.isdisjoint(range(first, position)):
+            piece = _written_out(tokenizer, passage[at:end], first > 0)
             if still := _only(piece, control, tokenizer.unk_token_id):
                 raise _cannot(tokenizer, control[still[0]], passage)
         made += piece
-        if place < len(ids):
-            made.append(ids[place])
-            begun, at = place + 1, encoding.offsets[place][1]
+        if position < len(ids):
+            made.append(ids[position])
+            first, at = position + 1, encoding.offsets[position][1]
     return made
 
 
 def _written_out(tokenizer: PreTrainedTokenizerBase, piece: str, behind: bool) -> list[int]:
-    """Tokens of ``piece``, in which nothing is a control token; one stands before it if ``behind``."""
+    """Encode ``piece`` without control tokens; ``behind`` says that it follows a control token."""
     reader, ids_by_reader = _reader(tokenizer)
     read = reader.encode(_BEFORE + piece if behind else piece, add_special_tokens=False).ids
     return [ids_by_reader.get(number, number) for number in (read[1:] if behind else read)]
 
 
-@remembered
+@cached_per_tokenizer
 def _reader(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[int, int]]:
-    """The tokenizer without its control tokens; and, by its ids of the other added tokens, their own ids.
+    """The tokenizer without its control tokens, and a map from its ids of added tokens to the original ids.
 
-    transformers' ``split_special_tokens`` writes out special tokens alone, and the tags of thinking are none.
+    transformers' ``split_special_tokens`` only splits special tokens, and the thinking tags are not special.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -224,8 +224,8 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[int, in
 def _require_none(
     tokenizer: PreTrainedTokenizerBase, passage: Passage, ids: list[int], control: Mapping[int, str]
 ) -> None:
-    """Refuse texts that name a control token: tokenizers in Python do not say where it stands."""
-    ends = [0, *(place for span in passage.texts for place in span), len(passage)]
+    """Reject texts that contain a control token, because Python tokenizers do not return its position."""
+    ends = [0, *(position for span in passage.texts for position in span), len(passage)]
     around = "0".join(passage[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True))
     expected = tokenizer(around, add_special_tokens=False, verbose=False)["input_ids"]
     found = _only(ids, control, tokenizer.unk_token_id)
@@ -242,8 +242,8 @@ def _only(ids: Sequence[int], control: Collection[int], unknown: int | None) -> 
 def _cannot(tokenizer: PreTrainedTokenizerBase, name: str, passage: Passage) -> InputError:
     whose = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "this tokenizer"
     texts = [passage[start:end] for start, end in passage.texts]
-    where = next((said for said in texts if name in said), texts[0])
+    where = next((part for part in texts if name in part), texts[0])
     return InputError(
-        f"{whose} reads {name} as a token of its own and cannot write it out, and it stands in the text "
-        f"{shortened(where)}: take it out, or write it in other words"
+        f"{whose} parses {name} as a control token and cannot encode it as text, but it is in the text "
+        f"{shortened(where)}: remove or reword it"
     )

@@ -1,4 +1,4 @@
-"""Where the questions come from that a language model is to think about."""
+"""Loads questions for a language model to think about."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llm_trm.ranges import shown
 from llm_trm.text import parse_json, read_lines, read_text
 
 ARITHMETIC = "arithmetic"
-#: That a problem of one operation takes as a :class:`Question`, at least: 460 were measured for up to five.
-_BYTES_A_PROBLEM = 350
-#: Columns of a local file, the first that is there.
+#: Lower bound of the memory of a :class:`Question` with one operation; 460 were measured for up to five.
+_BYTES_PER_PROBLEM = 350
+#: Columns of a local file; the first one present is used.
 QUESTION_COLUMNS = ("question", "problem", "Problem", "Question", "prompt", "text")
 ANSWER_COLUMNS = ("answer", "Answer", "solution")
 
@@ -31,9 +31,9 @@ class Question:
     """One problem.
 
     Attributes:
-        text: What the model is asked.
-        answer: The reference answer or worked solution; None where none can be compared with.
-        record: The record that it comes from, for whatever else is known of it.
+        text: The question as the model gets it.
+        answer: The reference answer or worked solution; None if there is none to compare with.
+        record: The record that the question comes from, with all its other fields.
     """
 
     text: str
@@ -43,13 +43,13 @@ class Question:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set on the Hugging Face hub, in a format that needs no code of its own.
+    """A data set on the Hugging Face hub, in a format that needs no loading script.
 
     Attributes:
         path, name: Arguments of ``datasets.load_dataset``.
-        question, answer: Columns; programs have no answer that could be compared.
-        splits: Our name of a split to the data set's.
-        prompt: Wording, around the question column.
+        question, answer: Columns. Programming tasks have no answer to compare with.
+        splits: The data set's split for each of our splits.
+        prompt: Format string for the question column.
     """
 
     path: str
@@ -81,7 +81,7 @@ HUB = {
         _BOTH,
         "Write a Python function that does the following:\n\n{}",
     ),
-    # The rows of codeparrot/apps, which itself loads through a script that datasets 4 no longer runs.
+    # The rows of codeparrot/apps, whose loading script datasets 4 no longer runs.
     "apps": HubDataset("metr-evals/apps", None, "question", None, _BOTH),
 }
 
@@ -89,24 +89,25 @@ HUB = {
 def load_questions(
     dataset: str, count: int, *, split: Split = "train", seed: int = 0, world: World | None = None
 ) -> list[Question]:
-    """The first ``count`` questions of a data set or of a mixture; question i is the same in every run.
+    """Load the first ``count`` questions of a data set or mixture; question i is the same in every run.
 
-    A mixture gives equal shares, in turn: one of the first, one of the second, and so on, so that what does
-    not divide evenly falls to those named first. A source with fewer questions than its share gives them all.
+    A mixture alternates between its sources in equal parts: one question of the first, one of the second, and
+    so on. If ``count`` does not divide evenly, the first sources contribute one more. A source with fewer
+    questions than its part contributes all of them.
 
     Args:
-        dataset: ``arithmetic``, a key of :data:`HUB`, a ``.jsonl`` or ``.json`` file, or several of them with
-            commas between.
-        split: Of the arithmetic world and of hub data sets; one that has a single split gives that.
-        seed, world: Of the arithmetic world.
+        dataset: ``arithmetic``, a key of :data:`HUB`, a ``.jsonl`` or ``.json`` file, or several of these,
+            separated by commas.
+        split: Split of the arithmetic world and of hub data sets. Data sets with a single split use that.
+        seed, world: Settings of the arithmetic world.
 
     Raises:
-        InputError: An unknown data set, one that cannot be loaded, or a record without a question.
+        InputError: A data set is unknown or cannot be loaded, or a record has no question.
     """
     names = [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
-        raise InputError(f"--dataset {dataset!r} names nothing: use {_choices()}")
-    if ARITHMETIC in names:  # whose problems have no end
+        raise InputError(f"--dataset {dataset!r} is empty: use {_choices()}")
+    if ARITHMETIC in names:  # infinite
         require_problems(count // len(names))
     sources = [_source(name, split, seed, world or World()) for name in names]
     shares = [count // len(names) + (place < count % len(names)) for place in range(len(names))]
@@ -116,19 +117,19 @@ def load_questions(
 
 
 def located(dataset: str) -> str:
-    """``dataset``, as :func:`load_questions` takes it, with absolute paths: what names it may move."""
+    """The ``dataset`` argument of :func:`load_questions` with absolute paths, to use from another folder."""
     names = [name.strip() for name in dataset.split(",")]
     return ",".join(str(Path(name).resolve()) if is_file(name) else name for name in names)
 
 
 def is_file(name: str) -> bool:
-    """Whether ``name`` is that of a file of records, not of a data set on the hub."""
+    """Whether ``name`` is a file of records, rather than a data set on the hub."""
     return name.endswith((".jsonl", ".json"))
 
 
 def require_problems(count: int) -> None:
-    """Raise InputError if so many problems of the arithmetic world surely do not fit into memory."""
-    require_memory(_BYTES_A_PROBLEM * count, f"{count:,} problems", "ask for fewer problems or steps")
+    """Raise InputError if ``count`` problems of the arithmetic world cannot fit into memory."""
+    require_memory(_BYTES_PER_PROBLEM * count, f"{count:,} problems", "use fewer problems or steps")
 
 
 def _choices() -> str:
@@ -165,26 +166,26 @@ def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a ``.jsonl`` file, or of a ``.json`` file with an array.
+    """Yield the questions of a ``.jsonl`` file, or of a ``.json`` file with an array.
 
     Raises:
-        InputError: The file cannot be read, or holds a record without a question.
+        InputError: The file cannot be read, or has a record without a question.
     """
     for place, record in read_records(path):
         yield _question(place, record)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a ``.jsonl`` file, or of the array in a ``.json`` file, each with where it stands.
+    """Yield the location and content of each object in a ``.jsonl`` file, or in a ``.json`` file's array.
 
     Raises:
-        InputError: The file cannot be read, or one of its records is no object.
+        InputError: The file cannot be read, or one of its records is not an object.
     """
     read = _json_lines if path.suffix == ".jsonl" else _json_array
     for place, record in read(path):
         if not isinstance(record, dict):
             raise InputError(
-                f"{path}, {place}: not a JSON object: write one object with a question to each record"
+                f"{path}, {place}: not a JSON object: write one object with a question per record"
             )
         yield f"{path}, {place}", record
 
@@ -204,9 +205,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(records, list):
-        raise InputError(
-            f"{path} is not a JSON array of objects: write it as one, or use JSON lines (.jsonl)"
-        )
+        raise InputError(f"{path} is not a JSON array of objects: write one, or use JSON lines (.jsonl)")
     for number, record in enumerate(records, 1):
         yield f"record {number}", record
 
@@ -220,53 +219,53 @@ def _parsed(place: str, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise InputError(f"{place}: not JSON ({error}): mend the file") from error
+        raise InputError(f"{place}: not JSON ({error}): fix the file") from error
 
 
 def _question(place: str, record: dict[str, Any]) -> Question:
     column = next((name for name in QUESTION_COLUMNS if name in record), None)
     if column is None:
         raise InputError(
-            f"{place}: no question; it has the columns {', '.join(map(repr, record)) or 'none'}: name one of "
-            f"them {', '.join(QUESTION_COLUMNS)}"
+            f"{place}: no question among the columns {', '.join(map(repr, record)) or '(none)'}: rename one "
+            f"of them to {' or '.join(QUESTION_COLUMNS)}"
         )
     text = record[column]
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{place}: {column!r} is {text!r:.40} and no text: mend the file")
+        raise InputError(f"{place}: {column!r} is {text!r:.40}, not text: fix the file")
     answer = first_text(place, record, ANSWER_COLUMNS)
     require_untagged(place, "answer", answer or "")
     return Question(text, answer, record)
 
 
 def first_text(place: str, record: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The text of the first of the columns ``names`` that is there and not null; None if there is none.
+    """The text of the first of the columns ``names`` that is present and not null; None if there is none.
 
     Raises:
-        InputError: It is neither text nor a finite number; the message begins with ``place``.
+        InputError: The value is neither text nor a finite number; the message starts with ``place``.
     """
     for name in names:
         value = record.get(name)
         if value is None:
             continue
         if isinstance(value, (dict, list)):
-            raise InputError(f"{place}: {name!r} is a {type(value).__name__} and no text: mend the row")
+            raise InputError(f"{place}: {name!r} is a {type(value).__name__}, not text: fix the row")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not isinstance(value, str) and not (number and math.isfinite(value)):
             raise InputError(
-                f"{place}: {name!r} is {shown(value)}, neither text nor a finite number: mend the row"
+                f"{place}: {name!r} is {shown(value)}, neither text nor a finite number: fix the row"
             )
         return str(value)
     return None
 
 
 def require_untagged(place: str, what: str, value: str) -> None:
-    """Refuse an answer, or reasoning, with the tags of thinking in it: they are written around it.
+    """Reject an answer or reasoning that contains thinking tags, which are added around it later.
 
     Raises:
-        InputError: ``value`` holds one.
+        InputError: ``value`` contains a tag.
     """
     if tag := next((tag for tag in (THINK, END_THINK) if tag in value), None):
         raise InputError(
-            f"{place}: the {what} holds {tag}: write what is thought, without the tags, in a column "
-            "thinking, and the answer alone in the answer, or take the row out"
+            f"{place}: the {what} contains {tag}: move the reasoning, without the tags, to a column "
+            "thinking, keep only the answer in the answer column, or remove the row"
         )

@@ -1,4 +1,4 @@
-"""The processes that ``accelerate launch`` started, or the one that it did not."""
+"""The processes of a run: those that ``accelerate launch`` started, or this one alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.ranges import PORT, PROCESSES, Whole, require_in
 
-#: How long a process waits for the slowest one, which may have a whole shard more to do.
-_PATIENCE = timedelta(days=7)
+#: How long a process waits for the slowest one, which may have a whole shard more to generate.
+_TIMEOUT = timedelta(days=7)
 
 
 def _nothing() -> None:
@@ -27,9 +27,9 @@ class Processes:
     """This process among ``count``.
 
     Attributes:
-        index: 0 is the main process.
-        local_index: On this machine.
-        wait: Returns when every process has called it.
+        index: Rank of the process; 0 is the main process.
+        local_index: Rank on this machine.
+        wait: Barrier, which returns once every process has called it.
     """
 
     index: int = 0
@@ -39,24 +39,24 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes what is written once."""
+        """Whether this is the process that writes the shared files."""
         return self.index == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """This process's own of several GPUs."""
+        """This process's GPU if there are several processes, else ``device``."""
         if device.type != "cuda" or self.count == 1:
             return device
         return torch.device("cuda", self.local_index % torch.cuda.device_count())
 
 
 def world_size() -> int:
-    """Processes of this launch.
+    """Number of processes of this launch.
 
     Raises:
-        InputError: What a launcher set in the environment is no number, or out of range.
+        InputError: An environment variable of the launcher is not an integer, or out of range.
     """
     count = _variable("WORLD_SIZE", 1, PROCESSES)
-    if count > 1:  # accelerate reads these too
+    if count > 1:  # accelerate reads these as well
         for name in ("RANK", "LOCAL_RANK"):
             _variable(name, 0, Whole(0, count - 1))
         _variable("MASTER_PORT", 1, PORT)
@@ -71,13 +71,13 @@ def _variable(name: str, default: int, within: Whole) -> int:
 
 
 def launched_processes() -> Processes:
-    """The processes of this launch, joined over gloo: they share files, and only wait for one another."""
+    """The processes of this launch, connected with gloo: they share files and only wait for each other."""
     if world_size() == 1:
         return Processes()
     require("train", "accelerate")
     from accelerate import PartialState
 
-    state = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+    state = PartialState(cpu=True, backend="gloo", timeout=_TIMEOUT)
     return Processes(
         state.process_index, state.num_processes, state.local_process_index, state.wait_for_everyone
     )

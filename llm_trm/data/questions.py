@@ -1,4 +1,4 @@
-"""Questions with their answers, and the reasoning between them, that a language model is trained on."""
+"""Loads questions with answers and reasoning to train a language model on."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from llm_trm.data.problems import (
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
 
-#: Columns of written reasoning, the first that is there.
+#: Columns of written reasoning; the first one present is used.
 THINKING_COLUMNS = ("thinking", "reasoning")
-#: What stands between reasoning and answer where both are one text, as in GSM8K.
+#: Separates reasoning and answer in a combined text, as in GSM8K.
 _MARK = "####"
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A question and what is known of its answer.
+    """A question with its answer.
 
     Attributes:
-        question: What is asked.
-        answer: What is to be answered; may be empty.
-        thinking: Reasoning that leads there, written out; may be empty.
-        thinks: Whether the model is to think before it answers.
+        question: The question.
+        answer: The reference answer; may be empty.
+        thinking: Written reasoning that leads to the answer; may be empty.
+        thinks: Whether the model should think before it answers.
     """
 
     question: str
@@ -45,7 +45,7 @@ class Solved:
 
 
 def fingerprint(questions: Iterable[tuple[object, ...]]) -> str:
-    """Of what is known of questions, in their order: a file may change while its name stays."""
+    """SHA-256 of questions in order, to detect a file that changed under the same name."""
     digest = hashlib.sha256()
     for known in questions:
         digest.update(json.dumps(known).encode() + b"\n")
@@ -53,20 +53,20 @@ def fingerprint(questions: Iterable[tuple[object, ...]]) -> str:
 
 
 def load_solved(source: str, *, split: str = "train", whole_answers: bool = False) -> list[Solved]:
-    """All of a data set.
+    """Load a whole data set.
 
     Args:
-        source: A ``.jsonl`` file, a ``.json`` file with a list, ``gsm8k``, ``math``, or a name on the Hugging
-            Face hub, with the name of a configuration behind a colon where it needs one. Each row has a
-            question and an answer (columns :data:`~llm_trm.data.problems.QUESTION_COLUMNS`,
-            :data:`~llm_trm.data.problems.ANSWER_COLUMNS`), and may have written reasoning
-            (:data:`THINKING_COLUMNS`) and ``think``: false where the model is to answer at once.
-        split: Of a data set on the hub.
-        whole_answers: Keep what stands before ``####`` in the answer, which is taken for reasoning otherwise.
+        source: A ``.jsonl`` file, a ``.json`` file with a list, ``gsm8k``, ``math``, or the name of a data
+            set on the Hugging Face hub, optionally followed by a colon and the name of a configuration. Each
+            row has a question and an answer (columns :data:`~llm_trm.data.problems.QUESTION_COLUMNS`,
+            :data:`~llm_trm.data.problems.ANSWER_COLUMNS`). It may also have written reasoning
+            (:data:`THINKING_COLUMNS`) and ``think``, which is false if the model should answer at once.
+        split: Split of a data set on the hub.
+        whole_answers: Keep the text before ``####`` in the answer. By default it becomes the reasoning.
 
     Raises:
-        InputError: Nothing there, a row that lacks a question or an answer, or one whose answer or reasoning
-            holds the tags of thinking.
+        InputError: The data set is missing or empty, a row lacks a question or an answer, or an answer or
+            reasoning contains thinking tags.
     """
     rows = read_records(Path(source)) if is_file(source) else _hub_rows(source, split)
     found = [_solved(place, row, whole_answers) for place, row in rows]
@@ -87,8 +87,8 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         name = configuration or None
         if path.count("/") != 1 or path.startswith((".", "/")):
             raise InputError(
-                f"{source} is neither a file that ends in .jsonl or .json, nor {', '.join(HUB)}, nor a name "
-                "on the hub (owner/name): check the name"
+                f"{source} is neither a file that ends in .jsonl or .json, nor {', '.join(HUB)}, nor a data "
+                "set on the hub (owner/name): check the name"
             )
     require("train", "datasets")
     import datasets
@@ -111,7 +111,7 @@ def _solved(place: str, row: dict[str, Any], whole_answers: bool) -> Solved:
     question = _column(place, row, QUESTION_COLUMNS, "question")
     answer = _column(place, row, ANSWER_COLUMNS, "answer")
     if not question.strip():
-        raise InputError(f"{place}: the question is empty: mend the row, or take it out")
+        raise InputError(f"{place}: the question is empty: fix or remove the row")
     thinking = first_text(place, row, THINKING_COLUMNS)
     if thinking is None and not whole_answers and _MARK in answer:
         thinking, _, answer = answer.rpartition(_MARK)
@@ -128,6 +128,6 @@ def _column(place: str, row: dict[str, Any], names: tuple[str, ...], what: str) 
     if (text := first_text(place, row, names)) is not None:
         return text
     raise InputError(
-        f"{place}: no {what}; it has the columns {', '.join(map(repr, row)) or 'none'}: name one of them "
-        f"{', '.join(names)}"
+        f"{place}: no {what} among the columns {', '.join(map(repr, row)) or '(none)'}: rename one of them "
+        f"to {' or '.join(names)}"
     )

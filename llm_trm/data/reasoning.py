@@ -1,4 +1,4 @@
-"""Questions and answers as a language model with ``<think>`` reads them."""
+"""Formats and tokenises questions and answers for a language model with ``<think>``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llm_trm.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: A label that no loss counts.
+#: Label that losses ignore.
 IGNORED = -100
 
 
 def reasoning_text(question: str, answer: str, *, think: bool = True) -> Passage:
-    """``Question: {question}``, a line break, and ``Answer: <think> {answer}``, the two being text."""
+    """``Question: {question}``, a line break, and ``Answer: <think> {answer}``; both values are text."""
     tag = (THINK, " ") if think else ()
     return joined("Question: ", text(question), "\nAnswer: ", *tag, text(answer))
 
@@ -31,13 +31,13 @@ class ReasoningDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         data: Items with ``question`` and ``answer``; an answer may be empty.
-        tokenizer: Has a padding token.
-        max_length: Tokens of every item; longer ones are cut at the end. An end token that the tokenizer adds
-            stands behind whole answers alone.
-        add_think_token: Whether ``<think>`` stands before the answer.
+        tokenizer: A tokenizer with a padding token.
+        max_length: Length of every item in tokens. Longer items are truncated at the end. If the tokenizer
+            adds an end token, only complete answers get it.
+        add_think_token: Whether to put ``<think>`` before the answer.
 
     Raises:
-        InputError: An item without one of the two, or a tokenizer that cannot pad.
+        InputError: An item lacks a question or an answer, or the tokenizer has no padding token.
     """
 
     def __init__(
@@ -63,20 +63,20 @@ class ReasoningDataset(Dataset[dict[str, Tensor]]):
         item = self.data[index]
         answer = str(item["answer"])
         passage = reasoning_text(str(item["question"]), answer, think=self.add_think_token)
-        begun, ended = surroundings(self.tokenizer)
-        whole = begun + encode(self.tokenizer, [passage])[0]
-        if answer and len(whole) + len(ended) <= self.max_length:
-            whole += ended
+        prefix, suffix = surroundings(self.tokenizer)
+        whole = prefix + encode(self.tokenizer, [passage])[0]
+        if answer and len(whole) + len(suffix) <= self.max_length:
+            whole += suffix
         padded = self.tokenizer.pad(
             {"input_ids": whole[: self.max_length]}, padding="max_length", max_length=self.max_length
         )
         ids, mask = torch.tensor(padded["input_ids"]), torch.tensor(padded["attention_mask"])
-        # By the mask, not by the id: a tokenizer may pad with its end token.
+        # Use the mask, not the id: a tokenizer may pad with its end token.
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
 
 
 def create_sample_dataset() -> list[dict[str, str]]:
-    """Ten word problems with their answers, for trying things out."""
+    """Ten word problems with answers, for experiments."""
     return [
         {"question": "A crate holds 18 jars. How many jars do 7 crates hold?", "answer": "126"},
         {"question": "What is 92 minus 47?", "answer": "45"},

@@ -1,4 +1,4 @@
-"""What lets an interrupted generation go on: the settings that it was begun with."""
+"""Resumes an interrupted generation by comparing the settings that it was started with."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from llm_trm.files import read_json, write_json
 SETTINGS = "settings.json"
 _FORMAT = "llm-trm datagen settings"
 _OWN = rf"(?:{re.escape(INDEX)}|{re.escape(SETTINGS)}|shard-\d{{5,}}\.(?:safetensors|jsonl))"
-#: What a killed process leaves behind: from :func:`llm_trm.files.replacing`, and from safetensors' save_file.
+#: Temporary files of a killed process, from :func:`llm_trm.files.replacing` and safetensors' save_file.
 _LEFTOVER = rf"\.{_OWN}\.[A-Za-z0-9_]{{8}}|\.tmp[A-Za-z0-9]{{6}}"
 
 
 def check_settings(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Raise InputError unless a run with ``settings`` may write to ``folder``. Changes nothing.
+    """Raise InputError unless a run with ``settings`` may write to ``folder``. Does not write anything.
 
     Args:
-        settings: Everything that the samples depend on.
-        fresh: The run starts over, so that other settings do not matter.
+        settings: All settings that determine the samples.
+        fresh: Whether the run starts over, so that other settings do not matter.
     """
     path = folder / SETTINGS
     if not path.exists():
         if not fresh and (shard := next(folder.glob("shard-*"), None)):
             raise InputError(
-                f"{shard} is there without a {SETTINGS} that says how it was made: use --fresh to start "
+                f"{shard} exists without a {SETTINGS}, so its settings are unknown: use --fresh to start "
                 "over, or another --output"
             )
         return
     found = read_json(path, "use another --output")
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise InputError(f"{path} is not of llm-trm datagen: use another --output")
+        raise InputError(f"{path} was not written by llm-trm datagen: use another --output")
     before = found.get("settings", {})
     changed = [
         f"{name} ({before.get(name)} before, {settings.get(name)} now)"
@@ -43,17 +43,17 @@ def check_settings(folder: Path, settings: dict[str, Any], *, fresh: bool) -> No
     ]
     if changed and not fresh:
         raise InputError(
-            f"{folder} was begun with other settings: {', '.join(changed)}: use --fresh to start over, or "
+            f"{folder} was started with other settings: {', '.join(changed)}: use --fresh to start over, or "
             "another --output"
         )
 
 
-def begin(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Write the settings; first remove what a killed run left behind and, if ``fresh``, what datagen wrote.
+def start(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+    """Remove temporary files of a killed run and, if ``fresh``, old output, then write the settings.
 
-    The old settings go last, so that a process that is killed here leaves a folder that can be resumed.
+    The old settings are replaced last, so that a process killed here leaves a folder that can be resumed.
     """
-    # The index first: without it the folder is unfinished, whatever else is gone.
+    # Sorting removes the index first, which marks the folder as incomplete.
     for path in sorted(folder.iterdir()):
         own = re.fullmatch(_OWN, path.name) and path.name != SETTINGS
         if re.fullmatch(_LEFTOVER, path.name) or (fresh and own):

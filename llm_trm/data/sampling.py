@@ -1,9 +1,9 @@
-"""Sampling whose noise depends on the seed, the problem and the position, and on nothing else.
+"""Sampling whose noise depends only on the seed, the problem and the position.
 
-A token is drawn by the Gumbel-max trick: ``argmax(logits / T + g)``, with g independent standard Gumbel
-noise, is a draw from ``softmax(logits / T)``. The noise comes from SplitMix64 (Steele, Lea, Flood, OOPSLA
-2014) used as a counter-based generator, so that a sample has the same noise alone, in any batch, and after an
-interruption. What remains is the rounding of the logits, which differs between batch shapes and devices.
+Tokens are sampled with the Gumbel-max trick: ``argmax(logits / T + g)``, with independent standard Gumbel
+noise g, is a sample from ``softmax(logits / T)``. The noise comes from SplitMix64 (Steele, Lea, Flood, OOPSLA
+2014) used as a counter-based generator, so a problem gets the same noise in any batch and after an
+interruption. Only the rounding of the logits still differs between batch shapes and devices.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llm_trm.ranges import NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO, require_in
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of token sampling.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_p: Draw from the likeliest tokens that together have this probability; 1 draws from all.
-        seed: Of the noise.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Sample from the most likely tokens with this total probability; 1 samples from all.
+        seed: Seed of the noise.
 
     Raises:
-        InputError: A value outside of its range.
+        InputError: A value is out of range.
     """
 
     temperature: float = 0.7
@@ -40,12 +40,12 @@ class Sampling:
         require_in(SEED, "--seed", self.seed, InputError)
 
     def draw(self, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
-        """One token a row.
+        """Sample one token per row.
 
         Args:
             logits: ``[B, V]``.
-            problem, position: ``[B]``, int64; index of the problem, and how many tokens it has written.
-            greedy: ``[B]``, bool; rows that take their likeliest token at any temperature.
+            problem, position: ``[B]``, int64; index of the problem, and number of tokens generated so far.
+            greedy: ``[B]``, bool; rows to decode greedily at any temperature.
 
         Returns:
             Token ids ``[B]``, int64.
@@ -61,7 +61,7 @@ class Sampling:
 
 
 def gumbel_noise(seed: int, problem: Tensor, position: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise ``[B, size]``, float32, where ``problem`` and ``position`` are.
+    """Standard Gumbel noise ``[B, size]``, float32, on the device of ``problem`` and ``position``.
 
     Element v of row b is a function of ``seed``, ``problem[b]``, ``position[b]`` and v.
     """
@@ -69,7 +69,7 @@ def gumbel_noise(seed: int, problem: Tensor, position: Tensor, size: int) -> Ten
     counter = torch.arange(1, size + 1, device=problem.device) * _WEYL
     # The upper half: 32 random bits each.
     bits = _shifted(_mix(key[:, None] + counter), 32)
-    # In (0, 1), finely spaced towards 0, where the largest noise comes from; at 1 it would be -infinity.
+    # In (0, 1), most finely spaced near 0, where the noise is largest. At 1 the noise would be -infinity.
     uniform = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -82,7 +82,7 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """``value`` modulo 2^64, as int64 has it."""
+    """``value`` modulo 2^64, as a signed int64."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -91,7 +91,7 @@ _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's output function, on int64, whose products wrap as uint64's do."""
+    """SplitMix64's output function on int64, whose products wrap like those of uint64."""
     z = z + _WEYL
     z = (z ^ _shifted(z, 30)).mul_(_FIRST)
     z = (z ^ _shifted(z, 27)).mul_(_SECOND)
@@ -99,5 +99,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; int64's own copies the sign."""
+    """Logical right shift; the built-in shift of int64 is arithmetic."""
     return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)

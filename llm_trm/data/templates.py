@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template makes of a question: found out by rendering, not by reading it."""
+"""Determines how a tokenizer's chat template formats a question by rendering it, not by parsing it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llm_trm.data.passages import Passage, joined, remembered, text
+from llm_trm.data.passages import Passage, cached_per_tokenizer, joined, text
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.errors import InputError, one_line, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Rendered to see what becomes of a question: in capitals too, and with what a template might escape.
+#: A probe question with capitals and characters that a template might change or escape.
 _PROBE = """Is 1 < 2 & "A" == 'b'?"""
 _TAGS = re.compile(f"{re.escape(THINK)}|{re.escape(END_THINK)}")
 _REMEDY = (
-    "give the tokenizer a chat template that holds the user's message once and as it is, or have "
-    "`llm-trm train lora` do without it by --prompt-form plain"
+    "use a tokenizer whose chat template contains the user's message once and unchanged, or train without "
+    "the template: `llm-trm train lora --prompt-form plain`"
 )
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a question in a prompt.
+    """The text around a question in a prompt.
 
     Attributes:
-        before, behind: Text; the generation prompt ends the latter.
+        before, behind: Text before and after the question; the latter ends with the generation prompt.
     """
 
     before: str
@@ -35,23 +35,23 @@ class Frame:
 
     @property
     def opens(self) -> bool:
-        """Whether a prompt ends in an open ``<think>``, white space aside."""
+        """Whether a prompt ends in an open ``<think>``, ignoring whitespace."""
         return self.behind.rstrip().endswith(THINK)
 
     @property
     def closes(self) -> bool:
-        """Whether a prompt ends in ``</think>``, white space aside: nothing is left to think."""
+        """Whether a prompt ends in ``</think>``, ignoring whitespace, so that the model cannot think."""
         return self.behind.rstrip().endswith(END_THINK)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, as it renders.
+    """The behaviour of a chat template.
 
     Attributes:
-        whose: Its tokenizer, for messages.
-        thinking: With ``enable_thinking=True``.
-        silent: With ``enable_thinking=False``.
+        whose: Description of the template for messages.
+        thinking: The frame with ``enable_thinking=True``.
+        silent: The frame with ``enable_thinking=False``.
     """
 
     whose: str
@@ -60,7 +60,7 @@ class ChatTemplate:
 
     @property
     def opens(self) -> bool:
-        """Whether a prompt for thinking begins the thought: the model is not to write ``<think>`` again."""
+        """Whether a prompt for thinking opens the thought, so that the model must not write ``<think>``."""
         return self.thinking.opens
 
     @property
@@ -70,34 +70,34 @@ class ChatTemplate:
 
     @property
     def closing(self) -> str:
-        """What closes the thought that a template opens though it was told not to: an empty one."""
+        """Text that closes an empty thought, if the template opens one even with thinking disabled."""
         if not self.silent.opens:
             return ""
         return f"\n{END_THINK}\n\n" if self.silent.behind.endswith("\n") else END_THINK
 
     @property
     def silences(self) -> bool:
-        """Whether a prompt for an answer at once keeps the model from thinking."""
+        """Whether a prompt for a direct answer keeps the model from thinking."""
         return self.switches or self.silent.opens or self.silent.closes
 
     def require_thinking(self) -> None:
-        """Refuse a template whose prompts for thinking leave nothing to think.
+        """Reject a template whose prompts for thinking do not let the model think.
 
         Raises:
-            InputError: They end in ``</think>``.
+            InputError: The prompts end in ``</think>``.
         """
         if self.thinking.closes:
             raise InputError(
-                f"{self.whose} ends every prompt in {END_THINK}, with enable_thinking too: use a template "
+                f"{self.whose} ends every prompt with {END_THINK}, even with enable_thinking: use a template "
                 "that lets the model think"
             )
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """What the template of ``tokenizer`` does.
+    """The behaviour of the tokenizer's chat template.
 
     Raises:
-        InputError: It cannot be rendered, leaves the question out, changes it, or repeats it.
+        InputError: The template cannot be rendered, or omits, changes or repeats the question.
     """
     return _chat_template(tokenizer)
 
@@ -105,19 +105,19 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
 def chat_prompt(
     tokenizer: PreTrainedTokenizerBase, question: str, *, thinking: bool, recurs: bool
 ) -> Passage:
-    """``question`` as the user's turn, up to where the model begins to write, as the template renders it.
+    """Render ``question`` as the user's turn, up to where the model starts to write.
 
-    The question is text, whatever tokens it names.
+    The question is encoded as text, even if it contains special tokens.
 
     Args:
-        tokenizer: With a chat template.
-        question: What is asked; templates may strip white space around it.
-        thinking: What the template gets as ``enable_thinking``; if not, a thought that it opens is closed.
-        recurs: Whether the model that thinks recurs at every ``<think>``: what the template says about the
-            tags, as SmolLM3's does in its system prompt, is text then.
+        tokenizer: A tokenizer with a chat template.
+        question: The question. Templates may strip whitespace around it.
+        thinking: The template's ``enable_thinking``. If False, a thought that the template opens is closed.
+        recurs: Whether the model recurs at every ``<think>``. If so, tags that the template mentions, as
+            SmolLM3's does in its system prompt, are encoded as text.
 
     Raises:
-        InputError: See :func:`chat_template`; or the template changes this question.
+        InputError: See :func:`chat_template`; also if the template changes this question.
     """
     template = chat_template(tokenizer)
     if thinking:
@@ -126,13 +126,12 @@ def chat_prompt(
     frame = template.thinking if thinking else template.silent
     asked = _question_in(rendered, frame, question)
     if asked is None:
-        # A template may write the date, which has changed since.
+        # A template may contain the date, which may have changed.
         frame = _frame(tokenizer, thinking)
         asked = _question_in(rendered, frame, question)
     if asked is None:
         raise InputError(
-            f"{template.whose} does not render the question {shortened(question)} as it is: word it "
-            f"otherwise, or {_REMEDY}"
+            f"{template.whose} changes the question {shortened(question)}: reword the question, or {_REMEDY}"
         )
     if not thinking:
         return joined(frame.before, text(asked), frame.behind, template.closing)
@@ -142,18 +141,18 @@ def chat_prompt(
 
 
 def _question_in(rendered: str, frame: Frame, question: str) -> str | None:
-    """The question as a prompt of this frame holds it, None if it does not."""
+    """The question as it appears in a prompt with this frame; None if it does not."""
     ways = (question, question.strip(), question.rstrip(), question.lstrip())
     return next((asked for asked in ways if rendered == frame.before + asked + frame.behind), None)
 
 
 def _without_tags(part: str, opens: bool = False) -> Passage:
-    """``part`` with the tags of thinking as text, but for an opening one at the end if it ``opens``."""
+    """``part`` with thinking tags as text, except the last one if ``part`` ``opens`` a thought."""
     tags = [tag.span() for tag in _TAGS.finditer(part)]
     return Passage(part, tuple(tags[:-1] if opens else tags))
 
 
-@remembered
+@cached_per_tokenizer
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     return ChatTemplate(_whose(tokenizer), _frame(tokenizer, True), _frame(tokenizer, False))
 
@@ -162,7 +161,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Frame:
     rendered = _rendered(tokenizer, _PROBE, thinking)
     times = rendered.count(_PROBE)
     if times != 1:
-        fault = f"holds the question {times} times" if times else "leaves the question out, or changes it"
+        fault = f"contains the question {times} times" if times else "omits or changes the question"
         raise InputError(f"{_whose(tokenizer)} {fault}: {_REMEDY}")
     before, _, behind = rendered.partition(_PROBE)
     return Frame(before, behind)
@@ -176,7 +175,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, question: str, thinking: bool)
             add_generation_prompt=True,
             enable_thinking=thinking,
         )
-    # A template is a program, and whatever goes wrong in it comes out here.
+    # A template is a program, so rendering can raise any exception.
     except Exception as error:
         raise InputError(f"{_whose(tokenizer)} cannot be rendered ({one_line(error)}): {_REMEDY}") from error
     assert isinstance(rendered, str)

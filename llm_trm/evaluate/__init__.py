@@ -1,1 +1,1 @@
-"""What trained models are worth, on problems that they have not seen."""
+"""Evaluates trained models on held-out problems."""

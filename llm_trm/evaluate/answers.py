@@ -1,4 +1,4 @@
-"""Exact-match accuracy of a language model that answers problems, with or without thinking first."""
+"""Exact-match accuracy of a language model on problems, with or without thinking first."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many answers were right.
+    """Accuracy of answers.
 
     Attributes:
-        correct, total: Problems answered rightly, and problems asked.
-        generated: Tokens that the model wrote for a problem, on average, the end token included.
+        correct, total: Number of correct answers, and of problems.
+        generated: Mean number of generated tokens per problem, including the end token.
     """
 
     correct: int
@@ -44,40 +44,40 @@ def answer_tokens(
     *,
     open_ended: bool = False,
 ) -> list[int] | None:
-    """What stands behind the thinking in ``written``; None if the thinking was never closed.
+    """The tokens after the thinking in ``written``; None if the thinking was never closed.
 
     Args:
-        prompt, written: Tokens, the second without what follows an end token.
-        tags: Ids of ``<think>`` and ``</think>``; None where nobody thinks.
-        open_ended: Whether an answer may follow ``<think>`` itself, as in the plain form of a prompt.
+        prompt, written: Prompt tokens, and generated tokens up to an end token.
+        tags: Ids of ``<think>`` and ``</think>``; None for a model that does not think.
+        open_ended: Whether an answer may directly follow ``<think>``, as in the plain prompt form.
     """
     if tags is None:
         return list(written)
     think, end_think = tags
-    last = {token: place for place, token in enumerate((*prompt, *written)) if token in tags}
-    begun, closed = last.get(think, -1), last.get(end_think, -1)
-    if begun > closed and not open_ended:
+    last = {token: index for index, token in enumerate((*prompt, *written)) if token in tags}
+    opened, closed = last.get(think, -1), last.get(end_think, -1)
+    if opened > closed and not open_ended:
         return None
-    return list(written)[max(max(begun, closed) + 1 - len(prompt), 0) :]
+    return list(written)[max(max(opened, closed) + 1 - len(prompt), 0) :]
 
 
 def answer_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], written: Sequence[int]) -> str:
-    """The text of :func:`answer_tokens`, in a chat; empty if the thinking was never closed."""
+    """The text of :func:`answer_tokens` for a chat prompt; empty if the thinking was never closed."""
     think, end_think = (own_token(tokenizer, tag) for tag in (THINK, END_THINK))
     tags = None if think is None or end_think is None else (think, end_think)
-    said = answer_tokens(prompt, written, tags) or []
-    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+    answer = answer_tokens(prompt, written, tags) or []
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def own_answer(text: str) -> tuple[str, bool]:
-    """An answer in the plain form, up to the next question that the model asks itself; whether it does."""
+    """Cut a plain-form answer at the next question that the model generates; whether there is one."""
     answer, asked, _ = text.partition("\nQuestion:")
     return answer, bool(asked)
 
 
 def written_length(tokens: Sequence[int], ends: Collection[int]) -> tuple[int, bool]:
-    """How many of ``tokens`` were written, up to the first of ``ends``, and whether there was one."""
-    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), None)
+    """Number of ``tokens`` up to and including the first of ``ends``, and whether there is one."""
+    length = next((index + 1 for index, token in enumerate(tokens) if token in ends), None)
     return (len(tokens), False) if length is None else (length, True)
 
 
@@ -94,9 +94,9 @@ def accuracy(
     """Greedy exact-match accuracy on ``problems``.
 
     Args:
-        tokenizer: With ``<think>`` and ``</think>``, and a chat template.
-        thinking: Whether the model is to think first.
-        max_new_tokens: Where an answer that does not end is cut, and counted as wrong.
+        tokenizer: A tokenizer with ``<think>`` and ``</think>``, and a chat template.
+        thinking: Whether the model should think first.
+        max_new_tokens: Maximum number of generated tokens. An unfinished answer counts as wrong.
     """
     ends = {tokenizer.eos_token_id}
     correct = generated = 0
@@ -109,7 +109,7 @@ def accuracy(
         inputs = encode_prompts(tokenizer, prompts, "chat").to(model.device)
         given: Any = inputs["input_ids"]
         length = given.shape[1]
-        # Typed as Any: transformers' own annotation of generate loses its type.
+        # Any, because transformers' annotation of generate loses the return type.
         generate: Any = model.generate
         out = generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
         for asked, row, problem in zip(given.tolist(), out.tolist(), batch, strict=True):

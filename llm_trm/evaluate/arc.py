@@ -1,4 +1,4 @@
-"""ARC test puzzles as tasks: whole tasks are drawn, and what is predicted for them is voted on."""
+"""Evaluates ARC test puzzles per task: samples whole tasks, and votes on their predictions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm_trm.models.puzzle.paper import Prediction
 
 
 def read_key(folder: Path, split: PuzzleSplit) -> ArcKey:
-    """What the puzzle identifiers of ``folder`` stand for, with the tests that are in ``split`` alone.
+    """Read ``arc.json`` of ``folder``, with only the tests in ``split``.
 
     Raises:
-        InputError: ``arc.json`` is missing, broken, or does not know all identifiers of ``split``.
+        InputError: ``arc.json`` is missing, invalid, or lacks identifiers of ``split``.
     """
     key = read_arc(folder)
     names = set()
@@ -26,7 +26,7 @@ def read_key(folder: Path, split: PuzzleSplit) -> ArcKey:
         entry = key.identifiers[puzzle] if puzzle < len(key.identifiers) else None
         if entry is None or entry[0] not in key.tests:
             raise InputError(
-                f"{folder / 'arc.json'} does not say which test puzzle {puzzle} is: write the folder again "
+                f"{folder / 'arc.json'} has no test for puzzle {puzzle}: write the folder again "
                 "with `llm-trm data arc`"
             )
         names.add(entry[0])
@@ -34,10 +34,10 @@ def read_key(folder: Path, split: PuzzleSplit) -> ArcKey:
 
 
 def draw_tasks(key: ArcKey, split: PuzzleSplit, count: int, seed: int) -> tuple[ArcKey, PuzzleSplit]:
-    """``count`` of the tasks, drawn at random, and all of their puzzles; all tasks if there are no more."""
+    """Sample up to ``count`` tasks, with all of their puzzles."""
     names = sorted(key.tests)
     drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:count]
-    chosen = {names[place] for place in drawn.tolist()}
+    chosen = {names[index] for index in drawn.tolist()}
     wanted = {
         number for number, entry in enumerate(key.identifiers) if entry is not None and entry[0] in chosen
     }
@@ -46,7 +46,7 @@ def draw_tasks(key: ArcKey, split: PuzzleSplit, count: int, seed: int) -> tuple[
 
 
 def cast(ballot: ArcBallot, inputs: Tensor, puzzles: Tensor, found: Prediction) -> None:
-    """Let a batch vote: inputs [B, 900] and puzzle identifiers [B] with the answers to them."""
+    """Add the votes of a batch: inputs [B, 900], puzzle identifiers [B] and predictions."""
     ballot.add(
         inputs.cpu().numpy(),
         found.tokens.cpu().numpy(),

@@ -1,8 +1,7 @@
-"""What a recursion must beat: predictions of the state after thinking that need no thought.
+"""Baselines for a recursion: predictions of the state after thinking that involve no reasoning.
 
-All of them see a context through two vectors of fixed size, its last state and the mean of its states, since
-a linear map needs as many inputs for a short context as for a long one: the last state is what the language
-model itself would go on from, and the mean is the plainest word on all the others.
+A linear map needs inputs of a fixed size, so each baseline represents a context by two vectors: its last
+state, from which the language model itself would continue, and the mean of all its states.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ Baseline = Callable[[Tensor, Tensor], Tensor]
 
 LAST_STATE, TRAINING_MEAN, RIDGE = "last context state", "training mean", "ridge regression"
 
-#: Regularisation strengths that are tried, as shares of the mean square of the centred features.
+#: Candidate regularisation strengths, relative to the mean square of the centred features.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 3))
-#: One training pair of so many chooses the strength.
+#: One training pair in this many is held out to choose the strength.
 _VALIDATION = 5
 
 
@@ -30,8 +29,8 @@ def summarise(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Last and mean state of each context.
 
     Args:
-        rows: States of all contexts, one behind the other [R, D'].
-        offsets: Where each begins, and the end of the last, int64 [N + 1]; none is empty.
+        rows: States of all contexts, concatenated [R, D'].
+        offsets: Start of each context and end of the last, int64 [N + 1]; no context is empty.
 
     Returns:
         Both [N, D'], in the dtype of ``rows``.
@@ -45,13 +44,13 @@ def summarise(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_state(last: Tensor, _mean: Tensor) -> Tensor:
-    """The last context state as it is: thinking would change nothing."""
+    """Predict the last context state, as if thinking changed nothing."""
     return last
 
 
 @dataclass(frozen=True)
 class TrainingMean:
-    """The mean target of the training pairs [D'], whatever the context."""
+    """Predicts the mean target of the training pairs [D'] for every context."""
 
     value: Tensor
 
@@ -65,7 +64,7 @@ class Ridge:
 
     Attributes:
         weight: float64 [2 D' + 1, D'].
-        strength: Its regularisation, of :data:`STRENGTHS`.
+        strength: Regularisation strength, one of :data:`STRENGTHS`.
     """
 
     weight: Tensor
@@ -76,7 +75,7 @@ class Ridge:
 
 
 class Moments:
-    """Sums over pairs that a ridge regression is solved from, in float64; pairs are added and forgotten."""
+    """Sums over pairs in float64, from which a ridge regression is solved without storing the pairs."""
 
     def __init__(self, width: int) -> None:
         self.gram = torch.zeros(2 * width + 1, 2 * width + 1, dtype=torch.float64)
@@ -85,7 +84,7 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """How many pairs were added."""
+        """Number of pairs added."""
         return int(self.gram[-1, -1])
 
     @property
@@ -108,10 +107,10 @@ class Moments:
         return total
 
     def solve(self, strength: float) -> Ridge:
-        """The weights W that minimise ``|X W - Y|^2 + penalty |W|^2``; the intercept carries no penalty.
+        """The weights W that minimise ``|X W - Y|^2 + penalty |W|^2``; the intercept is not penalised.
 
-        The penalty is ``strength`` times the mean over the features of their centred sums of squares, so that
-        a strength means the same for any scale of the states and number of pairs.
+        The penalty is ``strength`` times the mean of the features' centred sums of squares, which makes it
+        independent of the scale of the states and the number of pairs.
         """
         sums = self.gram[-1, :-1]
         spread = (self.gram.diagonal()[:-1] - sums.square() / self.count).mean()
@@ -121,20 +120,20 @@ class Moments:
         return Ridge(torch.linalg.solve(self.gram + penalty.diag(), self.cross), strength)
 
     def error(self, ridge: Ridge) -> float:
-        """Sum of squared errors of ``ridge`` on these pairs."""
+        """Sum of squared errors of ``ridge`` on the added pairs."""
         weight = ridge.weight
         explained = (weight * (self.gram @ weight)).sum() - 2.0 * (weight * self.cross).sum()
         return float(explained + self.square)
 
 
 def fit_baselines(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Baseline]:
-    """All baselines, by name, in one pass over training pairs.
+    """Fit all baselines in one pass over the training pairs, and return them by name.
 
     Args:
         pairs: Batches of last states, mean states and targets, each [B, D'].
 
     Raises:
-        InputError: Fewer than five pairs: the strength of the ridge regression is chosen on every fifth.
+        InputError: There are fewer than five pairs. Every fifth pair is used to choose the ridge strength.
     """
     fit: Moments | None = None
     held_out: Moments | None = None
@@ -159,13 +158,13 @@ def require_enough(count: int) -> None:
     """Raise InputError if ``count`` training pairs are too few for :func:`fit_baselines`."""
     if count < _VALIDATION:
         raise InputError(
-            f"the training data holds {count} pairs, and the baselines need at least {_VALIDATION}: name "
-            "more with --train-data, or leave them out with --no-baselines"
+            f"the training data has {count} pairs, but the baselines need at least {_VALIDATION}: provide "
+            "more with --train-data, or skip the baselines with --no-baselines"
         )
 
 
 def choose_strength(fit: Moments, held_out: Moments, strengths: Sequence[float] = STRENGTHS) -> float:
-    """The strength whose solution on ``fit`` has the least error on ``held_out``."""
+    """The strength whose solution on ``fit`` has the lowest error on ``held_out``."""
     return min(strengths, key=lambda strength: held_out.error(fit.solve(strength)))
 
 

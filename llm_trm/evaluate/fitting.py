@@ -1,4 +1,4 @@
-"""Which puzzles a model was made for."""
+"""Checks which puzzles a model is built for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from llm_trm.models.puzzle.paper import PuzzleTRM
 
 
 def misfit(model: PuzzleTRM, facts: dict[str, Any], task: str, rows: int, columns: int) -> str | None:
-    """What else a model solves than puzzles of this kind and size, in words; None if it was made for them.
+    """Describe the puzzles that a model is built for, if they differ in kind or size from these; else None.
 
     Args:
-        model: Knows its number of cells.
-        facts: What its checkpoint says of it; may leave out ``task``, ``rows`` and ``columns``, as those of
-            imported checkpoints can.
+        model: The model, which has a fixed number of cells.
+        facts: Facts of its checkpoint. Imported checkpoints may lack ``task``, ``rows`` and ``columns``.
     """
     known, cells = facts.get("task") or task, model.config.seq_len
     sides = facts.get("rows") or rows, facts.get("columns") or columns

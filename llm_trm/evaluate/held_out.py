@@ -1,4 +1,4 @@
-"""Whether pairs are fit for an evaluation: a model must not have been trained on their problems."""
+"""Checks that pairs for an evaluation do not contain problems that the model was trained on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.errors import InputError
-from llm_trm.text import words_of
+from llm_trm.text import normalise_spaces
 
 if TYPE_CHECKING:
     from llm_trm.data.pairs import PairFiles
 
 _REMEDY = "generate pairs of other problems (llm-trm datagen --split test)"
-#: Of the settings of pair files: a fingerprint of all problems that were asked.
+#: Setting of pair files with a fingerprint of all problems.
 _PROBLEMS = "problems_sha256"
 
 
@@ -23,17 +23,17 @@ def require_held_out(
     *,
     otherwise: str,
 ) -> None:
-    """Raise InputError if problems of ``pairs`` were trained on.
+    """Raise InputError if problems of ``pairs`` were used in training.
 
     Args:
-        training_settings: The settings of the training pairs, as the checkpoint has them; may be empty.
-        training: The training pairs, if they are at hand: then problem is compared with problem.
-        otherwise: What else than making other pairs puts it right, for the message.
+        training_settings: Settings of the training pairs, from the checkpoint; may be empty.
+        training: The training pairs, if available, to compare individual problems.
+        otherwise: An alternative remedy for the message.
     """
     fingerprint = pairs.settings.get(_PROBLEMS)
     if fingerprint is not None and fingerprint == training_settings.get(_PROBLEMS):
         raise InputError(
-            f"{pairs.folder} holds the problems that the model is trained on: {_REMEDY}, or {otherwise}"
+            f"{pairs.folder} has the problems that the model is trained on: {_REMEDY}, or {otherwise}"
         )
     if training is None:
         return
@@ -45,6 +45,6 @@ def require_held_out(
 
 
 def shared_problems(pairs: PairFiles, training: PairFiles) -> int:
-    """How many of ``pairs`` are of a problem that ``training`` has too."""
-    seen = {words_of(str(record["problem"])) for record in training.records()}
-    return sum(words_of(str(record["problem"])) in seen for record in pairs.records())
+    """Number of ``pairs`` whose problem is also in ``training``."""
+    seen = {normalise_spaces(str(record["problem"])) for record in training.records()}
+    return sum(normalise_spaces(str(record["problem"])) in seen for record in pairs.records())

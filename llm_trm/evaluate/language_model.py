@@ -1,4 +1,4 @@
-"""What a recursion is worth to a language model, beside answering at once and written-out thinking."""
+"""Compares a language model's recursion with direct answers and with written-out thinking."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 from llm_trm.data.grading import is_correct
 from llm_trm.data.problems import Question
 from llm_trm.errors import InputError
-from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Speaker
+from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Responder
 from llm_trm.evaluate.statistics import group_labels, value_of, wilson
 
-#: Tokens that each mode writes to warm up.
+#: Number of tokens that each mode generates as a warm-up.
 _WARM_UP_TOKENS = 16
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class ModeScores:
-    """Means over problems of one mode.
+    """Scores of one mode; means are over problems.
 
     Attributes:
-        problems: How many.
-        correct: Answered rightly and to the end.
-        accuracy, interval: Their share, and its 95% Wilson interval.
-        tokens: Generated, the end token included.
-        cut: Share of problems whose answer did not end within the limit of tokens.
-        soft_tokens: That recursions appended.
-        steps: Supervision steps of all recursions of a problem.
-        thoughts: Recursions.
-        seconds: Wall time of the generation, the median batch's divided by its problems; None of a group,
-            whose problems share batches with others.
-        spread: 20th and 80th percentile of that over the batches.
+        problems: Number of problems.
+        correct: Number of problems with a complete and correct answer.
+        accuracy, interval: Fraction of correct answers, and its 95% Wilson interval.
+        tokens: Mean number of generated tokens, including the end token.
+        cut: Fraction of problems whose answer exceeded the token limit.
+        soft_tokens: Mean number of soft tokens.
+        steps: Mean number of supervision steps over all recursions of a problem.
+        thoughts: Mean number of recursions.
+        seconds: Generation time per problem, the median over batches; None for a group, whose problems
+            share batches with others.
+        spread: 20th and 80th percentile of the time per problem over the batches.
     """
 
     problems: int
@@ -54,14 +54,14 @@ class ModeScores:
 
 @dataclass(frozen=True)
 class Ratios:
-    """What the recursion gives, and costs, as a share of what thinking does.
+    """Benefit and cost of the recursion relative to written-out thinking.
 
     Attributes:
-        gap_closed: Of the gap in accuracy between answering at once and thinking; None where thinking gains
-            nothing.
-        gap_closed_interval: Its 95% interval, by resampling problems; None where a resample has no gap.
-        tokens, seconds: Of thinking's tokens, and of its wall time: the median over batches, which both
-            answered one right after the other.
+        gap_closed: Fraction of the accuracy gap between direct answers and thinking that the recursion
+            closes; None if thinking does not improve accuracy.
+        gap_closed_interval: Its 95% bootstrap interval over problems; None if a resample has no gap.
+        tokens, seconds: Tokens and wall time relative to thinking. The time ratio is the median over batches,
+            which both modes answer in direct succession.
     """
 
     gap_closed: float | None
@@ -72,14 +72,14 @@ class Ratios:
 
 @dataclass(frozen=True)
 class LanguageModelEvaluation:
-    """What :func:`evaluate_language_model` found.
+    """Result of :func:`evaluate_language_model`.
 
     Attributes:
         modes: Scores over all problems.
-        ratios: Of ``latent``, if all three modes ran.
+        ratios: Ratios of ``latent``, if all three modes ran.
         by: The field that problems were grouped by, or None.
         groups: Scores of each group.
-        batch_seconds: Wall time of each batch: their sum counts what a median leaves out.
+        batch_seconds: Wall time of each batch, since a median hides outliers.
     """
 
     modes: dict[Mode, ModeScores]
@@ -89,12 +89,12 @@ class LanguageModelEvaluation:
     batch_seconds: dict[Mode, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to JSON values."""
         return asdict(self)
 
 
 def evaluate_language_model(
-    speakers: Mapping[Mode, Speaker],
+    responders: Mapping[Mode, Responder],
     questions: Sequence[Question],
     decoding: Decoding,
     *,
@@ -102,36 +102,37 @@ def evaluate_language_model(
     by: str | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> LanguageModelEvaluation:
-    """Let every mode answer the same questions, the same batches one mode after the other.
+    """Let every mode answer the same questions in the same batches.
 
-    Modes take turns batch by batch, each batch begun by another, so that a machine that slows down slows all
-    of them. Each has written a few tokens before the clock starts.
+    All modes answer each batch in turn, in a rotating order, so that a slowdown of the machine affects all of
+    them. Each mode generates a few tokens as a warm-up before timing starts.
 
     Args:
-        speakers: By mode.
-        questions: Whose reference answers can be compared with, as :func:`require_graded` leaves them.
-        decoding: How tokens are chosen.
-        batch_size: Problems at a time; the time of a batch is that of its longest answer.
+        responders: A responder for each mode.
+        questions: Questions with gradable reference answers, as returned by :func:`require_graded`.
+        decoding: Decoding settings.
+        batch_size: Problems per batch. The longest answer determines the time of a batch.
         by: Field of the records to group by, or ``"operations"``; see
             :func:`~llm_trm.evaluate.statistics.value_of`.
         progress: Called with 1 when a mode has answered a batch.
 
     Raises:
-        InputError: A prompt that does not fit, or a field that no record has.
+        InputError: A prompt does not fit the context, or no record has the field ``by``.
     """
     values = [] if by is None else _values(questions, by)
     prompts = {
-        mode: [speaker.encode(question.text) for question in questions] for mode, speaker in speakers.items()
+        mode: [responder.encode(question.text) for question in questions]
+        for mode, responder in responders.items()
     }
     warm_up = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, _WARM_UP_TOKENS))
-    for mode, speaker in speakers.items():
-        speaker.reply(prompts[mode][:batch_size], warm_up)
-    replies: dict[Mode, list[Reply]] = {mode: [] for mode in speakers}
-    seconds: dict[Mode, list[float]] = {mode: [] for mode in speakers}
-    order = list(speakers)
+    for mode, responder in responders.items():
+        responder.reply(prompts[mode][:batch_size], warm_up)
+    replies: dict[Mode, list[Reply]] = {mode: [] for mode in responders}
+    seconds: dict[Mode, list[float]] = {mode: [] for mode in responders}
+    order = list(responders)
     for start in range(0, len(questions), batch_size):
         for mode in order:
-            made, took = speakers[mode].reply(prompts[mode][start : start + batch_size], decoding)
+            made, took = responders[mode].reply(prompts[mode][start : start + batch_size], decoding)
             replies[mode] += made
             seconds[mode].append(took)
             progress(1)
@@ -140,22 +141,22 @@ def evaluate_language_model(
 
     def scores(mode: Mode, chosen: Sequence[int]) -> ModeScores:
         made = [replies[mode][number] for number in chosen]
-        return _score(made, right[mode][list(chosen)], speakers[mode].soft_tokens)
+        return _score(made, right[mode][list(chosen)], responders[mode].soft_tokens)
 
     everything = range(len(questions))
     modes = {}
-    for mode in speakers:
+    for mode in responders:
         low, middle, high = _quantiles(seconds[mode], len(questions), batch_size)
         modes[mode] = replace(scores(mode, everything), seconds=middle, spread=(low, high))
     groups = {
-        label: {mode: scores(mode, members) for mode in speakers}
+        label: {mode: scores(mode, members) for mode in responders}
         for label, members in _members(values).items()
     }
     return LanguageModelEvaluation(modes, _ratios(modes, right, seconds), by, groups, seconds)
 
 
 def require_graded(questions: Sequence[Question]) -> list[Question]:
-    """Those whose reference answers can be compared with.
+    """Filter for questions whose reference answers can be graded.
 
     Raises:
         InputError: There are none.
@@ -167,14 +168,14 @@ def require_graded(questions: Sequence[Question]) -> list[Question]:
     ]
     if not graded:
         raise InputError(
-            f"none of the {len(questions)} problems has an answer that can be compared with: give each "
-            "record an answer that is one line, or ends in #### and the answer, or holds \\boxed{}"
+            f"none of the {len(questions)} problems has an answer that can be graded: give each record an "
+            "answer that is one line, ends with #### and the final answer, or contains \\boxed{}"
         )
     return graded
 
 
 def _right(replies: Sequence[Reply], questions: Sequence[Question]) -> Tensor:
-    """Which were answered rightly, and to the end: what is cut may be the half of a number. bool [N]"""
+    """Which answers are complete and correct, bool [N]; a truncated answer may end within a number."""
     return torch.tensor(
         [
             reply.finished and is_correct(reply.answer, str(question.answer)) is True
@@ -200,7 +201,7 @@ def _score(replies: Sequence[Reply], right: Tensor, soft_tokens: int) -> ModeSco
 
 
 def _quantiles(seconds: Sequence[float], problems: int, batch_size: int) -> tuple[float, float, float]:
-    """The 20th percentile over batches of the time a problem, the median, and the 80th percentile."""
+    """20th, 50th and 80th percentile of the time per problem over batches."""
     sizes = [min(batch_size, problems - start) for start in range(0, problems, batch_size)]
     each = torch.tensor(seconds, dtype=torch.float64) / torch.tensor(sizes)
     low, middle, high = each.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
@@ -224,7 +225,7 @@ def _ratios(
 
 
 def _gap_interval(right: Mapping[Mode, Tensor]) -> tuple[float, float] | None:
-    """Problems are resampled whole, as all modes answered the same ones."""
+    """Bootstrap interval. Each resample draws problems with the answers of all modes."""
     table = torch.stack([right["no-think"], right["think"], right["latent"]]).double()
     count = table.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -247,7 +248,7 @@ def _values(questions: Sequence[Question], by: str) -> list[Any]:
 
 
 def _members(values: Sequence[Any]) -> dict[str, list[int]]:
-    """Numbers of the problems of each group, groups in the order of their values."""
+    """Indices of the problems in each group, with groups ordered by value."""
 
     def rank(number: int) -> tuple[int, float, str]:
         value = values[number]

@@ -1,4 +1,4 @@
-"""A language model's ways of answering: at once, after written-out thinking, or after a recursion."""
+"""Modes of answering of a language model: directly, after written-out thinking, or after a recursion."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-#: ``no-think``: the plain language model answers at once. ``think``: it writes its thinking first.
+#: ``no-think``: the plain language model answers directly. ``think``: it writes its thinking first.
 #: ``latent``: the trained model recurs at ``<think>`` instead.
 Mode = Literal["no-think", "think", "latent"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-#: Of ``generate``: no token is less likely than the model says for having been written before. What is not
-#: said here, the model's own settings say, as those of many instruction-tuned models do.
+#: Arguments of ``generate`` that disable repetition penalties. Without them the model's own settings would
+#: apply, which many instruction-tuned models have.
 UNPENALISED: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen.
+    """Decoding settings.
 
     Args:
-        max_new_tokens: Where an answer that does not end is cut.
-        temperature: 0 takes the likeliest token.
-        top_p, top_k: Draw from the likeliest tokens, by their probability and by their number; 1 and 0 draw
-            from all.
+        max_new_tokens: Maximum number of generated tokens.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p, top_k: Sample from the most likely tokens, limited by total probability and by number; 1 and 0
+            disable the limits.
 
     Raises:
-        InputError: A value outside of its range.
+        InputError: A value is out of range.
     """
 
     max_new_tokens: int = 1024
@@ -64,26 +64,26 @@ class Decoding:
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise InputError("--top-p must be over 0 and at most 1, and --top-k not negative")
+            raise InputError("--top-p must be above 0 and at most 1, and --top-k must not be negative")
 
     def config(self, pad: int, ends: set[int], never: Sequence[int] = ()) -> GenerationConfig:
-        """For ``generate``; says everything, or the model's own settings would fill the gaps.
+        """The configuration for ``generate``; complete, because the model's own settings would fill any gaps.
 
         Args:
-            pad, ends: Ids of the padding token, and of tokens that end what is written.
-            never: Ids of tokens that are not written.
+            pad, ends: Ids of the padding token, and of tokens that end the generation.
+            never: Ids of tokens to suppress.
         """
-        drawn = self.temperature > 0
-        # Only where something is drawn: transformers warns of it elsewhere.
-        options: dict[str, Any] = {"min_p": 0.0} if drawn else {}
+        samples = self.temperature > 0
+        # Only with sampling, because transformers otherwise warns about it.
+        options: dict[str, Any] = {"min_p": 0.0} if samples else {}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            do_sample=drawn,
+            do_sample=samples,
             num_beams=1,
-            # Where nothing is drawn, what transformers holds for neutral: it warns of anything else.
-            temperature=self.temperature if drawn else 1.0,
-            top_p=self.top_p if drawn else 1.0,
-            top_k=self.top_k if drawn else 50,
+            # Without sampling, use transformers' defaults, because it warns about any other values.
+            temperature=self.temperature if samples else 1.0,
+            top_p=self.top_p if samples else 1.0,
+            top_k=self.top_k if samples else 50,
             pad_token_id=pad,
             eos_token_id=sorted(ends) or None,
             suppress_tokens=list(never) or None,
@@ -95,14 +95,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote.
+    """A model's reply.
 
     Attributes:
-        text: All of it, thinking included.
-        answer: What stands behind the thinking; empty if that never ended.
-        tokens: Written, the end token included.
-        finished: Whether the model ended it.
-        steps: Supervision steps of each recursion; none in the modes of the plain model.
+        text: The whole text, including thinking.
+        answer: The text after the thinking; empty if the thinking never ended.
+        tokens: Number of generated tokens, including the end token.
+        finished: Whether the model ended the reply.
+        steps: Supervision steps of each recursion; empty for the plain model.
     """
 
     text: str
@@ -113,16 +113,16 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A language model in one of its modes.
+class Responder:
+    """A language model that answers questions in one mode.
 
     Attributes:
-        mode: Which.
-        name: What it was loaded by.
-        model: In eval mode.
-        tokenizer: Of the prompts of this mode.
-        form: How it is asked.
-        without_adapters: Whether the adapters in ``model`` are to be off.
+        mode: The mode.
+        name: The name that the model was loaded by.
+        model: The model in eval mode.
+        tokenizer: The tokenizer for prompts of this mode.
+        form: Prompt form.
+        without_adapters: Whether to disable the adapters in ``model``.
     """
 
     mode: Mode
@@ -134,26 +134,27 @@ class Speaker:
 
     @property
     def context(self) -> int | None:
-        """Positions of the decoder's context; None if its configuration does not say."""
+        """Size of the decoder's context in positions; None if its configuration does not give it."""
         config = getattr(self.model.config, "text_config", self.model.config)
         positions = getattr(config, "max_position_embeddings", None)
         return None if positions is None else int(positions)
 
     @property
     def soft_tokens(self) -> int:
-        """That one recursion appends."""
+        """Number of soft tokens per recursion."""
         return int(self.model.config.tokens_per_thought) if self.mode == "latent" else 0
 
     @property
     def ends(self) -> set[int]:
-        """Ids that end what the model writes."""
+        """Ids of the tokens that end a generation."""
         return end_tokens(self.model, self.tokenizer)
 
     def encode(self, question: str) -> list[int]:
-        """The tokens of a prompt.
+        """Encode the prompt for a question.
 
         Raises:
-            InputError: They do not fit the context; or see :func:`question_prompt`, :func:`encode_prompt`.
+            InputError: The prompt does not fit the context; also see :func:`question_prompt` and
+                :func:`encode_prompt`.
         """
         asked = question_prompt(
             self.tokenizer,
@@ -165,8 +166,8 @@ class Speaker:
         prompt = encode_prompt(self.tokenizer, asked, self.form)
         if self.context is not None and len(prompt) >= self.context:
             raise InputError(
-                f"the question {shortened(question)} makes a prompt of {len(prompt)} tokens, and {self.name} "
-                f"has a context of {self.context}: shorten it"
+                f"the question {shortened(question)} gives a prompt of {len(prompt)} tokens, but {self.name} "
+                f"has a context of {self.context}: shorten the question"
             )
         return prompt
 
@@ -174,19 +175,19 @@ class Speaker:
     def reply(
         self, prompts: Sequence[list[int]], decoding: Decoding, streamer: BaseStreamer | None = None
     ) -> tuple[list[Reply], float]:
-        """Answer a batch; returns the replies and the seconds that the generation took.
+        """Answer a batch. Returns the replies and the generation time in seconds.
 
         Args:
-            prompts: As :meth:`encode` makes them.
-            decoding: How tokens are chosen.
-            streamer: Sees the tokens of a single prompt as they come.
+            prompts: Prompts from :meth:`encode`.
+            decoding: Decoding settings.
+            streamer: Receives the tokens of a single prompt as they are generated.
         """
         model, device = self.model, self.model.device
         inputs = self.tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
         options: dict[str, Any] = {}
         if isinstance(inner(model), TRMForCausalLM):
             options["use_trm"] = self.mode == "latent"
-        # Entered before the clock starts: peft looks at every layer for it.
+        # Outside the timed block, because peft visits every layer to disable adapters.
         with model.disable_adapter() if self.without_adapters else nullcontext():
             inputs = inputs.to(device)
             with _timed(device) as clock:
@@ -206,7 +207,7 @@ class Speaker:
         return replies, clock[0]
 
     def _unwritten(self) -> list[int]:
-        """``<think>``, where the model is to answer at once and the prompt does not keep it from thinking."""
+        """``<think>``, if the model should answer directly but the prompt does not prevent thinking."""
         tags = _tags(self.tokenizer)
         if self.mode != "no-think" or tags is None:
             return []
@@ -218,7 +219,7 @@ class Speaker:
         answer = answer_tokens(prompt, written, _tags(self.tokenizer), open_ended=self.form == "plain")
         text = self._decode(answer or [])
         if self.form == "plain":
-            # Where a model goes on with a question of its own, it has answered ours.
+            # A model that continues with its own question has finished answering ours.
             text, asked = own_answer(text)
             finished = finished or asked
         return Reply(
@@ -229,84 +230,84 @@ class Speaker:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def load_speakers(
+def load_responders(
     modes: Sequence[Mode],
     checkpoint: str | Path | None,
     model: str | None,
     device: torch.device | str = "cpu",
     *,
     trust_remote_code: bool = False,
-) -> tuple[dict[Mode, Speaker], dict[Mode, str]]:
-    """Models for the modes that can run, and why the others cannot.
+) -> tuple[dict[Mode, Responder], dict[Mode, str]]:
+    """Load responders for the modes that can run, and the reasons why the others cannot.
 
-    The plain language model is the checkpoint's own with its adapters off, where it has some, and otherwise
-    the one that it names as its base. One that ``model`` names is loaded by itself: that takes its memory
-    once more, and spares it the idle adapters, which took the arithmetic model 1% (no-think) and 7% (think)
-    of its time on two busy cores, medians of 10 turns.
+    The plain language model is the checkpoint's model with its adapters disabled, if it has adapters, and
+    otherwise the checkpoint's base. A given ``model`` is loaded separately. This needs additional memory but
+    avoids the overhead of idle adapters, which took 1% (no-think) and 7% (think) of the arithmetic model's
+    time on two busy cores, medians of 10 runs.
 
     Args:
-        modes: Wanted.
-        checkpoint: Of a model with a recursion, as :func:`load_latent_model` takes it.
+        modes: Requested modes.
+        checkpoint: A model with a recursion, see :func:`load_latent_model`.
         model: The plain language model; None for the checkpoint's.
-        device: Where they run.
-        trust_remote_code: Run the Python files that a language model brings, if it needs them.
+        device: Device of the models.
+        trust_remote_code: Allow a language model's own Python files to run if it needs them.
 
     Raises:
-        InputError: A model that cannot be loaded, or neither of the two.
+        InputError: A model cannot be loaded, or neither is given.
     """
     if checkpoint is None and model is None:
-        raise InputError("name a model with a recursion by --checkpoint, or a plain one by --model")
+        raise InputError("name a model with a recursion with --checkpoint, or a plain one with --model")
     latent = None
     if checkpoint is not None:
         latent = load_latent_model(checkpoint, device, trust_remote_code=trust_remote_code)
-    speakers: dict[Mode, Speaker] = {}
+    responders: dict[Mode, Responder] = {}
     missing: dict[Mode, str] = {}
-    plain: Speaker | str | None = None
+    plain: Responder | str | None = None
     for mode in dict.fromkeys(modes):
         if mode == "latent":
             if latent is None:
                 missing[mode] = (
-                    f"{model} is a plain language model without a recursion: name one that `llm-trm train "
-                    "lora` wrote by --checkpoint"
+                    f"{model} is a plain language model without a recursion: use --checkpoint to name one "
+                    "that `llm-trm train lora` wrote"
                 )
             else:
-                speakers[mode] = Speaker(
+                responders[mode] = Responder(
                     mode, latent.name, latent.model, latent.tokenizer, latent.prompt_form
                 )
             continue
         if plain is None:
-            plain = _plain_speaker(latent, model, device, trust_remote_code)
-        reason = plain if isinstance(plain, str) else _why_not(plain) if mode == "think" else None
+            plain = _plain_responder(latent, model, device, trust_remote_code)
+        reason = plain if isinstance(plain, str) else _thinking_fault(plain) if mode == "think" else None
         if reason is not None:
             missing[mode] = reason
         else:
-            assert isinstance(plain, Speaker)
-            speakers[mode] = replace(plain, mode=mode)
-    return speakers, missing
+            assert isinstance(plain, Responder)
+            responders[mode] = replace(plain, mode=mode)
+    return responders, missing
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end what ``model`` writes: its own and the tokenizer's, with which answers end in training."""
+    """Ids of the end tokens of ``model`` and of the tokenizer, which ends the answers in training."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     own = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     return {int(end) for end in (*own, tokenizer.eos_token_id) if end is not None}
 
 
-def _plain_speaker(
+def _plain_responder(
     latent: LatentModel | None, name: str | None, device: torch.device | str, trust_remote_code: bool
-) -> Speaker | str:
-    """The plain language model, or why there is none."""
+) -> Responder | str:
+    """The responder of the plain language model, or the reason why there is none."""
     if latent is not None and latent.has_adapters and name is None:
         assert latent.base is not None
         tokenizer = _tokenizer(latent.base, trust_remote_code)
-        return Speaker("no-think", latent.base, latent.model, tokenizer, prompt_form(tokenizer), True)
+        return Responder("no-think", latent.base, latent.model, tokenizer, prompt_form(tokenizer), True)
     name = name or (latent.base if latent is not None else None)
     if name is None:
         assert latent is not None
-        return f"{latent.name} does not say what its base was: name it by --model"
+        return f"the base of {latent.name} is unknown: name it with --model"
     if (Path(name) / ADAPTERS_FILE).exists():
-        raise InputError(f"--model {name} holds adapters, and no plain model: name it by --checkpoint")
+        raise InputError(f"--model {name} contains adapters, not a plain model: name it with --checkpoint")
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     tokenizer = _tokenizer(name, trust_remote_code)
     model = pretrained(
@@ -317,8 +318,8 @@ def _plain_speaker(
         trust_remote_code=trust_remote_code,
     )
     if isinstance(model, TRMForCausalLM):
-        raise InputError(f"--model {name} is a model with a recursion: name it by --checkpoint")
-    return Speaker("no-think", name, model.to(device).eval(), tokenizer, prompt_form(tokenizer))
+        raise InputError(f"--model {name} is a model with a recursion: name it with --checkpoint")
+    return Responder("no-think", name, model.to(device).eval(), tokenizer, prompt_form(tokenizer))
 
 
 def _tokenizer(name: str, trust_remote_code: bool) -> Any:
@@ -330,12 +331,12 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _why_not(plain: Speaker) -> str | None:
-    """Why a plain model cannot be told to think; None if it can."""
+def _thinking_fault(plain: Responder) -> str | None:
+    """The reason why a plain model cannot be prompted to think; None if it can."""
     if plain.form == "plain":
-        return f"{plain.name} has no chat template, and so no way to be told to think"
+        return f"{plain.name} has no chat template, so it cannot be prompted to think"
     if _tags(plain.tokenizer) is None:
-        return f"{plain.name} has no {THINK} and {END_THINK}, between which it would think"
+        return f"{plain.name} has no {THINK} and {END_THINK} tokens to think between"
     template = chat_template(plain.tokenizer)
     if not (template.switches or template.opens) or template.thinking.closes:
         return f"the chat template of {plain.name} does not turn thinking on or off (enable_thinking)"
@@ -351,16 +352,16 @@ def _tags(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
 
 @contextmanager
 def _timed(device: torch.device) -> Iterator[list[float]]:
-    """Gives a list that holds the seconds of the block when it has ended."""
+    """Yield a list that contains the block's duration in seconds after it ends."""
     clock: list[float] = []
-    _wait_for(device)
-    begun = time.perf_counter()
+    _synchronize(device)
+    start = time.perf_counter()
     yield clock
-    _wait_for(device)
-    clock.append(time.perf_counter() - begun)
+    _synchronize(device)
+    clock.append(time.perf_counter() - start)
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

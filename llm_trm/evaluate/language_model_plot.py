@@ -1,4 +1,4 @@
-"""Accuracy against time, a point a mode. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
+"""Plots accuracy against time, one point per mode. Needs matplotlib: ``pip install "llm-trm[plot]"``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llm_trm.files import replacing
 
 _COLOURS: dict[Mode, str] = {"no-think": "#7f8fa6", "think": "#e1b12c", "latent": "#2e7d22"}
 _FORMATS = (".png", ".svg", ".pdf")
-#: Times that differ by more are drawn on a logarithmic axis.
+#: Ratio of times above which the axis is logarithmic.
 _WIDE = 20
-#: Characters that fit beside each other.
+#: Characters per line of the title.
 _TITLE_WIDTH = 80
 
 
@@ -28,7 +28,7 @@ def require_plot(path: Path) -> None:
 
 
 def plot_modes(modes: Mapping[Mode, ModeScores], path: Path, title: str = "") -> None:
-    """Draw accuracy, with 95% intervals, against the wall time of a problem, with that of p20 to p80."""
+    """Plot accuracy with 95% intervals against the wall time per problem with its range from p20 to p80."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,9 +45,9 @@ def plot_modes(modes: Mapping[Mode, ModeScores], path: Path, title: str = "") ->
             axis.errorbar(
                 milliseconds,
                 100 * scores.accuracy,
-                # A mean may lie outside of what is between two percentiles.
+                # A mean may be outside the range between two percentiles.
                 xerr=[[max(milliseconds - fast, 0.0)], [max(slow - milliseconds, 0.0)]],
-                # Rounding may put a share a hair outside of its interval.
+                # Rounding may put a fraction slightly outside its interval.
                 yerr=[
                     [max(100 * (scores.accuracy - low), 0.0)],
                     [max(100 * (high - scores.accuracy), 0.0)],
@@ -62,7 +62,7 @@ def plot_modes(modes: Mapping[Mode, ModeScores], path: Path, title: str = "") ->
         else:
             axis.set_xlim(0, 1.15 * max(times))
         axis.set_ylim(-3, 103)
-        axis.set_xlabel("wall time a problem, ms")
+        axis.set_xlabel("wall time per problem, ms")
         axis.set_ylabel("exact match, %")
         axis.set_title(fill(title, _TITLE_WIDTH), fontsize=9)
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""How well a recursion predicts the state after thinking, beside baselines and what compression leaves."""
+"""Evaluates how well a recursion predicts the state after thinking, compared with baselines."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from llm_trm.models.compression import DimensionCompressor
     from llm_trm.models.sequence_trm import SequenceTRM
 
-#: Names of the rows that are no baselines. The second is the ceiling that the compressor leaves.
+#: Names of the rows that are not baselines. The second is the upper bound that the compressor permits.
 TRM, TRUE_STATE = "TRM", "true state"
 #: ``head(states)``: logits [B, V] of normalised states [B, D].
 Head = Callable[[Tensor], Tensor]
 
-#: Rows that are compressed at a time.
+#: Number of rows to compress at a time.
 _ROWS = 65536
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over pairs. Figures that nothing gives are None.
+    """Metrics averaged over pairs; None if not available.
 
     Attributes:
-        pairs: How many.
-        cosine: Cosine similarity to the true state, both compressed.
-        mse: Mean squared error over the numbers of a compressed state.
-        relative_error: ``|predicted - true| / |true|`` of the compressed states, the mean over the pairs.
-        full_cosine: Cosine similarity of the decompressed prediction to the language model's own state.
-        rank1: Share of pairs whose next token has the highest logit under the decompressed prediction.
+        pairs: Number of pairs.
+        cosine: Cosine similarity of the prediction and the true state, both compressed.
+        mse: Mean squared error over the elements of a compressed state.
+        relative_error: ``|predicted - true| / |true|`` of the compressed states.
+        full_cosine: Cosine similarity of the decompressed prediction and the language model's state.
+        rank1: Fraction of pairs whose next token has the highest logit for the decompressed prediction.
         rank1_interval: Its 95% Wilson interval.
-        top5: Share of pairs whose next token is among the five highest.
+        top5: Fraction of pairs whose next token is among the five highest.
         reciprocal_rank: Mean of 1 / rank of the next token.
-        steps: Supervision steps taken.
+        steps: Number of supervision steps.
     """
 
     pairs: int
@@ -63,13 +63,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Phase2Evaluation:
-    """What :func:`evaluate_phase2` found.
+    """Result of :func:`evaluate_phase2`.
 
     Attributes:
         rows: Scores of :data:`TRM`, the baselines and :data:`TRUE_STATE`, over all pairs.
         by: The field that pairs were grouped by, or None.
         groups: The same rows for each group.
-        ridge_strength: Regularisation that the ridge regression chose, or None without it.
+        ridge_strength: Regularisation strength chosen for the ridge regression; None without it.
     """
 
     rows: dict[str, Scores]
@@ -78,7 +78,7 @@ class Phase2Evaluation:
     ridge_strength: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; figures that are not finite become None."""
+        """Convert to JSON values; non-finite metrics become None."""
         return {
             "rows": {name: _plain(scores) for name, scores in self.rows.items()},
             "by": self.by,
@@ -103,22 +103,23 @@ def evaluate_phase2(
     by: str | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Phase2Evaluation:
-    """Compare the predictions of ``trm`` on ``pairs`` with the true states, and those of baselines too.
+    """Compare the predictions of ``trm`` and of baselines on ``pairs`` with the true states.
 
     Args:
-        trm: In eval mode; its device is where the work is done.
-        compressor: On the same device.
+        trm: The model in eval mode. The computation runs on its device.
+        compressor: A compressor on the same device.
         pairs: Held-out pairs; read shard by shard.
-        head: The language model's head, on the same device; without it nothing is said of tokens.
-        train_pairs: Pairs that the baselines are fitted on; without them there are none.
+        head: The language model's head on the same device; None for no token metrics.
+        train_pairs: Pairs to fit the baselines on; None for no baselines.
         max_steps, halting: As for :meth:`SequenceTRM.reason`.
-        batch_size: Contexts at a time. With ``halting="batch"`` it decides who halts together.
+        batch_size: Contexts per batch. With ``halting="batch"`` it determines which samples halt together.
         by: Field of the records to group pairs by, or ``"operations"``, which is counted in the problems
             of the arithmetic world. More than ten different numbers are grouped by quartiles.
-        progress: Called with the number of pairs that were just done, those of the training data included.
+        progress: Called with the number of pairs just processed, including training pairs.
 
     Raises:
-        InputError: No pairs, a broken shard, a field or token that does not exist, too few training pairs.
+        InputError: There are no pairs or too few training pairs, a shard is invalid, or a field or token does
+            not exist.
     """
     require_evaluable(pairs, by, train_pairs)
     device = trm.reasoning_token.device
@@ -136,33 +137,33 @@ def evaluate_phase2(
         if head is not None:
             ids = torch.tensor([record["next_token"] for record in batch.records], device=device)
         for name, predicted in predictions.items():
-            figures = measure(predicted.to(device), batch.target, batch.hidden_post, compressor, head, ids)
+            metrics = measure(predicted.to(device), batch.target, batch.hidden_post, compressor, head, ids)
             if name == TRM:
-                figures["steps"] = reasoning.steps
-            measured.setdefault(name, []).append({key: value.cpu() for key, value in figures.items()})
+                metrics["steps"] = reasoning.steps
+            measured.setdefault(name, []).append({key: value.cpu() for key, value in metrics.items()})
         values += [None if by is None else value_of(record, by) for record in batch.records]
         progress(len(batch.records))
-    figures_of = {
+    metrics_of = {
         name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         for name, parts in measured.items()
     }
     ridge = next((baseline for baseline in baselines.values() if isinstance(baseline, Ridge)), None)
     return Phase2Evaluation(
-        {name: score(figures) for name, figures in figures_of.items()},
+        {name: score(metrics) for name, metrics in metrics_of.items()},
         by,
-        _grouped(figures_of, values) if by is not None else {},
+        _grouped(metrics_of, values) if by is not None else {},
         None if ridge is None else ridge.strength,
     )
 
 
 def require_evaluable(pairs: PairFiles, by: str | None = None, train_pairs: PairFiles | None = None) -> None:
-    """Raise InputError for what :func:`evaluate_phase2` would refuse; reads no states.
+    """Raise InputError if :func:`evaluate_phase2` would reject its arguments. Does not read states.
 
     Args:
-        pairs, by, train_pairs: As there.
+        pairs, by, train_pairs: Arguments of :func:`evaluate_phase2`.
     """
     if pairs.samples == 0:
-        raise InputError(f"{pairs.folder} holds no pairs: make some with llm-trm datagen")
+        raise InputError(f"{pairs.folder} has no pairs: generate some with llm-trm datagen")
     if by is not None and all(value_of(record, by) is None for record in pairs.records()):
         raise InputError(f"--by {by}: no record of {pairs.folder} has such a field")
     if train_pairs is not None:
@@ -178,35 +179,35 @@ def measure(
     head: Head | None = None,
     next_tokens: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The figures of each pair, [B] by name; ``rank`` only with a head and tokens.
+    """Metrics of each pair, [B] by name; ``rank`` only with a head and tokens.
 
     Args:
         predicted, target: Compressed states [B, D'].
         hidden_post: The language model's states after thinking [B, D].
-        head: Gives logits.
-        next_tokens: Ids of the tokens that follow [B].
+        head: The language model's head.
+        next_tokens: Ids of the next tokens [B].
 
     Raises:
-        InputError: A token that the head does not have.
+        InputError: A token is not in the head's vocabulary.
     """
     restored = compressor.decompress(predicted)
-    figures = errors(predicted, target)
-    figures["full_cosine"] = F.cosine_similarity(restored, hidden_post, dim=-1)
+    metrics = errors(predicted, target)
+    metrics["full_cosine"] = F.cosine_similarity(restored, hidden_post, dim=-1)
     if head is not None and next_tokens is not None:
         logits = head(restored)
         if int(next_tokens.max()) >= logits.shape[1]:
             raise InputError(
-                f"the pairs name token {int(next_tokens.max())}, but the model has {logits.shape[1]} tokens: "
-                "name the model that the pairs were made with, by --model"
+                f"the pairs contain token {int(next_tokens.max())}, but the model has {logits.shape[1]} "
+                "tokens: name the model that generated the pairs with --model"
             )
-        figures["rank"] = rank(logits, next_tokens)
-    return figures
+        metrics["rank"] = rank(logits, next_tokens)
+    return metrics
 
 
 def rank(logits: Tensor, ids: Tensor) -> Tensor:
     """Rank of each token, int64 [B]: 1 plus the number of tokens with a strictly higher logit.
 
-    A logit that is NaN counts as higher, so that broken predictions rank last.
+    NaN logits count as higher, so that invalid predictions rank last.
 
     Args:
         logits: [B, V].
@@ -216,23 +217,23 @@ def rank(logits: Tensor, ids: Tensor) -> Tensor:
     return 1 + (~(logits <= own)).sum(dim=1) - own.isnan().squeeze(1).long()
 
 
-def score(figures: Mapping[str, Tensor]) -> Scores:
-    """Means of the figures of :func:`measure`, and of ``steps`` where they are there."""
+def score(metrics: Mapping[str, Tensor]) -> Scores:
+    """Average the metrics of :func:`measure`, and ``steps`` if available."""
 
     def mean(values: Tensor) -> float:
         return float(values.double().mean())
 
     scores = Scores(
-        pairs=len(figures["cosine"]),
-        cosine=mean(figures["cosine"]),
-        mse=mean(figures["mse"]),
-        relative_error=mean(figures["relative_error"]),
-        full_cosine=mean(figures["full_cosine"]),
-        steps=mean(figures["steps"]) if "steps" in figures else None,
+        pairs=len(metrics["cosine"]),
+        cosine=mean(metrics["cosine"]),
+        mse=mean(metrics["mse"]),
+        relative_error=mean(metrics["relative_error"]),
+        full_cosine=mean(metrics["full_cosine"]),
+        steps=mean(metrics["steps"]) if "steps" in metrics else None,
     )
-    if "rank" not in figures:
+    if "rank" not in metrics:
         return scores
-    ranks = figures["rank"]
+    ranks = metrics["rank"]
     first = int((ranks == 1).sum())
     return replace(
         scores,
@@ -246,23 +247,23 @@ def score(figures: Mapping[str, Tensor]) -> Scores:
 def load_head(
     name: str, device: torch.device, hidden_size: int, *, trust_remote_code: bool = False
 ) -> torch.nn.Module:
-    """The head of the language model ``name``, in float32; the rest of the model is let go.
+    """Load the head of the language model ``name`` in float32, and discard the rest of the model.
 
-    States of pair files are normalised, so that the head alone makes logits of them. Python files that the
-    model brings run for ``trust_remote_code`` alone.
+    States in pair files are normalised, so the head alone computes logits from them. The model's own Python
+    files run only with ``trust_remote_code``.
 
     Raises:
-        InputError: No such model, or one of another width than ``hidden_size``.
+        InputError: The model does not exist, or its width is not ``hidden_size``.
     """
     model = load_thinking_model(name, device, trust_remote_code=trust_remote_code)
     if model.hidden_size != hidden_size:
         raise InputError(
             f"model {name} has states of width {model.hidden_size}, but those of the pairs have "
-            f"{hidden_size}: name the model that they were made with, by --model"
+            f"{hidden_size}: name the model that generated them with --model"
         )
     head = model.model.get_output_embeddings()
     if not isinstance(head, torch.nn.Module):
-        raise InputError(f"model {name} has no head that makes logits: use a causal language model")
+        raise InputError(f"model {name} has no output head: use a causal language model")
     return head.float()
 
 
@@ -270,7 +271,7 @@ def load_head(
 class _Batch:
     """Pairs: padded compressed contexts [B, L, D'] and mask [B, L], targets, last and mean states [B, D'].
 
-    All lie on the device but the last and mean states, which baselines read on the CPU.
+    All are on the device except the last and mean states, which baselines read on the CPU.
     """
 
     context: Tensor
@@ -284,7 +285,7 @@ class _Batch:
 
 @torch.no_grad()
 def _compress(states: Tensor, compressor: DimensionCompressor, device: torch.device) -> Tensor:
-    """Stored states [R, D], compressed on ``device``: float32 [R, D'] on the CPU."""
+    """Compress stored states [R, D] on ``device`` to float32 [R, D'] on the CPU."""
     return torch.cat([compressor(part.to(device).float()).cpu() for part in states.split(_ROWS)])
 
 
@@ -311,7 +312,7 @@ def _batches(
         rows = _compress(shard.hidden_pre, compressor, device)
         contexts = Contexts(rows, shard.offsets, _compress(shard.hidden_post, compressor, device))
         last, mean = summarise(rows, shard.offsets)
-        # Contexts of like length share a batch: less padding.
+        # Batch contexts of similar length to reduce padding.
         for chosen in shard.offsets.diff().argsort(stable=True).split(batch_size):
             batch = contexts.batch(chosen.tolist())
             yield _Batch(
@@ -326,7 +327,7 @@ def _batches(
 
 
 def _grouped(
-    figures_of: Mapping[str, Mapping[str, Tensor]], values: Sequence[Any]
+    metrics_of: Mapping[str, Mapping[str, Tensor]], values: Sequence[Any]
 ) -> dict[str, dict[str, Scores]]:
     labels = group_labels(values)
     ordered = sorted(zip(values, labels, strict=True), key=lambda pair: _order(pair[0]))
@@ -334,14 +335,14 @@ def _grouped(
     for label in dict.fromkeys(label for _, label in ordered):
         members = torch.tensor([own == label for own in labels])
         groups[label] = {
-            name: score({key: tensor[members] for key, tensor in figures.items()})
-            for name, figures in figures_of.items()
+            name: score({key: tensor[members] for key, tensor in metrics.items()})
+            for name, metrics in metrics_of.items()
         }
     return groups
 
 
 def _order(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then texts, then what is unknown."""
+    """Sort key: numbers by value, then text, then unknown values."""
     if isinstance(value, (int, float)):
         return 0, float(value), ""
     return (2, 0.0, "") if value is None else (1, 0.0, str(value))

@@ -1,4 +1,4 @@
-"""How well a model solves puzzles that it has not seen."""
+"""Scores a model on held-out puzzles."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM
 
 @dataclass(frozen=True)
 class PuzzleScore:
-    """How a model did on a number of puzzles.
+    """Score of a model on a set of puzzles.
 
     Attributes:
-        puzzles: How many.
-        exact: Share that is solved without a wrong cell.
-        cells: Mean share of right cells.
-        steps: Mean supervision steps, those of all tries together.
-        halted: Share whose halting logit was positive at the exit.
-        halt_right: Share whose halting logit said rightly whether the answer is right.
+        puzzles: Number of puzzles.
+        exact: Fraction of puzzles with all cells correct.
+        cells: Mean fraction of correct cells.
+        steps: Mean number of supervision steps, summed over all attempts.
+        halted: Fraction of puzzles whose final halting logit was positive.
+        halt_right: Fraction of puzzles whose final halting logit correctly predicted the correctness.
     """
 
     puzzles: int
@@ -47,15 +47,15 @@ def best_of(
     compact: bool = True,
     threshold: float = 0.5,
 ) -> Prediction:
-    """Several tries, of which the halting head chooses, for each sample, the one that it is surest of.
+    """Make several attempts, and choose each sample's attempt with the highest halting logit.
 
-    The first try is without noise. ``steps`` are those of all tries together.
+    The first attempt has no noise. ``steps`` are summed over all attempts.
 
     Args:
         tokens: [B, L].
         puzzles: Puzzle identifiers [B].
-        tries: How many.
-        noise: Of the tries behind the first, as for :meth:`PuzzleTRM.predict`.
+        tries: Number of attempts.
+        noise: Noise of the attempts after the first, as for :meth:`PuzzleTRM.predict`.
         max_steps, halting, compact, threshold: As for :meth:`PuzzleTRM.predict`.
     """
     best: Prediction | None = None
@@ -92,15 +92,15 @@ def score(
     """Score answers to all puzzles of a split.
 
     Args:
-        predict: Answers tokens [B, L] with puzzle identifiers [B].
+        predict: Function that answers tokens [B, L] with puzzle identifiers [B].
         split: At least one puzzle, on the model's device.
-        batch_size: B.
-        progress: Told the number of puzzles that are done.
+        batch_size: Batch size B.
+        progress: Called with the number of finished puzzles.
     """
     dtype = widest(split.inputs.device)
     sums = torch.zeros(5, dtype=dtype, device=split.inputs.device)
-    for begin in range(0, len(split), batch_size):
-        rows = slice(begin, begin + batch_size)
+    for start in range(0, len(split), batch_size):
+        rows = slice(start, start + batch_size)
         found, labels = predict(split.inputs[rows], split.puzzles[rows]), split.labels[rows]
         counts = labels != PADDING
         right = ((found.tokens == labels) & counts).sum(-1)
@@ -108,19 +108,19 @@ def score(
         halted = found.halt_logits > 0
         measured = (exact, right / counts.sum(-1).clamp_min(1), found.steps, halted, halted == exact)
         sums += torch.stack([values.to(dtype).sum() for values in measured])
-        progress(min(begin + batch_size, len(split)))
+        progress(min(start + batch_size, len(split)))
     means = (sums / len(split)).tolist()
     return PuzzleScore(len(split), *means)
 
 
 def with_answers(split: PuzzleSplit) -> PuzzleSplit:
-    """The puzzles whose answers are known: a contest's are not, and would all count as solved."""
+    """The puzzles with known answers. Others, such as a contest's, would all count as solved."""
     known = (split.labels != PADDING).any(-1)
     return split if bool(known.all()) else _take(split, known)
 
 
 def draw_puzzles(split: PuzzleSplit, count: int, seed: int) -> PuzzleSplit:
-    """``count`` puzzles drawn at random, in their order; all if there are no more."""
+    """Sample up to ``count`` puzzles at random, keeping their order."""
     drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
     return _take(split, drawn.sort().values)
 

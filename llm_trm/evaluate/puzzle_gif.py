@@ -1,4 +1,4 @@
-"""Animations of a model that solves a puzzle."""
+"""Writes animations of a model solving a puzzle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-#: Pixels.
+#: Sizes in pixels.
 _SIDE, _MARGIN, _CAPTION = 432, 16, 16
 _LAST_FRAME_SECONDS = 2.5
 
@@ -28,16 +28,16 @@ _MAZE = {WALL: "#404040", OPEN: _WHITE, START: "#2e9e4f", GOAL: "#1f5fbf", PATH:
 
 
 def require_gif() -> None:
-    """Raise InputError unless there is what :func:`write_gif` needs."""
+    """Raise InputError unless the packages for :func:`write_gif` are installed."""
     require("plot", "PIL", "matplotlib")
 
 
 def write_gif(path: Path, question: Question, attempt: Attempt, seconds: float) -> None:
-    """Write the question and then every step of an attempt, a frame each, endlessly repeated.
+    """Write a looping animation with one frame for the question and one for each step of an attempt.
 
     Args:
-        path: Written whole or not at all.
-        seconds: Of a frame; the last one stays longer.
+        path: Output file, written atomically.
+        seconds: Duration of a frame; the last frame lasts longer.
 
     Raises:
         InputError: Pillow or matplotlib (for its font) is not installed.
@@ -67,7 +67,7 @@ class _Drawing:
 
         self.question = question
         self.cell = max(4, _SIDE // max(question.rows, question.columns))
-        # Pillow has a scalable font of its own only since 10.1, and then not always.
+        # Pillow only has a scalable font since 10.1, and not in every build.
         fonts = Path(get_data_path()) / "fonts" / "ttf"
         self.digits = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), self.cell * 3 // 5)
         self.clues = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), self.cell * 3 // 5)
@@ -77,16 +77,16 @@ class _Drawing:
         from PIL import Image, ImageDraw
 
         width, height = self.question.columns * self.cell, self.question.rows * self.cell
-        # A narrow maze must leave the caption its room.
+        # Even a narrow maze needs space for the caption.
         size = max(width, _SIDE) + 2 * _MARGIN, height + 3 * _MARGIN + _CAPTION
         image = Image.new("RGB", size, _WHITE)
         pencil = ImageDraw.Draw(image)
-        for place, token in enumerate(tokens.tolist()):
-            row, column = divmod(place, self.question.columns)
-            changed = before is not None and token != int(before[place])
+        for index, token in enumerate(tokens.tolist()):
+            row, column = divmod(index, self.question.columns)
+            changed = before is not None and token != int(before[index])
             left, top = _MARGIN + column * self.cell, _MARGIN + row * self.cell
             box = (left, top, left + self.cell, top + self.cell)
-            given = int(self.question.tokens[place])
+            given = int(self.question.tokens[index])
             if self.question.task == "sudoku":
                 self._sudoku_cell(pencil, box, given, token, changed)
             else:
@@ -121,8 +121,8 @@ class _Drawing:
         shape = self.question.shape
         end = _MARGIN + shape.size * self.cell
         for line in range(shape.size + 1):
-            place = _MARGIN + line * self.cell
+            offset = _MARGIN + line * self.cell
             if line % shape.box_rows == 0:
-                pencil.line((_MARGIN, place, end, place), fill=_BLACK, width=3)
+                pencil.line((_MARGIN, offset, end, offset), fill=_BLACK, width=3)
             if line % shape.box_columns == 0:
-                pencil.line((place, _MARGIN, place, end), fill=_BLACK, width=3)
+                pencil.line((offset, _MARGIN, offset, end), fill=_BLACK, width=3)

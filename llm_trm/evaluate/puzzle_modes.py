@@ -1,4 +1,4 @@
-"""A model on test puzzles in several modes of asking it: how well each does, and how long it takes."""
+"""Evaluates a model on test puzzles in several inference modes, with accuracy and time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to ask a model.
+    """An inference mode.
 
     Attributes:
-        halting: Whether a puzzle is done once its halting probability is above ``threshold``.
-        max_steps: Supervision steps of a try at most.
-        tries: Tries at each puzzle.
-        noise: Of the tries behind the first, as for :meth:`PuzzleTRM.predict`.
+        halting: Whether a puzzle halts once its halting probability exceeds ``threshold``.
+        max_steps: Maximum number of supervision steps per attempt.
+        tries: Number of attempts per puzzle.
+        noise: Noise of the attempts after the first, as for :meth:`PuzzleTRM.predict`.
         threshold: See ``halting``.
     """
 
@@ -41,7 +41,7 @@ class Mode:
 
     @property
     def name(self) -> str:
-        """A few words for a table."""
+        """A short name for tables."""
         steps = "with halting" if self.halting else "without halting"
         if self.halting and self.threshold != 0.5:
             steps += f" at {self.threshold:g}"
@@ -50,14 +50,14 @@ class Mode:
 
 @dataclass(frozen=True)
 class ModeResult:
-    """How a model did in a mode.
+    """Result of a model in one mode.
 
     Attributes:
         mode: The mode.
-        score: How well.
+        score: The score.
         interval: 95% Wilson interval of ``score.exact``.
-        seconds: Wall time of a puzzle, of prediction alone.
-        arc: Two attempts voted from all copies of an ARC task; None for other puzzles.
+        seconds: Wall time of the prediction per puzzle.
+        arc: Score of two attempts, voted over all augmentations of an ARC task; None for other puzzles.
     """
 
     mode: Mode
@@ -67,7 +67,7 @@ class ModeResult:
     arc: ArcScore | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Convert to JSON values."""
         return {
             "name": self.mode.name,
             **asdict(self.mode),
@@ -88,18 +88,18 @@ def evaluate_mode(
     ballot: ArcBallot | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> ModeResult:
-    """Ask a model all puzzles of a split.
+    """Evaluate a model on all puzzles of a split.
 
     Args:
-        model: In eval mode.
+        model: The model in eval mode.
         split: At least one puzzle, each with an answer, on the model's device.
-        mode: How to ask.
-        batch_size: Puzzles at a time.
-        seed: Of the noise.
-        ballot: Takes the votes of ARC puzzles; must be fresh.
-        progress: Told after every batch how many puzzles it held.
+        mode: The inference mode.
+        batch_size: Puzzles per batch.
+        seed: Seed of the noise.
+        ballot: Collects the votes of ARC puzzles; must be new.
+        progress: Called after every batch with the number of its puzzles.
     """
-    # What is done only once, such as choosing kernels, is no part of a puzzle's time.
+    # Warm up, so that one-off work such as choosing kernels is not timed.
     first = slice(min(batch_size, len(split)))
     best_of(
         model,
@@ -143,29 +143,29 @@ def evaluate_mode(
 
 
 def require_fitting(model: PuzzleTRM, facts: dict[str, Any], info: PuzzleInfo, where: Path) -> None:
-    """Check that a model was made for puzzles like those of a folder.
+    """Check that a model is built for the puzzles of a folder.
 
     Args:
-        facts: What its checkpoint says of it.
-        info: What the folder says of its puzzles.
+        facts: Facts of its checkpoint.
+        info: Description of the folder's puzzles.
         where: The folder.
 
     Raises:
-        InputError: It was not.
+        InputError: The model is not built for these puzzles.
     """
-    config, remedy = model.config, "name others with --data, or another --checkpoint"
+    config, remedy = model.config, "name another --data folder or another --checkpoint"
     if other := misfit(model, facts, info.task, info.rows, info.columns):
         raise InputError(
-            f"{where} holds {info.task} puzzles of {info.rows}x{info.columns}, and the model solves {other}: "
+            f"{where} has {info.task} puzzles of {info.rows}x{info.columns}, but the model solves {other}: "
             f"{remedy}"
         )
     if config.vocab_size != info.vocab_size:
         raise InputError(
-            f"{where} holds puzzles of {info.vocab_size} tokens, and the model knows {config.vocab_size}: "
+            f"{where} has a vocabulary of {info.vocab_size} tokens, but the model has {config.vocab_size}: "
             f"{remedy}"
         )
     if config.puzzle_dim and config.num_puzzles < info.num_puzzles:
         raise InputError(
-            f"{where} numbers {info.num_puzzles} puzzles, and the model has embeddings of "
+            f"{where} has {info.num_puzzles} puzzle identifiers, but the model has embeddings for "
             f"{config.num_puzzles}: name the folder that it was trained on with --data"
         )

@@ -1,4 +1,4 @@
-"""Puzzles that a person types, and what the rules say of them and of answers."""
+"""Parses puzzles typed by a user, and checks them and their answers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from llm_trm.choices import Task
 from llm_trm.data.puzzles import maze, sudoku
 from llm_trm.errors import InputError
-from llm_trm.text import lines_of
+from llm_trm.text import split_lines
 
 _REMEDY = (
-    "give a Sudoku of 16, 36 or 81 cells (digits, and 0 . _ - * for blanks), or the rows of a maze "
-    f"(of {maze.CHARSET!r})"
+    "enter a Sudoku of 16, 36 or 81 cells (digits, and 0 . _ - * for blanks), or the rows of a maze "
+    f"(characters {maze.CHARSET!r})"
 )
 
-#: Guesses of the solver that counts solutions. A puzzle made to be hard took 160 (0.1 s), this many take
-#: about a second, and a puzzle without a solution was not done after 20,000.
+#: Maximum number of guesses when counting solutions. A hard puzzle took 160 guesses (0.1 s), this many take
+#: about a second, and a puzzle without a solution was not finished after 20,000.
 _GUESSES = 3000
 
 
@@ -34,7 +34,7 @@ class Question:
 
     Attributes:
         task: ``"sudoku"`` or ``"maze"``.
-        rows, columns: Of the grid.
+        rows, columns: Size of the grid.
         tokens: uint8 [rows x columns], row by row.
     """
 
@@ -45,16 +45,16 @@ class Question:
 
     @property
     def shape(self) -> sudoku.Shape:
-        """Which kind of Sudoku it is."""
+        """The shape of a Sudoku."""
         return sudoku.SHAPES[self.rows]
 
     def note(self) -> str | None:
-        """What to tell a person who expects one solution; None if there is one, or it is too hard to tell."""
+        """A note if the puzzle has no or several solutions; None if it has one or it is too hard to tell."""
         if self.task == "maze":
             paths = maze.count_shortest_paths(self._cells(self.tokens))
             if paths > 1:
                 return "the maze has several shortest paths; any of them is valid"
-            return None if paths else "the maze has no solution: no way leads from the start to the goal"
+            return None if paths else "the maze has no solution: there is no path from the start to the goal"
         grid = sudoku.tokens_grid(self.tokens.tolist())
         if fault := sudoku.grid_fault(grid, self.shape):
             return f"the puzzle has no solution: {fault}"
@@ -64,7 +64,7 @@ class Question:
         return "the puzzle has several solutions; any of them is valid" if solutions == 2 else None
 
     def fault(self, answer: Tensor) -> str | None:
-        """Why an answer, tokens [rows x columns], is not valid, in words; None if it is."""
+        """Describe why an answer, tokens [rows x columns], is invalid; None if it is valid."""
         if self.task == "maze":
             return maze.solution_fault(self._cells(self.tokens), self._cells(answer))
         puzzle, solution = (sudoku.tokens_grid(tokens.tolist()) for tokens in (self.tokens, answer))
@@ -75,36 +75,36 @@ class Question:
 
 
 def read_questions(text: str, source: str) -> list[Question]:
-    """The puzzles in a text: Sudokus, each on a line or on several, or mazes with empty lines between them.
+    """Parse the puzzles in a text: Sudokus, each on one or several lines, or mazes separated by empty lines.
 
     Args:
-        text: White space between the cells of a Sudoku counts for nothing; in a maze, spaces are open cells.
-        source: Where it comes from, for messages.
+        text: The text. Whitespace between the cells of a Sudoku is ignored; in a maze, spaces are open cells.
+        source: Name of the source for messages.
 
     Raises:
-        InputError: It holds something else; the message says where.
+        InputError: The text contains something else; the message gives the location.
     """
-    lines = lines_of(text)
+    lines = split_lines(text)
     if text.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
         raise InputError(
-            f"{source} looks like JSON, as ARC tasks are, which only `llm-trm eval puzzle` takes: {_REMEDY}"
+            f"{source} looks like JSON. ARC tasks only work with `llm-trm eval puzzle`: {_REMEDY}"
         )
     if not any(line.strip() for line in lines):
-        raise InputError(f"{source} holds no puzzle: {_REMEDY}")
+        raise InputError(f"{source} contains no puzzle: {_REMEDY}")
     if re.search("[#SG]", text):
         return [_maze(block, where) for block, where in _mazes(lines, source)]
     return [_sudoku(cells, where) for cells, where in _sudokus(lines, source)]
 
 
 def _mazes(lines: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
-    begin = 0
+    start = 0
     for number, line in enumerate([*lines, ""]):
         # A line of spaces is a row of open cells.
         if line:
             continue
-        if begin < number:
-            yield "\n".join(lines[begin:number]), source if len(lines) == 1 else f"{source}, line {begin + 1}"
-        begin = number + 1
+        if start < number:
+            yield "\n".join(lines[start:number]), source if len(lines) == 1 else f"{source}, line {start + 1}"
+        start = number + 1
 
 
 def _maze(text: str, where: str) -> Question:
@@ -115,7 +115,7 @@ def _maze(text: str, where: str) -> Question:
     try:
         maze.count_shortest_paths(grid)
     except ValueError as error:
-        raise InputError(f"{where}: {error}: give one S, one G, walls '#' and open cells ' '") from None
+        raise InputError(f"{where}: {error}: use one S, one G, walls '#' and open cells ' '") from None
     rows, columns = grid.shape
     return Question("maze", rows, columns, torch.from_numpy(grid.reshape(-1)))
 
@@ -129,7 +129,7 @@ def _sudokus(texts: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
         elif blocks[-1]:
             blocks.append([])
     everything = [line for block in blocks for line in block]
-    # Bands of one puzzle may have an empty line between them.
+    # A single puzzle may have empty lines between its bands.
     if not all(len(line) in _SIZES for _, line in everything) and _cells(everything) in _SIZES:
         blocks = [everything]
     for block in filter(None, blocks):
@@ -158,7 +158,7 @@ def _sudoku(cells: str, where: str) -> Question:
     for cell, digit in enumerate(grid):
         if digit > shape.size:
             raise InputError(
-                f"{where}: {shape.cell_name(cell)} holds {digit}: a {shape.size}x{shape.size} Sudoku has the "
+                f"{where}: {shape.cell_name(cell)} is {digit}: a {shape.size}x{shape.size} Sudoku has the "
                 f"digits 1 to {shape.size}"
             )
     return Question("sudoku", shape.size, shape.size, torch.from_numpy(sudoku.grid_tokens(grid)))
@@ -169,7 +169,7 @@ class _GaveUp(Exception):
 
 
 class _Guesses(random.Random):
-    """Leaves the solver's guesses in their order, and stops it when there have been too many."""
+    """Keeps the solver's guesses in order, and stops the solver after too many."""
 
     taken = 0
 
@@ -180,7 +180,7 @@ class _Guesses(random.Random):
 
 
 def _count_solutions(grid: sudoku.Grid) -> int | None:
-    """Up to 2; None if the solver had to guess too often."""
+    """Number of solutions, up to 2; None if the solver needs too many guesses."""
     found = 0
     try:
         for _ in sudoku.solutions(grid, _Guesses()):

@@ -1,4 +1,4 @@
-"""A model that solves one puzzle, watched step by step."""
+"""Solves one puzzle step by step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llm_trm.models.puzzle.paper import PuzzleTRM
 
 @dataclass(frozen=True)
 class Step:
-    """What a model says after a supervision step.
+    """A model's output after a supervision step.
 
     Attributes:
-        number: Of the step, from 1.
-        tokens: Its answer [L], on the CPU.
-        halt_logit: How sure it is.
+        number: Number of the step, from 1.
+        tokens: The answer [L], on the CPU.
+        halt_logit: The halting logit.
     """
 
     number: int
@@ -35,17 +35,17 @@ class Step:
 
     @property
     def confidence(self) -> float:
-        """Probability of being right, by the model's own estimate."""
+        """The model's estimate of the probability that the answer is correct."""
         return 1 / (1 + math.exp(-max(self.halt_logit, -700.0)))
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A try from its first to its last step.
+    """An attempt with all its steps.
 
     Attributes:
-        number: Of the try, from 1.
-        steps: At least one.
+        number: Number of the attempt, from 1.
+        steps: The steps, at least one.
     """
 
     number: int
@@ -53,15 +53,15 @@ class Attempt:
 
     @property
     def last(self) -> Step:
-        """The step with the answer."""
+        """The last step, which has the answer."""
         return self.steps[-1]
 
 
 def load_solver(folder: Path | None, question: Question) -> tuple[PuzzleTRM, dict[str, Any], Path]:
-    """The model to ask, the facts beside it, and where it is.
+    """Load a model, its facts, and its folder.
 
     Args:
-        folder: As for :func:`load_puzzle`; None for the run of the question's task.
+        folder: As for :func:`load_puzzle`; None for the default run of the question's task.
 
     Raises:
         InputError: There is no model.
@@ -77,18 +77,18 @@ def load_solver(folder: Path | None, question: Question) -> tuple[PuzzleTRM, dic
 
 
 def require_solvable(model: PuzzleTRM, facts: dict[str, Any], folder: Path, question: Question) -> None:
-    """Check that a model was made for puzzles like this one.
+    """Check that a model is built for puzzles like this one.
 
     Raises:
-        InputError: It was not.
+        InputError: It is not.
     """
     remedy = "name another with --checkpoint"
     if facts.get("task") == "arc":
-        raise InputError(f"{folder} solves ARC tasks, which only `llm-trm eval puzzle` takes: {remedy}")
+        raise InputError(f"{folder} solves ARC tasks, which only work with `llm-trm eval puzzle`: {remedy}")
     rows, columns = question.rows, question.columns
     if other := misfit(model, facts, question.task, rows, columns):
         raise InputError(
-            f"the puzzle is a {question.task} of {rows}x{columns}, and the model in {folder} solves {other}: "
+            f"the puzzle is a {question.task} of {rows}x{columns}, but the model in {folder} solves {other}: "
             f"{remedy}, or train one on such puzzles"
         )
     if int(question.tokens.max()) >= model.config.vocab_size:
@@ -105,16 +105,19 @@ def solve(
     seed: int = 0,
     watch: Callable[[int, Step], object] = lambda _try, _step: None,
 ) -> Attempt:
-    """Try a puzzle, and choose the try that the halting head is surest of; the first is without noise.
+    """Attempt a puzzle several times, and return the attempt with the highest halting logit.
+
+    The first attempt has no noise.
 
     Args:
-        model: In eval mode.
-        question: One that :func:`require_solvable` lets pass.
-        max_steps: Supervision steps of a try at most; it ends where its halting logit is positive.
-        tries: How many.
-        noise: Of the tries behind the first, as for :meth:`PuzzleTRM.predict`.
-        seed: Of the noise.
-        watch: Sees the number of the try, from 1, and each step.
+        model: The model in eval mode.
+        question: A question that passes :func:`require_solvable`.
+        max_steps: Maximum number of supervision steps per attempt, which ends early if its halting logit is
+            positive.
+        tries: Number of attempts.
+        noise: Noise of the attempts after the first, as for :meth:`PuzzleTRM.predict`.
+        seed: Seed of the noise.
+        watch: Called with the number of the attempt, from 1, and each step.
     """
     torch.manual_seed(seed)
     best: Attempt | None = None

@@ -1,8 +1,8 @@
-"""Compressors of language-model states: fewer dimensions a state, or fewer states; and their files.
+"""Compressors of language-model states (fewer dimensions per state, or fewer states), and their files.
 
-:class:`DimensionCompressor` keeps the sequence and narrows it, [B, L, D] to [B, L, D']; it carries its own
-decompression. :class:`LatentAttentionCompressor` keeps the width and gathers the sequence in M latents,
-[B, L, D] to [B, M, D]; what it kept can only be judged through a :class:`LatentDecoder` trained with it.
+:class:`DimensionCompressor` keeps the sequence and reduces its width, [B, L, D] to [B, L, D']; it can also
+decompress. :class:`LatentAttentionCompressor` keeps the width and compresses the sequence to M latents,
+[B, L, D] to [B, M, D]; only a :class:`LatentDecoder` trained with it can show what the latents preserve.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _NORM_EPS = 1e-6
 
 
 class DimensionCompressor(nn.Module):
-    """Narrows states linearly, D to D', and widens them again with the same weights, transposed.
+    """Compresses states linearly from D to D', and decompresses them with the transposed weights.
 
-    The compression is ``W h`` and the reconstruction ``W^T W h``, without biases: one matrix W [D', D], which
-    starts with orthonormal rows. The least mean squared error that it can reach is that of the projection
-    on the D' leading eigenvectors of E[h h^T] (:mod:`llm_trm.train.phase1.pca`).
+    The compression is ``W h`` and the reconstruction is ``W^T W h``, without biases. The matrix W [D', D]
+    starts with orthonormal rows. The lower bound of its mean squared error is the error of the projection
+    onto the D' leading eigenvectors of E[h h^T] (:mod:`llm_trm.train.phase1.pca`).
 
     Args:
         d_model: Width D of the states.
-        d_compressed: Width D' of what they are compressed to, below D.
+        d_compressed: Width D' of the compressed states, less than D.
 
     Raises:
         InputError: D' is not in 1 .. D - 1.
@@ -45,7 +45,7 @@ class DimensionCompressor(nn.Module):
         super().__init__()
         if not 1 <= d_compressed < d_model:
             raise InputError(
-                f"a compressor of states of width {d_model} needs a compressed width of 1 to {d_model - 1}, "
+                f"a compressor for states of width {d_model} needs a compressed width of 1 to {d_model - 1}, "
                 f"not {d_compressed}"
             )
         for name, size in (("d_model", d_model), ("d_compressed", d_compressed)):
@@ -59,11 +59,11 @@ class DimensionCompressor(nn.Module):
         return self.compress(states)
 
     def decompress(self, compressed: Tensor) -> Tensor:
-        """Bring compressed states [..., D'] back to [..., D]."""
+        """Decompress states [..., D'] to [..., D]."""
         return F.linear(compressed, self.compress.weight.t())
 
     def reconstruction_loss(self, states: Tensor) -> Tensor:
-        """Mean squared error, over all numbers, of states [..., D] against their reconstruction: a scalar."""
+        """Mean squared error, a scalar, of the reconstruction of states [..., D] over all elements."""
         return F.mse_loss(self.decompress(self(states)), states)
 
     @property
@@ -81,21 +81,21 @@ class DimensionCompressor(nn.Module):
 
 
 class LatentAttentionCompressor(nn.Module):
-    """Gathers a sequence of states in M latents that attend to it.
+    """Compresses a sequence of states to M latents that attend to it.
 
-    Perceiver-style (Jaegle et al., 2021): learned latents query the states by cross-attention, each layer
-    followed by an MLP, pre-norm; the result is normalised. A state's place among the valid ones is added to
-    its normalised content, so padding on either side changes nothing.
+    As in a Perceiver (Jaegle et al., 2021), learned latents query the states by pre-norm cross-attention,
+    followed by an MLP in each layer. The result is normalised. Each state's index among the valid states is
+    encoded and added to its normalised content, so padding on either side changes nothing.
 
     Args:
         d_model: Width D of the states.
-        num_latents: M.
-        n_heads: Attention heads; must divide the latents' width.
+        num_latents: Number of latents M.
+        n_heads: Number of attention heads; must divide the latents' width.
         d_latent: Width of the latents; D by default.
-        n_layers: Layers of cross-attention and MLP.
+        n_layers: Number of layers of cross-attention and MLP.
 
     Raises:
-        InputError: A size below 1, or heads that do not divide the latents' width.
+        InputError: A size is less than 1, or the heads do not divide the latents' width.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class LatentAttentionCompressor(nn.Module):
 
         Args:
             states: [B, L, D].
-            mask: 1 at valid positions, 0 at padding [B, L], any dtype; None if all are valid. What stands at
-                padding is never read. A row without a valid position gives latents that saw nothing.
+            mask: 1 at valid positions, 0 at padding [B, L], any dtype; None if all are valid. Padding is
+                never read. A row without valid positions yields latents that attended to nothing.
 
         Returns:
             Latents [B, M, d_latent].
@@ -146,7 +146,7 @@ class LatentAttentionCompressor(nn.Module):
         places = valid.cumsum(1) - 1
         content = self.input_norm(states.masked_fill(~valid[..., None], 0.0))
         context = content + sinusoids(places, self.d_model).to(content.dtype)
-        # Softmax over no key is NaN; padding is all zeros by now, so that attending to it adds nothing.
+        # Softmax over no keys is NaN. The padding is all zeros here, so attending to it adds nothing.
         context = context.masked_fill(~valid[..., None], 0.0)
         attended = valid | ~valid.any(1, keepdim=True)
         latents = self.latents.expand(states.shape[0], -1, -1)
@@ -165,16 +165,15 @@ class LatentAttentionCompressor(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """Reconstructs states [B, L, D] from M latents, a query for each position; thrown away after training.
+    """Reconstructs states [B, L, D] from M latents, with one query per position. Discarded after training.
 
-    A query knows its position and nothing else: whatever the reconstruction gets right passed through the
-    latents.
+    A query knows only its position, so all information in the reconstruction comes from the latents.
 
     Args:
         d_model: Width D of the states.
         d_latent: Width of the latents.
-        n_heads: Attention heads; must divide the latents' width.
-        n_layers: Layers of cross-attention and MLP.
+        n_heads: Number of attention heads; must divide the latents' width.
+        n_layers: Number of layers of cross-attention and MLP.
     """
 
     def __init__(self, d_model: int, d_latent: int, n_heads: int = 8, n_layers: int = 1) -> None:
@@ -186,7 +185,7 @@ class LatentDecoder(nn.Module):
         self.output = nn.Linear(d_latent, d_model)
 
     def forward(self, latents: Tensor, length: int) -> Tensor:
-        """Reconstruct.
+        """Reconstruct states.
 
         Args:
             latents: [B, M, d_latent].
@@ -203,7 +202,7 @@ class LatentDecoder(nn.Module):
 
 
 class _CrossBlock(nn.Module):
-    """Pre-norm cross-attention and MLP, each with a residual. A bias of the keys would get no gradient."""
+    """Pre-norm cross-attention and MLP with residuals. Keys have no bias, since it would get no gradient."""
 
     def __init__(self, d_model: int, d_context: int, n_heads: int) -> None:
         super().__init__()
@@ -226,7 +225,7 @@ class _CrossBlock(nn.Module):
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Sinusoidal encoding (Vaswani et al., 2017) of integer positions [...]: float32 [..., width]."""
+    """Sinusoidal encoding (Vaswani et al., 2017) of integer positions [...], float32 [..., width]."""
     half = (width + 1) // 2
     exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
     angles = positions[..., None].float() * 10000.0**-exponents
@@ -250,11 +249,11 @@ def save_compressor(compressor: Compressor, folder: Path, **facts: Any) -> None:
     """Write ``compressor.safetensors`` and ``compressor.json`` to ``folder``, which is created if missing.
 
     Args:
-        compressor: Its weights are written in their own dtype.
-        facts: What the JSON file says beside kind and sizes, for instance ``model`` and ``metrics``.
+        compressor: The compressor. Its weights keep their dtype.
+        facts: Further entries of the JSON file, for instance ``model`` and ``metrics``.
 
     Raises:
-        InputError: Nothing can be written there.
+        InputError: The folder is not writable.
     """
     writable_folder(folder)
     weights = folder / WEIGHTS_FILE
@@ -264,14 +263,15 @@ def save_compressor(compressor: Compressor, folder: Path, **facts: Any) -> None:
 
 
 def load_compressor(folder: Path, device: torch.device | str = "cpu") -> Compressor:
-    """The compressor that :func:`save_compressor` wrote.
+    """Load a compressor that :func:`save_compressor` wrote.
 
     Args:
-        folder: Where ``compressor.json`` lies, or the output of ``llm-trm train phase1``: its last stage.
-        device: Where the weights go.
+        folder: The folder with ``compressor.json``, or the output of ``llm-trm train phase1``, of which the
+            last stage is loaded.
+        device: Device of the weights.
 
     Raises:
-        InputError: A file is missing or broken, or the two do not belong together.
+        InputError: A file is missing or invalid, or the two files do not match.
     """
     folder = compressor_folder(folder)
     facts = compressor_facts(folder)
@@ -291,13 +291,13 @@ def load_compressor(folder: Path, device: torch.device | str = "cpu") -> Compres
 
 
 def compressor_facts(folder: Path) -> dict[str, Any]:
-    """What ``compressor.json`` says: kind, sizes, and the facts given to :func:`save_compressor`.
+    """Read ``compressor.json``: kind, sizes, and the facts passed to :func:`save_compressor`.
 
     Args:
         folder: As for :func:`load_compressor`.
 
     Raises:
-        InputError: The file is missing or is not one of a compressor.
+        InputError: The file is missing or does not describe a compressor.
     """
     path = compressor_folder(folder) / FACTS_FILE
     facts = read_json(path, _TRAIN_ONE)
@@ -307,20 +307,20 @@ def compressor_facts(folder: Path) -> dict[str, Any]:
 
 
 def compressor_folder(folder: Path) -> Path:
-    """The folder that holds ``compressor.json``: ``folder`` itself, or its stage ``1b`` or ``1a``."""
+    """The folder with ``compressor.json``: ``folder`` itself, or its stage ``1b`` or ``1a``."""
     candidates = (folder, folder / "1b", folder / "1a")
     return next((candidate for candidate in candidates if (candidate / FACTS_FILE).is_file()), folder)
 
 
 def require_width(compressor: Compressor, width: int, folder: Path, reader: str) -> None:
-    """Raise InputError unless ``compressor``, of ``folder``, takes states of ``width``, as ``reader`` has.
+    """Raise InputError unless ``compressor``, from ``folder``, accepts states of ``width``.
 
     Args:
-        reader: What the states come from, for the message: ``"model HuggingFaceTB/SmolLM3-3B"``.
+        reader: Source of the states for the message, for instance ``"model HuggingFaceTB/SmolLM3-3B"``.
     """
     if compressor.d_model != width:
         raise InputError(
-            f"{folder}: the compressor takes states of width {compressor.d_model}, but those of {reader} "
+            f"{folder}: the compressor expects states of width {compressor.d_model}, but those of {reader} "
             f"have {width}: {_TRAIN_ONE} on that model"
         )
 

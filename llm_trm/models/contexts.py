@@ -1,4 +1,4 @@
-"""Compressed contexts in memory, and how far what a recursion makes of them is from what it is to be."""
+"""Compressed contexts in memory, and error metrics of predictions against their targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llm_trm.data.pairs import PairFiles
     from llm_trm.models.compression import DimensionCompressor
 
-#: Rows that are compressed in one product.
+#: Number of rows to compress at a time.
 _CHUNK = 8192
 
 
@@ -35,11 +35,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts of different lengths, packed, and the state that each is to lead to.
+    """Packed contexts of different lengths, and the target state of each.
 
     Attributes:
-        rows: Compressed states of all contexts, one behind the other, float32 [R, D'].
-        offsets: First row of each context, and the end of the last, int64 [N + 1], on the CPU.
+        rows: Compressed states of all contexts, concatenated, float32 [R, D'].
+        offsets: First row of each context and the end of the last, int64 [N + 1], on the CPU.
         targets: Compressed state after thinking, float32 [N, D'].
     """
 
@@ -61,12 +61,12 @@ class Contexts:
         return self.offsets.diff().tolist()
 
     def batch(self, samples: Sequence[int], bucket: Callable[[int], int] | None = None) -> Batch:
-        """The samples of these numbers, padded to their longest, or to what ``bucket`` makes of that."""
+        """The samples at these indices, padded to the longest length, or to ``bucket`` of that length."""
         device = self.rows.device
         chosen = torch.tensor(samples)
         ends = torch.stack((self.offsets[chosen], self.offsets[chosen + 1]))
         longest = int(ends.diff(dim=0).max())
-        # Only these few numbers travel; what is large is made where it is needed.
+        # Transfer only the offsets; build the large tensors on the device.
         start, end = ends.to(device, non_blocking=True)
         rows = start[:, None] + torch.arange(longest if bucket is None else bucket(longest), device=device)
         valid = rows < end[:, None]
@@ -74,11 +74,11 @@ class Contexts:
         return Batch(context, valid.float(), self.targets[chosen.to(device, non_blocking=True)])
 
     def to(self, device: torch.device) -> Contexts:
-        """The same with rows and targets on ``device``."""
+        """A copy with rows and targets on ``device``."""
         return replace(self, rows=self.rows.to(device), targets=self.targets.to(device))
 
     def digest(self) -> str:
-        """A short fingerprint of lengths and targets, which any other data or compressor changes."""
+        """A short fingerprint of lengths and targets, which identifies the data and the compressor."""
         content = hashlib.sha256(self.offsets.numpy().tobytes())
         content.update(self.targets.cpu().numpy().tobytes())
         return content.hexdigest()[:16]
@@ -86,13 +86,13 @@ class Contexts:
 
 @torch.no_grad()
 def read_contexts(pairs: PairFiles, compressor: DimensionCompressor, device: torch.device) -> Contexts:
-    """Compress a folder of pairs shard by shard; the result lies on the CPU.
+    """Compress a folder of pairs shard by shard; the result is on the CPU.
 
     Args:
-        compressor: On ``device``, where the products run.
+        compressor: A compressor on ``device``.
 
     Raises:
-        InputError: A shard that is missing, truncated, or holds NaN or infinity.
+        InputError: A shard is missing or truncated, or contains NaN or infinity.
     """
     weight = compressor.compress.weight
 
@@ -112,11 +112,11 @@ def read_contexts(pairs: PairFiles, compressor: DimensionCompressor, device: tor
 
 
 def errors(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """How far predictions [B, D'] are from targets [B, D'], per sample [B]; computed in float32.
+    """Errors of predictions [B, D'] against targets [B, D'] per sample [B], computed in float32.
 
     Returns:
-        ``mse``: mean squared error over D'. ``cosine``: cosine similarity. ``relative_error``: length of the
-        difference over the length of the target.
+        ``mse``: mean squared error over D'. ``cosine``: cosine similarity. ``relative_error``: norm of the
+        difference divided by the norm of the target.
     """
     prediction, target = prediction.float(), target.float()
     difference = prediction - target

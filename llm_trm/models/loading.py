@@ -1,4 +1,4 @@
-"""Loads a causal language model that thinks, by name, path, or as the one that ships with this package."""
+"""Loads a causal language model that can think: a local folder, a hub model, or the bundled model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _ARITHMETIC_FOLDER = Path(__file__).parent / "arithmetic"
 
 
 class UntrustedCodeError(InputError):
-    """A model needs Python code that it brings, and nobody has said that it may run."""
+    """A model needs its own Python code, and the user has not allowed that code to run."""
 
 
 @dataclass(frozen=True)
 class ThinkingModel:
-    """A frozen causal language model, its tokenizer, and the tokens that its thinking lies between.
+    """A frozen causal language model, its tokenizer, and the tokens that delimit its thinking.
 
     Attributes:
-        name: What it was loaded by.
-        model: In eval mode, no parameter needs a gradient.
-        tokenizer: Pads on the left.
+        name: The name it was loaded by.
+        model: The model in eval mode. No parameter requires a gradient.
+        tokenizer: The tokenizer, which pads on the left.
         think, end_think: Ids of ``<think>`` and ``</think>``.
     """
 
@@ -48,18 +48,19 @@ class ThinkingModel:
 
     @property
     def hidden_size(self) -> int:
-        """Width D of its hidden states."""
+        """Width D of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
     def prompt(self, question: str, *, thinking: bool = True) -> Passage:
-        """``question`` as the user's turn of a chat, up to where the model begins to write."""
+        """``question`` as the user's turn of a chat, up to where the model starts to write."""
         return question_prompt(self.tokenizer, question, "chat", thinking=thinking, recurs=False)
 
     def encode(self, questions: Sequence[str]) -> list[list[int]]:
-        """Tokens of the :meth:`prompt` of each question.
+        """Encode the :meth:`prompt` of each question.
 
         Raises:
-            InputError: The chat template changes a question, or it names a token that cannot be written out.
+            InputError: The chat template changes a question, or a question contains a special token that
+                cannot be encoded as ordinary text.
         """
         return encode_each(self.tokenizer, [self.prompt(question) for question in questions], "chat")
 
@@ -71,18 +72,18 @@ def load_thinking_model(
     *,
     trust_remote_code: bool = False,
 ) -> ThinkingModel:
-    """Load a language model for reading its states.
+    """Load a language model to read its hidden states.
 
     Args:
-        name: ``"arithmetic"``, a folder in Hugging Face format, or a name on the hub, for instance
-            ``"HuggingFaceTB/SmolLM3-3B"``.
-        device: Where it runs.
-        dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
-        trust_remote_code: Run the Python files that the model brings, if it needs them.
+        name: ``"arithmetic"``, a folder in Hugging Face format, or the name of a model on the hub, for
+            instance ``"HuggingFaceTB/SmolLM3-3B"``.
+        device: Device to load the model onto.
+        dtype: Dtype of the weights; by default bfloat16 on CUDA and float32 elsewhere.
+        trust_remote_code: Allow the model's own Python files to run if it needs them.
 
     Raises:
-        InputError: No such model, or one without ``<think>`` and ``</think>`` tokens or without a chat
-            template that holds the question and lets it think.
+        InputError: The model does not exist, lacks ``<think>`` and ``</think>`` tokens, or lacks a chat
+            template that contains the question and supports thinking.
     """
     require("train", "transformers")
     import torch
@@ -105,25 +106,26 @@ def load_thinking_model(
 
 
 def language_model_source(name: str) -> str:
-    """What transformers loads a language model of this name from."""
+    """The path or hub name from which transformers loads the language model ``name``."""
     return str(_ARITHMETIC_FOLDER) if name == ARITHMETIC else name
 
 
 def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """``kind.from_pretrained(source)``, quietly.
+    """Call ``kind.from_pretrained(source)`` without progress bars.
 
-    Python files that come with a model run for ``trust_remote_code`` alone. transformers is always told:
-    otherwise it asks on standard input, where the next question may stand, and takes a ``y`` for a yes.
+    A model's own Python files run only with ``trust_remote_code``. The option is always passed to
+    transformers: otherwise it prompts on standard input, where the next question may be waiting, and reads
+    a ``y`` as consent.
 
     Raises:
-        InputError: There is no such model, its numbers make no sense, or it fits no memory; ``name`` is what
-            the user calls it.
-        UntrustedCodeError: It needs code of its own. Kernels that it names on the hub are refused as well.
+        InputError: The model does not exist, its configuration has invalid values, or it does not fit into
+            memory. The message calls it ``name``, as the user does.
+        UntrustedCodeError: The model needs code of its own. Kernels on the hub are rejected as well.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from llm_trm.models.decoder_numbers import require_buildable, require_numbers
+    from llm_trm.models.decoder_config import require_buildable, require_valid_values
     from llm_trm.models.hub_code import require_no_hub_kernels, without_hub_decoding
 
     folder = Path(source)
@@ -137,29 +139,29 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
             described = _description(source, **known)
             if not trust_remote_code:
                 require_no_hub_kernels(described, folder, f"model {name}: ")
-            # What transformers would build until the process is killed is refused before.
-            require_numbers(described, f"model {name}: config.json: ")
+            # Reject sizes for which transformers would allocate until the process is killed.
+            require_valid_values(described, f"model {name}: config.json: ")
             if builds or (kind is not AutoConfig and described):
-                # First, since a tokenizer would warn of a type that it does not know.
+                # Load the config first: a tokenizer would warn about an unknown model type.
                 config = AutoConfig.from_pretrained(source, **known)
                 if builds:
                     require_buildable(name, config, options.get("dtype"), trust_remote_code=trust_remote_code)
             return without_hub_decoding(kind.from_pretrained(source, **options))
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         if isinstance(error, InputError) and name in str(error):
-            raise  # it says all that there is to say
+            raise  # the message is complete
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise UntrustedCodeError(
-                f"model {name} brings Python code of its own, which was not run: read its .py files, and "
+                f"model {name} comes with Python code, which was not run: read its .py files, and "
                 "pass --trust-remote-code if you trust them"
             ) from error
         if isinstance(error, ImportError):
-            # Code of ours that does not import is no fault of the model.
+            # A failing import in our own code is not the model's fault.
             if (error.name or "").partition(".")[0] in ("llm_trm", "trm_kernels"):
                 raise
             raise InputError(
-                f"model {name} needs a package that is not here ({one_line(error)}): install it, or choose "
-                "a model that needs none"
+                f"model {name} needs a package that is not installed ({one_line(error)}): install it, or "
+                "choose another model"
             ) from error
         raise InputError(
             f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
@@ -168,35 +170,35 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
 
 
 def _description(source: str, **options: Any) -> dict[str, Any]:
-    """What ``config.json`` holds, before transformers makes an object of it; nothing where it is missing."""
+    """The content of ``config.json`` before transformers turns it into an object; empty if it is missing."""
     from transformers import PretrainedConfig
 
     try:
         described, _ = PretrainedConfig.get_config_dict(source, **options)
     except (OSError, ValueError):
-        return {}  # whoever loads it says so
+        return {}  # loading the model reports the error
     return dict(described)
 
 
 def require_own_files(folder: Path) -> None:
-    """Check what the files of a model's folder name, which transformers follows wherever it leads.
+    """Check the file names in a model's files, because transformers follows them to any path.
 
     Raises:
-        InputError: One is broken, or names a file outside the folder.
+        InputError: A file is invalid, or names a file outside the folder.
     """
-    remedy = "load a model whose files all lie in its own folder"
+    remedy = "load a model whose files are all in its own folder"
 
     def entries(path: Path, key: str) -> Any:
         content = read_json(path, remedy) if path.exists() else {}
         if not isinstance(content, dict):
-            raise InputError(f"{path} holds no JSON object: {remedy}")
+            raise InputError(f"{path} does not contain a JSON object: {remedy}")
         return content.get(key)
 
     named: list[tuple[Path, Any]] = []
     for path in sorted(folder.glob("*.index.json")):
         weights = entries(path, "weight_map")
         if not isinstance(weights, dict):
-            raise InputError(f"{path} is no index of weights: {remedy}")
+            raise InputError(f"{path} is not an index of weights: {remedy}")
         named += [(path, name) for name in dict.fromkeys(map(str, weights.values()))]
     config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
     if (name := entries(config, "transformers_weights")) is not None:
@@ -208,7 +210,7 @@ def require_own_files(folder: Path) -> None:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' bars, which are over in a blink and break the lines of what is printed next."""
+    """Disable transformers' progress bars, which finish at once and break the lines printed next."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -225,8 +227,8 @@ def _tag(tokenizer: PreTrainedTokenizerBase, tag: str, name: str) -> int:
     if found is None:
         count = len(tokenizer.encode(tag, add_special_tokens=False))
         raise InputError(
-            f"model {name}: {tag} is {f'{count} tokens' if count > 1 else 'no token'} of its vocabulary, not "
-            f"one; use a model that thinks between {THINK} and {END_THINK}, for instance "
+            f"model {name}: {tag} is {f'{count} tokens' if count > 1 else 'no token'} of its vocabulary, "
+            f"instead of one; use a model that thinks between {THINK} and {END_THINK}, for instance "
             "HuggingFaceTB/SmolLM3-3B"
         )
     return found

@@ -1,4 +1,4 @@
-"""Loads what ``llm-trm train phase2`` wrote."""
+"""Loads the output of ``llm-trm train phase2``."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from llm_trm.models.run_folder import INDEX_FILE, best_checkpoint
 from llm_trm.models.sequence_trm import SequenceTRM, load_sequence_trm
 from llm_trm.ranges import DEPTH, require_in
 
-#: Of a checkpoint: the folder of its compressor.
+#: The compressor's folder in a checkpoint.
 COMPRESSOR_FOLDER = "compressor"
 
 _REMEDY = "name a folder that `llm-trm train phase2` wrote"
 
 
 def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[str, Any]]:
-    """The recursion, the compressor that it lives behind, and what is known of it.
+    """Load a phase 2 recursion, the compressor of its inputs, and metadata.
 
     Args:
-        folder: The output of a run, of which the best checkpoint is taken, or a single checkpoint.
+        folder: The output of a run, whose best checkpoint is loaded, or a single checkpoint.
 
     Returns:
-        The model with its averaged weights in eval mode; the compressor; and facts, among them
-        ``max_steps`` and ``halting`` for :meth:`SequenceTRM.reason`, ``language_model``, whose states it was
-        trained on, ``data`` and ``pairs``, the folder and the settings of these, and ``validation``.
+        The model with averaged weights in eval mode, the compressor, and facts. The facts include
+        ``max_steps`` and ``halting`` for :meth:`SequenceTRM.reason`, ``language_model`` (the model whose
+        states it was trained on), ``data`` and ``pairs`` (the folder and settings of its data), and
+        ``validation``.
 
     Raises:
-        InputError: A missing or broken file.
+        InputError: A file is missing or invalid.
     """
     if (folder / INDEX_FILE).exists():
         folder = best_checkpoint(folder, _REMEDY)
@@ -37,5 +38,5 @@ def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[st
     require_in(DEPTH, "max_steps", facts.get("max_steps"), InputError, f"{folder}: ")
     compressor = load_compressor(folder / COMPRESSOR_FOLDER)
     if not isinstance(compressor, DimensionCompressor):
-        raise InputError(f"{folder / COMPRESSOR_FOLDER} is no compressor of single states: {_REMEDY}")
+        raise InputError(f"{folder / COMPRESSOR_FOLDER} is not a compressor of single states: {_REMEDY}")
     return model, compressor.eval(), facts

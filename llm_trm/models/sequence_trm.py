@@ -1,4 +1,4 @@
-"""``SequenceTRM``: a recursion over a compressed context that ends in one reasoning state."""
+"""``SequenceTRM``: a recursion over a compressed context that yields one reasoning state."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class SequenceTRMConfig:
 
     Attributes:
         d_compressed: Width D' of the compressed states.
-        n_layers, n_heads: Blocks of the network, and attention heads of a block.
-        n_latent_steps: Latent steps n of a recursion.
-        n_deep_recursions: Recursions T of a supervision step.
-        dropout: Probability of dropping an attention weight in training.
+        n_layers, n_heads: Number of blocks of the network, and of attention heads per block.
+        n_latent_steps: Latent steps n per recursion.
+        n_deep_recursions: Recursions T per supervision step.
+        dropout: Dropout probability of attention weights in training.
 
     Raises:
-        ValueError: A number out of range or of the wrong type.
+        ValueError: A value is out of range or has the wrong type.
     """
 
     d_compressed: Annotated[int, WIDTH] = 256
@@ -46,22 +46,22 @@ class SequenceTRMConfig:
 
     @property
     def network(self) -> NetworkConfig:
-        """The network's."""
+        """The network's configuration."""
         return NetworkConfig(self.d_compressed, self.n_layers, self.n_heads, self.dropout)
 
     @property
-    def numbers(self) -> int:
-        """Numbers of the model's weights."""
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
         return self.network.parameters + 3 * self.d_compressed + 1
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """What :meth:`SequenceTRM.reason` returns.
+    """Result of :meth:`SequenceTRM.reason`.
 
     Attributes:
-        state: The reasoning state at each sample's exit [B, D'].
-        halt_logits: Halting logit at the exit [B].
+        state: The reasoning state when each sample halted [B, D'].
+        halt_logits: Halting logit at that step [B].
         steps: Supervision steps that each sample took, int32 [B].
     """
 
@@ -73,7 +73,7 @@ class Reasoning:
 class SequenceTRM(RecursionMixin, nn.Module):
     """Reads a context [B, L, D'], appends a reasoning token, and refines it by recursion.
 
-    Every call of the network is followed by ``output_norm``. Parameters are named and shaped as in
+    ``output_norm`` follows every call of the network. Parameters have the names and shapes of
     anonx3247/llm-trm (``src/train/phase2_trm.py``), so its state dicts load.
 
     Args:
@@ -105,26 +105,26 @@ class SequenceTRM(RecursionMixin, nn.Module):
 
     @classmethod
     def from_config(cls, config: SequenceTRMConfig, *, backend: str | None = None) -> SequenceTRM:
-        """Build a model from its description."""
+        """Build a model from its configuration."""
         return cls(**asdict(config), backend=backend)
 
     def embed(self, context: Tensor) -> Tensor:
-        """The context [B, L, D'] with the reasoning token behind it [B, L + 1, D']."""
+        """Append the reasoning token to the context [B, L, D']: [B, L + 1, D']."""
         token = self.reasoning_token.to(context.dtype).expand(context.shape[0], -1, -1)
         return torch.cat((context, token), dim=1)
 
     def extend_mask(self, mask: Tensor) -> Tensor:
-        """A mask of the context [B, L], with the reasoning token valid behind its padding [B, L + 1]."""
+        """Extend a mask of the context [B, L] by the reasoning token, which is valid: [B, L + 1]."""
         return torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
 
     def halt_logits(self, y: Tensor) -> Tensor:
-        """Halting logits [B] of y [B, L + 1, D']; a sample wants to halt where its logit is positive."""
+        """Halting logits [B] of y [B, L + 1, D']; a sample halts if its logit is positive."""
         return self.halt_head(y[:, -1]).squeeze(-1)
 
     def setup_for_steps(
         self, x: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the first supervision step starts from.
+        """Prepare the inputs of the first supervision step.
 
         Args:
             x: Context [B, L, D'].
@@ -139,7 +139,7 @@ class SequenceTRM(RecursionMixin, nn.Module):
     def single_step(
         self, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One supervision step: a deep recursion, and what the halting head says of it.
+        """One supervision step: a deep recursion followed by the halting head.
 
         Args:
             x, y, z: Extended context and states [B, L + 1, D'].
@@ -152,7 +152,7 @@ class SequenceTRM(RecursionMixin, nn.Module):
         return y, z, torch.sigmoid(self.halt_logits(y))[:, None]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, n_steps: int = 1) -> Tensor:
-        """Run ``n_steps`` supervision steps, states detached between them.
+        """Run ``n_steps`` supervision steps, detaching the states between them.
 
         Args:
             x: Context [B, L, D'].
@@ -172,13 +172,13 @@ class SequenceTRM(RecursionMixin, nn.Module):
     def reason(
         self, x: Tensor, mask: Tensor | None = None, *, max_steps: int = 8, halting: Halting = "sample"
     ) -> Reasoning:
-        """Recur until the halting head is content, at most ``max_steps`` supervision steps; no gradient.
+        """Recur until the halting head stops, for at most ``max_steps`` supervision steps, without gradients.
 
         Args:
             x: Context [B, L, D'].
             mask: 1 at valid positions [B, L].
-            halting: ``"sample"``: each sample stops for itself, and costs nothing more. ``"batch"``: all stop
-                when the mean probability of the batch passes one half. ``"none"``: all take ``max_steps``.
+            halting: ``"sample"``: each sample halts on its own and is not computed further. ``"batch"``: all
+                halt when the batch's mean probability exceeds 0.5. ``"none"``: all take ``max_steps``.
         """
         x, y, z, mask = self.setup_for_steps(x, mask)
         state = {"x": x, "y": y, "z": z, "logits": x.new_zeros(x.shape[0])}
@@ -201,16 +201,16 @@ class SequenceTRM(RecursionMixin, nn.Module):
 
 
 def save_sequence_trm(model: SequenceTRM, folder: Path, **facts: Any) -> None:
-    """Write weights and sizes into ``folder``; ``facts`` (JSON values) are kept beside the sizes."""
+    """Write weights and sizes into ``folder``, and ``facts`` (JSON values) with the sizes."""
     write_tensors(folder / _WEIGHTS, model.state_dict())
     write_json(folder / _CONFIG, {"kind": "SequenceTRM", **asdict(model.config), "facts": facts})
 
 
 def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[SequenceTRM, dict[str, Any]]:
-    """The model that :func:`save_sequence_trm` wrote, in eval mode, and the facts beside it.
+    """Load a model that :func:`save_sequence_trm` wrote, in eval mode, and its facts.
 
     Raises:
-        InputError: A missing or broken file, or one of another kind.
+        InputError: A file is missing or invalid, or describes another kind of model.
     """
     remedy = "name a folder that `llm-trm train phase2` wrote"
     described = read_json(folder / _CONFIG, remedy)
@@ -220,11 +220,11 @@ def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[Sequ
             raise InputError(f"{folder / _CONFIG} describes a {kind}, not a SequenceTRM: {remedy}")
         tensors = read_tensors(folder / _WEIGHTS, remedy)
         config = SequenceTRMConfig(**described)
-        require_size(folder / _CONFIG, config.numbers, tensors, remedy)
+        require_size(folder / _CONFIG, config.parameters, tensors, remedy)
         model = SequenceTRM.from_config(config, backend=backend)
         model.load_state_dict(tensors)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{folder} holds no SequenceTRM ({one_line(error)}): {remedy}") from error
+        raise InputError(f"{folder} does not contain a SequenceTRM ({one_line(error)}): {remedy}") from error
     return model.eval(), facts

@@ -1,4 +1,4 @@
-"""A SmolLM3-architecture language model that is small enough to train on two CPU cores."""
+"""A language model with SmolLM3's architecture, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 
-#: Messages one behind the other. As in SmolLM3's template, an empty trace in the prompt turns thinking off.
+#: Concatenates the messages. As in SmolLM3's template, an empty trace in the prompt turns thinking off.
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|' + message.role + '|>' + message.content -}}
@@ -37,10 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text passes, and six special tokens; with a chat template.
+    """A tokenizer with one token per byte, which can encode any text, six special tokens and a chat template.
 
-    The template takes ``enable_thinking`` as SmolLM3's does: without it or with True the model is to write
-    ``<think>`` itself; with False the prompt ends in an empty trace.
+    The template accepts ``enable_thinking`` as SmolLM3's does. By default or with True, the model should
+    write ``<think>`` itself. With False, the prompt ends in an empty trace.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, USER, ASSISTANT, END)])
-    # Thinking is part of what a model says: as in SmolLM3's tokenizer, its tags survive skip_special_tokens.
+    # Not special, as in SmolLM3's tokenizer: the tags are part of the output and survive skip_special_tokens.
     tokenizer.add_tokens([AddedToken(token, special=False) for token in (THINK, END_THINK)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left"

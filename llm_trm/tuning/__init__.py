@@ -1,1 +1,1 @@
-"""What ``llm-trm tune`` runs: which products a recursion asks for, candidates for each, and their times."""
+"""The implementation of ``llm-trm tune``: records a recursion's products, and times candidates for each."""

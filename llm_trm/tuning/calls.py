@@ -1,4 +1,4 @@
-"""Calls of launchers, kept without their tensors: recorded in one place, made again in another."""
+"""Records calls of launchers without their tensors, to repeat them elsewhere."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
-        """Elements of the storage that it reaches."""
+        """Number of elements in the storage."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
     def bytes(self) -> int:
-        """Bytes of that storage."""
+        """Size of the storage in bytes."""
         return self.elements * self.dtype.itemsize
 
 
@@ -45,7 +45,7 @@ class InstanceSpec:
 
 
 def describe(value: Any) -> Any:
-    """``value`` with a specification in the place of every tensor."""
+    """``value`` with every tensor replaced by its specification."""
     if isinstance(value, Tensor):
         return TensorSpec(tuple(value.shape), value.stride(), value.dtype)
     if isinstance(value, (tuple, list)):
@@ -58,7 +58,7 @@ def describe(value: Any) -> Any:
 
 
 def build(value: Any, make: Callable[[TensorSpec], Tensor]) -> Any:
-    """The opposite of :func:`describe`, with tensors from ``make``."""
+    """The inverse of :func:`describe`, with tensors from ``make``."""
     if isinstance(value, TensorSpec):
         return make(value)
     if isinstance(value, (tuple, list)):
@@ -73,12 +73,12 @@ def build(value: Any, make: Callable[[TensorSpec], Tensor]) -> Any:
 
 
 def fresh(value: Any) -> Any:
-    """``value`` with the same tensors, but objects of their own: a method may change its instance."""
+    """A shallow copy of an instance with the same tensors, since a method may change its instance."""
     return copy.copy(value) if _has_methods(value) else value
 
 
 def _has_methods(value: Any) -> bool:
-    """Whether ``value`` is an object of this project's own, as launchers that are methods have (no enum)."""
+    """Whether ``value`` is an instance of a class of this project (not an enum), as for method launchers."""
     new: Any = type(value).__new__
     return type(value).__module__.startswith("trm_kernels") and new is object.__new__
 
@@ -89,7 +89,7 @@ def empty(spec: TensorSpec) -> Tensor:
 
 
 def random(spec: TensorSpec, device: torch.device) -> Tensor:
-    """Random data, never zeros: float32 from 0 to 1, as row sums of squares are positive, others normal."""
+    """Random non-zero data: float32 uniform in [0, 1], since sums of squares are positive; others normal."""
     if spec.dtype.is_floating_point:
         flat = torch.empty(spec.elements, dtype=torch.float32, device=device)
         flat = (flat.uniform_() if spec.dtype == torch.float32 else flat.normal_()).to(spec.dtype)
@@ -100,14 +100,14 @@ def random(spec: TensorSpec, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call of a launcher, which asks for one problem.
+    """A call of a launcher, which solves one problem.
 
     Attributes:
-        problem: What it asked for.
-        module: Where the launcher lies, importable.
-        name: Its qualified name there.
-        args: Its arguments, as :func:`describe` gives them.
-        kwargs: And the named ones.
+        problem: The problem.
+        module: Module of the launcher.
+        name: Qualified name of the launcher in the module.
+        args: Positional arguments from :func:`describe`.
+        kwargs: Keyword arguments from :func:`describe`.
     """
 
     problem: Problem
@@ -118,7 +118,7 @@ class RecordedCall:
 
     @property
     def tensors(self) -> list[TensorSpec]:
-        """Specifications of its tensors."""
+        """Specifications of the call's tensors."""
         found: list[TensorSpec] = []
 
         def collect(spec: TensorSpec) -> Tensor:
@@ -130,17 +130,17 @@ class RecordedCall:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Size of the call's tensors in bytes."""
         return sum(spec.bytes for spec in self.tensors)
 
     def prepare(self, make: Callable[[TensorSpec], Tensor]) -> Callable[[], object]:
-        """The call with tensors from ``make``, to be made any number of times."""
+        """The call with tensors from ``make``; it can be repeated."""
         launcher: Any = importlib.import_module(self.module)
         for part in self.name.split("."):
             launcher = getattr(launcher, part)
         args = build(self.args, make)
         kwargs = {name: build(value, make) for name, value in self.kwargs.items()}
-        # Partial sums are added up later: that is part of what splitting costs.
+        # Include the later summation of partial sums, which is part of the cost of splitting.
         summed = self.problem.kernel == "weight_gradient"
 
         def call() -> object:
@@ -152,5 +152,5 @@ class RecordedCall:
 
 
 def input_sets(call: RecordedCall, cache_bytes: int) -> int:
-    """Sets of inputs that, taken in turn, do not stay in a cache of ``cache_bytes``; at most 16."""
+    """Number of input sets that do not fit together in a cache of ``cache_bytes``; at most 16."""
     return max(1, min(16, math.ceil(2 * cache_bytes / max(call.bytes, 1))))

@@ -1,4 +1,4 @@
-"""Tiles worth trying for a problem: few enough to time, with the heuristic's choice always the first."""
+"""Candidate tiles for a problem: few enough to time, starting with the heuristic's choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from trm_kernels.ops._launch import Target
 from trm_kernels.ops.tiles import LIBRARY_KERNELS, Choice, Problem, Tile, flaw, heuristic, programs
 
-#: (m, n, k, warps). 64 rows is the least that sm_90's wgmma takes; the smaller ones are for few rows.
+#: (m, n, k, warps). sm_90's wgmma needs at least 64 rows; the smaller tiles are for problems with few rows.
 _SHAPES_16BIT = (
     (128, 256, 64, 8),
     (256, 128, 64, 8),
@@ -38,15 +38,15 @@ _SHAPES_FLOAT32 = (
 )
 _STAGES = (3, 4)
 _STAGES_FLOAT32 = (2, 3)
-#: Programs to each processor: fewer leave the device idle, more are for large tiles alone: small ones would
-#: only load again what those share.
+#: Range of programs per processor. Fewer leave the device idle. More are only for large tiles, because small
+#: tiles would reload data that large tiles share.
 _FEWEST, _MOST = 1 / 4, 16
 _LARGE = 64 * 128
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def candidates(problem: Problem, target: Target) -> list[Choice]:
-    """What to time for a problem on a target, without repetition."""
+    """The choices to time for a problem on a target, without duplicates."""
     first = heuristic(problem, target)
     found = [first, *(choice for choice in _tiles(problem, target) if flaw(problem, choice, target) is None)]
     if problem.kernel in LIBRARY_KERNELS:
@@ -63,7 +63,7 @@ def _tiles(problem: Problem, target: Target) -> Iterator[Choice]:
             for splits in _SPLITS if problem.kernel == "weight_gradient" else (1,):
                 choice = Choice("triton", tile, splits)
                 load = programs(problem, choice) / target.processors
-                # Splits fill the device: they end where every processor has two programs.
+                # Splitting serves to fill the device, so stop at two programs per processor.
                 most = 2 if splits > 1 else math.inf if m * n >= _LARGE else _MOST
                 if _FEWEST <= load <= most and splits * tile.k <= problem.K:
                     yield choice

@@ -1,4 +1,4 @@
-"""Candidates compiled ahead of their timing, in parallel processes that hold no GPU."""
+"""Compiles candidates before timing them, in parallel processes without a GPU."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from trm_kernels.ops._launch import Launch, Target, record
 from trm_kernels.ops.dispatch import chosen_by
 from trm_kernels.ops.tiles import Choice
 
-#: ``compile(call, choices, target)``: for each choice why it is not worth timing, or None.
+#: ``compile(call, choices, target)``: for each choice, the reason not to time it, or None.
 Compiler = Callable[[RecordedCall, Sequence[Choice], Target], list[str | None]]
 
 
 def launches(call: RecordedCall, choice: Choice, target: Target) -> list[Launch]:
-    """What the call would launch with a choice."""
+    """The kernels that the call launches with a choice."""
     with record(target) as recorded, chosen_by(lambda problem, _: choice):
         call.prepare(empty)()
     return recorded
 
 
 def refusal(call: RecordedCall, choice: Choice, target: Target) -> str | None:
-    """Why a choice is not worth timing: it does not compile or fit, races, or spills in a loop; else None.
+    """The reason not to time a choice (it does not compile or fit, races, or spills in a loop), or None.
 
-    Spills outside of loops are left to the timing: on sm_90 the largest tiles, 128 x 256 with 8 warps, have
-    40 to 536 bytes of them in epilogues with GELU or a residual, and may be the fastest all the same.
+    Spills outside of loops are allowed: on sm_90 the largest tiles, 128 x 256 with 8 warps, spill 40 to 536
+    bytes in epilogues with GELU or a residual, and may still be the fastest.
     """
     from trm_kernels.ops import aot
 
@@ -38,21 +38,21 @@ def refusal(call: RecordedCall, choice: Choice, target: Target) -> str | None:
         for launch in launches(call, choice, target):
             compiled = aot.inspect(_compiled(launch, target), target)
             if compiled.shared_memory > target.shared_memory:
-                return f"takes {compiled.shared_memory} bytes of shared memory"
+                return f"needs {compiled.shared_memory} bytes of shared memory"
             if compiled.spills_in_loop:
-                return f"spills in a loop, {compiled.stack} bytes a thread"
+                return f"spills in a loop, {compiled.stack} bytes per thread"
             if compiled.hazards:
                 return f"would race: {compiled.hazards[0]}"
-    except Exception as error:  # a compiler fails in many ways, and every one means: not this candidate
+    except Exception as error:  # any compiler failure excludes the candidate
         return f"does not compile: {type(error).__name__}: {str(error)[:200]}"
     return None
 
 
 def _compiled(launch: Launch, target: Target) -> Any:
-    """Compile as a launch on the device would, so that Triton's cache on disk has it by then.
+    """Compile as a launch on the device would, to fill Triton's disk cache.
 
-    A launch's own key differs from that of an ahead-of-time compilation, so it takes Triton's own path with
-    a driver that only names the target.
+    A launch's cache key differs from the key of an ahead-of-time compilation, so this uses Triton's launch
+    path with a driver that only names the target.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -75,16 +75,17 @@ def _compiled(launch: Launch, target: Target) -> Any:
     )
 
 
-#: What hides GPUs from a process. HIP takes an empty value for none at all (ROCm/hip issue 3001).
+#: Environment variables that hide GPUs. HIP treats an empty value as unset (ROCm/hip issue 3001).
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
 
 
 @contextmanager
 def _gpus_hidden() -> Iterator[None]:
-    """In processes that are started inside no GPU is visible.
+    """Hide GPUs from processes that start inside the block.
 
-    An import asks torch for the GPU, which would give each process a context on it, with memory that the
-    timing lacks. And a spawned process imports its parent's main module before it calls any initializer.
+    An import queries the GPU through torch, which would create a context in each process and take memory
+    from the timing. A pool initializer is too late, since a spawned process first imports its parent's main
+    module.
     """
     before = {name: os.environ.get(name) for name in _HIDDEN}
     os.environ.update(_HIDDEN)
@@ -99,13 +100,13 @@ def _gpus_hidden() -> Iterator[None]:
 
 
 class ParallelCompiler:
-    """Compiles candidates in worker processes; a context manager."""
+    """A context manager that compiles candidates in worker processes."""
 
     def __init__(self, workers: int | None = None) -> None:
         self._workers = workers or min(16, os.cpu_count() or 1)
 
     def __enter__(self) -> ParallelCompiler:
-        # Spawned: a forked process may not touch CUDA after its parent did.
+        # Spawn, because a forked process cannot use CUDA if its parent did.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
         return self
@@ -114,9 +115,9 @@ class ParallelCompiler:
         self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, call: RecordedCall, choices: Sequence[Choice], target: Target) -> list[str | None]:
-        with _gpus_hidden():  # a pool that spawns starts its processes as work is submitted
+        with _gpus_hidden():  # a pool that spawns starts its processes on submission
             waiting = [self._pool.submit(refusal, call, choice, target) for choice in choices]
         try:
             return [future.result() for future in waiting]
         except BrokenProcessPool as error:
-            raise RuntimeError(f"a compiling process died ({error}); run the command again") from error
+            raise RuntimeError(f"a compiler process died ({error}): run the command again") from error

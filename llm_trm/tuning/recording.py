@@ -1,4 +1,4 @@
-"""Which products a recursion asks for: recorded from its own launchers, on tensors without data."""
+"""Records the products of a recursion from its launchers, on tensors without data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trm_kernels.ops.gemm import gemm
 from trm_kernels.ops.tiles import Choice, Problem, heuristic
 from trm_kernels.ops.weight_gradient import WeightGradient
 
-#: Functions that ask for one choice and compute the whole problem.
+#: Functions that request one choice and compute the whole problem.
 LAUNCHERS: tuple[Callable[..., Any], ...] = (gemm, activation_gradient)
 
 #: Compute capability, times ten, from which recursions without gradient may run in fp8.
@@ -29,10 +29,10 @@ _FIRST_WITH_FP8 = 90
 
 
 def record_cases(cases: Sequence[Case], target: Target, *, fp8: bool = True) -> list[RecordedCall]:
-    """The calls that the cases make of launchers, one for each problem that a table tells apart.
+    """Record the launcher calls of the cases, one per distinct problem of a table.
 
-    Of several calls of one problem the one with the most tensors stands for all: its epilogue does the most.
-    bfloat16 covers recursions in fp8, where the target has it, unless ``fp8`` is False.
+    Of several calls of the same problem, the one with the most tensors is kept, since its epilogue does the
+    most. bfloat16 cases include recursions in fp8 if the target supports it, unless ``fp8`` is False.
     """
     found: dict[str, RecordedCall] = {}
     for case in cases:
@@ -48,7 +48,7 @@ def _calls(case: Case, target: Target, fp8: bool) -> list[RecordedCall]:
     running: list[tuple[Callable[..., Any], Any, Any]] = []
 
     def choose(problem: Problem, _: Target) -> Choice:
-        assert running, f"{problem.kernel} was asked for by a launcher that the tuner does not know"
+        assert running, f"{problem.kernel} was requested by a launcher that the tuner does not know"
         launcher, args, kwargs = running[-1]
         calls.append(RecordedCall(problem, launcher.__module__, launcher.__qualname__, args, kwargs))
         return heuristic(problem, target)
@@ -70,23 +70,23 @@ def _calls(case: Case, target: Target, fp8: bool) -> list[RecordedCall]:
 
 @contextmanager
 def _replaced(watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Every name of a launcher stands for ``watch(launcher)``; launchers stay free of the tuner."""
+    """Replace every reference to a launcher by ``watch(launcher)``, so that launchers need no hooks."""
     modules = [module for name, module in sys.modules.items() if name.startswith("trm_kernels.ops.")]
-    places: list[tuple[Any, str, Callable[..., Any]]] = [(WeightGradient, "add", WeightGradient.add)]
+    found: list[tuple[Any, str, Callable[..., Any]]] = [(WeightGradient, "add", WeightGradient.add)]
     for module in modules:
         named = list(vars(module).items())
-        places += [(module, name, value) for name, value in named if any(value is each for each in LAUNCHERS)]
+        found += [(module, name, value) for name, value in named if any(value is each for each in LAUNCHERS)]
     try:
-        for owner, name, launcher in places:
+        for owner, name, launcher in found:
             setattr(owner, name, watch(launcher))
         yield
     finally:
-        for owner, name, launcher in places:
+        for owner, name, launcher in found:
             setattr(owner, name, launcher)
 
 
 def _run(case: Case, target: Target, fp8: bool) -> None:
-    """One latent recursion of the case, without gradient, and for training with it and backward."""
+    """Run one latent recursion of the case without gradients, and for training also with backward pass."""
     config = case.config()
     with torch.device("meta"):
         net = TinyRecursiveNetwork.from_config(config).to(getattr(torch, case.parameter_dtype))

@@ -1,4 +1,4 @@
-"""Times of the candidates of one problem, taken in turn."""
+"""Times the candidates of one problem in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from trm_kernels.graphs import Capturer, CudaCapturer
 from trm_kernels.ops.dispatch import chosen_by
 from trm_kernels.ops.tiles import Choice
 
-#: Calls in one captured graph: enough that a replay costs nothing beside them.
-_CALLS_A_GRAPH = 16
-#: Seconds of timed rounds for one problem, and for each candidate of it.
+#: Calls per captured graph, enough to make the cost of a replay negligible.
+_CALLS_PER_GRAPH = 16
+#: Minimum duration of timed rounds per problem, and per candidate, in seconds.
 _SECONDS, _SECONDS_EACH = 0.2, 0.02
 
 
 @dataclass
 class Times:
-    """What was measured of one problem.
+    """Measurements of one problem.
 
     Attributes:
         ms: Median milliseconds of each candidate that ran.
-        failures: Why the others did not.
+        failures: Reasons why the others failed.
     """
 
     ms: dict[Choice, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ Measure = Callable[[RecordedCall, Sequence[Choice]], Times]
 
 
 def measure_on(device: torch.device, timer: Timer | None = None) -> Measure:
-    """A function that measures on ``device``: on CUDA in captured graphs, without the host's share."""
+    """A function that measures on ``device``; on CUDA with captured graphs, to exclude host overhead."""
     return functools.partial(_measure, device, timer or timer_for(device))
 
 
@@ -50,7 +50,7 @@ def _measure(device: torch.device, timer: Timer, call: RecordedCall, choices: Se
     runs: dict[str, Call] = {}
     expected: dict[str, float] = {}
     names = {str(position): choice for position, choice in enumerate(choices)}
-    repeats = _CALLS_A_GRAPH if cuda else 1
+    repeats = _CALLS_PER_GRAPH if cuda else 1
     capturer = CudaCapturer()
     with torch.no_grad():
         for name, choice in names.items():
@@ -59,7 +59,7 @@ def _measure(device: torch.device, timer: Timer, call: RecordedCall, choices: Se
                 runs[name](0)
                 synchronize(device)
                 expected[name] = timer(runs[name], 0, 1)
-            except Exception as error:  # a candidate may fail in many ways; it is then no candidate
+            except Exception as error:  # any failure excludes the candidate
                 times.failures[choice] = f"{type(error).__name__}: {str(error)[:200]}"
                 runs.pop(name, None)
         budget = max(_SECONDS, _SECONDS_EACH * len(runs))
@@ -80,13 +80,13 @@ def _plain(sets: Sequence[Callable[[], object]], choice: Choice) -> Call:
 def _captured(
     sets: Sequence[Callable[[], object]], choice: Choice, capturer: Capturer, device: torch.device
 ) -> Call:
-    """A graph of calls that take the input sets in turn."""
+    """A graph of calls that cycle through the input sets."""
 
     def run() -> None:
-        for index in range(_CALLS_A_GRAPH):
+        for index in range(_CALLS_PER_GRAPH):
             sets[index % len(sets)]()
 
-    # A capture that fails must not spoil those of the next candidates: torch's own context leaves its stream.
+    # Unlike torch's own context, the capturer restores the stream if a capture fails, for the next candidate.
     with chosen_by(lambda problem, target: choice):
         graph = capturer.capture(run, device, capturer.new_pool(), warmup=1)
     return lambda _: graph.replay()

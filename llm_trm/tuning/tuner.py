@@ -1,4 +1,4 @@
-"""The loop of ``llm-trm tune``: candidates, compilation, times, and a table that is written as it goes."""
+"""The main loop of ``llm-trm tune``: times candidates and writes the table after each problem."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from trm_kernels.ops.tiles import heuristic
 
 @dataclass(frozen=True)
 class Tuned:
-    """What became of one problem.
+    """Result of one problem.
 
     Attributes:
-        name: Its key in the table.
-        entry: What was written, or None.
-        tried: How many candidates were timed.
-        dropped: How many were not worth timing, or failed.
-        reason: Why nothing was written, or an empty string.
+        name: Key of the problem in the table.
+        entry: The new entry, or None.
+        tried: Number of timed candidates.
+        dropped: Number of candidates that were excluded before timing or failed.
+        reason: Why there is no entry, or an empty string.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Tuned:
 
 
 def this_run() -> dict[str, Any]:
-    """What a table's header says of the run that writes it."""
+    """Metadata of the current run for the table's header."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -50,10 +50,10 @@ def this_run() -> dict[str, Any]:
 
 
 def open_table(path: Path, target: Target) -> Table:
-    """The table at ``path`` to go on with, or a new one.
+    """Read the table at ``path`` to continue it, or create a new one.
 
     Raises:
-        TableError: There is a file that is no table of this device: it is not overwritten.
+        TableError: The file is not a table of this device; it is not overwritten.
     """
     if path.exists():
         return dispatch.read(path, target)
@@ -62,7 +62,7 @@ def open_table(path: Path, target: Target) -> Table:
 
 
 def pending(calls: Sequence[RecordedCall], table: Table) -> list[RecordedCall]:
-    """The calls that the table lacks, or holds a stale entry of."""
+    """The calls whose entries in the table are missing or stale."""
     entries = table.entries
     return [
         call for call in calls if (entry := entries.get(dispatch.key(call.problem))) is None or entry.stale
@@ -84,24 +84,24 @@ def tune(
     """Measure the calls and write the table after each, until ``budget`` seconds are spent.
 
     Args:
-        calls: One for each problem.
-        table: What was measured before; grows.
-        path: Where it is written.
-        run: What the table's header says of this run (:func:`this_run`).
-        budget: Seconds after which no problem is begun.
+        calls: One call per problem.
+        table: The table of earlier measurements; updated in place.
+        path: Output file of the table.
+        run: Metadata of this run for the table's header (:func:`this_run`).
+        budget: Time in seconds after which no new problem starts.
     """
-    begun = clock()
+    start = clock()
     for call in calls:
-        if clock() - begun >= budget:
+        if clock() - start >= budget:
             return
         name = dispatch.key(call.problem)
         found = candidates(call.problem, target)
         refused = compile_all(call, found, target)
-        worth = [choice for choice, reason in zip(found, refused, strict=True) if reason is None]
-        if not worth:
+        accepted = [choice for choice, reason in zip(found, refused, strict=True) if reason is None]
+        if not accepted:
             yield Tuned(name, None, 0, len(found), str(refused[0]))
             continue
-        times = measure(call, worth)
+        times = measure(call, accepted)
         if not times.ms:
             yield Tuned(name, None, 0, len(found), next(iter(times.failures.values())))
             continue

@@ -76,6 +76,6 @@ def test_scaling_says_what_it_leaves_out_and_draws_curves(tmp_path: Path) -> Non
     # A second is over before the first case: every row is skipped, which is all that is asked here.
     result = run("--suite", "scaling", "--backends", "eager", "--budget", "1", "--plot", str(picture))
     assert result.exit_code == 0, result.output
-    assert "left out on a CPU" in result.stdout
+    assert "omitted on a CPU" in result.stdout
     assert "batch size 1024" in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")

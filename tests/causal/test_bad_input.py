@@ -70,7 +70,7 @@ def test_think_at_the_ends(row: list[int], reasoner: str) -> None:
     made = generate(model, ids)
     assert made.sequences.shape[1] == len(row) + 6
     torch.testing.assert_close(made.logits[0], out.logits[:, -1], **EXACT)
-    with pytest.raises(InputError, match="positions before <think> cannot give up 3") as refused:
+    with pytest.raises(InputError, match="positions before <think> are too few to replace 3") as refused:
         tiny_trm(reasoner=reasoner, window="always")(input_ids=ids)
     assert one_line(refused)
 
@@ -140,6 +140,6 @@ def test_a_reasoner_of_another_width(tmp_path: Path) -> None:
     save_latent_model(model, model.tokenizer, tmp_path, base="arithmetic", prompt_form="chat")
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"d_compressed": 16', '"d_compressed": 24'))
-    with pytest.raises(InputError, match="other shapes") as refused:
+    with pytest.raises(InputError, match="the shapes of its weights") as refused:
         load_latent_model(tmp_path)
     assert one_line(refused)

@@ -84,5 +84,5 @@ def test_both_names_at_once_are_refused() -> None:
         cache = model(IDS, use_cache=True).cache
     both = {name: cache for name in NAMES}
     for call in (model, model.model, model.generate):
-        with pytest.raises(InputError, match="two names of one argument"):
+        with pytest.raises(InputError, match="the same argument"):
             call(IDS, **both)

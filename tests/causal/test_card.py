@@ -87,7 +87,7 @@ def test_the_base_is_named_where_the_hub_can_find_it(tmp_path: Path) -> None:
     model = latent_model()
     save_latent_model(model, model.tokenizer, tmp_path, base="HuggingFaceTB/SmolLM3-3B", prompt_form="chat")
     assert ModelCard(readme(tmp_path)).data.to_dict()["base_model"] == "HuggingFaceTB/SmolLM3-3B"
-    assert "looked for where it was" not in readme(tmp_path)
+    assert "in the folder that it was in" not in readme(tmp_path)
 
 
 def test_peft_alone_writes_a_folder_that_loads(tmp_path: Path) -> None:

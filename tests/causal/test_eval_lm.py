@@ -17,7 +17,7 @@ from llm_trm.data.problems import Question
 from llm_trm.errors import InputError
 from llm_trm.evaluate.answers import accuracy, answer_tokens, written_length
 from llm_trm.evaluate.language_model import evaluate_language_model, require_graded
-from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, load_speakers
+from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, load_responders
 from llm_trm.evaluate.statistics import wilson
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model
@@ -67,12 +67,12 @@ def test_counts_times_and_ratios() -> None:
         Question(str(number), f"so\n#### {number}", {"operations": 1 + (number > 1)}) for number in range(5)
     ]
     calls: list[tuple[Mode, int, int]] = []
-    speakers: Any = {
+    responders: Any = {
         "no-think": Scripted("no-think", ["0", "9", "9", "9", "9"], calls=calls),
         "think": Scripted("think", ["is 0", "1.0", "so 2", "3", "44"], (), (4.0, 8.0, 2.0), calls),
         "latent": Scripted("latent", ["0", "1", "2!", "3", "9"], (2, 1), (1.0, 2.0, 1.5), calls),
     }
-    found = evaluate_language_model(speakers, questions, Decoding(50), batch_size=2, by="operations")
+    found = evaluate_language_model(responders, questions, Decoding(50), batch_size=2, by="operations")
     assert [mode.correct for mode in found.modes.values()] == [1, 4, 3], "what is cut is wrong"
     latent, think = found.modes["latent"], found.modes["think"]
     assert latent.accuracy == 0.6 and latent.interval == wilson(3, 5) and latent.cut == 0.2
@@ -139,18 +139,18 @@ def test_where_an_answer_begins_and_ends() -> None:
 
 
 def test_plain_prompts_end_with_the_next_question(folder: Path) -> None:
-    speaker = replace(load_speakers(["latent"], folder, None)[0]["latent"], form="plain")
-    prompt = speaker.encode("How much?")
-    assert speaker.tokenizer.decode(prompt) == "Question: How much?\nAnswer: "
+    responder = replace(load_responders(["latent"], folder, None)[0]["latent"], form="plain")
+    prompt = responder.encode("How much?")
+    assert responder.tokenizer.decode(prompt) == "Question: How much?\nAnswer: "
 
     def read(text: str) -> Reply:
-        return speaker._reply(prompt, speaker.tokenizer.encode(text), [2, 0])
+        return responder._reply(prompt, responder.tokenizer.encode(text), [2, 0])
 
     assert read("<think> 72\nQuestion: More?").answer == "72"
     assert read("<think> 72\nQuestion: More?").finished and not read("<think> 72").finished
     ended = read("<think> 72<|end|><|pad|><|pad|>")
     assert (ended.answer, ended.finished, ended.steps) == ("72", True, (2,))
-    assert ended.tokens == len(speaker.tokenizer.encode("<think> 72<|end|>"))
+    assert ended.tokens == len(responder.tokenizer.encode("<think> 72<|end|>"))
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
@@ -259,11 +259,11 @@ def test_modes_that_cannot_run_say_why(folder: Path, tmp_path: Path) -> None:
         decoder.save_pretrained(tmp_path / name)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / name)
-    speakers, missing = load_speakers(["no-think", "think"], None, str(tmp_path / "none"))
-    assert speakers.keys() == {"no-think"} and "no chat template" in missing["think"]
-    assert speakers["no-think"].form == "plain"
-    speakers["no-think"].reply([speakers["no-think"].encode("1+1")], Decoding(4))
-    _, missing = load_speakers(["think"], None, str(tmp_path / "fixed"))
+    responders, missing = load_responders(["no-think", "think"], None, str(tmp_path / "none"))
+    assert responders.keys() == {"no-think"} and "no chat template" in missing["think"]
+    assert responders["no-think"].form == "plain"
+    responders["no-think"].reply([responders["no-think"].encode("1+1")], Decoding(4))
+    _, missing = load_responders(["think"], None, str(tmp_path / "fixed"))
     assert "enable_thinking" in missing["think"]
 
     latent = load_latent_model(folder)
@@ -272,14 +272,14 @@ def test_modes_that_cannot_run_say_why(folder: Path, tmp_path: Path) -> None:
     latent.model.merge_and_unload().save_pretrained(whole)
     latent.tokenizer.save_pretrained(whole)
     (whole / "latent.json").write_text(json.dumps({**known, "base": None}))
-    _, missing = load_speakers(["no-think", "latent"], whole, None)
-    assert "does not say what its base was" in missing["no-think"] and "latent" not in missing
-    speakers, _ = load_speakers(["no-think", "latent"], whole, "arithmetic")
-    assert speakers["no-think"].name == "arithmetic" and speakers["latent"].name == str(whole)
-    with pytest.raises(InputError, match="with a recursion: name it by --checkpoint"):
-        load_speakers(["no-think"], None, str(whole))
+    _, missing = load_responders(["no-think", "latent"], whole, None)
+    assert "is unknown: name it with --model" in missing["no-think"] and "latent" not in missing
+    responders, _ = load_responders(["no-think", "latent"], whole, "arithmetic")
+    assert responders["no-think"].name == "arithmetic" and responders["latent"].name == str(whole)
+    with pytest.raises(InputError, match="with a recursion: name it with --checkpoint"):
+        load_responders(["no-think"], None, str(whole))
     with pytest.raises(InputError, match="--checkpoint"):
-        load_speakers(["no-think"], None, None)
+        load_responders(["no-think"], None, None)
 
 
 def test_nonsense_gets_one_line_and_exit_code_2(

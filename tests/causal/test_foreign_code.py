@@ -84,14 +84,14 @@ def test_code_of_a_model_runs_for_the_flag_alone(command: str, foreign: Path, ma
     refused = run(*COMMANDS[command], "--model", foreign)
     assert not marker.exists()
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.output
-    assert f"model {foreign} brings Python code of its own" in refused.stderr
+    assert f"model {foreign} comes with Python code" in refused.stderr
     assert "--trust-remote-code" in refused.stderr
     trusted = run(*COMMANDS[command], "--model", foreign, "--trust-remote-code")
     assert marker.exists() and trusted.exit_code == 0, trusted.output
 
 
 def test_heads_that_eval_phase2_reads(foreign: Path, marker: Path) -> None:
-    with pytest.raises(InputError, match="brings Python code of its own"):
+    with pytest.raises(InputError, match="comes with Python code"):
         load_thinking_model(str(foreign))
     assert not marker.exists()
     assert load_thinking_model(str(foreign), trust_remote_code=True).hidden_size == 32 and marker.exists()
@@ -109,7 +109,7 @@ def test_base_of_adapters(foreign: Path, marker: Path, tmp_path: Path) -> None:
     facts = adapters / FACTS_FILE
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "base": str(make_foreign(base, marker))}))
     refused = run("generate", "--checkpoint", adapters, "1+1", "--max-new-tokens", "2")
-    assert refused.exit_code == 2 and "brings Python code of its own" in refused.stderr
+    assert refused.exit_code == 2 and "comes with Python code" in refused.stderr
     assert not marker.exists()
     trusted = run("generate", "--checkpoint", adapters, "1+1", "--trust-remote-code")
     assert marker.exists() and trusted.exit_code == 0, trusted.output
@@ -128,7 +128,7 @@ def test_base_of_adapters(foreign: Path, marker: Path, tmp_path: Path) -> None:
     )
     sizes = ("--group-size", "2", "--batch-size", "2", "--max-new-tokens", "2")
     refused = run(*rewarded, *sizes)
-    assert refused.exit_code == 2 and "brings Python code of its own" in refused.stderr
+    assert refused.exit_code == 2 and "comes with Python code" in refused.stderr
     assert not marker.exists()
     trusted = run(*rewarded, *sizes, "--trust-remote-code", "--overwrite")
     assert trusted.exit_code == 0, trusted.output
@@ -147,7 +147,7 @@ def test_modules_that_adapters_name(marker: Path, tmp_path: Path, monkeypatch: p
     (package / "foreign.py").write_text(_CODE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(tmp_path)
     refused = run("generate", "--checkpoint", adapters, "1+1")
-    assert refused.exit_code == 2 and "adapters of Megatron" in refused.stderr, refused.output
+    assert refused.exit_code == 2 and "Megatron adapters" in refused.stderr, refused.output
     assert not marker.exists()
 
 
@@ -255,14 +255,14 @@ def test_packages_that_are_not_here(
     changed(folder / "config.json", **entries)
     refused = run("generate", "1+1", "--model", folder, *trusted)
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1, refused.output
-    assert f"model {folder} needs a package that is not here" in refused.stderr, refused.stderr
+    assert f"model {folder} needs a package that is not installed" in refused.stderr, refused.stderr
     assert package in refused.stderr.lower().replace("flashattention2", "flash_attn")
 
 
 def test_our_own_code_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
-        raise ImportError("no such thing", name="llm_trm.models.gone")
+        raise ImportError("PuzzleTRM does not support", name="llm_trm.models.gone")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
-    with pytest.raises(ImportError, match="no such thing"):
+    with pytest.raises(ImportError, match="PuzzleTRM does not support"):
         load_thinking_model("arithmetic")

@@ -265,13 +265,13 @@ def test_refusals() -> None:
         model(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(InputError, match="attention_mask"):
         model(input_ids=ids, attention_mask=torch.ones(1, 2))
-    with pytest.raises(InputError, match="numbers positions itself"):
+    with pytest.raises(InputError, match="computes positions itself"):
         model(input_ids=ids, position_ids=torch.tensor([[0, 0, 1]]))
     with pytest.raises(InputError, match="context of 128"):
         model(input_ids=torch.full((1, 129), 5))
     with pytest.raises(InputError, match="output_attentions"):
         model(input_ids=ids, output_attentions=True)
-    with pytest.raises(InputError, match="as many logits"):
+    with pytest.raises(InputError, match="do not match the logits"):
         model(input_ids=ids, labels=ids, logits_to_keep=1)
     model.config.think_token_id = None
     with pytest.raises(InputError, match="add_think_tokens"):

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from llm_trm.cli.group import Group
-from llm_trm.evaluate.language_model_modes import MODES, Decoding, Mode, load_speakers
+from llm_trm.evaluate.language_model_modes import MODES, Decoding, Mode, load_responders
 from tests.causal.saved import latent_model, save
 from tests.causal.tiny import tiny_decoder
 
@@ -29,18 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_writes_what_its_questions_write_alone(folder: Path, mode: Mode) -> None:
-    speaker = load_speakers([mode], folder, None)[0][mode]
-    prompts = [speaker.encode(question) for question in QUESTIONS]
-    together, _ = speaker.reply(prompts, Decoding(40))
-    assert [speaker.reply([prompt], Decoding(40))[0][0] for prompt in prompts] == together
+    responder = load_responders([mode], folder, None)[0][mode]
+    prompts = [responder.encode(question) for question in QUESTIONS]
+    together, _ = responder.reply(prompts, Decoding(40))
+    assert [responder.reply([prompt], Decoding(40))[0][0] for prompt in prompts] == together
     assert len({reply.tokens for reply in together}) > 1 or mode == "no-think"
     assert any(reply.steps for reply in together) == (mode == "latent")
 
 
 def test_plain_modes_are_the_base_without_adapters_and_recursion(folder: Path) -> None:
-    inside, _ = load_speakers(MODES, folder, None)
-    outside, missing = load_speakers(MODES, None, "arithmetic")
-    assert load_speakers(["think"], folder, "arithmetic")[0]["think"].model is not inside["think"].model
+    inside, _ = load_responders(MODES, folder, None)
+    outside, missing = load_responders(MODES, None, "arithmetic")
+    assert load_responders(["think"], folder, "arithmetic")[0]["think"].model is not inside["think"].model
     assert missing.keys() == {"latent"} and inside["think"].model is inside["latent"].model
     for mode in ("no-think", "think"):
         prompts = [inside[mode].encode(question) for question in QUESTIONS]
@@ -55,24 +55,24 @@ def test_plain_modes_are_the_base_without_adapters_and_recursion(folder: Path) -
 
 
 def test_what_is_written_depends_on_the_recursion(folder: Path) -> None:
-    speaker = load_speakers(["latent"], folder, None)[0]["latent"]
-    prompts = [speaker.encode(question) for question in QUESTIONS]
-    before, _ = speaker.reply(prompts, Decoding(40))
-    for name, weight in speaker.model.named_parameters():
+    responder = load_responders(["latent"], folder, None)[0]["latent"]
+    prompts = [responder.encode(question) for question in QUESTIONS]
+    before, _ = responder.reply(prompts, Decoding(40))
+    for name, weight in responder.model.named_parameters():
         if "modules_to_save" in name and "entry.projection" in name:
             torch.nn.init.normal_(weight)
-    assert speaker.reply(prompts, Decoding(40))[0] != before
+    assert responder.reply(prompts, Decoding(40))[0] != before
 
 
 def test_greedy_is_greedy_whatever_the_model_suggests() -> None:
-    speaker = load_speakers(["think"], None, "arithmetic")[0]["think"]
-    expected = [reply.text for reply in speaker.reply([speaker.encode("3+4*2")] * 4, Decoding(40))[0]]
+    responder = load_responders(["think"], None, "arithmetic")[0]["think"]
+    expected = [reply.text for reply in responder.reply([responder.encode("3+4*2")] * 4, Decoding(40))[0]]
     suggested = {"do_sample": True, "temperature": 4.0, "top_p": 0.99, "top_k": 200, "max_length": 9}
     suggested |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_p": 0.9}
-    speaker.model.generation_config.update(**suggested)
-    replies = speaker.reply([speaker.encode("3+4*2")] * 4, Decoding(40))[0]
+    responder.model.generation_config.update(**suggested)
+    replies = responder.reply([responder.encode("3+4*2")] * 4, Decoding(40))[0]
     assert [reply.text for reply in replies] == expected == ["<think>3+4=7;7*2=4</think>4"] * 4
-    drawn = speaker.reply([speaker.encode("3+4*2")] * 4, Decoding(40, temperature=4.0))[0]
+    drawn = responder.reply([responder.encode("3+4*2")] * 4, Decoding(40, temperature=4.0))[0]
     assert len({reply.text for reply in drawn}) > 1
 
 
@@ -104,11 +104,11 @@ def test_what_does_not_end_has_no_answer_and_says_so() -> None:
 
 
 def test_an_answer_ends_where_answers_ended_in_training() -> None:
-    speaker = load_speakers(["think"], None, "arithmetic")[0]["think"]
-    wanted = speaker.reply([speaker.encode("3+4*2")], Decoding(40))[0]
+    responder = load_responders(["think"], None, "arithmetic")[0]["think"]
+    wanted = responder.reply([responder.encode("3+4*2")], Decoding(40))[0]
     for others in (5, [5, 6], None):
-        speaker.model.generation_config.eos_token_id = others
-        assert speaker.reply([speaker.encode("3+4*2")], Decoding(40))[0] == wanted
+        responder.model.generation_config.eos_token_id = others
+        assert responder.reply([responder.encode("3+4*2")], Decoding(40))[0] == wanted
 
 
 def test_a_question_that_is_too_long_costs_no_earlier_answers(folder: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert result.exit_code == 0
     assert "<think>3+4=7;7*2=4</think>4" in result.stdout and "<think>5-1=4</think>4" in result.stdout
     assert "[15 tokens; " in result.stdout
-    assert "a context of 4096: shorten it" in result.stderr
+    assert "a context of 4096: shorten the question" in result.stderr
     assert [json.loads(line)["answer"] for line in written.read_text().splitlines()] == ["4", "4"]
     latent = run("--checkpoint", str(folder), "-v", "--max-new-tokens", "40", stdin="3+4*2\n")
     assert (

@@ -76,10 +76,10 @@ def test_to_be_trained_further(how: str, halting: str, tmp_path: Path) -> None:
 
 
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         load_latent_model(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         load_latent_model(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):

@@ -73,7 +73,7 @@ def test_hidden_state_trm_slides_its_window() -> None:
     assert torch.equal(windows[0][:, :2], states[:, 3:])
     torch.testing.assert_close(model(states), windows[-1])
     assert (windows[0] - windows[1]).abs().max() > 1e-3
-    with pytest.raises(InputError, match="3 positions cannot give up 3"):
+    with pytest.raises(InputError, match="3 positions are too few to replace 3"):
         model(states[:, :3])
 
 

@@ -83,7 +83,7 @@ def test_a_new_model_from_its_configuration_is_initialised() -> None:
 def test_refuses_files_that_do_not_fit(tmp_path: Path) -> None:
     model = tiny_trm()
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="other shapes"):
+    with pytest.raises(InputError, match="the shapes of its weights"):
         TRMForCausalLM.from_pretrained(tmp_path, num_latents=5)
     with pytest.raises(InputError, match=r"lacks .* weights"):
         TRMForCausalLM.from_pretrained(tmp_path, n_layers=2)
@@ -94,7 +94,7 @@ def test_refuses_files_that_do_not_fit(tmp_path: Path) -> None:
     assert written["model_type"] == "trm" and written["text_config"]["model_type"] == "llama"
     with pytest.raises(InputError, match="attention over a sequence"):
         TRMConfig({"model_type": "mamba"})
-    with pytest.raises(InputError, match="no decoder of text"):
+    with pytest.raises(InputError, match="not a text-only decoder"):
         TRMConfig({"model_type": "t5"})
 
 

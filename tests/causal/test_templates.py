@@ -15,7 +15,7 @@ from llm_trm.data.problems import Question, read_questions
 from llm_trm.data.questions import Solved, load_solved
 from llm_trm.data.reasoning import ReasoningDataset
 from llm_trm.errors import InputError
-from llm_trm.evaluate.language_model_modes import Decoding, load_speakers
+from llm_trm.evaluate.language_model_modes import Decoding, load_responders
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model
 from llm_trm.models.tiny import tiny_tokenizer
@@ -209,10 +209,10 @@ def test_white_space_that_a_template_strips() -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (chats.DROPS, "leaves the question out"),
-        (chats.REPEATS, "holds the question 2 times"),
-        (chats.SHOUTS, "leaves the question out, or changes it"),
-        (chats.ESCAPES, "leaves the question out, or changes it"),
+        (chats.DROPS, "omits or changes the question"),
+        (chats.REPEATS, "contains the question 2 times"),
+        (chats.SHOUTS, "omits or changes the question"),
+        (chats.ESCAPES, "omits or changes the question"),
         (chats.BROKEN, "cannot be rendered \\(no system prompt\\)"),
         ("{%- if", "cannot be rendered"),
     ],
@@ -233,14 +233,14 @@ def test_templates_that_lose_the_question(template: str, words: str, tmp_path: P
 def test_templates_that_lose_some_questions() -> None:
     cut = chat_tokenizer(chats.QWEN3.replace("message.content", "(message.content | truncate(40, true))"))
     assert "3+4" in question_prompt(cut, "3+4", "chat")
-    with pytest.raises(InputError, match="does not render the question '1\\+1\\+"):
+    with pytest.raises(InputError, match="changes the question '1\\+1\\+"):
         question_prompt(cut, "1+" * 40 + "1", "chat")
 
 
 def test_a_template_that_leaves_nothing_to_think() -> None:
     tokenizer = chat_tokenizer(chats.CLOSES)
     assert question_prompt(tokenizer, "3", "chat", thinking=False).endswith("<|Assistant|></think>")
-    with pytest.raises(InputError, match="ends every prompt in </think>"):
+    with pytest.raises(InputError, match="ends every prompt with </think>"):
         lesson(tokenizer, "3", "3", "chat")
 
 
@@ -260,10 +260,10 @@ def test_a_date_that_changes_between_two_prompts(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ({"answer": "<think>3</think>7"}, "line 1: the answer holds <think>: write what is thought"),
-        ({"answer": "3</think>7"}, "line 1: the answer holds </think>"),
-        ({"answer": "<think>3</think>\n#### 7"}, "line 1: the thinking holds <think>"),
-        ({"answer": "7", "thinking": "<think>3</think>"}, "line 1: the thinking holds <think>"),
+        ({"answer": "<think>3</think>7"}, "line 1: the answer contains <think>: move the reasoning"),
+        ({"answer": "3</think>7"}, "line 1: the answer contains </think>"),
+        ({"answer": "<think>3</think>\n#### 7"}, "line 1: the thinking contains <think>"),
+        ({"answer": "7", "thinking": "<think>3</think>"}, "line 1: the thinking contains <think>"),
     ],
 )
 def test_rows_with_tags_of_their_own(rows: dict[str, str], words: str, tmp_path: Path) -> None:
@@ -313,27 +313,27 @@ def test_texts_of_a_language_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["r1", "glm", "qwen3", "llama3"])
 def test_modes_of_a_plain_model(name: str, tmp_path: Path) -> None:
     folder = save_chat_model(tmp_path, tokenizer_of(name))
-    speakers, missing = load_speakers(["no-think", "think"], None, str(folder))
+    responders, missing = load_responders(["no-think", "think"], None, str(folder))
     assert ("think" in missing) == (name == "llama3")
-    silent = speakers["no-think"]
+    silent = responders["no-think"]
     prompt = silent.encode(NAMES)
     assert tags_in(silent.tokenizer, prompt) == ([] if name == "llama3" else ["<think>", "</think>"])
     if name != "llama3":
-        opened = tags_in(silent.tokenizer, speakers["think"].encode(NAMES))
+        opened = tags_in(silent.tokenizer, responders["think"].encode(NAMES))
         assert opened == (["<think>"] if name in ("r1", "glm") else [])
 
 
 def test_a_template_that_knows_nothing_of_thinking_answers_at_once(tmp_path: Path) -> None:
     """Its model may think all the same: that it does not open a thought is seen to while it writes."""
     folder = save_chat_model(tmp_path, tokenizer_of("llama3"))
-    speaker = load_speakers(["no-think"], None, str(folder))[0]["no-think"]
-    tag = speaker.tokenizer.convert_tokens_to_ids("<think>")
-    speaker.model.get_input_embeddings().weight.data[tag] *= 0
-    speaker.model.lm_head.weight.data[:] *= -1
-    free = speaker.model.lm_head.weight.data
+    responder = load_responders(["no-think"], None, str(folder))[0]["no-think"]
+    tag = responder.tokenizer.convert_tokens_to_ids("<think>")
+    responder.model.get_input_embeddings().weight.data[tag] *= 0
+    responder.model.lm_head.weight.data[:] *= -1
+    free = responder.model.lm_head.weight.data
     # The tag is what the model would write everywhere.
-    free[tag] = speaker.model.model(torch_ids(speaker.encode("3"))).last_hidden_state[0, -1] * 9
-    (reply,), _ = speaker.reply([speaker.encode("3")], Decoding(1))
+    free[tag] = responder.model.model(torch_ids(responder.encode("3"))).last_hidden_state[0, -1] * 9
+    (reply,), _ = responder.reply([responder.encode("3")], Decoding(1))
     assert reply.tokens == 1 and reply.text != "<think>"
 
 
@@ -365,18 +365,24 @@ def test_commands_refuse_templates_and_answers(tmp_path: Path) -> None:
     )
     out = str(tmp_path / "out")
     for arguments, words in (
-        (("train", "lora", "--model", lost, "--data", rows, "-o", out), ("leaves the question out", lost)),
-        (("train", "lora", "--model", closed, "--data", rows, "-o", out), ("ends every prompt in </think>",)),
+        (
+            ("train", "lora", "--model", lost, "--data", rows, "-o", out),
+            ("changes the question", lost),
+        ),
+        (
+            ("train", "lora", "--model", closed, "--data", rows, "-o", out),
+            ("ends every prompt with </think>",),
+        ),
         (
             ("train", "lora", "--model", good, "--data", tags, "-o", out),
             ("tags.jsonl, line 1", "column thinking"),
         ),
         (("train", "lora", "--model", good, "--data", at_once, "-o", out), ("think false",)),
-        (("train", "phase1", "--model", lost, "-o", out), ("leaves the question out",)),
-        (("datagen", "--model", lost, "-o", out), ("leaves the question out",)),
-        (("datagen", "--model", closed, "-o", out), ("ends every prompt in </think>",)),
-        (("eval", "lm", "--model", lost, "--num-samples", "2"), ("leaves the question out",)),
-        (("generate", "3+4", "--model", lost), ("leaves the question out",)),
+        (("train", "phase1", "--model", lost, "-o", out), ("omits or changes the question",)),
+        (("datagen", "--model", lost, "-o", out), ("omits or changes the question",)),
+        (("datagen", "--model", closed, "-o", out), ("ends every prompt with </think>",)),
+        (("eval", "lm", "--model", lost, "--num-samples", "2"), ("omits or changes the question",)),
+        (("generate", "3+4", "--model", lost), ("omits or changes the question",)),
     ):
         result = run(*arguments, "--device", "cpu")
         assert refused_in_one_line(result, *words), (arguments, result.output, result.stderr)
@@ -396,22 +402,22 @@ def test_a_run_from_training_to_evaluation(tmp_path: Path) -> None:
     assert "think_rate" not in result.metrics and "needless_think_rate" not in result.metrics
     assert result.metrics["trm_steps"] == SMALL["supervision_steps"] and "halting_loss" in result.metrics
     latent = load_latent_model(tmp_path / "run")
-    speaker = load_speakers(["latent"], tmp_path / "run", None)[0]["latent"]
-    asked = speaker.encode("1+<think>")
+    responder = load_responders(["latent"], tmp_path / "run", None)[0]["latent"]
+    asked = responder.encode("1+<think>")
     row = Lessons([Solved("1+<think>", "1")], latent.tokenizer, latent.prompt_form)[0]
     batch = Collator(latent.tokenizer.pad_token_id)([row])
     assert row["input_ids"][: len(asked)] == asked and row["labels"][: len(asked)] == [-100] * len(asked)
     assert latent.model(batch["input_ids"]).trm_steps.shape[1] == 1
-    (reply,), _ = speaker.reply([asked], Decoding(3))
+    (reply,), _ = responder.reply([asked], Decoding(3))
     assert len(reply.steps) == 1
     latent.tokenizer.chat_template = chats.GLM
     latent.tokenizer.save_pretrained(tmp_path / "run")
-    with pytest.raises(InputError, match=r"no longer makes \(they would have other tokens\)"):
+    with pytest.raises(InputError, match=r"no longer produces \(their tokens would differ\)"):
         load_latent_model(tmp_path / "run")
     latent.tokenizer.chat_template = None
     latent.tokenizer.save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(InputError, match="no longer makes"):
+    with pytest.raises(InputError, match="no longer produces"):
         load_latent_model(tmp_path / "run")
 
 
@@ -469,7 +475,7 @@ def test_what_a_model_was_trained_to_be_asked(tmp_path: Path) -> None:
     more.add_tokens(["<|im_start|>"], special_tokens=True)
     for spoiled in (other, more):
         spoiled.save_pretrained(folder)
-        with pytest.raises(InputError, match="they would have other tokens"):
+        with pytest.raises(InputError, match="their tokens would differ"):
             load_latent_model(folder)
     tiny_tokenizer().save_pretrained(folder)
     assert load_latent_model(folder).prompt_form == "chat"
@@ -490,5 +496,5 @@ def test_pairs_are_not_replaced_where_a_question_cannot_be_asked(tmp_path: Path)
     assert run(*common, "--dataset", str(short), "--device", "cpu").exit_code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
     result = run(*common, "--dataset", str(long), "--fresh", "--device", "cpu")
-    assert refused_in_one_line(result, "does not render the question", "1+1+1")
+    assert refused_in_one_line(result, "changes the question", "1+1+1")
     assert {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == before

@@ -50,14 +50,14 @@ def test_reads_questions(tmp_path: Path) -> None:
     ("rows", "words"),
     [
         ("", "rows.jsonl is empty"),
-        ('{"question": "1"}', "line 1: no answer; it has the columns 'question'"),
-        ('{"answer": "1"}', "line 1: no question; it has the columns 'answer'"),
+        ('{"question": "1"}', "line 1: no answer among the columns 'question'"),
+        ('{"answer": "1"}', "line 1: no question among the columns 'answer'"),
         ('{"question": " ", "answer": "1"}', "line 1: the question is empty"),
-        ('{"question": "1", "answer": ["2"]}', "'answer' is a list and no text"),
+        ('{"question": "1", "answer": ["2"]}', "'answer' is a list, not text"),
         ('{"question": "1", "answer": "2", "think": "no"}', "think is 'no': write true or false"),
         (
             '{"question": "1", "answer": "2", "thinking": ["a", "b"]}',
-            "'thinking' is a list and no text",
+            "'thinking' is a list, not text",
         ),
         (
             '{"question": "1", "answer": "2", "reasoning": false}',

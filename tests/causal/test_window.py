@@ -72,7 +72,7 @@ def test_always_drops_as_many_as_it_appends() -> None:
         base = model(input_ids=ids).logits[0]
         found = [model(input_ids=with_another(ids, place)).logits[0] for place in range(4)]
     assert [bool((logits - base)[-1].abs().max() > 1e-5) for logits in found] == [False] * 3 + [True]
-    with pytest.raises(InputError, match="3 positions before <think> cannot give up 3"):
+    with pytest.raises(InputError, match="3 positions before <think> are too few to replace 3"):
         model(input_ids=ids[:, 1:])
 
 
@@ -83,7 +83,7 @@ def test_refuses_positions_that_cannot_slide() -> None:
     )
     model = tiny_trm(decoder=decoder)
     assert model(input_ids=torch.tensor([ROWS[2]])).logits.isfinite().all()
-    with pytest.raises(InputError, match="cannot slide"):
+    with pytest.raises(InputError, match="does not support a sliding window"):
         model(input_ids=torch.tensor([ROWS[0]]))
 
 

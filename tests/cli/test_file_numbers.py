@@ -104,7 +104,7 @@ def test_a_puzzle_model_that_its_weights_do_not_fill_is_not_built(
 )
 def test_the_numbers_of_a_puzzle_model_are_known_without_building_it(config: PuzzleTRMConfig) -> None:
     model = PuzzleTRM(config)
-    assert config.numbers == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert config.elements == sum(tensor.numel() for tensor in model.state_dict().values())
     assert config.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -122,7 +122,7 @@ def test_the_numbers_of_a_puzzle_model_are_known_without_building_it(config: Puz
 )
 def test_a_recursion(field: str, value: Any, tmp_path: Path) -> None:
     model = SequenceTRM(16, 1, 2)
-    assert model.config.numbers == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert model.config.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     save_sequence_trm(model, tmp_path)
     changed(tmp_path / "trm.json", **{field: value})
     word = "numbers" if value == 2**20 else field
@@ -181,7 +181,7 @@ def test_a_language_model(field: str, value: Any, tmp_path: Path) -> None:
 def test_a_language_model_that_fits_no_memory(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "lm")
     changed(folder / "config.json", hidden_size=2**20, intermediate_size=2**20)
-    refused(lambda: load_thinking_model(str(folder)), folder, "GiB", "choose a smaller one")
+    refused(lambda: load_thinking_model(str(folder)), folder, "GiB", "choose a smaller model")
 
 
 @pytest.mark.parametrize(

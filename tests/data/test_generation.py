@@ -239,7 +239,7 @@ def test_folder_of_something_else_is_refused(folder: Path, model_folder: Path, n
     (folder / "settings.json").write_text('{"editor.fontSize": 12}')
     for fresh in (False, True):
         with pytest.raises(
-            InputError, match=r"settings\.json is not of llm-trm datagen: use another --output"
+            InputError, match=r"settings\.json was not written by llm-trm datagen: use another --output"
         ):
             generate(folder, model_folder, fresh=fresh)
     (folder / "settings.json").unlink()

@@ -132,9 +132,9 @@ def _replace(folder: Path, **tensors: torch.Tensor) -> None:
     [
         (lambda f: (f / "pairs.json").unlink(), ("pairs.json", "does not exist", "datagen")),
         (lambda f: (f / "pairs.json").write_text("{"), ("pairs.json", "cannot be read")),
-        (lambda f: (f / "pairs.json").write_text("[]"), ("pairs.json", "no index")),
+        (lambda f: (f / "pairs.json").write_text("[]"), ("pairs.json", "not an index")),
         (lambda f: _change_index(f, version=99), ("pairs.json", "format")),
-        (lambda f: _change_index(f, shards=[{"file": "x"}]), ("pairs.json", "no index")),
+        (lambda f: _change_index(f, shards=[{"file": "x"}]), ("pairs.json", "not an index")),
         (
             lambda f: (f / "shard-00001.safetensors").unlink(),
             ("shard-00001.safetensors is missing", "datagen"),
@@ -162,7 +162,7 @@ def test_broken_files_are_named(tmp_path: Path, harm: Callable[[Path], Any], wor
 
 def test_other_hidden_size_is_refused(tmp_path: Path) -> None:
     _write(tmp_path)
-    with pytest.raises(InputError, match=r"pairs\.json.*6 wide.*not 128"):
+    with pytest.raises(InputError, match=r"pairs\.json.*width 6.*not 128"):
         open_pairs(tmp_path, 128)
 
 
@@ -171,5 +171,5 @@ def test_no_index_over_a_shard_that_is_missing_or_of_another_type(tmp_path: Path
     with pytest.raises(InputError, match="shard-00003"):
         write_index(tmp_path, 4, model="m", seed=0, settings={})
     write_shard(tmp_path, 3, [], {}, WIDTH, "bfloat16")
-    with pytest.raises(InputError, match=r"shard-00003.*another width or type"):
+    with pytest.raises(InputError, match=r"shard-00003.*another width or dtype"):
         write_index(tmp_path, 4, model="m", seed=0, settings={})

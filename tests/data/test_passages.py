@@ -112,7 +112,7 @@ def test_words_that_cannot_be_written_out() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="</s>")
     assert encode(tokenizer, [text("a b ? a")]) == [[1, 0, 0, 1]]
     with pytest.raises(
-        InputError, match=r"reads </s> as a token of its own.*in the text 'a </s>.nb'"
+        InputError, match=r"parses </s> as a control token.*in the text 'a </s>.nb'"
     ) as refused:
         encode(tokenizer, [joined("a ", text("a </s>\nb"))])
     assert "\n" not in str(refused.value)
@@ -122,7 +122,7 @@ def test_tokenizers_in_python_refuse() -> None:
     tokenizer = ByT5Tokenizer()
     assert encode(tokenizer, [joined(text("1+1"), "</s>")])[0][-1] == tokenizer.eos_token_id
     for said in ("1</s>", "</s>", "<extra_id_3> a"):
-        with pytest.raises(InputError, match="take it out") as refused:
+        with pytest.raises(InputError, match="remove or reword it") as refused:
             encode(tokenizer, [joined("</s>", text(said), "</s>")])
         assert said.strip("1 a") in str(refused.value)
 

@@ -221,7 +221,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the model has 2 tokens"):
         setup.evaluate(head=nn.Linear(D, 2))
     setup.pairs = write_pairs(tmp_path / "none", samples=0)
-    with pytest.raises(InputError, match="holds no pairs"):
+    with pytest.raises(InputError, match="has no pairs"):
         setup.evaluate()
 
 

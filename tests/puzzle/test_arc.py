@@ -65,7 +65,7 @@ def test_the_eight_symmetries_are_numbered_as_in_the_official_code() -> None:
     "wrong", [(8, tuple(range(10))), (-1, tuple(range(10))), (0, (0,) * 10), (0, (0, 1))]
 )
 def test_what_is_no_symmetry(wrong: tuple[int, tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="is no symmetry"):
+    with pytest.raises(ValueError, match="is not a symmetry"):
         Transform(*wrong)
 
 
@@ -169,13 +169,13 @@ def changed(**parts: Any) -> dict[str, Any]:
             changed(test=[{"input": [[1, 2], [3]]}]),
             r"test pair 1, input: the grid is ragged: row 2 has 1 cells",
         ),
-        (changed(test=[{"input": [[1], [10]]}]), r"test pair 1, input, row 2: 10 is no colour"),
-        (changed(test=[{"input": [[-1]]}]), r"-1 is no colour"),
-        (changed(test=[{"input": [[True]]}]), r"True is no colour"),
-        (changed(test=[{"input": [[1.0]]}]), r"1\.0 is no colour"),
-        (changed(test=[{"input": [[]]}]), r"input is no grid"),
-        (changed(test=[{"input": "1"}]), r"input is no grid"),
-        (changed(test=[{"input": [[0] * 31]}]), r"has 1 x 31 cells: 30 x 30 are the most"),
+        (changed(test=[{"input": [[1], [10]]}]), r"test pair 1, input, row 2: 10 is not a colour"),
+        (changed(test=[{"input": [[-1]]}]), r"-1 is not a colour"),
+        (changed(test=[{"input": [[True]]}]), r"True is not a colour"),
+        (changed(test=[{"input": [[1.0]]}]), r"1\.0 is not a colour"),
+        (changed(test=[{"input": [[]]}]), r"input is not a grid"),
+        (changed(test=[{"input": "1"}]), r"input is not a grid"),
+        (changed(test=[{"input": [[0] * 31]}]), r"has 1 x 31 cells: the maximum is 30 x 30"),
     ],
 )
 def test_broken_tasks_are_refused_with_file_and_name(content: Any, message: str, tmp_path: Path) -> None:
@@ -189,19 +189,19 @@ def test_broken_sources_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             read_tasks(path)
 
-    refused(tmp_path, r"holds no \.json file")
+    refused(tmp_path, r"has no \.json file")
     refused(tmp_path / "missing.json", r"missing\.json does not exist")
     challenges = write_prize(tmp_path, [RISE, FLAT])
-    refused(tmp_path, r"holds sets of tasks: name one of them, such as .*set_challenges\.json")
+    refused(tmp_path, r"contains sets of tasks: name one of them, such as .*set_challenges\.json")
     solutions = tmp_path / "set_solutions.json"
     write(solutions, {"rise": [[[1]]], "flat": [[[0]]]})
-    refused(challenges, r"set_solutions\.json, task rise has 1 solution, and 2 needed")
+    refused(challenges, r"set_solutions\.json, task rise has 1 solution, but needs 2")
     write(solutions, {"rise": [[[1]], [[1, 2], [3]]], "flat": [[[0]]]})
     refused(challenges, r"set_solutions\.json, task rise, solution 2: the grid is ragged")
     write(solutions, {"rise": [[[1]], [[1]]]})
-    refused(challenges, r"set_solutions\.json, task flat has no solution, and 1 needed")
+    refused(challenges, r"set_solutions\.json, task flat has no solution, but needs 1")
     write(solutions, [])
-    refused(challenges, r"set_solutions\.json is no object with a task under each name")
+    refused(challenges, r"set_solutions\.json is not an object that maps names to tasks")
     other = ArcTask("flat", FLAT.train, RISE.test)
     with pytest.raises(InputError, match=r"task flat of b differs from that of a"):
         merged([(Path("a"), [FLAT]), (Path("b"), [other])])
@@ -338,7 +338,7 @@ def test_ballot_brings_predictions_back() -> None:
     submitted = ballot.submission()
     assert [each["attempt_1"] for each in submitted["rise"]] == [[[1], [2]], [[6, 5]]]
     assert [each["attempt_1"] for each in submitted["twins"][:2]] == [[[3, 1]], [[3, 1]]]
-    with pytest.raises(ValueError, match="puzzle 1 asks what is no test input of task rise"):
+    with pytest.raises(ValueError, match="the question of puzzle 1 is not a test input of task rise"):
         ballot.add(labels[:1] * 0 + 2, labels[:1], puzzles[:1], np.ones(1))
 
 

@@ -197,5 +197,5 @@ def test_a_maze_that_is_not_square_keeps_its_shape() -> None:
 def test_arc_has_none_and_unknown_sudokus_are_refused() -> None:
     assert augmentation(PuzzleInfo("arc", 30, 30, 12)) is None
     for info in (PuzzleInfo("sudoku", 16, 16, 18), PuzzleInfo("sudoku", 9, 9, 10)):
-        with pytest.raises(InputError, match="are no Sudokus"):
+        with pytest.raises(InputError, match="are not Sudokus"):
             augmentation(info)

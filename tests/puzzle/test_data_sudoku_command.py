@@ -102,7 +102,7 @@ def test_from_the_hub(tmp_path: Path, csv_file: Path, monkeypatch: pytest.Monkey
         (("--input", "a.csv", "--test-samples", 3, "--test-fraction", 0.1), "exclude each other"),
         (("--size", 4, "--clues", 9, 5), "--clues 9 5: give the fewest first"),
         (("--size", 4, "--clues", 5, 17), "at most 16"),
-        (("--size", 4, "--clues", 4, 4), "ask for fewer, or allow more clues"),
+        (("--size", 4, "--clues", 4, 4), "use fewer puzzles, or allow more clues"),
         (("--input", "missing.csv"), "missing.csv does not exist"),
         (("--size", 5), "'5' is not one of"),
     ],
@@ -110,7 +110,7 @@ def test_from_the_hub(tmp_path: Path, csv_file: Path, monkeypatch: pytest.Monkey
 def test_mistakes_end_with_2_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], words: str
 ) -> None:
-    monkeypatch.setattr("llm_trm.data.puzzles.sudoku._FRUITLESS_TRIES", 100)
+    monkeypatch.setattr("llm_trm.data.puzzles.sudoku._MAX_FAILURES", 100)
     result = command(*options, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert words in result.output
@@ -126,7 +126,7 @@ def test_a_bad_row_is_named(tmp_path: Path, csv_file: Path) -> None:
     bad.write_text("\n".join(lines))
     result = command("--input", bad, "--test-samples", 3, "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert f"{bad}, row 3: the solution is not one" in result.output
+    assert f"{bad}, row 3: the solution is wrong" in result.output
 
 
 def test_help_names_every_default() -> None:

@@ -310,9 +310,9 @@ def test_refusals_about_the_data(checkpoint: Path, data: Path, arc: Arc, tmp_pat
     refused(run("--checkpoint", checkpoint, "--data", arc.data), "arc puzzles of 30x30", "sudoku puzzles")
     refused(run("--checkpoint", checkpoint, "--data", tmp_path), "dataset.json does not exist")
     wide = save(model(vocab_size=9), tmp_path / "wide", task="sudoku", rows=4, columns=4)
-    refused(run("--checkpoint", wide, "--data", data), "6 tokens", "knows 9")
+    refused(run("--checkpoint", wide, "--data", data), "6 tokens", "the model has 9")
     few = model(vocab_size=VOCAB_SIZE, seq_len=900, num_puzzles=5, puzzle_len=1, puzzle_dim=8)
-    refused(run("--checkpoint", save(few, tmp_path / "few"), "--data", arc.data), "13 puzzles", "of 5")
+    refused(run("--checkpoint", save(few, tmp_path / "few"), "--data", arc.data), "has 13 puzzle", "for 5")
 
 
 def test_refuses_a_folder_without_answers(checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -328,7 +328,9 @@ def test_refuses_arc_identifiers_that_nothing_explains(arc: Arc, tmp_path: Path)
     del content["tests"]["b"]
     (folder / "arc.json").write_text(json.dumps(content))
     refused(
-        run("--checkpoint", arc.checkpoint, "--data", folder), "arc.json does not say", "llm-trm data arc"
+        run("--checkpoint", arc.checkpoint, "--data", folder),
+        "arc.json has no test for puzzle",
+        "llm-trm data arc",
     )
 
 

@@ -59,9 +59,9 @@ def test_search_finds_and_counts_the_shortest_paths(seed: int, rows: int, column
     maze = maze.reshape(rows, columns)
     paths = paths_by_enumeration(maze)
     if not paths:
-        assert maze_fault(maze) == "no way leads from the start to the goal"
+        assert maze_fault(maze) == "there is no path from the start to the goal"
         assert count_shortest_paths(maze) == 0
-        with pytest.raises(ValueError, match="no way leads"):
+        with pytest.raises(ValueError, match="there is no path"):
             shortest_path(maze)
         return
     assert maze_fault(maze) is None
@@ -119,13 +119,15 @@ def test_symmetry_classes_and_what_is_distinct() -> None:
 
 
 def test_impossible_mazes_are_refused() -> None:
-    with pytest.raises(InputError, match=r"4 x 4 cells had no single shortest path of 16 steps.*shorter one"):
+    with pytest.raises(
+        InputError, match=r"4 x 4 cells had no unique shortest path of at least 16 steps.*shorter"
+    ):
         generate_mazes(4, 4, {"train": 1}, min_path=16)
     with pytest.raises(InputError, match=r"at least 3 x 3 cells, not 2 x 9"):
         generate_mazes(2, 9, {"train": 1}, min_path=2)
     with pytest.raises(InputError, match=r"at least 2 steps.*not 1"):
         generate_mazes(5, 5, {"train": 1}, min_path=1)
-    with pytest.raises(InputError, match=r"3 x 3 cells repeat themselves after \d+ different ones"):
+    with pytest.raises(InputError, match=r"3 x 3 cells repeat after \d+ different ones"):
         generate_mazes(3, 3, {"train": 10000}, min_path=2)
 
 
@@ -135,13 +137,13 @@ def test_impossible_mazes_are_refused() -> None:
         (ANSWER, None),
         ("S #\noo#\n#oG", None),
         (MAZE, "the path is broken: its cells do not lead"),
-        ("So#\noo#\n#oG", "1 marked cell lies beside the path"),
+        ("So#\noo#\n#oG", "1 marked cell is not on the path"),
         ("So#\n oo\n#oG", "the path goes through a wall"),
         ("So#\n o#\n#oo", "the path covers the start or the goal"),
         ("oo#\n o#\n#oG", "the path covers the start or the goal"),
         ("So#\n oS\n#oG", "row 2, column 3 of the answer differs from the maze"),
         ("So \n o \n#oG", "row 1, column 3 of the answer differs from the maze"),
-        ("So#\n o#", "the answer has 2 x 3 cells, the maze 3 x 3"),
+        ("So#\n o#", "the answer has 2 x 3 cells, the maze has 3 x 3"),
     ],
 )
 def test_faults_of_answers(answer: str, fault: str | None) -> None:
@@ -151,7 +153,7 @@ def test_faults_of_answers(answer: str, fault: str | None) -> None:
 
 def test_a_detour_is_no_shortest_path() -> None:
     maze, detour = parse_maze("S G\n   "), parse_maze("S G\nooo")
-    assert solution_fault(maze, detour) == "the path is no shortest one: it takes 4 steps, and 2 do"
+    assert solution_fault(maze, detour) == "the path is not a shortest one: it takes 4"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_a_detour_is_no_shortest_path() -> None:
         ("S \nSG", "the maze has 2 starts"),
         ("S \n  ", "the maze has no goal"),
         ("SG\nGG", "the maze has 3 goals"),
-        ("S#\n#G", "no way leads from the start to the goal"),
+        ("S#\n#G", "there is no path from the start to the goal"),
         ("So\n G", "the maze has cells other than walls, open cells, a start and a goal"),
     ],
 )
@@ -200,18 +202,22 @@ def test_files_of_both_kinds_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("question", "answer", "message"),
     [
-        (MAZE + " ", ANSWER, r"row 2: the grid is ragged: line 3 has 4 cells, not 3: mend or remove the row"),
+        (MAZE + " ", ANSWER, r"row 2: the grid is ragged: line 3 has 4 cells, not 3: fix or remove the row"),
         (
             as_line(MAZE) + " ",
             as_line(ANSWER),
-            r"row 2: the grid is ragged: 10 cells in one line are no square",
+            r"row 2: the grid is ragged: 10 cells on one line do not form a square",
         ),
-        (MAZE.replace("G", "X"), ANSWER, r"row 2: unknown character 'X': cells are one of '# SGo'"),
+        (MAZE.replace("G", "X"), ANSWER, r"row 2: unknown character 'X': a cell must be one of '# SGo'"),
         (MAZE.replace("G", " "), ANSWER, r"row 2: the maze has no goal"),
         (MAZE.replace("G", "S"), ANSWER, r"row 2: the maze has 2 starts"),
         (MAZE, MAZE, r"row 2: the path is broken"),
-        ("S G\n   \n   ", "S G\nooo\n   ", r"row 2: the path is no shortest one: it takes 4 steps, and 2 do"),
-        ("SG\n  ", "SG\n  ", r"row 2 has 2 x 2 cells, row 1 3 x 3: all mazes must be of one size"),
+        (
+            "S G\n   \n   ",
+            "S G\nooo\n   ",
+            r"row 2: the path is not a shortest one: it takes 4 steps instead of 2",
+        ),
+        ("SG\n  ", "SG\n  ", r"row 2 has 2 x 2 cells, row 1 has 3 x 3: all mazes must have the same size"),
     ],
 )
 def test_broken_rows_are_refused_with_their_number(
@@ -228,9 +234,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             read_mazes(tmp_path / name)
 
-    refused("a.txt", b"", r"a\.txt is no \.csv and no \.jsonl file")
-    refused("a.csv", b"", r"a\.csv holds no mazes")
-    refused("b.csv", b"a,b\n1,2\n", r"row 1 lacks a maze or its answer \(columns: 'a', 'b'\): needed are")
+    refused("a.txt", b"", r"a\.txt is neither a \.csv nor a \.jsonl file")
+    refused("a.csv", b"", r"a\.csv has no mazes")
+    refused("b.csv", b"a,b\n1,2\n", r"row 1 lacks a maze or its answer \(columns: 'a', 'b'\): it needs")
     refused("c.csv", b"question,answer\n\xe9,1\n", r"c\.csv is not UTF-8")
     refused("d.jsonl", b'{"maze": 1}\n', r"row 1 lacks a maze or its answer \(columns: 'maze'\)")
     refused("e.jsonl", b"[]\n", r"row 1 lacks a maze or its answer \(columns: none\)")

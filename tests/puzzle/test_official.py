@@ -213,10 +213,10 @@ def cut(part: str, rows: int) -> Callable[[dict[str, Tensor]], Any]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: [1, 2], "holds no state dict"),
-        (lambda content: {"model": content}, "holds no state dict"),
-        (lambda content: {}, "no TRM checkpoint"),
-        (lambda content: {"weight": torch.ones(2)}, "no TRM checkpoint"),
+        (lambda content: [1, 2], "is not a state dict"),
+        (lambda content: {"model": content}, "is not a state dict"),
+        (lambda content: {}, "not a TRM checkpoint"),
+        (lambda content: {"weight": torch.ones(2)}, "not a TRM checkpoint"),
         (lambda content: {**content, f"{PREFIX}H_level.layers.0.x": torch.ones(1)}, "checkpoint of HRM"),
         (without("H_init"), "lacks H_init"),
         (without("L_level"), r"lacks L_level\.layers\.0"),
@@ -225,15 +225,18 @@ def cut(part: str, rows: int) -> Callable[[dict[str, Tensor]], Any]:
         (lambda content: {**content, f"{PREFIX}L1_init": torch.ones(1)}, "unexpected tensors, L1_init"),
         (lambda content: {**content, "step": torch.ones(1)}, "unexpected tensors, step"),
         (cut("qkv_proj", 64), "grouped key/value heads"),
-        (cut("mlp.gate_up_proj", 100), r"gate_up_proj.weight \[100, 32\], not \[512, 32\]"),
-        (cut("H_init", 5), r"H_init \[5\], not \[32\]"),
+        (
+            cut("mlp.gate_up_proj", 100),
+            r"weight \[100, 32\], but its other tensors need \[512, 32\]",
+        ),
+        (cut("H_init", 5), r"H_init \[5\], but its other tensors need \[32\]"),
         (
             lambda content: {**content, f"{PREFIX}lm_head.weight": torch.ones(11, 32).double()},
             "lm_head.weight in float64",
         ),
         (
             lambda content: {**content, f"{PREFIX}puzzle_emb.weights": torch.ones(3)},
-            "no matrix puzzle_emb",
+            "no matrix named puzzle_emb",
         ),
         (
             lambda content: {
@@ -241,7 +244,7 @@ def cut(part: str, rows: int) -> Callable[[dict[str, Tensor]], Any]:
                 f"{PREFIX}L_level.layers.0.mlp_t.down_proj.weight": torch.ones(12, 256),
                 f"{PREFIX}embed_pos.embedding_weight": torch.ones(12, 32),
             },
-            "learned positions beside a token mixer",
+            "learned positions with a token mixer",
         ),
     ],
 )
@@ -262,7 +265,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     half.write_bytes(whole[: len(whole) // 2])
     code = tmp_path / "code"
     torch.save({"x": CliRunner}, code)
-    with pytest.raises(InputError, match="may run code"):
+    with pytest.raises(InputError, match="could run code"):
         read_official(code)
     for path in (text, empty, half, code, tmp_path, tmp_path / "missing"):
         with pytest.raises(InputError, match=str(path)) as error:
@@ -273,21 +276,21 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changed", "said"),
     [
-        ("rope", {"heads": None, "positions": None}, "give --positions rope|none, --heads"),
+        ("rope", {"heads": None, "positions": None}, "pass --positions rope|none, --heads"),
         ("rope", {"n_latent_steps": None, "n_deep_recursions": None, "max_steps": None}, "--latent-steps, "),
-        ("rope", {"puzzle_len": None, "seq_len": None}, "give --puzzle-len, --grid ROWSxCOLUMNS"),
+        ("rope", {"puzzle_len": None, "seq_len": None}, "pass --puzzle-len, --grid ROWSxCOLUMNS"),
         ("rope", {"heads": 5}, "not a multiple of n_heads 5"),
         ("rope", {"puzzle_len": 1}, "puzzle_dim 80 does not fit"),
         ("rope", {"positions": "learned"}, "lacks embed_pos"),
         ("rope", {"grid": (5, 5)}, "contradict each other in the number of cells (--seq-len 9, --grid 25)"),
-        ("rope", {"task": "maze"}, "has 11 tokens, and --task maze 6"),
+        ("rope", {"task": "maze"}, "has 11 tokens, but --task maze has 6"),
         ("rope", {"task": "sudoku"}, "(--seq-len 9, --task 81)"),
-        ("learned", {"positions": "rope"}, "has positions learned, but --positions says rope"),
-        ("learned", {"seq_len": 10}, "has puzzle_len 2, but --puzzle-len says 3"),
-        ("mlp_t", {"positions": "rope"}, "has positions none, but --positions says rope"),
-        ("mlp_t", {"puzzle_len": None, "seq_len": None}, "give --grid ROWSxCOLUMNS"),
-        ("mlp_t", {"puzzle_len": None, "seq_len": 81}, "12 positions, which 81 do not fit"),
-        ("without puzzles", {"puzzle_len": 16}, "has puzzle_len 0, but --puzzle-len says 16"),
+        ("learned", {"positions": "rope"}, "has positions learned, but --positions has rope"),
+        ("learned", {"seq_len": 10}, "has puzzle_len 2, but --puzzle-len has 3"),
+        ("mlp_t", {"positions": "rope"}, "has positions none, but --positions has rope"),
+        ("mlp_t", {"puzzle_len": None, "seq_len": None}, "pass --grid ROWSxCOLUMNS"),
+        ("mlp_t", {"puzzle_len": None, "seq_len": 81}, "12 positions, too few for 81"),
+        ("without puzzles", {"puzzle_len": 16}, "has puzzle_len 0, but --puzzle-len has 16"),
     ],
 )
 def test_refused_options(kind: str, changed: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -346,11 +349,11 @@ def test_configuration_beside_the_checkpoint(tmp_path: Path) -> None:
     [
         ({"name": "recursive_reasoning.trm_singlez@X"}, "it describes recursive_reasoning.trm_singlez@X"),
         ({"name": None}, "has no entry 'name'"),
-        ({"hidden_size": 64}, "has d_model 32, but all_config.yaml says 64"),
-        ({"mlp_t": True}, "has mixer attention, but all_config.yaml says tokens"),
+        ({"hidden_size": 64}, "has d_model 32, but all_config.yaml has 64"),
+        ({"mlp_t": True}, "has mixer attention, but all_config.yaml has tokens"),
         ({"num_heads": "many"}, "num_heads is 'many'"),
         ({"rms_norm_eps": 1e-6}, "eps 1e-06"),
-        ({"num_heads": None}, "give --heads"),
+        ({"num_heads": None}, "pass --heads"),
         ({"pos_encodings": "learned"}, "lacks embed_pos"),
     ],
 )
@@ -367,7 +370,7 @@ def test_without_pyyaml_options_are_asked_for(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "yaml", None)
     path = saved(Config(), tmp_path / "step_7")
     (tmp_path / "all_config.yaml").write_text("arch: {}")
-    with pytest.raises(InputError, match=r"pip install pyyaml.*give --positions"):
+    with pytest.raises(InputError, match=r"pip install pyyaml.*pass --positions"):
         read_official(path, seq_len=9)
     read_official(path, **options(Config()))
 
@@ -417,7 +420,7 @@ def test_commands_there_and_back(tmp_path: Path) -> None:
 def test_refusals_of_the_commands(tmp_path: Path) -> None:
     path = saved(SUDOKU, tmp_path / "step_7")
     model = tmp_path / "model"
-    assert "give --positions rope|none" in refusal(run("import", "official", path, "-o", model))
+    assert "pass --positions rope|none" in refusal(run("import", "official", path, "-o", model))
     assert not model.exists()
     assert "'9' is no grid" in refusal(run("import", "official", path, "-o", model, "--grid", "9"))
     full = tmp_path / "full"

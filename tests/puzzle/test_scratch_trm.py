@@ -187,14 +187,14 @@ def test_attention_works_at_every_length(length) -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     ours, _ = pair()
-    with pytest.raises(ValueError, match="takes L from 1 to seq_len = 6, got 7"):
+    with pytest.raises(ValueError, match="needs L from 1 to seq_len = 6, got 7"):
         ours.predict(torch.zeros(2, 7, dtype=torch.long))
-    with pytest.raises(ValueError, match="takes L from 1 to seq_len = 6, got 0"):
+    with pytest.raises(ValueError, match="needs L from 1 to seq_len = 6, got 0"):
         ours.predict(torch.zeros(2, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"expected tokens \[B, L\]"):
         ours.forward_with_deep_supervision(torch.zeros(6, dtype=torch.long))
     mixing, _ = pair("tokens")
-    with pytest.raises(ValueError, match="takes L = 6, got 5"):
+    with pytest.raises(ValueError, match="needs L = 6, got 5"):
         mixing.predict(torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="seq_len and t_cycles must be at least 1"):
         TinyRecursiveModel(VOCAB, WIDTH, t_cycles=0)
@@ -361,6 +361,6 @@ def test_lists_that_do_not_fit_are_refused() -> None:
         trainer.compute_loss(predictions, halt_probs[:1], targets)
     with pytest.raises(ValueError, match="got 0, 0 and 0"):
         trainer.compute_loss([], [], targets)
-    with pytest.raises(ValueError, match="takes L from 1 to seq_len"):
+    with pytest.raises(ValueError, match="needs L from 1 to seq_len"):
         trainer.train_step((torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)))
     assert trainer.step_count == 0

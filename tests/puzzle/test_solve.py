@@ -100,7 +100,7 @@ def test_a_valid_answer(monkeypatch: pytest.MonkeyPatch, sudoku: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (WRONG, "row 4 holds 3 twice"),
+        (WRONG, "row 4 contains 3 twice"),
         (SOLUTION[:-1] + "1", "cell (4, 4) contradicts its clue"),
         (PUZZLE, "cell (1, 2) is blank"),
     ],
@@ -191,12 +191,12 @@ def test_any_shortest_path_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("puzzle", "note"),
     [
-        ("11" + "." * 14, "the puzzle has no solution: row 1 holds 1 twice"),
+        ("11" + "." * 14, "the puzzle has no solution: row 1 contains 1 twice"),
         # No digit stands twice, but none is left for the end of row 1.
         ("123...4.........", "the puzzle has no solution"),
         ("." * 16, "the puzzle has several solutions"),
         ("1234............", "the puzzle has several solutions"),
-        ("#####\n#S#G#\n#####", "no way leads from the start to the goal"),
+        ("#####\n#S#G#\n#####", "there is no path from the start to the goal"),
         (PUZZLE, None),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_puzzle_without_a_solution_is_tried(monkeypatch: pytest.MonkeyPatch, s
     answering(monkeypatch, [(SOLUTION, 1.0)])
     result = run("11" + "." * 14, "--checkpoint", sudoku)
     assert result.exit_code == 1
-    assert result.stdout.startswith("Note: the puzzle has no solution: row 1 holds 1 twice.\n")
+    assert result.stdout.startswith("Note: the puzzle has no solution: row 1 contains 1 twice.\n")
 
 
 def test_counting_solutions_gives_up() -> None:
@@ -332,11 +332,11 @@ def refused(result: Result, *words: str) -> None:
     ("puzzle", "words"),
     [
         ("hello", ["PUZZLE: 'h' is neither a digit nor a blank"]),
-        ("", ["PUZZLE holds no puzzle"]),
-        ("\ufeff \n\ufeff", ["PUZZLE holds no puzzle"]),
+        ("", ["PUZZLE contains no puzzle"]),
+        ("\ufeff \n\ufeff", ["PUZZLE contains no puzzle"]),
         ("1...2", ["PUZZLE: the puzzle has 5 cells", "16, 36 or 81"]),
         ("1...\n..3\n.4..\n...2", ["PUZZLE, line 1: the puzzle has 4 cells"]),
-        ("15" + "." * 14, ["cell (1, 2) holds 5", "digits 1 to 4"]),
+        ("15" + "." * 14, ["cell (1, 2) is 5", "digits 1 to 4"]),
         (f"{PUZZLE}\n{PUZZLE[:-1]}", ["PUZZLE, line 2: the puzzle has 15 cells"]),
         ('{"train": []}', ["ARC", "llm-trm eval puzzle"]),
         ("#S#\n#G", ["PUZZLE, line 1: the grid is ragged: line 2 has 2 cells"]),
@@ -361,7 +361,7 @@ def test_refuses_puzzles_of_another_kind(sudoku: Path, tmp_path: Path) -> None:
     wide = save(tmp_path / "wide", 20, task="maze", rows=2, columns=10)
     refused(run(MAZE, "--checkpoint", wide), "maze puzzles of 2x10")
     arc = save(tmp_path / "arc", 900, task="arc", rows=30, columns=30)
-    refused(run(PUZZLE, "--checkpoint", arc), "ARC tasks, which only `llm-trm eval puzzle` takes")
+    refused(run(PUZZLE, "--checkpoint", arc), "ARC tasks, which only work with `llm-trm eval puzzle`")
     unnamed = save(tmp_path / "unnamed", 81)
     refused(run(PUZZLE, "--checkpoint", unnamed), "81 cells")
     narrow = save(tmp_path / "narrow", 16, vocab_size=4)

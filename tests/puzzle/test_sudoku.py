@@ -124,17 +124,17 @@ def test_a_puzzle_without_a_solution(puzzle: Grid) -> None:
 
 
 def test_a_grid_of_no_known_size_is_refused() -> None:
-    with pytest.raises(InputError, match="25 cells is no Sudoku"):
+    with pytest.raises(InputError, match="25 cells is not a Sudoku"):
         solve((0,) * 25)
 
 
 @pytest.mark.parametrize(
     "cells, fault",
     [
-        ({0: 2, 1: 1}, "column 1 holds 2 twice"),
-        ({1: 1}, "row 1 holds 1 twice"),
+        ({0: 2, 1: 1}, "column 1 contains 2 twice"),
+        ({1: 1}, "row 1 contains 1 twice"),
         ({7: 0}, "cell (2, 4) is blank"),
-        ({7: 5}, "cell (2, 4) holds 5, which is no digit from 1 to 4"),
+        ({7: 5}, "cell (2, 4) is 5, which is not a digit from 1 to 4"),
     ],
 )
 def test_faults_in_words(cells: dict[int, int], fault: str) -> None:
@@ -147,10 +147,10 @@ def test_further_faults_in_words() -> None:
     shape = SHAPES[4]
     # Each row and each column of a cyclic square is right; its boxes are not.
     cyclic = (1, 2, 3, 4, 2, 3, 4, 1, 3, 4, 1, 2, 4, 1, 2, 3)
-    assert solution_fault(blank, cyclic, shape) == "box 1 holds 2 twice"
+    assert solution_fault(blank, cyclic, shape) == "box 1 contains 2 twice"
     clue = with_cells(blank, {7: 3})
     assert solution_fault(clue, FULL_4, shape) == "cell (2, 4) contradicts its clue"
-    assert solution_fault(blank, FULL_4[:-1], shape) == "the solution has 15 cells where 16 belong"
+    assert solution_fault(blank, FULL_4[:-1], shape) == "the solution has 15 cells instead of 16"
     assert solution_fault(FULL_4, FULL_4, shape) is None
     assert valid_solution(blank, FULL_4)
     assert not valid_solution(clue, FULL_4)
@@ -196,15 +196,15 @@ def test_digging_stops_at_the_wanted_number() -> None:
     "clues, number, words",
     [
         # Of 4x4 puzzles, 13 kinds have four clues, and 36 are minimal.
-        ((4, 4), 13, "13 different 4x4 puzzles with 4 to 4 clues were found, of 14 asked for"),
-        (None, 36, "36 different 4x4 puzzles with as few clues as can be were found, of 37 asked for"),
+        ((4, 4), 13, "found only 13 of 14 different 4x4 puzzles with 4 to 4 clues"),
+        (None, 36, "found only 36 of 37 different 4x4 puzzles with minimal clues"),
     ],
 )
 def test_no_more_puzzles_than_there_are(
     monkeypatch: pytest.MonkeyPatch, clues: tuple[int, int] | None, number: int, words: str
 ) -> None:
-    monkeypatch.setattr("llm_trm.data.puzzles.sudoku._FRUITLESS_TRIES", 300)
-    with pytest.raises(InputError, match=f"{words}.*: ask for fewer"):
+    monkeypatch.setattr("llm_trm.data.puzzles.sudoku._MAX_FAILURES", 300)
+    with pytest.raises(InputError, match=f"{words}.*: use fewer"):
         list(generate(SHAPES[4], number + 1, clues, seed=0))
 
 

@@ -101,33 +101,33 @@ GOOD = f"puzzle,solution\n{PUZZLE},{SOLUTION}\n"
 @pytest.mark.parametrize(
     "content, words",
     [
-        (f"{GOOD}{PUZZLE},{SOLUTION[:-1]}1\n", "row 2: the solution is not one: row 4 holds 1 twice"),
+        (f"{GOOD}{PUZZLE},{SOLUTION[:-1]}1\n", "row 2: the solution is wrong: row 4 contains 1 twice"),
         (
             f"{GOOD}{PUZZLE},{SECOND_SOLUTION}\n",
-            "row 2: the solution is not one: cell (1, 1) contradicts its clue",
+            "row 2: the solution is wrong: cell (1, 1) contradicts its clue",
         ),
-        (f"{GOOD}{PUZZLE},{SOLUTION[:-1]}.\n", "row 2: the solution is not one: cell (4, 4) is blank"),
+        (f"{GOOD}{PUZZLE},{SOLUTION[:-1]}.\n", "row 2: the solution is wrong: cell (4, 4) is blank"),
         (f"{GOOD}1{'.' * 15},{SOLUTION}\n", "row 2: the puzzle has more than one solution"),
         (f"{GOOD}1{'.' * 15},\n", "row 2: the puzzle has more than one solution"),
-        (f"{GOOD}11{'.' * 14},\n", "row 2: the puzzle has no solution: row 1 holds 1 twice"),
+        (f"{GOOD}11{'.' * 14},\n", "row 2: the puzzle has no solution: row 1 contains 1 twice"),
         (f"{GOOD}123....4{'.' * 8},\n", "row 2: the puzzle has no solution; correct"),
-        (f"{GOOD}{PUZZLE[:-1]},{SOLUTION}\n", "row 2: the puzzle has 15 cells where 16 belong"),
-        (f"{GOOD}{PUZZLE},{SOLUTION}1\n", "row 2: the solution has 17 cells where 16 belong"),
+        (f"{GOOD}{PUZZLE[:-1]},{SOLUTION}\n", "row 2: the puzzle has 15 cells instead of 16"),
+        (f"{GOOD}{PUZZLE},{SOLUTION}1\n", "row 2: the solution has 17 cells instead of 16"),
         (
             f'{GOOD}"1..2\n..3.\n.4.\n3....",{SOLUTION}\n',
-            "row 2: the puzzle is ragged: its row 3 has 3 cells",
+            "row 2: the puzzle is ragged: row 3 has 3 cells",
         ),
         (f"{GOOD}{PUZZLE[:-1]}x,{SOLUTION}\n", "row 2: cell (4, 4) of the puzzle is 'x', which is neither"),
         (f"{GOOD}{PUZZLE[:-1]}é,{SOLUTION}\n", "row 2: cell (4, 4) of the puzzle is 'é', which is neither"),
         (f"{GOOD}{PUZZLE},{SOLUTION[:-1]}5\n", "row 2: cell (4, 4) of the solution is '5', which is neither"),
         (
             f"{GOOD}{'.' * 81},{'.' * 81}\n",
-            "row 2: the puzzle has 81 cells where 16 belong like those before",
+            "row 2: the puzzle has 81 cells instead of 16 as before",
         ),
-        ("puzzle\n12345\n", "row 1: a grid of 5 cells is no Sudoku"),
-        ("", "holds no puzzles"),
-        ("puzzle,solution\n", "holds no puzzles"),
-        ("a,b\n1,2\n", "no grid of 16, 36 or 81 cells, and as a header that line has no column puzzle"),
+        ("puzzle\n12345\n", "row 1: a grid of 5 cells is not a Sudoku"),
+        ("", "has no puzzles"),
+        ("puzzle,solution\n", "has no puzzles"),
+        ("a,b\n1,2\n", "a grid of 16, 36 or 81 cells, and as a header this line has no column puzzle"),
     ],
 )
 def test_refusals_of_csv(tmp_path: Path, content: str, words: str) -> None:
@@ -142,11 +142,11 @@ def test_refusals_of_csv(tmp_path: Path, content: str, words: str) -> None:
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("{", "row 2: no JSON"),
-        ("[1]", "row 2: no JSON object"),
+        ("{", "row 2: not JSON"),
+        ("[1]", "row 2: not a JSON object"),
         ('{"x": 1}', "row 2: no column puzzle, quizzes or question among x"),
-        ('{"puzzle": 5}', "row 2: the puzzle is 5, which is no grid"),
-        ('{"puzzle": [[1, 2], [3]]}', "row 2: the puzzle is ragged: its row 2 has 1 cells, its row 1 has 2"),
+        ('{"puzzle": 5}', "row 2: the puzzle is 5, which is not a grid"),
+        ('{"puzzle": [[1, 2], [3]]}', "row 2: the puzzle is ragged: row 2 has 1 cells, row 1 has 2"),
         ('{"puzzle": [10, 1]}', "row 2: the puzzle has a cell 10"),
         ('{"puzzle": [true, 1]}', "row 2: the puzzle has a cell True"),
         ('{"puzzle": []}', "row 2: the puzzle has 0 cells"),
@@ -174,7 +174,7 @@ def test_trust_leaves_out_the_search_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="more than one"):
         verified(rows)
     wrong = read_sudoku_file(written(tmp_path / "wrong.csv", f"{PUZZLE},{SOLUTION[:-1]}1\n"))
-    with pytest.raises(InputError, match="row 1: the solution is not one"):
+    with pytest.raises(InputError, match="row 1: the solution is wrong"):
         verified(wrong, trust=True)
     unsolved = read_sudoku_file(written(tmp_path / "unsolved.csv", f"{PUZZLE}\n1{'.' * 15}\n"))
     solved = verified(unsolved, trust=True)
@@ -191,7 +191,7 @@ def test_ratings(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no column rating"):
         read_sudoku_file(written(tmp_path / "b.csv", GOOD)).rated(3)
     words = written(tmp_path / "c.csv", f"question,answer,rating\n{PUZZLE},{SOLUTION},easy\n")
-    with pytest.raises(InputError, match="row 1: the rating 'easy' is no number"):
+    with pytest.raises(InputError, match="row 1: the rating 'easy' is not a number"):
         read_sudoku_file(words).rated(3)
 
 
@@ -222,9 +222,9 @@ def test_held_out_puzzles_of_a_file_are_not_trained_on(tmp_path: Path) -> None:
     assert split(seed=1) != forms
     assert len(split(train=10)["train"]) == 10
     assert len(split(test=None)["test"]) == 6
-    with pytest.raises(InputError, match="42 puzzles are left for the split train, of 50 wanted"):
+    with pytest.raises(InputError, match="42 puzzles are left for the split train, but 50 were"):
         split(train=50)
-    with pytest.raises(InputError, match="20 puzzles are left for the split test, of 30 wanted"):
+    with pytest.raises(InputError, match="20 puzzles are left for the split test, but 30 were"):
         split(test=30)
 
 
@@ -254,7 +254,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.DatasetDict(test=datasets.Dataset.from_dict(columns))
 
     monkeypatch.setattr(datasets, "load_dataset", broken)
-    with pytest.raises(InputError, match=r"some/name \(test\), row 1: the solution is not one"):
+    with pytest.raises(InputError, match=r"some/name \(test\), row 1: the solution is wrong"):
         verified(read_sudoku_dataset("some/name")["test"])
     other = datasets.DatasetDict(train=datasets.Dataset.from_dict({"x": [1]}))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: other)

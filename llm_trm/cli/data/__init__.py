@@ -69,7 +69,7 @@ def arithmetic(
       llm-trm data arithmetic --operations 3 --split test --num-samples 500 -o held_out.jsonl
     """
     from llm_trm.files import write_lines
-    from llm_trm.memory import require_room
+    from llm_trm.memory import require_disk_space
 
     world = world_from(context, drawn)
     lines = (
@@ -80,5 +80,5 @@ def arithmetic(
         sys.stdout.writelines(lines)
     else:
         size, what = _BYTES_A_LINE * num_samples, f"{num_samples:,} problems"
-        require_room(size, output.parent, what, "choose fewer --num-samples")
+        require_disk_space(size, output.parent, what, "choose fewer --num-samples")
         write_lines(output, lines)

@@ -153,7 +153,7 @@ def lm(
     from llm_trm.cli.bars import progress_bar
     from llm_trm.data.problems import load_questions
     from llm_trm.evaluate.language_model import evaluate_language_model, require_graded
-    from llm_trm.evaluate.language_model_modes import Decoding, load_speakers
+    from llm_trm.evaluate.language_model_modes import Decoding, load_responders
 
     where = resolve_device(device)
     if plot is not None:
@@ -169,19 +169,21 @@ def lm(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=160, highlight=False)  # a pipe has no width
-    speakers, missing = load_speakers(modes, checkpoint, model, where, trust_remote_code=trust_remote_code)
+    responders, missing = load_responders(
+        modes, checkpoint, model, where, trust_remote_code=trust_remote_code
+    )
     _tell_missing(missing, modes, named=_named(context, "modes"))
-    if "latent" in speakers:
-        _tell_trained(speakers["latent"].model, data, split, [question.text for question in asked])
+    if "latent" in responders:
+        _tell_trained(responders["latent"].model, data, split, [question.text for question in asked])
     limit = max_new_tokens or (_FEW_TOKENS if data == _ARITHMETIC else _MANY_TOKENS)
-    batches = -(-len(questions) // batch_size) * len(speakers)
+    batches = -(-len(questions) // batch_size) * len(responders)
     with memory_advice(), progress_bar("batches", batches) as advance:
         found = evaluate_language_model(
-            speakers, questions, Decoding(limit), batch_size=batch_size, by=by, progress=advance
+            responders, questions, Decoding(limit), batch_size=batch_size, by=by, progress=advance
         )
     from llm_trm.benchmark.environment import run_record
 
-    plain = next((speaker.name for mode, speaker in speakers.items() if mode != "latent"), None)
+    plain = next((responder.name for mode, responder in responders.items() if mode != "latent"), None)
     words = _data_words(data, split, seed, world)
     record = run_record(where) | {
         "checkpoint": checkpoint,
@@ -211,7 +213,7 @@ def lm(
         console.print(_groups_table(found))
     console.print("\n".join(_words(found, limit, plain)), soft_wrap=True, markup=False)
     if write_card:
-        _write_card(speakers["latent"].model, Path(str(checkpoint)), record)
+        _write_card(responders["latent"].model, Path(str(checkpoint)), record)
 
 
 def _named(context: click.Context, name: str) -> bool:
@@ -233,7 +235,7 @@ def _tell_trained(model: Any, data: str, split: str, asked: list[str]) -> None:
     from llm_trm.data.problems import is_file, read_questions
     from llm_trm.errors import InputError
     from llm_trm.models.causal.card import about
-    from llm_trm.text import words_of
+    from llm_trm.text import normalise_spaces
 
     facts = about(model).facts
     # Named dataset by versions before this one.
@@ -248,8 +250,8 @@ def _tell_trained(model: Any, data: str, split: str, asked: list[str]) -> None:
     for file in sorted(files - {Path(name).resolve() for name in named}):
         # Gone, or no longer what it was: then nobody can tell.
         with suppress(InputError):
-            learned = {words_of(question.text) for question in read_questions(file)}
-            if shared := sum(words_of(text) in learned for text in asked):
+            learned = {normalise_spaces(question.text) for question in read_questions(file)}
+            if shared := sum(normalise_spaces(text) in learned for text in asked):
                 click.echo(
                     f"{shared} of the {len(asked)} problems are in {file}, which the model was trained on",
                     err=True,

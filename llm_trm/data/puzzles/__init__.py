@@ -1,1 +1,1 @@
-"""Puzzles: what they are, the folders that hold them, and their symmetries."""
+"""Puzzles, their data folders, and their symmetries."""

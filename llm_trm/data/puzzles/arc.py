@@ -1,8 +1,8 @@
 """ARC tasks: grids of colours, their symmetries, and the tokens that a model sees.
 
-A grid is uint8 [rows, columns] of colours 0 to 9, at most 30 x 30. As tokens it is 900 cells of a 30 x 30
-canvas, row by row: 0 is padding, colour c is c + 2, and 1 marks the end of the grid, right below its last row
-and right behind its last column, where the canvas has room.
+A grid is uint8 [rows, columns] of colours 0 to 9, at most 30 x 30. Its tokens are the 900 cells of a 30 x 30
+canvas, row by row: 0 is padding, colour c is c + 2, and 1 marks the end of the grid, directly below its last
+row and to the right of its last column, if the canvas has room.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIHEDRAL = 8
 #: Colours, uint8 [rows, columns].
 Grid = NDArray[np.uint8]
 
-#: Each symmetry as a view: whether the grid is transposed first, then the steps through rows and columns.
+#: Each symmetry as a view: whether to transpose the grid first, then the strides of rows and columns.
 _VIEWS = (
     (False, 1, 1),
     (True, -1, 1),
@@ -33,13 +33,13 @@ _VIEWS = (
     (True, 1, 1),
     (True, -1, -1),
 )
-#: What undoes each dihedral symmetry: only the two quarter turns are not their own inverses.
+#: Inverse of each dihedral symmetry. All are their own inverses, except the two quarter turns.
 _INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A question and its answer; None where it is not known."""
+    """A question and its answer; None if unknown."""
 
     input: Grid
     output: Grid | None
@@ -47,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class ArcTask:
-    """A task: the pairs that show its rule, and those that test it."""
+    """A task: pairs that demonstrate its rule, and pairs that test it."""
 
     name: str
     train: tuple[Pair, ...]
@@ -56,12 +56,12 @@ class ArcTask:
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """A symmetry of tasks: colours are replaced, then the grid is turned or mirrored.
+    """A symmetry of tasks: replaces colours, then rotates or mirrors the grid.
 
     Attributes:
-        dihedral: 0 leaves the grid as it is; 1, 2 and 3 turn it counter-clockwise by so many quarters; 4
-            swaps left and right, 5 top and bottom; 6 transposes, 7 mirrors at the other diagonal.
-        colours: What becomes of each colour, a permutation of 0 to 9.
+        dihedral: 0 is the identity; 1, 2 and 3 rotate counter-clockwise by that many quarter turns; 4 swaps
+            left and right; 5 swaps top and bottom; 6 transposes; 7 mirrors along the other diagonal.
+        colours: The new value of each colour, a permutation of 0 to 9.
     """
 
     dihedral: int = 0
@@ -69,7 +69,7 @@ class Transform:
 
     def __post_init__(self) -> None:
         if not 0 <= self.dihedral < DIHEDRAL or sorted(self.colours) != list(range(COLOURS)):
-            raise ValueError(f"{self} is no symmetry: 0 to 7, and a permutation of 0 to 9")
+            raise ValueError(f"{self} is not a symmetry: it needs 0 to 7, and a permutation of 0 to 9")
 
     @property
     def swaps_sides(self) -> bool:
@@ -77,18 +77,18 @@ class Transform:
         return _VIEWS[self.dihedral][0]
 
     def apply(self, grid: Grid) -> Grid:
-        """The transformed grid; its sides may have changed places."""
+        """The transformed grid; its sides may be swapped."""
         return turn(np.frombuffer(bytes(self.colours), np.uint8)[grid], self.dihedral)
 
 
 def invert(grid: Grid, transform: Transform) -> Grid:
-    """The grid that ``transform.apply`` turns into ``grid``."""
+    """The inverse of ``transform.apply``."""
     colours: Grid = np.argsort(transform.colours).astype(np.uint8)
     return colours[turn(grid, _INVERSE[transform.dihedral])]
 
 
 def turn(grid: Grid, dihedral: int) -> Grid:
-    """``grid`` under one of the eight symmetries that :class:`Transform` numbers."""
+    """Apply one of the eight symmetries listed in :class:`Transform`."""
     transposed, down, right = _VIEWS[dihedral]
     return (grid.T if transposed else grid)[::down, ::right]
 
@@ -102,10 +102,10 @@ def encode(grid: Grid, canvas: NDArray[np.uint8], row: int = 0, column: int = 0)
 
 
 def crop(tokens: NDArray[np.integer]) -> list[Grid]:
-    """The grids of predictions, or of questions, that begin in the upper left corner.
+    """Extract the grids of predictions, or of questions, from the upper left corner.
 
-    Nothing teaches a model what to predict outside the answer. So a grid is the largest rectangle of colours
-    with that corner, of several the one with the fewest rows; it has no cells where the corner is no colour.
+    A model is not trained on cells outside the answer, so a grid is the largest rectangle of colours in that
+    corner, with the fewest rows in case of a tie. The grid is empty if the corner is not a colour.
 
     Args:
         tokens: [N, 900] or [N, 30, 30].

@@ -1,4 +1,4 @@
-"""ARC's public JSON files."""
+"""Reads ARC's public JSON files."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _REMEDY = "name a folder of ARC tasks, a task's .json file, or an ARC Prize *_ch
 
 
 def read_tasks(path: Path) -> list[ArcTask]:
-    """The tasks of one source, in the order of their names.
+    """Read the tasks of one source, sorted by name.
 
     Args:
-        path: A folder with one JSON file a task; such a file; or a ``*_challenges.json`` file, whose answers
-            are read from the ``*_solutions.json`` file beside it. Where no test pair of the source has an
-            answer, as in the challenges of a running contest, all are None; where some have one, all must.
+        path: A folder with one JSON file per task, such a file, or a ``*_challenges.json`` file, whose
+            answers are read from the ``*_solutions.json`` file next to it. Either all test pairs of the
+            source have answers or, as in the challenges of a running contest, none has.
 
     Raises:
-        InputError: A file cannot be read, or a task in it is broken; it names the file and the task.
+        InputError: A file cannot be read, or a task in it is invalid; the message names both.
     """
     if path.is_dir():
         files = sorted(path.glob("*.json"))
         if not files:
-            raise InputError(f"{path} holds no .json file: {_REMEDY}")
+            raise InputError(f"{path} has no .json file: {_REMEDY}")
         if paired := [file.name for file in files if file.name.endswith(_CHALLENGES)]:
-            raise InputError(f"{path} holds sets of tasks: name one of them, such as {path / paired[0]}")
+            raise InputError(f"{path} contains sets of tasks: name one of them, such as {path / paired[0]}")
         tasks = [_task(file, file.stem, read_json(file, _REMEDY)) for file in files]
     elif path.name.endswith(_CHALLENGES):
         content = _mapping(path, read_json(path, _REMEDY))
@@ -46,28 +46,28 @@ def read_tasks(path: Path) -> list[ArcTask]:
     else:
         tasks = [_task(path, path.stem, read_json(path, _REMEDY))]
     if not tasks:
-        raise InputError(f"{path} holds no tasks: {_REMEDY}")
+        raise InputError(f"{path} has no tasks: {_REMEDY}")
     if any(is_labelled(task) for task in tasks):
         for task in tasks:
             for number, pair in enumerate(task.test, 1):
                 if pair.output is None:
                     raise InputError(
-                        f"{path}, task {task.name}, test pair {number} has no solution, and others have: add "
+                        f"{path}, task {task.name}, test pair {number} has no solution, but others do: add "
                         "it, or remove the task"
                     )
     return tasks
 
 
 def is_labelled(task: ArcTask) -> bool:
-    """Whether an answer to a test pair is known."""
+    """Whether the answer to any test pair is known."""
     return any(pair.output is not None for pair in task.test)
 
 
 def merged(sources: Iterable[tuple[Path, list[ArcTask]]]) -> list[ArcTask]:
-    """The tasks of all sources; one that is in several counts once.
+    """The tasks of all sources without duplicates.
 
     Raises:
-        InputError: Two different tasks have one name.
+        InputError: Two different tasks have the same name.
     """
     tasks: dict[str, tuple[Path, ArcTask]] = {}
     for path, found in sources:
@@ -75,8 +75,8 @@ def merged(sources: Iterable[tuple[Path, list[ArcTask]]]) -> list[ArcTask]:
             before, known = tasks.setdefault(task.name, (path, task))
             if known is not task and _content(known) != _content(task):
                 raise InputError(
-                    f"task {task.name} of {path} differs from that of {before}: name one of the two, or "
-                    "remove the task from one"
+                    f"task {task.name} of {path} differs from the one in {before}: use only one of the two "
+                    "sources, or remove the task from one"
                 )
     return [task for _, task in tasks.values()]
 
@@ -109,10 +109,10 @@ def _task(path: Path, name: str, content: Any) -> ArcTask:
 
 def _pair(where: str, content: Any, solved: bool) -> Pair:
     if not isinstance(content, dict) or "input" not in content:
-        raise InputError(f"{where} has no input: mend or remove the task")
+        raise InputError(f"{where} has no input: fix or remove the task")
     output = content.get("output")
     if output is None and solved:
-        raise InputError(f"{where} has no output: mend or remove the task")
+        raise InputError(f"{where} has no output: fix or remove the task")
     return Pair(
         _grid(f"{where}, input", content["input"]),
         None if output is None else _grid(f"{where}, output", output),
@@ -124,7 +124,7 @@ def _solved(path: Path, task: ArcTask, answers: Any) -> ArcTask:
     if not isinstance(answers, list) or len(answers) != len(task.test):
         number = len(answers) if isinstance(answers, list) else 0
         raise InputError(
-            f"{where} has {number or 'no'} solution{'s' * (number > 1)}, and {len(task.test)} needed: add "
+            f"{where} has {number or 'no'} solution{'s' * (number > 1)}, but needs {len(task.test)}: add "
             "them, or remove the task"
         )
     test = tuple(
@@ -136,22 +136,22 @@ def _solved(path: Path, task: ArcTask, answers: Any) -> ArcTask:
 
 def _grid(where: str, rows: Any) -> Grid:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
-        raise InputError(f"{where} is no grid: needed is a list of rows, each a list of colours")
+        raise InputError(f"{where} is not a grid: it must be a list of rows, each a list of colours")
     for number, row in enumerate(rows, 1):
         if len(row) != len(rows[0]):
             raise InputError(
-                f"{where}: the grid is ragged: row {number} has {len(row)} cells, row 1 {len(rows[0])}"
+                f"{where}: the grid is ragged: row {number} has {len(row)} cells, row 1 has {len(rows[0])}"
             )
         for colour in row:
-            # True is an int to Python, and equal to 1.
+            # In Python, True is an int and equals 1.
             if type(colour) is not int or not 0 <= colour < COLOURS:
-                raise InputError(f"{where}, row {number}: {colour!r} is no colour: colours are 0 to 9")
+                raise InputError(f"{where}, row {number}: {colour!r} is not a colour: colours are 0 to 9")
     if max(len(rows), len(rows[0])) > SIDE:
-        raise InputError(f"{where} has {len(rows)} x {len(rows[0])} cells: {SIDE} x {SIDE} are the most")
+        raise InputError(f"{where} has {len(rows)} x {len(rows[0])} cells: the maximum is {SIDE} x {SIDE}")
     return np.array(rows, dtype=np.uint8)
 
 
 def _mapping(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no object with a task under each name: {_REMEDY}")
+        raise InputError(f"{path} is not an object that maps names to tasks: {_REMEDY}")
     return content

@@ -1,4 +1,4 @@
-"""Folders of ARC puzzles, and ``arc.json`` in them: what identifiers stand for, and the test pairs."""
+"""Folders of ARC puzzles, with ``arc.json``: the meaning of puzzle identifiers, and the test pairs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _REMEDY = "name a folder that `llm-trm data arc` wrote"
 
 @dataclass(frozen=True)
 class ArcKey:
-    """What ``arc.json`` holds.
+    """Content of ``arc.json``.
 
     Attributes:
-        identifiers: For each puzzle identifier, the task's name and the symmetry; None for the blank one, 0.
-        tests: The test pairs of each task that is held out, as its author gave them.
+        identifiers: The task's name and the symmetry of each puzzle identifier; None for the blank one, 0.
+        tests: The original test pairs of each held-out task.
     """
 
     identifiers: list[tuple[str, Transform] | None]
@@ -36,10 +36,10 @@ class ArcKey:
 def write_arc(
     folder: Path, plan: ArcPlan, facts: Mapping[str, Any], progress: Progress | None = None
 ) -> PuzzleInfo:
-    """Write the puzzles of ``plan``, and ``arc.json`` beside them.
+    """Write the puzzles of ``plan`` and ``arc.json``.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder is not writable.
     """
     identifiers = [
         None if entry is None else (entry[0], entry[1].dihedral, "".join(map(str, entry[1].colours)))
@@ -51,9 +51,9 @@ def write_arc(
     }
     info = PuzzleInfo("arc", SIDE, SIDE, VOCAB_SIZE, plan.num_puzzles, dict(facts))
     splits = plan.splits(progress)
-    # No moment has an old dataset.json beside a new key.
+    # Never leave an old dataset.json with a new arc.json.
     (writable_folder(folder) / INFO_FILE).unlink(missing_ok=True)
-    # One line: indented, a thousand symmetries of 400 tasks would fill two million.
+    # On one line: with indentation, a thousand symmetries of 400 tasks would take two million lines.
     write_text(
         folder / _NAME, json.dumps({"identifiers": identifiers, "tests": tests}, separators=(",", ":"))
     )
@@ -62,10 +62,10 @@ def write_arc(
 
 
 def read_arc(folder: Path) -> ArcKey:
-    """What the puzzle identifiers of ``folder`` stand for.
+    """Read ``arc.json`` of ``folder``.
 
     Raises:
-        InputError: It has no ``arc.json``, or a broken one.
+        InputError: The file is missing or invalid.
     """
     content = read_json(folder / _NAME, _REMEDY)
     try:

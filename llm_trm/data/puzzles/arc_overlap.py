@@ -1,7 +1,6 @@
-"""ARC tasks by what they hold: one that is held out must not be learned under another name.
+"""Compares ARC tasks by content, so that a held-out task is not learned under another name.
 
-Pairs are compared as they are: a task that another one becomes by turning and recolouring it is another task,
-as for the authors of ARC.
+Pairs must be equal to match. A rotated or recoloured task is a different task, as in ARC itself.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ from llm_trm.data.puzzles.arc import ArcTask, Pair
 def learnable(
     tested: Sequence[ArcTask], learned: Sequence[ArcTask]
 ) -> tuple[list[ArcTask], list[tuple[str, str]]]:
-    """The tasks of ``learned`` that are none of ``tested``.
+    """The tasks of ``learned`` that do not duplicate a task of ``tested``.
 
-    A task is one of them if it holds a test pair of it, the question alone where the answer is not known, or
-    has the same demonstrations.
+    A task is a duplicate if it contains a test pair of the tested task (or its question, if the answer is
+    unknown), or has the same demonstrations.
 
     Returns:
-        These tasks, and the names of each other one and of the tested task that it is.
+        These tasks, and for each duplicate its name and the name of the tested task.
     """
-    demonstrations = {frozenset(map(_form, task.train)): task.name for task in tested}
+    demonstrations = {frozenset(map(_pair_key, task.train)): task.name for task in tested}
     tests = _tests(tested)
     kept, held_out = [], []
     for task in learned:
         known = [pair for pair in task.train + task.test if pair.output is not None]
-        twin = next((name for pair in known for name in _tested_as(pair, tests)), None)
-        twin = twin or demonstrations.get(frozenset(map(_form, task.train)))
-        if twin is None:
+        original = next((name for pair in known for name in _tested_as(pair, tests)), None)
+        original = original or demonstrations.get(frozenset(map(_pair_key, task.train)))
+        if original is None:
             kept.append(task)
         else:
-            held_out.append((task.name, twin))
+            held_out.append((task.name, original))
     return kept, held_out
 
 
 def without_tests(tested: Sequence[ArcTask]) -> tuple[list[ArcTask], list[tuple[str, str]]]:
-    """``tested`` without the demonstrations that are test pairs, of another task among them or their own.
+    """``tested`` without demonstrations that are test pairs of the same or another tested task.
 
     Returns:
-        The tasks, and of each demonstration that is gone the names of its task and of the one that it tests.
+        The tasks, and for each removed demonstration the names of its task and of the task that it tests.
     """
     tests = _tests(tested)
     found, gone = [], []
@@ -58,7 +57,7 @@ def without_tests(tested: Sequence[ArcTask]) -> tuple[list[ArcTask], list[tuple[
     return found, gone
 
 
-#: Names of tasks by the forms of their test pairs, and, where answers are not known, of their questions.
+#: Names of tasks by key of their test pairs, and by key of their questions if the answers are unknown.
 _Tests = tuple[Mapping[bytes, list[str]], Mapping[bytes, list[str]]]
 
 
@@ -67,18 +66,18 @@ def _tests(tasks: Sequence[ArcTask]) -> _Tests:
     open_: dict[bytes, list[str]] = {}
     for task in tasks:
         for pair in task.test:
-            (open_ if pair.output is None else answered).setdefault(_form(pair), []).append(task.name)
+            (open_ if pair.output is None else answered).setdefault(_pair_key(pair), []).append(task.name)
     return answered, open_
 
 
 def _tested_as(pair: Pair, tests: _Tests) -> list[str]:
-    """The tasks that ``pair``, whose answer is known, is a test of."""
+    """Names of the tasks that have ``pair``, whose answer is known, as a test pair."""
     answered, open_ = tests
-    found = answered.get(_form(pair), [])
-    return found + open_.get(_form(Pair(pair.input, None)), []) if open_ else found
+    found = answered.get(_pair_key(pair), [])
+    return found + open_.get(_pair_key(Pair(pair.input, None)), []) if open_ else found
 
 
-def _form(pair: Pair) -> bytes:
-    """What is the same for equal pairs, and for no others."""
+def _pair_key(pair: Pair) -> bytes:
+    """A key that is equal exactly for equal pairs."""
     grids = [grid for grid in (pair.input, pair.output) if grid is not None]
     return bytes(side for grid in grids for side in grid.shape) + b"".join(grid.tobytes() for grid in grids)

@@ -1,4 +1,4 @@
-"""ARC tasks as puzzles to learn from: augmented, numbered and encoded."""
+"""Turns ARC tasks into puzzles for training: augments, numbers and encodes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llm_trm.data.puzzles.arc import COLOURS, DIHEDRAL, SIDE, ArcTask, Pair, Transform, encode
 from llm_trm.data.puzzles.dataset import PuzzleSplit
 
-#: Draws for each augmentation that is wanted, before a task is left with fewer: many tasks have few colours.
+#: Maximum number of attempts per augmentation. Tasks with few colours have few distinct augmentations.
 _DRAWS = 5
 
 Progress = Callable[[int], None]
@@ -21,14 +21,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ArcPlan:
-    """Which pairs of which tasks go where.
+    """Assignment of tasks and pairs to splits.
 
     Attributes:
-        held_out: Tasks whose test pairs are the test split; their other pairs are learned from.
-        learned: Tasks of which all pairs with an answer are learned from.
-        transforms: For each task, ``held_out`` before ``learned``, the symmetries that it is learned under:
-            the identity first, each with a puzzle identifier of its own, counted from 1 in this order.
-        seed: Of the translations.
+        held_out: Tasks whose test pairs are the test split; their other pairs are training data.
+        learned: Tasks whose pairs with an answer are all training data.
+        transforms: Symmetries for each task, ``held_out`` before ``learned``, starting with the identity.
+            Each has its own puzzle identifier, counted from 1 in this order.
+        seed: Seed of the translations.
     """
 
     held_out: tuple[ArcTask, ...]
@@ -43,12 +43,12 @@ class ArcPlan:
 
     @property
     def num_puzzles(self) -> int:
-        """Puzzle identifiers, with the blank one, 0."""
+        """Number of puzzle identifiers, including the blank one, 0."""
         return 1 + sum(map(len, self.transforms))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Pairs of the two splits."""
+        """Number of pairs in each split."""
         return {
             name: sum(len(pairs) * len(group) for pairs, group in zip(parts, self.transforms, strict=False))
             for name, parts in (("train", self._learned_pairs()), ("test", self._tested_pairs()))
@@ -62,12 +62,13 @@ class ArcPlan:
         return numbered
 
     def splits(self, progress: Progress | None = None) -> dict[str, PuzzleSplit]:
-        """``train``, moved at random but for one pair of each puzzle, and ``test``, in the upper left corner.
+        """The splits ``train`` and ``test``.
 
-        Labels are 0, and so count for nothing, where an answer is unknown.
+        Training pairs are translated at random, except one pair of each puzzle; test pairs are in the upper
+        left corner. Labels of unknown answers are 0, which losses ignore.
 
         Args:
-            progress: Called with the pairs written since the last call.
+            progress: Called with the number of pairs written since the last call.
         """
         sizes = self.sizes
         return {
@@ -93,16 +94,16 @@ class ArcPlan:
         written, identifier = 0, 1
         for task, pairs, group in zip(self.tasks, parts, self.transforms, strict=False):
             random = _stream(self.seed, task.name, "translation")
-            # At once: a draw of its own for each corner would take longer than the encoding.
+            # Sample all corners at once: one call for each would take longer than the encoding.
             draws = random.random((len(group), len(pairs), 2)).tolist()
             kept = random.integers(max(1, len(pairs)), size=len(group)).tolist()
-            for transform, shares, still in zip(group, draws, kept, strict=True):
-                for place, (pair, share) in enumerate(zip(pairs, shares, strict=True), written):
-                    moves = translate and place - written != still
-                    corner = _corner(pair, transform, *share) if moves else (0, 0)
-                    encode(transform.apply(pair.input), canvases[0, place], *corner)
+            for transform, offsets, still in zip(group, draws, kept, strict=True):
+                for index, (pair, offset) in enumerate(zip(pairs, offsets, strict=True), written):
+                    moves = translate and index - written != still
+                    corner = _corner(pair, transform, *offset) if moves else (0, 0)
+                    encode(transform.apply(pair.input), canvases[0, index], *corner)
                     if pair.output is not None:
-                        encode(transform.apply(pair.output), canvases[1, place], *corner)
+                        encode(transform.apply(pair.output), canvases[1, index], *corner)
                 numbers[written : written + len(pairs)] = identifier
                 written += len(pairs)
                 identifier += 1
@@ -118,9 +119,10 @@ def plan_tasks(
     seed: int,
     progress: Progress | None = None,
 ) -> ArcPlan:
-    """Draw up to ``augment`` symmetries of each task, all of which give different tasks.
+    """Sample up to ``augment`` symmetries of each task, all of which yield different tasks.
 
-    A task's symmetries depend on its name, its pairs, ``augment`` and ``seed`` alone. Black, colour 0, stays.
+    A task's symmetries depend only on its name, its pairs, ``augment`` and ``seed``. Colour 0, black, is
+    kept.
 
     Args:
         progress: Called with 1 after every task.
@@ -148,7 +150,7 @@ def _transforms(task: ArcTask, augment: int, random: np.random.Generator) -> tup
 
 
 def _digest(task: ArcTask, transform: Transform) -> bytes:
-    # The order of pairs makes no other task.
+    # Sort, because the order of pairs does not matter.
     pairs = sorted(
         b"".join(_bytes(transform.apply(grid)) for grid in (pair.input, pair.output) if grid is not None)
         for pair in task.train + task.test

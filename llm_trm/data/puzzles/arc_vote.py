@@ -1,4 +1,4 @@
-"""Two attempts for each ARC test, voted from the predictions under all symmetries."""
+"""Selects two attempts for each ARC test by voting over the predictions under all symmetries."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from llm_trm.data.puzzles.arc import Grid, crop, invert
 from llm_trm.data.puzzles.arc_folder import ArcKey
 
-#: Two grids that may be equal.
+#: Two attempts, which may be equal.
 Attempts = tuple[Grid, Grid]
 
-#: Rows and bytes of a grid: what makes it equal to another.
+#: Rows and bytes of a grid, which identify it.
 _Key = tuple[int, bytes]
 
 
@@ -35,12 +35,12 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class ArcScore:
-    """How many tests are solved.
+    """Fraction of solved tests.
 
     Attributes:
-        inputs: Share of the test inputs where one of the two attempts is right.
-        tasks: Mean over tasks of that share within a task: the figure that is published.
-        scored: Test inputs with a known answer; the others count for nothing.
+        inputs: Fraction of test inputs with a correct attempt.
+        tasks: Mean over tasks of that fraction within the task, the metric that is usually published.
+        scored: Number of test inputs with a known answer; the others are ignored.
     """
 
     inputs: float
@@ -49,12 +49,12 @@ class ArcScore:
 
 
 def vote(predictions: Sequence[tuple[Grid, float]]) -> Attempts:
-    """The two grids that most predictions agree on; where as many do, those with the higher mean probability.
+    """The two grids with the most votes. Ties are broken by mean probability, then by first occurrence.
 
-    What is still equal is ordered as it came. Where there is one candidate, both attempts are that.
+    If there is only one candidate, both attempts are equal.
 
     Args:
-        predictions: Grids, brought back to the task's own colours and orientation, and halting probabilities.
+        predictions: Grids in the task's original colours and orientation, and halting probabilities.
 
     Raises:
         ValueError: There are no predictions.
@@ -66,25 +66,25 @@ def vote(predictions: Sequence[tuple[Grid, float]]) -> Attempts:
 
 
 def score(attempts: Sequence[Attempts | None], answers: Sequence[Grid]) -> float:
-    """The share of ``answers`` that one of the two attempts equals; None, for no attempts, equals nothing."""
+    """The fraction of ``answers`` that equal one of their two attempts; None is never correct."""
     right = [_is_right(pair, answer) for pair, answer in zip(attempts, answers, strict=True)]
     return sum(right) / len(right)
 
 
 class ArcBallot:
-    """Collects the predictions for a folder's test split, batch by batch and in any order.
+    """Collects the predictions for a folder's test split, batch by batch in any order.
 
     Args:
-        key: Of the folder.
+        key: Content of the folder's ``arc.json``.
     """
 
     def __init__(self, key: ArcKey) -> None:
         self._key = key
-        self._places: dict[str, dict[_Key, list[int]]] = {}
+        self._indices: dict[str, dict[_Key, list[int]]] = {}
         for name, pairs in key.tests.items():
-            places = self._places[name] = {}
-            for place, pair in enumerate(pairs):
-                places.setdefault(_key(pair.input), []).append(place)
+            indices = self._indices[name] = {}
+            for index, pair in enumerate(pairs):
+                indices.setdefault(_key(pair.input), []).append(index)
         self._votes: dict[tuple[str, int], dict[_Key, _Candidate]] = {}
 
     def add(
@@ -94,50 +94,50 @@ class ArcBallot:
         puzzles: NDArray[np.integer],
         probabilities: NDArray[np.floating],
     ) -> None:
-        """Count a batch; rows with the blank identifier are padding and left out.
+        """Count the votes of a batch, ignoring rows with the blank identifier, which are padding.
 
         Args:
             inputs, predictions: Tokens, [B, 900].
-            puzzles: Identifiers, [B].
-            probabilities: Of halting, [B].
+            puzzles: Puzzle identifiers, [B].
+            probabilities: Halting probabilities, [B].
 
         Raises:
-            ValueError: A question is none of its task's test inputs.
+            ValueError: A question is not a test input of its task.
         """
         rows = zip(puzzles.tolist(), crop(inputs), crop(predictions), probabilities.tolist(), strict=True)
         for number, question, prediction, probability in rows:
             if (entry := self._key.identifiers[number]) is None:
                 continue
             name, transform = entry
-            places = self._places.get(name, {}).get(_key(invert(question, transform)))
-            if places is None:
-                raise ValueError(f"puzzle {number} asks what is no test input of task {name}")
+            indices = self._indices.get(name, {}).get(_key(invert(question, transform)))
+            if indices is None:
+                raise ValueError(f"the question of puzzle {number} is not a test input of task {name}")
             grid = invert(prediction, transform)
-            for place in places:
-                candidates = self._votes.setdefault((name, place), {})
+            for index in indices:
+                candidates = self._votes.setdefault((name, index), {})
                 candidates.setdefault(_key(grid), _Candidate(grid)).add(probability)
 
     def attempts(self) -> dict[str, list[Attempts | None]]:
-        """Two attempts for each test input of each held-out task; None where nothing was predicted."""
+        """Two attempts for each test input of each held-out task; None for inputs without predictions."""
         return {
-            name: [self._attempts(name, place) for place in range(len(pairs))]
+            name: [self._attempts(name, index) for index in range(len(pairs))]
             for name, pairs in self._key.tests.items()
         }
 
     def score(self) -> ArcScore | None:
-        """How many tests are solved; None where no answer is known."""
-        shares, solved, scored = [], 0.0, 0
+        """The score; None if no answer is known."""
+        fractions, solved, scored = [], 0.0, 0
         for name, pairs in self._key.tests.items():
-            known = [(place, pair.output) for place, pair in enumerate(pairs) if pair.output is not None]
+            known = [(index, pair.output) for index, pair in enumerate(pairs) if pair.output is not None]
             if known:
-                tried = [self._attempts(name, place) for place, _ in known]
-                shares.append(score(tried, [answer for _, answer in known]))
-                solved += shares[-1] * len(known)
+                attempts = [self._attempts(name, index) for index, _ in known]
+                fractions.append(score(attempts, [answer for _, answer in known]))
+                solved += fractions[-1] * len(known)
                 scored += len(known)
-        return ArcScore(solved / scored, sum(shares) / len(shares), scored) if scored else None
+        return ArcScore(solved / scored, sum(fractions) / len(fractions), scored) if scored else None
 
     def submission(self) -> dict[str, list[dict[str, list[list[int]]]]]:
-        """The attempts as the ARC Prize takes them; an input without a prediction gets [[0]] twice."""
+        """The attempts in the ARC Prize's submission format; inputs without predictions get [[0]] twice."""
         return {
             name: [
                 {
@@ -149,8 +149,8 @@ class ArcBallot:
             for name, attempts in self.attempts().items()
         }
 
-    def _attempts(self, name: str, place: int) -> Attempts | None:
-        candidates = self._votes.get((name, place))
+    def _attempts(self, name: str, index: int) -> Attempts | None:
+        candidates = self._votes.get((name, index))
         return None if candidates is None else _best(candidates)
 
 

@@ -1,4 +1,4 @@
-"""Symmetries of puzzles, drawn anew for every batch, on the device that holds it."""
+"""Random symmetries of puzzles, sampled for every batch on its device."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ _FIRST_DIGIT = 1 + TOKEN_OFFSET
 
 
 def augmentation(info: PuzzleInfo) -> Augmentation | None:
-    """A function that gives every puzzle of a batch a random symmetry; None for a task without one.
+    """A function that applies a random symmetry to every puzzle of a batch; None for tasks without one.
 
-    It takes inputs and labels [B, L], of any integer dtype and on any device, and returns new tensors of the
-    same dtypes. Both of a puzzle get the same symmetry, each as likely as any other, drawn with the default
-    generator of the device. Nothing waits for the device but its first call, which copies small tables to it.
+    The function takes inputs and labels [B, L], of any integer dtype and on any device, and returns new
+    tensors of the same dtypes. It applies the same symmetry to the inputs and labels of a puzzle, sampled
+    uniformly with the device's default generator. Only the first call synchronises with the device, to copy
+    small tables.
 
-    Sudoku: digits, bands, rows of a band, stacks, columns of a stack, and transposition of square boxes.
-    Maze: rotations and reflections; those that keep its shape if the grid is not square.
-    ARC: none, since its puzzles are augmented when they are written.
+    Sudoku: permutations of digits, bands, rows within a band, stacks and columns within a stack, and
+    transposition if boxes are square.
+    Maze: rotations and reflections that keep the shape of the grid.
+    ARC: none, because its puzzles are augmented when they are written.
 
     Raises:
-        InputError: The grid is that of no Sudoku.
+        InputError: The grid is not a Sudoku.
     """
     if info.task == "sudoku":
         shape = SHAPES.get(info.rows)
         if shape is None or info.columns != info.rows or info.vocab_size != shape.vocab_size:
             raise InputError(
-                f"puzzles of {info.rows} x {info.columns} cells and {info.vocab_size} tokens are no Sudokus: "
-                "write these with `llm-trm data sudoku`"
+                f"puzzles of {info.rows} x {info.columns} cells and {info.vocab_size} tokens are not "
+                "Sudokus: create Sudokus with `llm-trm data sudoku`"
             )
         return _SudokuSymmetries(shape)
     if info.task == "maze":
@@ -82,7 +84,7 @@ class _GridSymmetries:
 
 
 class _Tables:
-    """Constants, copied once to each device that asks for them."""
+    """Constant tensors, copied to each device on first use."""
 
     def __init__(self, *tables: Tensor) -> None:
         self._tables = tables

@@ -1,4 +1,4 @@
-"""Folders of puzzles: ``dataset.json`` and one safetensors file a split."""
+"""Folders of puzzles: ``dataset.json`` and one safetensors file per split."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
 from llm_trm.ranges import COUNT, GRID_SIDE, VOCABULARY, require_ranges
 
-#: The token of padding, in every vocabulary; as a label it means that the cell counts for nothing.
+#: The padding token in every vocabulary; losses ignore cells with this label.
 PADDING = 0
 
-#: What a folder is described in; written last.
+#: The description of a folder; written last.
 INFO_FILE = "dataset.json"
 _REMEDY = "name a folder that `llm-trm data sudoku`, `maze` or `arc` wrote"
 
 
 @dataclass(frozen=True)
 class PuzzleInfo:
-    """What all puzzles of a folder share.
+    """Properties of all puzzles in a folder.
 
     Attributes:
-        task: Which kind of puzzle.
-        rows, columns: Of the grid; a sequence has L = rows x columns cells, row by row.
-        vocab_size: Number of tokens V, padding (0) included.
-        num_puzzles: Number of puzzle identifiers, each with an embedding of its own.
-        facts: How they were made, as JSON values.
+        task: Kind of puzzle.
+        rows, columns: Size of the grid; a sequence has L = rows x columns cells, row by row.
+        vocab_size: Number of tokens V, including padding (0).
+        num_puzzles: Number of puzzle identifiers, each with its own embedding.
+        facts: How the puzzles were created, as JSON values.
 
     Raises:
-        ValueError: A number that is out of range or of the wrong type, or an unknown task.
+        ValueError: A value is out of range or has the wrong type, or the task is unknown.
     """
 
     task: Task
@@ -51,7 +51,7 @@ class PuzzleInfo:
 
     @property
     def seq_len(self) -> int:
-        """Cells L of a grid."""
+        """Number of cells L of a grid."""
         return self.rows * self.columns
 
 
@@ -61,7 +61,7 @@ class PuzzleSplit:
 
     Attributes:
         inputs: Tokens of the questions, uint8 [N, L].
-        labels: Tokens of the answers, uint8 [N, L]; 0 where a cell counts for nothing.
+        labels: Tokens of the answers, uint8 [N, L]; 0 at ignored cells.
         puzzles: Puzzle identifiers, int32 [N].
     """
 
@@ -73,7 +73,7 @@ class PuzzleSplit:
         return len(self.inputs)
 
     def digest(self) -> str:
-        """A short fingerprint of every number in it, in its place."""
+        """A short fingerprint of all tensors."""
         content = hashlib.sha256()
         for tensor in (self.inputs, self.labels, self.puzzles):
             content.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -81,15 +81,15 @@ class PuzzleSplit:
         return content.hexdigest()[:16]
 
     def to(self, device: torch.device) -> PuzzleSplit:
-        """The same on ``device``."""
+        """A copy on ``device``."""
         return PuzzleSplit(self.inputs.to(device), self.labels.to(device), self.puzzles.to(device))
 
 
 def write_puzzles(folder: Path, info: PuzzleInfo, splits: Mapping[str, PuzzleSplit]) -> None:
-    """Write a folder; ``dataset.json`` last, so that a folder that has it is whole.
+    """Write a folder, with ``dataset.json`` last, so that a folder that has it is complete.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder is not writable.
     """
     writable_folder(folder)
     (folder / INFO_FILE).unlink(missing_ok=True)
@@ -102,10 +102,10 @@ def write_puzzles(folder: Path, info: PuzzleInfo, splits: Mapping[str, PuzzleSpl
 
 
 def read_info(folder: Path) -> PuzzleInfo:
-    """What the puzzles of ``folder`` share.
+    """Read ``dataset.json`` of ``folder``.
 
     Raises:
-        InputError: It is no such folder.
+        InputError: The folder is not a folder of puzzles.
     """
     content = read_json(folder / INFO_FILE, _REMEDY)
     try:
@@ -119,10 +119,10 @@ def read_info(folder: Path) -> PuzzleInfo:
 
 
 def read_split(folder: Path, name: str) -> PuzzleSplit:
-    """A split of ``folder``, ``"train"`` or ``"test"``.
+    """Read a split of ``folder``, ``"train"`` or ``"test"``.
 
     Raises:
-        InputError: It is missing, broken, or does not fit ``dataset.json``.
+        InputError: The split is missing, invalid, or does not match ``dataset.json``.
     """
     path = folder / f"{name}.safetensors"
     tensors = read_tensors(path, _REMEDY)
@@ -135,7 +135,7 @@ def read_split(folder: Path, name: str) -> PuzzleSplit:
 
 
 def repeated(split: PuzzleSplit, learned: PuzzleSplit) -> int:
-    """How many puzzles of ``split`` ask what one of ``learned`` asks, cell by cell."""
+    """Number of puzzles of ``split`` whose question equals a question of ``learned``."""
     if split.inputs.shape[1:] != learned.inputs.shape[1:]:
         return 0
     asked = [row.tobytes() for row in split.inputs.cpu().numpy()]
@@ -147,7 +147,7 @@ def repeated(split: PuzzleSplit, learned: PuzzleSplit) -> int:
 def _check(info: PuzzleInfo, split: PuzzleSplit, what: str) -> None:
     shape = (len(split), info.seq_len)
     if split.inputs.shape != shape or split.labels.shape != shape or split.puzzles.shape != shape[:1]:
-        raise InputError(f"{what} does not hold grids of {info.rows} x {info.columns} cells: {_REMEDY}")
+        raise InputError(f"{what} does not have grids of {info.rows} x {info.columns} cells: {_REMEDY}")
     if len(split) and max(split.inputs.max(), split.labels.max()) >= info.vocab_size:
         raise InputError(f"{what} has tokens beyond the vocabulary of {info.vocab_size}: {_REMEDY}")
     if len(split) and not 0 <= split.puzzles.min() <= split.puzzles.max() < info.num_puzzles:

@@ -1,4 +1,4 @@
-"""Mazes with answers, from CSV and JSONL files and from the Hugging Face hub."""
+"""Reads mazes with answers from CSV and JSONL files and from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ Mazes = list[tuple[MazeGrid, MazeGrid]]
 
 
 def read_mazes(path: Path) -> Mazes:
-    """The mazes and answers of a file, all of one size, each answer a shortest path.
+    """Read the mazes and answers of a file. All have the same size, and each answer is a shortest path.
 
     Args:
         path: A ``.csv`` file with a header, or a ``.jsonl`` file of objects. Either has the columns
-            ``question`` and ``answer`` (or ``maze`` and ``solution``), in a form that
-            :func:`~llm_trm.data.puzzles.maze.parse_maze` takes. Rows are counted from 1, without the header.
+            ``question`` and ``answer`` (or ``maze`` and ``solution``), in a format that
+            :func:`~llm_trm.data.puzzles.maze.parse_maze` accepts. Rows are counted from 1, without the
+            header.
 
     Raises:
-        InputError: The file cannot be read, or a row of it is no solved maze; it names the row.
+        InputError: The file cannot be read, or a row is not a solved maze; the message names the row.
     """
     readers = {".csv": _csv_records, ".jsonl": _json_records}
     if path.suffix not in readers:
-        raise InputError(f"{path} is no .csv and no .jsonl file: name one")
+        raise InputError(f"{path} is neither a .csv nor a .jsonl file: name one")
     try:
         return _mazes(str(path), readers[path.suffix](path))
     except FileNotFoundError:
@@ -43,14 +44,14 @@ def read_mazes(path: Path) -> Mazes:
 
 
 def load_mazes(dataset: str, split: str) -> Mazes:
-    """The mazes and answers of a data set on the hub, such as ``sapientinc/maze-30x30-hard-1k``.
+    """Load the mazes and answers of a data set on the hub, such as ``sapientinc/maze-30x30-hard-1k``.
 
     Args:
-        dataset: What ``datasets.load_dataset`` takes; its columns are those of :func:`read_mazes`.
+        dataset: Name for ``datasets.load_dataset``, with the columns of :func:`read_mazes`.
         split: ``"train"`` or ``"test"``.
 
     Raises:
-        InputError: The data set cannot be loaded, or a row of it is no solved maze.
+        InputError: The data set cannot be loaded, or a row is not a solved maze.
     """
     require("train", "datasets")
     from datasets import load_dataset
@@ -75,7 +76,7 @@ def _json_records(path: Path) -> Iterator[Any]:
         try:
             yield parse_json(line)
         except ValueError:
-            raise InputError(f"{path}, row {row} is not JSON: mend or remove the line") from None
+            raise InputError(f"{path}, row {row} is not JSON: fix or remove the line") from None
 
 
 def _mazes(source: str, records: Iterator[Any] | list[Any]) -> Mazes:
@@ -85,14 +86,14 @@ def _mazes(source: str, records: Iterator[Any] | list[Any]) -> Mazes:
         maze, answer = (_grid(where, text) for text in _texts(where, record))
         if found and maze.shape != (first := found[0][0].shape):
             raise InputError(
-                f"{where} has {maze.shape[0]} x {maze.shape[1]} cells, row 1 {first[0]} x {first[1]}: all "
-                "mazes must be of one size"
+                f"{where} has {maze.shape[0]} x {maze.shape[1]} cells, row 1 has {first[0]} x {first[1]}: "
+                "all mazes must have the same size"
             )
         if fault := solution_fault(maze, answer):
-            raise InputError(f"{where}: {fault}: mend or remove the row")
+            raise InputError(f"{where}: {fault}: fix or remove the row")
         found.append((maze, answer))
     if not found:
-        raise InputError(f"{source} holds no mazes: name another")
+        raise InputError(f"{source} has no mazes: name another source")
     return found
 
 
@@ -103,7 +104,7 @@ def _texts(where: str, record: Any) -> tuple[str, str]:
             return names[question], names[answer]
     there = ", ".join(repr(name) for name in names) or "none"
     raise InputError(
-        f"{where} lacks a maze or its answer (columns: {there}): needed are the texts 'question' and "
+        f"{where} lacks a maze or its answer (columns: {there}): it needs the text columns 'question' and "
         "'answer', or 'maze' and 'solution'"
     )
 
@@ -112,4 +113,4 @@ def _grid(where: str, text: str) -> MazeGrid:
     try:
         return parse_maze(text)
     except ValueError as error:
-        raise InputError(f"{where}: {error}: mend or remove the row") from None
+        raise InputError(f"{where}: {error}: fix or remove the row") from None

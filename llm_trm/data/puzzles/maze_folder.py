@@ -1,4 +1,4 @@
-"""Folders of mazes."""
+"""Writes folders of mazes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llm_trm.data.puzzles.maze_files import Mazes
 
 
 def write_mazes(folder: Path, splits: Mapping[str, Mazes], facts: Mapping[str, Any]) -> PuzzleInfo:
-    """Write mazes and answers, all of one size, as a folder of puzzles.
+    """Write mazes and answers, all of the same size, as a folder of puzzles.
 
-    ``facts`` become the folder's, with the fewest, mean and most steps of each split that holds mazes.
+    ``facts`` are saved with the minimum, mean and maximum path length of each non-empty split.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder is not writable.
     """
     rows, columns = next(maze.shape for mazes in splits.values() for maze, _ in mazes)
     steps = {name: path_lengths(mazes) for name, mazes in splits.items() if mazes}
@@ -30,7 +30,7 @@ def write_mazes(folder: Path, splits: Mapping[str, Mazes], facts: Mapping[str, A
 
 
 def path_lengths(mazes: Mazes) -> dict[str, float]:
-    """``min``, ``mean`` and ``max`` of the steps from start to goal, as the answers mark them."""
+    """``min``, ``mean`` and ``max`` of the path lengths in the answers."""
     steps = [int((answer == PATH).sum()) + 1 for _, answer in mazes]
     return {"min": min(steps), "mean": round(sum(steps) / len(steps), 1), "max": max(steps)}
 

@@ -1,4 +1,4 @@
-"""Random mazes with one shortest path."""
+"""Generates random mazes with a unique shortest path."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from llm_trm.data.puzzles.maze import (
 from llm_trm.errors import InputError
 from llm_trm.memory import require_memory
 
-#: Walls are opened up to one in so many cells, which gives a maze its loops.
-_CELLS_AN_OPENING = 60
-#: Cells are dug behind a random one instead of the newest up to this often: what shortens the dead ends.
-_MOST_BRANCHING = 0.3
-_TRIES = 1000
+#: At most one wall per this many cells is opened, which creates loops.
+_CELLS_PER_OPENING = 60
+#: Maximum probability of digging from a random cell instead of the newest one, which shortens dead ends.
+_MAX_BRANCHING = 0.3
+_MAX_ATTEMPTS = 1000
 
 
 class MazeGenerator:
-    """Draws mazes whose shortest path is the only one of its length.
+    """Generates mazes with a unique shortest path.
 
-    Corridors are dug one cell wide, so that a tree of them fills the grid; then some walls are opened. The
-    start is a random cell, and so is the goal, among those that one shortest path of enough steps leads to.
+    The generator digs corridors one cell wide until a tree of them fills the grid, then opens some walls. The
+    start is a random cell. The goal is a random cell among those with a unique shortest path of at least
+    ``min_path`` steps.
 
     Args:
-        rows, columns: Of a grid, at least 3.
-        min_path: Fewest steps from start to goal.
-        seed: Of all draws.
+        rows, columns: Size of the grid, at least 3 each.
+        min_path: Minimum path length from start to goal.
+        seed: Random seed.
 
     Raises:
-        InputError: A grid smaller than 3 x 3, or ``min_path`` below 2.
+        InputError: The grid is smaller than 3 x 3, or ``min_path`` is less than 2.
     """
 
     def __init__(self, rows: int, columns: int, min_path: int, seed: int | str) -> None:
@@ -57,35 +58,35 @@ class MazeGenerator:
             self._is_inside[cell] = 1
 
     def draw(self) -> tuple[MazeGrid, MazeGrid]:
-        """A maze and its answer, uint8 [rows, columns] each.
+        """Generate a maze and its answer, uint8 [rows, columns] each.
 
         Raises:
-            InputError: None was found in many tries: the path is to be too long for the grid.
+            InputError: Many attempts found none, because the path is too long for the grid.
         """
-        for _ in range(_TRIES):
+        for _ in range(_MAX_ATTEMPTS):
             cells = self._dig()
             self._open_walls(cells)
             if ends := self._ends(cells):
                 return self._grids(cells, *ends)
         raise InputError(
-            f"{_TRIES} mazes of {self._rows} x {self._columns} cells had no single shortest path of "
-            f"{self._min_path} steps or more: ask for a shorter one, or larger mazes"
+            f"{_MAX_ATTEMPTS} mazes of {self._rows} x {self._columns} cells had no unique shortest path of "
+            f"at least {self._min_path} steps: use a shorter path or larger mazes"
         )
 
     def _dig(self) -> bytearray:
         draw = self._random.random
         around = self._around()
-        branching = draw() * _MOST_BRANCHING
+        branching = draw() * _MAX_BRANCHING
         start = self._random.choice(self._inside)
         cells = bytearray(len(self._is_inside))
         cells[start] = 1
         ends = [start]
         while ends:
             if draw() < branching:
-                place = int(draw() * len(ends))
-                ends[place], ends[-1] = ends[-1], ends[place]
+                index = int(draw() * len(ends))
+                ends[index], ends[-1] = ends[-1], ends[index]
             cell = ends[-1]
-            # A cell with one open neighbour joins no two corridors.
+            # A cell with only one open neighbour does not connect two corridors.
             free = [
                 other
                 for offset in around
@@ -102,7 +103,7 @@ class MazeGenerator:
         return cells
 
     def _open_walls(self, cells: bytearray) -> None:
-        number = int(self._random.random() * (len(self._inside) // _CELLS_AN_OPENING + 1))
+        number = int(self._random.random() * (len(self._inside) // _CELLS_PER_OPENING + 1))
         walls = [cell for cell in self._inside if not cells[cell] and self._divides(cells, cell)]
         for cell in self._random.sample(walls, min(number, len(walls))):
             cells[cell] = 1
@@ -116,7 +117,7 @@ class MazeGenerator:
         start = self._random.choice([cell for cell in self._inside if cells[cell]])
         steps, counts = distances(cells, self._stride, start)
         if max(steps) < self._min_path:
-            # Ends a longest path of a tree, and with a few loops nearly one.
+            # The farthest cell is an end of a longest path in a tree, and nearly so with a few loops.
             start = max(self._inside, key=steps.__getitem__)
             steps, counts = distances(cells, self._stride, start)
         goals = [cell for cell in self._inside if steps[cell] >= self._min_path and counts[cell] == 1]
@@ -149,21 +150,21 @@ def generate_mazes(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[tuple[MazeGrid, MazeGrid]]]:
-    """Mazes of several splits; no two of them, in any split, are equal up to rotation and reflection.
+    """Generate mazes for several splits, all different up to rotation and reflection.
 
-    The first split gets the same mazes whatever the numbers of the others are: name the held-out one first.
+    The mazes of the first split do not depend on the sizes of the others, so put the held-out split first.
 
     Args:
-        rows, columns, min_path: As :class:`MazeGenerator` takes them.
-        counts: Mazes of each split.
-        seed: Of all draws; each split has a stream of its own.
+        rows, columns, min_path: See :class:`MazeGenerator`.
+        counts: Number of mazes per split.
+        seed: Random seed; each split has its own random stream.
         progress: Called with 1 after every maze.
 
     Raises:
-        InputError: The grid is too small for the path, or for so many different mazes.
+        InputError: The grid is too small for the path, or for this many different mazes.
     """
     wanted = sum(counts.values())
-    require_memory(3 * rows * columns * wanted, f"{wanted:,} mazes", "ask for fewer, or for smaller mazes")
+    require_memory(3 * rows * columns * wanted, f"{wanted:,} mazes", "use fewer or smaller mazes")
     seen: set[bytes] = set()
     drawn: dict[str, list[tuple[MazeGrid, MazeGrid]]] = {}
     for split, count in counts.items():
@@ -174,10 +175,10 @@ def generate_mazes(
             maze, answer = generator.draw()
             if (key := symmetry_class(maze)) in seen:
                 repeated += 1
-                if repeated > _TRIES:
+                if repeated > _MAX_ATTEMPTS:
                     raise InputError(
-                        f"mazes of {rows} x {columns} cells repeat themselves after {len(seen)} different "
-                        "ones: ask for fewer, or for larger mazes"
+                        f"mazes of {rows} x {columns} cells repeat after {len(seen)} different ones: use "
+                        "fewer or larger mazes"
                     )
                 continue
             repeated = 0
@@ -189,7 +190,7 @@ def generate_mazes(
 
 
 def symmetry_class(maze: MazeGrid) -> bytes:
-    """The same bytes for a maze and all that are turned or mirrored from it, and for no others."""
+    """A key that is equal exactly for mazes that are equal up to rotation and reflection."""
     turned = [np.rot90(maze, quarter) for quarter in range(4)]
     both = turned + [grid.T for grid in turned]
     keys: list[bytes] = [b"%d " % len(grid) + grid.tobytes() for grid in both]
@@ -197,7 +198,7 @@ def symmetry_class(maze: MazeGrid) -> bytes:
 
 
 def distinct(mazes: list[tuple[MazeGrid, MazeGrid]]) -> list[tuple[MazeGrid, MazeGrid]]:
-    """The first of each group of mazes that are equal up to rotation and reflection, in their order."""
+    """Remove mazes that are equal to an earlier one up to rotation and reflection, keeping the order."""
     first: dict[bytes, tuple[MazeGrid, MazeGrid]] = {}
     for maze, answer in mazes:
         first.setdefault(symmetry_class(maze), (maze, answer))

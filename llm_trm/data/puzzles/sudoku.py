@@ -1,7 +1,7 @@
-"""Sudoku: grids, a solver, and puzzles made from nothing.
+"""Sudoku: grids, a solver, and a puzzle generator.
 
-A grid is a sequence of size² ints, row by row: 0 is a blank, 1 to size are digits. Where people read of
-rows, columns and cells, these are counted from 1.
+A grid is a sequence of size² ints, row by row: 0 is a blank, and 1 to size are digits. Messages count rows,
+columns and cells from 1.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Grid = tuple[int, ...]
 
 #: Tokens of a puzzle are its cells plus this, since token 0 is padding: a blank is 1, digit d is d + 1.
 TOKEN_OFFSET = 1
-#: What stands for a blank in text.
+#: Characters for a blank in text.
 BLANKS = "0._-*"
 
-#: Puzzles in a row that were known already, or had too many clues, before :func:`generate` gives up.
-_FRUITLESS_TRIES = 2000
+#: Consecutive duplicates, or puzzles with too many clues, after which :func:`generate` gives up.
+_MAX_FAILURES = 2000
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Shape:
     """A kind of Sudoku.
 
     Attributes:
-        size: Digits, and rows and columns of the grid.
-        box_rows, box_columns: Cells of a box from top to bottom and from left to right.
+        size: Number of digits, and of rows and columns of the grid.
+        box_rows, box_columns: Height and width of a box in cells.
     """
 
     size: int
@@ -44,22 +44,22 @@ class Shape:
 
     @property
     def cells(self) -> int:
-        """Cells of a grid, size²."""
+        """Number of cells of a grid, size²."""
         return self.size * self.size
 
     @property
     def vocab_size(self) -> int:
-        """Tokens: padding, blank and the digits."""
+        """Number of tokens: padding, blank and the digits."""
         return self.size + 2
 
     @property
     def square_boxes(self) -> bool:
-        """Whether a transposed grid is one of this shape."""
+        """Whether boxes are square, so that a transposed grid has the same shape."""
         return self.box_rows == self.box_columns
 
     @cached_property
     def units_of(self) -> tuple[tuple[int, int, int], ...]:
-        """Row, column and box of each cell, each numbered among all 3 x size units."""
+        """Row, column and box of each cell, as indices of the 3 x size units."""
         size, boxes_across = self.size, self.size // self.box_columns
         return tuple(
             (
@@ -72,63 +72,63 @@ class Shape:
         )
 
     def unit_name(self, unit: int) -> str:
-        """``row 3``, ``column 1`` or ``box 2`` for a unit's number in :attr:`units_of`."""
+        """Name of a unit in :attr:`units_of`: ``row 3``, ``column 1`` or ``box 2``."""
         kind, index = divmod(unit, self.size)
         return f"{('row', 'column', 'box')[kind]} {index + 1}"
 
     def cell_name(self, cell: int) -> str:
-        """``cell (2, 4)``: row and column."""
+        """Name of a cell by row and column: ``cell (2, 4)``."""
         row, column = divmod(cell, self.size)
         return f"cell ({row + 1}, {column + 1})"
 
 
-#: By size.
+#: Shapes by size.
 SHAPES = {4: Shape(4, 2, 2), 6: Shape(6, 2, 3), 9: Shape(9, 3, 3)}
 
 _BY_CELLS = {shape.cells: shape for shape in SHAPES.values()}
 
 
 def shape_of(cells: int) -> Shape:
-    """The shape of a grid with so many cells.
+    """The shape of a grid with this number of cells.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such shape.
     """
     if cells not in _BY_CELLS:
-        raise InputError(f"a grid of {cells} cells is no Sudoku: give 16, 36 or 81 (4x4, 6x6 or 9x9)")
+        raise InputError(f"a grid of {cells} cells is not a Sudoku: use 16, 36 or 81 (4x4, 6x6 or 9x9)")
     return _BY_CELLS[cells]
 
 
 def grid_tokens(grids: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Tokens of grids, of any shape: a blank becomes 1 and digit d becomes d + 1."""
+    """Tokens of grids of any shape: a blank becomes 1 and digit d becomes d + 1."""
     return (np.asarray(grids) + TOKEN_OFFSET).astype(np.uint8)
 
 
 def tokens_grid(tokens: Sequence[int]) -> Grid:
-    """The grid of one sequence of tokens, ints or a tensor [L]; padding becomes a blank."""
+    """The grid of a sequence of tokens, ints or a tensor [L]; padding becomes a blank."""
     return tuple(max(int(token) - TOKEN_OFFSET, 0) for token in tokens)
 
 
 def grid_fault(grid: Sequence[int], shape: Shape) -> str | None:
-    """What breaks the rules in ``grid``, blanks aside, in words; None if nothing does."""
+    """Describe the first broken rule in ``grid``, ignoring blanks; None if there is none."""
     seen: list[int] = [0] * (3 * shape.size)
     for cell, digit in enumerate(grid):
         if not digit:
             continue
         if not 0 < digit <= shape.size:
-            return f"{shape.cell_name(cell)} holds {digit}, which is no digit from 1 to {shape.size}"
+            return f"{shape.cell_name(cell)} is {digit}, which is not a digit from 1 to {shape.size}"
         for unit in shape.units_of[cell]:
             if seen[unit] >> digit & 1:
-                return f"{shape.unit_name(unit)} holds {digit} twice"
+                return f"{shape.unit_name(unit)} contains {digit} twice"
             seen[unit] |= 1 << digit
     return None
 
 
 def solution_fault(puzzle: Sequence[int], solution: Sequence[int], shape: Shape) -> str | None:
-    """Why ``solution`` does not solve ``puzzle``, in words; None if it does."""
+    """Describe why ``solution`` does not solve ``puzzle``; None if it does."""
     for name, grid in (("puzzle", puzzle), ("solution", solution)):
         if len(grid) != shape.cells:
-            return f"the {name} has {len(grid)} cells where {shape.cells} belong"
+            return f"the {name} has {len(grid)} cells instead of {shape.cells}"
     for cell, (clue, digit) in enumerate(zip(puzzle, solution, strict=True)):
         if not digit:
             return f"{shape.cell_name(cell)} is blank"
@@ -138,33 +138,33 @@ def solution_fault(puzzle: Sequence[int], solution: Sequence[int], shape: Shape)
 
 
 def valid_solution(puzzle: Sequence[int], solution: Sequence[int]) -> bool:
-    """Whether ``solution`` solves ``puzzle``; InputError if the puzzle has no known size."""
+    """Whether ``solution`` solves ``puzzle``. Raises InputError if the size of the puzzle is unknown."""
     return solution_fault(puzzle, solution, shape_of(len(puzzle))) is None
 
 
 def solve(grid: Sequence[int]) -> Grid | None:
-    """A solution, the only one of a proper puzzle; None if there is none.
+    """A solution, which is unique for a proper puzzle; None if there is none.
 
     Raises:
-        InputError: ``grid`` has no known size.
+        InputError: The size of ``grid`` is unknown.
     """
     return next(solutions(grid), None)
 
 
 def count_solutions(grid: Sequence[int], limit: int = 2) -> int:
-    """How many solutions ``grid`` has; counting stops at ``limit``.
+    """Number of solutions of ``grid``, up to ``limit``.
 
     Raises:
-        InputError: ``grid`` has no known size.
+        InputError: The size of ``grid`` is unknown.
     """
     return sum(1 for _ in islice(solutions(grid), limit))
 
 
 def solutions(grid: Sequence[int], rng: random.Random | None = None) -> Iterator[Grid]:
-    """Every solution; where it has to guess a digit, it tries them in the order of ``rng``.
+    """Yield every solution. If the solver must guess a digit, it tries them in an order shuffled by ``rng``.
 
     Raises:
-        InputError: ``grid`` has no known size.
+        InputError: The size of ``grid`` is unknown.
     """
     shape = shape_of(len(grid))
     if grid_fault(grid, shape) is not None:
@@ -175,7 +175,7 @@ def solutions(grid: Sequence[int], rng: random.Random | None = None) -> Iterator
 
 
 def _used(shape: Shape, bits: Sequence[int]) -> list[int]:
-    """The digits that each unit holds, as a mask."""
+    """Bit mask of the digits in each unit."""
     used = [0] * (3 * shape.size)
     for units, bit in zip(shape.units_of, bits, strict=True):
         for unit in units:
@@ -184,7 +184,7 @@ def _used(shape: Shape, bits: Sequence[int]) -> list[int]:
 
 
 def _search(shape: Shape, bits: list[int], used: list[int], rng: random.Random | None) -> Iterator[list[int]]:
-    """Solutions of a grid of one-bit masks (blank 0) that breaks no rule; changes ``bits`` and ``used``."""
+    """Yield solutions of a valid grid of one-bit masks (blank 0). Modifies ``bits`` and ``used``."""
     units_of = shape.units_of
     every_digit = (1 << shape.size) - 1
     blanks = [cell for cell, bit in enumerate(bits) if not bit]
@@ -206,7 +206,7 @@ def _search(shape: Shape, bits: list[int], used: list[int], rng: random.Random |
         if len(left) < len(blanks):
             blanks = left
             continue
-        alone = _only_places(used, [units_of[cell] for cell in blanks], choices, every_digit)
+        alone = _only_cells(used, [units_of[cell] for cell in blanks], choices, every_digit)
         if alone is None:
             return
         if any(alone):
@@ -215,7 +215,7 @@ def _search(shape: Shape, bits: list[int], used: list[int], rng: random.Random |
                 bit = free & (alone[row] | alone[column] | alone[box])
                 if not bit:
                     continue
-                # Two digits that can only go here, or one that has just been given to a neighbour.
+                # Two digits that both fit only here, or one that was just assigned to a neighbour.
                 if bit & (bit - 1) or bit & (used[row] | used[column] | used[box]):
                     return
                 bits[cell] = bit
@@ -238,7 +238,7 @@ def _search(shape: Shape, bits: list[int], used: list[int], rng: random.Random |
 def _with(
     shape: Shape, bits: list[int], used: list[int], cell: int, bit: int, rng: random.Random | None
 ) -> Iterator[list[int]]:
-    """Solutions with ``bit`` at the blank ``cell``; leaves its arguments as they are."""
+    """Solutions with ``bit`` at the blank ``cell``. Does not modify its arguments."""
     bits, used = bits.copy(), used.copy()
     bits[cell] = bit
     for unit in shape.units_of[cell]:
@@ -246,10 +246,10 @@ def _with(
     return _search(shape, bits, used, rng)
 
 
-def _only_places(
+def _only_cells(
     used: list[int], units: list[tuple[int, int, int]], choices: list[int], every_digit: int
 ) -> list[int] | None:
-    """For each unit, the missing digits that a single cell of it can take; None if one has no place."""
+    """For each unit, the missing digits that fit only one of its cells; None if a digit fits nowhere."""
     once, twice = used.copy(), used.copy()
     for (row, column, box), free in zip(units, choices, strict=True):
         twice[row] |= once[row] & free
@@ -264,14 +264,14 @@ def _only_places(
 
 
 def full_grid(shape: Shape, rng: random.Random) -> Grid:
-    """A random grid without blanks; every one can come."""
+    """A random grid without blanks; every grid is possible."""
     return next(solutions((0,) * shape.cells, rng))
 
 
 def dig(solution: Sequence[int], clues: int, rng: random.Random) -> Grid:
-    """Blank cells of a full grid, in random order, while its solution stays the only one.
+    """Blank cells of a full grid in random order while its solution stays unique.
 
-    Stops at ``clues`` clues, or with more where no further one can go: the puzzle is minimal then.
+    Stops at ``clues`` clues, or earlier if no further clue can be removed; the puzzle is then minimal.
     """
     shape = shape_of(len(solution))
     bits = [1 << digit >> 1 for digit in solution]
@@ -287,7 +287,7 @@ def dig(solution: Sequence[int], clues: int, rng: random.Random) -> Grid:
         bits[cell] = 0
         for unit in units:
             used[unit] ^= bit
-        # The puzzle had one solution with the clue, so a second one without it has another digit here.
+        # The solution was unique with this clue, so any second solution has another digit here.
         others = ((1 << shape.size) - 1) & ~(bit | used[units[0]] | used[units[1]] | used[units[2]])
         while others:
             other = others & -others
@@ -305,62 +305,62 @@ def dig(solution: Sequence[int], clues: int, rng: random.Random) -> Grid:
 def generate(
     shape: Shape, count: int, clues: tuple[int, int] | None = None, seed: int = 0
 ) -> Iterator[tuple[Grid, Grid]]:
-    """``count`` puzzles with a single solution each, and these solutions.
+    """Yield ``count`` puzzles with a unique solution, and their solutions.
 
-    No two are the same under the symmetries of :func:`canonical`; of 9x9 puzzles, no two are equal.
+    No two puzzles are equal up to the symmetries of :func:`canonical`; 9x9 puzzles are only distinct.
 
     Args:
         shape: 4x4, 6x6 or 9x9.
-        count: How many.
-        clues: Fewest and most clues, each number as likely where it can be reached; None for puzzles from
-            which no clue can be taken.
-        seed: Same seed, same puzzles.
+        count: Number of puzzles.
+        clues: Minimum and maximum number of clues, sampled uniformly as far as possible; None for minimal
+            puzzles, from which no clue can be removed.
+        seed: Random seed.
 
     Raises:
-        InputError: There are not so many, or they are too rare.
+        InputError: There are too few such puzzles, or they are too rare.
     """
     rng = random.Random(seed)
     known: set[Grid] = set()
-    tries = 0
+    failures = 0
     while len(known) < count:
         wanted, most = (0, shape.cells) if clues is None else (rng.randint(*clues), clues[1])
         solution = full_grid(shape, rng)
         puzzle = dig(solution, wanted, rng)
         form = identity(puzzle, shape)
-        tries += 1
+        failures += 1
         if form not in known and sum(map(bool, puzzle)) <= most:
             known.add(form)
-            tries = 0
+            failures = 0
             yield puzzle, solution
-        elif tries >= _FRUITLESS_TRIES:
-            kind = "with as few clues as can be" if clues is None else f"with {clues[0]} to {clues[1]} clues"
+        elif failures >= _MAX_FAILURES:
+            kind = "with minimal clues" if clues is None else f"with {clues[0]} to {clues[1]} clues"
             raise InputError(
-                f"{len(known)} different {shape.size}x{shape.size} puzzles {kind} were found, of {count} "
-                f"asked for, and no other in {tries} tries: ask for fewer, or allow more clues"
+                f"found only {len(known)} of {count} different {shape.size}x{shape.size} puzzles {kind}, and "
+                f"no others in {failures} attempts: use fewer puzzles, or allow more clues"
             )
 
 
 def identity(puzzle: Grid, shape: Shape) -> Grid:
-    """What equivalent puzzles share: :func:`canonical`, but the puzzle itself for 9x9.
+    """A key that equivalent puzzles share: :func:`canonical`, or the puzzle itself for 9x9.
 
-    A 9x9 grid has 3,359,232 spatial symmetries, too many to go through for each puzzle: two 9x9 puzzles
-    count as different unless they are equal cell by cell.
+    A 9x9 grid has 3,359,232 spatial symmetries, too many to try for each puzzle, so 9x9 puzzles are only
+    equivalent if they are equal.
     """
     return puzzle if shape.size == 9 else canonical(puzzle, shape)
 
 
 def canonical(grid: Sequence[int], shape: Shape) -> Grid:
-    """One grid for all that symmetries turn into each other, for 4x4 and 6x6.
+    """The canonical representative of a 4x4 or 6x6 grid under all symmetries.
 
-    Of the grids that the spatial symmetries give, with digits relabelled in order of first appearance, it is
-    the smallest: by the cells that hold clues first, then by the clues.
+    It is the smallest of the grids that the spatial symmetries yield, with digits relabelled in order of
+    first appearance, compared first by the positions of clues and then by the clues.
 
     Raises:
         ValueError: The grid is 9x9.
     """
     orders = symmetries(shape)
     cells = np.asarray(grid, dtype=np.uint8)
-    # The clues' cells as a number leave one symmetry or a few, so that few grids have to be relabelled.
+    # Minimising the clue positions, encoded as a number, first leaves few grids to relabel.
     patterns = (cells != 0)[orders] @ _powers(shape.cells)
     forms = cells[orders[patterns == patterns.min()]]
     return min(_relabelled(form) for form in np.unique(forms, axis=0).tolist())
@@ -368,7 +368,7 @@ def canonical(grid: Sequence[int], shape: Shape) -> Grid:
 
 @cache
 def _powers(cells: int) -> npt.NDArray[np.floating[Any]]:
-    # float64 holds every sum of different powers below 2^53 exactly, and its product is a fast one (BLAS).
+    # float64 is exact for sums of distinct powers below 2^53, and its matrix product is fast (BLAS).
     return 2.0 ** np.arange(cells - 1, -1, -1)
 
 
@@ -379,7 +379,7 @@ def _relabelled(grid: list[int]) -> Grid:
 
 @cache
 def symmetries(shape: Shape) -> npt.NDArray[np.intp]:
-    """The spatial symmetries [S, cells]: of each, the cells in their new order. 128 for 4x4, 3456 for 6x6.
+    """The spatial symmetries as permutations of cells [S, cells]; S is 128 for 4x4 and 3456 for 6x6.
 
     Raises:
         ValueError: The shape is 9x9, whose table would take gigabytes.
@@ -396,11 +396,11 @@ def symmetries(shape: Shape) -> npt.NDArray[np.intp]:
 
 @cache
 def line_orders(lines: int, group: int) -> npt.NDArray[np.intp]:
-    """Orders of rows that keep the rows of each band together [O, lines]; or of columns in stacks.
+    """Row orders that keep the rows of each band together [O, lines]; likewise for columns in stacks.
 
     Args:
-        lines: Rows of the grid.
-        group: Rows of a band.
+        lines: Number of rows of the grid.
+        group: Number of rows per band.
     """
     bands = range(lines // group)
     inside = product(permutations(range(group)), repeat=len(bands))
@@ -414,5 +414,5 @@ def line_orders(lines: int, group: int) -> npt.NDArray[np.intp]:
 
 
 def number_of_clues(grids: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """Clues of each of grids [..., L]."""
+    """Number of clues of each grid [..., L]."""
     return np.count_nonzero(grids, axis=-1)

@@ -1,4 +1,4 @@
-"""Sudokus that others made, and the checks that they must pass."""
+"""Sudokus from external sources, and checks of their solutions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy.typing as npt
 from llm_trm.data.puzzles.sudoku import Shape, grid_fault, solution_fault, solutions
 from llm_trm.errors import InputError
 
-#: Wraps an iterable of so many items, to show how far it is.
+#: Wraps an iterable with the given number of items to show progress.
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
-#: Rows whose solutions are checked at a time: enough for numpy, and a few megabytes.
+#: Number of rows to check at a time: enough for numpy to be fast, and a few megabytes.
 _CHUNK = 50_000
 
 
@@ -27,14 +27,14 @@ def untracked(items: Iterable[Any], _total: int) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class SudokuRows:
-    """Rows of a file or a data set: N puzzles of one size.
+    """Rows of a file or a data set: N puzzles of the same size.
 
     Attributes:
-        source: Where they come from, for messages.
-        shape: Of all of them.
-        puzzles, solutions: Digits, 0 for a blank, uint8 [N, L]; a solution that is not given is all blank.
-        numbers: Number of each row in its source, from 1, headers not counted; [N].
-        ratings: How hard each is by the source's own measure, as it stands there; objects [N], or None.
+        source: Name of the source for messages.
+        shape: Shape of all puzzles.
+        puzzles, solutions: Digits, 0 for a blank, uint8 [N, L]; a missing solution is all blank.
+        numbers: Number of each row in its source, from 1 and without headers; [N].
+        ratings: Difficulty ratings as given by the source; objects [N], or None.
     """
 
     source: str
@@ -48,7 +48,7 @@ class SudokuRows:
         return len(self.puzzles)
 
     def take(self, indices: npt.NDArray[Any]) -> SudokuRows:
-        """Those rows alone; indices or a mask."""
+        """The rows selected by indices or a mask."""
         return SudokuRows(
             self.source,
             self.shape,
@@ -59,17 +59,17 @@ class SudokuRows:
         )
 
     def rated(self, lowest: float) -> SudokuRows:
-        """Rows with at least that rating.
+        """Rows with a rating of at least ``lowest``.
 
         Raises:
-            InputError: There are no ratings, one of them is no number, or none is so high.
+            InputError: There are no ratings, a rating is not a number, or all ratings are lower.
         """
         if self.ratings is None:
-            raise InputError(f"{self.source} has no column rating: leave out --min-rating")
+            raise InputError(f"{self.source} has no column rating: omit --min-rating")
         ratings = np.array([self._rating(index) for index in range(len(self))])
         if ratings.max() < lowest:
             raise InputError(
-                f"{self.source} has no puzzle rated {lowest:g} or more: give a --min-rating of at most "
+                f"{self.source} has no puzzle rated {lowest:g} or more: use a --min-rating of at most "
                 f"{ratings.max():g}"
             )
         return self.take(ratings >= lowest)
@@ -79,33 +79,33 @@ class SudokuRows:
         try:
             return float(self.ratings[index])
         except (TypeError, ValueError):
-            fault = f"the rating {self.ratings[index]!r} is no number"
+            fault = f"the rating {self.ratings[index]!r} is not a number"
             raise row_error(self.source, self.numbers[index], fault) from None
 
 
 def row_error(source: str, number: int, fault: str) -> InputError:
-    """A refusal of a row, counted from 1."""
-    return InputError(f"{source}, row {number}: {fault}; correct the row or take it out")
+    """An error about a row, counted from 1."""
+    return InputError(f"{source}, row {number}: {fault}; correct or remove the row")
 
 
 def verified(rows: SudokuRows, *, trust: bool = False, progress: Progress = untracked) -> SudokuRows:
-    """The same rows, all with solutions: each solves its puzzle, and is the only one.
+    """Check that each row has a correct and unique solution, and fill in missing solutions.
 
     Args:
-        rows: Those to check; a solution that is not given is found.
-        trust: Take it as given that no puzzle has a second solution. The search for one takes about a
-            millisecond for a 9x9 puzzle.
-        progress: Shows how far the rows are that need a search.
+        rows: The rows to check.
+        trust: Assume that solutions are unique. Searching for a second one takes about a millisecond for a
+            9x9 puzzle.
+        progress: Shows the progress of rows that need a search.
 
     Raises:
-        InputError: The first row that breaks one of these rules, with its number.
+        InputError: A row fails a check; the message gives the number of the first.
     """
     missing = ~rows.solutions.any(1)
     faulty = np.flatnonzero(~missing & ~_solved(rows))
     if len(faulty):
         index = faulty[0]
         fault = solution_fault(rows.puzzles[index].tolist(), rows.solutions[index].tolist(), rows.shape)
-        raise row_error(rows.source, rows.numbers[index], f"the solution is not one: {fault}")
+        raise row_error(rows.source, rows.numbers[index], f"the solution is wrong: {fault}")
     solved = rows.solutions.copy()
     searched = np.flatnonzero(missing) if trust else np.arange(len(rows))
     for index in progress(searched, len(searched)):
@@ -123,7 +123,7 @@ def verified(rows: SudokuRows, *, trust: bool = False, progress: Progress = untr
 
 
 def _solved(rows: SudokuRows) -> npt.NDArray[np.bool_]:
-    """Whether each solution keeps to its clues and to the rules; [N]."""
+    """Whether each solution matches its clues and the rules; [N]."""
     units_of = np.array(rows.shape.units_of)
     units = np.stack([np.flatnonzero((units_of == unit).any(1)) for unit in range(3 * rows.shape.size)])
     every_digit = (1 << rows.shape.size) - 1 << 1

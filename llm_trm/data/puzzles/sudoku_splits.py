@@ -1,4 +1,4 @@
-"""Training and held-out Sudokus that have nothing in common."""
+"""Disjoint training and held-out splits of Sudokus."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ def generated_splits(
     seed: int,
     progress: Progress = untracked,
 ) -> dict[str, PuzzleSplit]:
-    """``train`` and ``test`` puzzles made by :func:`~llm_trm.data.puzzles.sudoku.generate`, all different.
-
-    ``progress`` shows how far it is.
+    """Distinct ``train`` and ``test`` puzzles from :func:`~llm_trm.data.puzzles.sudoku.generate`.
 
     Raises:
-        InputError: There are not so many.
+        InputError: There are too few such puzzles.
     """
-    # Two grids and the form that all like it share, as tuples of pointers.
-    require_memory(3 * 8 * shape.cells * (train + test), f"{train + test:,} Sudokus", "ask for fewer puzzles")
+    # Two grids and the canonical form, as tuples of pointers.
+    require_memory(3 * 8 * shape.cells * (train + test), f"{train + test:,} Sudokus", "use fewer puzzles")
     pairs = np.array(list(progress(generate(shape, train + test, clues, seed), train + test)), dtype=np.uint8)
-    # Where puzzles run short, the last to be found are the rare ones: held-out puzzles come from everywhere.
+    # If puzzles are scarce, rare ones are found last. Shuffle, so that held-out puzzles are representative.
     pairs = pairs[np.random.default_rng(seed).permutation(len(pairs))]
     return {
         "train": sudoku_split(pairs[test:, 0], pairs[test:, 1]),
@@ -52,26 +50,29 @@ def held_out_splits(
     trust: bool,
     progress: Progress = untracked,
 ) -> dict[str, PuzzleSplit]:
-    """``train`` and ``test`` puzzles that were read and pass every check; no held-out one is a training one.
+    """Disjoint ``train`` and ``test`` puzzles that pass all checks.
 
-    Nor does it become one by a symmetry, as far as :func:`~llm_trm.data.puzzles.sudoku.identity` knows.
+    No held-out puzzle is equivalent to a training puzzle, as far as
+    :func:`~llm_trm.data.puzzles.sudoku.identity` can tell.
 
     Args:
-        rows: Puzzles to train on, and to hold out where there is no test split.
+        rows: Puzzles to train on, and to hold out if there is no test split.
         test_rows: The test split.
-        train: How many to train on at most; None for all.
-        test: How many to hold out; None for all of ``test_rows``, or ``fraction`` of ``rows``.
+        train: Maximum number of training puzzles; None for all.
+        test: Number of held-out puzzles; None for all of ``test_rows``, or ``fraction`` of ``rows``.
         fraction: See ``test``.
-        seed: Same seed, same puzzles.
+        seed: Random seed.
         trust: See :func:`~llm_trm.data.puzzles.sudoku_rows.verified`.
-        progress: Shows how far it is.
+        progress: Shows progress.
 
     Raises:
-        InputError: A row is at fault, or a split is left empty.
+        InputError: A row is invalid, or a split is too small.
     """
     source = rows if test_rows is None else test_rows
     if source.shape != rows.shape:
-        raise InputError(f"{source.source} and {rows.source} hold grids of different sizes: name another")
+        raise InputError(
+            f"{source.source} and {rows.source} have grids of different sizes: name sources of one size"
+        )
     if test is None and test_rows is None:
         test = max(1, round(len(rows) * fraction))
     held_out: set[Grid] = set()
@@ -81,8 +82,8 @@ def held_out_splits(
     for name, wanted in (("test", test), ("train", train)):
         if len(splits[name]) < (wanted or 1):
             raise InputError(
-                f"{len(splits[name])} puzzles are left for the split {name}, of {wanted or 1} wanted; those "
-                "equivalent to a held-out one do not count: give more, or ask for fewer"
+                f"only {len(splits[name])} puzzles are left for the split {name}, but {wanted or 1} were "
+                "requested (puzzles equivalent to held-out ones are excluded): provide more, or request fewer"
             )
     checked = {name: verified(part, trust=trust, progress=progress) for name, part in splits.items()}
     return {name: sudoku_split(part.puzzles, part.solutions) for name, part in checked.items()}
@@ -97,15 +98,15 @@ def draw(
     *,
     distinct: bool = False,
 ) -> npt.NDArray[np.intp]:
-    """Indices of ``count`` puzzles of grids [N, L] drawn at random, in order; fewer where there are fewer.
+    """Sorted indices of up to ``count`` random puzzles of grids [N, L].
 
     Args:
         grids: Puzzles.
-        shape: Theirs.
-        count: How many; None takes all.
-        seed: Same seed, same puzzles.
-        excluded: Forms (:func:`~llm_trm.data.puzzles.sudoku.identity`) of puzzles to leave out.
-        distinct: Leave out repetitions too, and add the forms of what is drawn to ``excluded``.
+        shape: Shape of the puzzles.
+        count: Maximum number of puzzles; None for all.
+        seed: Random seed.
+        excluded: Keys (:func:`~llm_trm.data.puzzles.sudoku.identity`) of puzzles to exclude.
+        distinct: Exclude duplicates as well, and add the keys of the drawn puzzles to ``excluded``.
     """
     order = np.random.default_rng(seed).permutation(len(grids))
     if not excluded and not distinct:
@@ -124,7 +125,7 @@ def draw(
 
 
 def sudoku_split(puzzles: npt.NDArray[np.uint8], solutions: npt.NDArray[np.uint8]) -> PuzzleSplit:
-    """A split of puzzles and solutions [N, L]; all have the puzzle identifier 0."""
+    """A split of puzzles and solutions [N, L], all with the puzzle identifier 0."""
     return PuzzleSplit(
         torch.from_numpy(grid_tokens(puzzles)),
         torch.from_numpy(grid_tokens(solutions)),
@@ -133,5 +134,5 @@ def sudoku_split(puzzles: npt.NDArray[np.uint8], solutions: npt.NDArray[np.uint8
 
 
 def sudoku_info(shape: Shape, facts: dict[str, Any]) -> PuzzleInfo:
-    """What Sudokus of ``shape`` share."""
+    """Properties of Sudokus with ``shape``."""
     return PuzzleInfo("sudoku", shape.size, shape.size, shape.vocab_size, facts=facts)

@@ -1,4 +1,4 @@
-"""Causal language models that recur in latent space at ``<think>``; needs the extra ``train``."""
+"""Causal language models that recur in latent space at ``<think>``. Needs the extra ``train``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of a decoder with soft tokens in it, and what a later ``<think>`` needs to know of the past."""
+"""The cache of a decoder with soft tokens, and the past that a later ``<think>`` reads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llm_trm.errors import InputError
 
 
 class Past:
-    """What is known of the columns that a decoder has seen.
+    """The columns that a decoder has seen.
 
     Attributes:
-        valid: Which columns hold a token or a soft token, bool [B, C].
+        valid: Which columns contain a token or a soft token, bool [B, C].
         floor: The oldest position that each column sees, [B, C].
-        dropped: Positions that recursions have dropped, [B].
+        dropped: Number of positions that recursions have dropped, [B].
         states: Final-norm states of the columns from ``gone`` on, in tensors [B, c, D].
-        gone: Columns at the beginning whose states no recursion will read any more.
+        gone: Number of leading columns whose states no recursion will read again.
         steps: Supervision steps of each round of recursions, int32 [B], 0 for samples without one.
-        gaps: Whether any column may be empty, padding of the prompt too.
-        holes: Whether any may be empty behind a sample's first token.
+        gaps: Whether any column may be empty, including padding of the prompt.
+        holes: Whether any column after a sample's first token may be empty.
         drops: Whether a recursion has dropped positions.
     """
 
@@ -47,11 +47,11 @@ class Past:
         return (self.valid.long().cumsum(1) - 1).clamp(min=0)
 
     def append(self, valid: Tensor, context: int | None) -> Tensor:
-        """Add columns; returns their positions [B, c].
+        """Add columns and return their positions [B, c].
 
         Args:
-            valid: Which of them hold something, bool [B, c].
-            context: How many positions a column sees at most, itself included; None for all.
+            valid: Which of them are not empty, bool [B, c].
+            context: Maximum number of positions that a column sees, itself included; None for all.
         """
         self.valid = torch.cat((self.valid, valid), dim=1)
         positions = self.positions[:, self.columns - valid.shape[1] :]
@@ -67,35 +67,35 @@ class Past:
         return self.valid[:, :columns] & (self.positions[:, :columns] >= oldest)
 
     def join_states(self, oldest: Tensor) -> Tensor:
-        """The states of the columns from ``gone`` on, [B, c, D], and these alone are kept.
+        """Return the states of the columns from ``gone`` on, [B, c, D], and discard all older ones.
 
         Args:
-            oldest: The oldest position that a recursion of each sample reads from now on, [B].
+            oldest: The oldest position that later recursions of each sample read, [B].
         """
-        behind = ~(self.valid & (self.positions >= oldest[:, None])).any(0)
-        # One column stays even where there is nothing but padding.
-        gone = min(int(behind.long().cumprod(0).sum()), self.columns - 1)
+        unread = ~(self.valid & (self.positions >= oldest[:, None])).any(0)
+        # Keep one column even if all are padding.
+        gone = min(int(unread.long().cumprod(0).sum()), self.columns - 1)
         states = self.states[0] if len(self.states) == 1 else torch.cat(self.states, dim=1)
         if gone > self.gone:
-            # A copy, because a view would keep what is gone.
+            # Copy, because a view would keep the discarded states alive.
             states = states[:, gone - self.gone :].clone()
             self.gone = gone
         self.states = [states]
         return states
 
     def transform(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``rows``, which selects or repeats samples, to everything."""
+        """Apply ``rows``, which selects or repeats samples, to all tensors."""
         self.valid, self.floor, self.dropped = rows(self.valid), rows(self.floor), rows(self.dropped)
         self.states = [rows(states) for states in self.states]
         self.steps = [rows(steps) for steps in self.steps]
 
 
 class TRMCache(Cache):
-    """Keys and values of tokens and soft tokens, counted from outside in tokens alone.
+    """Keys and values of tokens and soft tokens, whose length counts tokens only.
 
-    Generation needs no knowledge of soft tokens: masks, positions and lengths that it keeps are those of the
-    tokens it wrote. Samples can be reordered, repeated and selected, as beam search does; positions cannot be
-    cropped, because the soft tokens behind a cropped ``<think>`` would stay.
+    Generation need not know about soft tokens: its masks, positions and lengths are those of the tokens it
+    wrote. Samples can be reordered, repeated and selected, as in beam search. Positions cannot be cropped,
+    because the soft tokens after a cropped ``<think>`` would remain.
 
     Args:
         decoder: An empty cache of the wrapped decoder.
@@ -109,7 +109,7 @@ class TRMCache(Cache):
 
     @property
     def steps(self) -> Tensor | None:
-        """Supervision steps of each recursion so far, int32 [B, rounds], 0 for samples without it."""
+        """Supervision steps of each recursion so far, int32 [B, rounds], 0 for samples without one."""
         if self.past is None or not self.past.steps:
             return None
         return torch.stack(self.past.steps, dim=1)
@@ -119,23 +119,23 @@ class TRMCache(Cache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, soft tokens not counted."""
+        """Number of tokens seen, excluding soft tokens."""
         return self.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuses to remove anything.
+        """Reject cropping.
 
         Raises:
-            InputError: Always, unless nothing is to be removed.
+            InputError: ``tokens_to_remove`` is not 0.
         """
         if tokens_to_remove:
             raise InputError(
-                "a cache with a recursion in it cannot be cropped, as assisted generation does: generate "
+                "a cache with soft tokens cannot be cropped, which assisted generation needs: generate "
                 "without an assistant, or with use_trm=False"
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self.decoder.reset()
         self.tokens, self.past = 0, None
 
@@ -160,21 +160,21 @@ class TRMCache(Cache):
 
 
 def trm_cache(given: Any) -> TRMCache:
-    """``given`` as the cache of a model with a recursion.
+    """Wrap ``given`` as the cache of a model with a recursion.
 
     Raises:
-        InputError: It holds tokens that were read without the recursion, or cannot grow as it needs to.
+        InputError: ``given`` contains tokens that were read without the recursion, or cannot grow.
     """
     if isinstance(given, TRMCache):
         return given
     if given.get_seq_length():
         raise InputError(
             "this cache was filled without the recursion, which reads the states before <think>: continue "
-            "with use_trm=False, or begin with an empty cache"
+            "with use_trm=False, or start with an empty cache"
         )
     if type(given).__name__ != "DynamicCache":
         raise InputError(
-            f"a {type(given).__name__} cannot hold soft tokens besides what it was made for: use the "
+            f"a {type(given).__name__} cannot grow to hold soft tokens: use the "
             "default cache (cache_implementation 'dynamic' or 'offloaded')"
         )
     return TRMCache(given)

@@ -1,4 +1,4 @@
-"""The model card of a language model with a recursion, and what else lies beside its weights."""
+"""The model card of a language model with a recursion, and the other files saved with its weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from llm_trm.files import read_json, write_json, write_text
 from llm_trm.models.causal.reasoners import Reasoner
 from llm_trm.models.loading import ARITHMETIC
 
-#: Beside the weights: the base, the form of prompts, settings and facts.
+#: Saved with the weights: the base model, the prompt form, settings and facts.
 FACTS_FILE = "latent.json"
-#: Beside the weights: what ``llm-trm eval lm`` measured, and of which weights.
+#: Saved with the weights: the results of ``llm-trm eval lm``, and which weights it measured.
 EVALUATION_FILE = "evaluation.json"
 CARD_FILE = "README.md"
-#: At the end of a card that may be written anew; one without it, or the like, is somebody's own.
-_MARK = "<!-- llm-trm writes this card anew whenever the model is saved; delete this line to keep it. -->"
-#: What transformers, peft and the trainers of transformers and TRL write.
+#: At the end of a card that may be overwritten. A card without it or a template's text was edited by hand.
+_MARK = "<!-- llm-trm overwrites this card when it saves the model; delete this line to keep your edits. -->"
+#: Text of our older cards, and of the cards that transformers, peft, TRL and their trainers write.
 _TEMPLATES = (
+    "<!-- llm-trm writes this card anew whenever the model is saved",
     *("This model card has been automatically generated", "[More Information Needed]"),
     *("This model card has been generated automatically", "It has been trained using [TRL]"),
 )
-#: Settings of a TRMConfig that its adapters' folder keeps: all that the decoder's own config does not say.
+#: Settings of a TRMConfig that are saved with adapters: all that the decoder's own config lacks.
 OWN_SETTINGS = (
     *("reasoner", "num_latents", "d_compressed", "soft_tokens", "n_layers", "n_heads", "compression_heads"),
     *("n_latent_steps", "n_deep_recursions", "supervision_steps", "dropout", "halting"),
@@ -42,16 +43,16 @@ _REMEDY = "run llm-trm eval lm --write-card again"
 
 @dataclass
 class About:
-    """What a model cannot say of itself.
+    """Metadata that a model's weights and configuration do not contain.
 
     Attributes:
-        base: Name or folder of the language model that was wrapped; None if nobody said.
-        prompt_form: How questions were put in training; None for what the tokenizer suggests.
-        facts: Of the training: settings, figures.
-        evaluation: What ``llm-trm eval lm`` measured, with ``reasoner``, the :func:`fingerprint` of the
+        base: Name or folder of the wrapped language model; None if unknown.
+        prompt_form: Prompt form of the training; None for the tokenizer's default.
+        facts: Settings and metrics of the training.
+        evaluation: Results of ``llm-trm eval lm``, with ``reasoner``, the :func:`fingerprint` of the
             weights that it measured.
-        prompts: :func:`~llm_trm.data.lessons.prompts_fingerprint` of the tokenizer that it was trained with;
-            None if nobody said.
+        prompts: :func:`~llm_trm.data.lessons.prompts_fingerprint` of the training's tokenizer; None if
+            unknown.
     """
 
     base: str | None = None
@@ -61,22 +62,22 @@ class About:
     prompts: str | None = None
 
 
-class Carded:
-    """Gives a model of transformers or peft our card, in place of a template, when it is pushed."""
+class CardMixin:
+    """Pushes a transformers or peft model to the hub with our card instead of a template."""
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # The last step of every way to the hub, behind that which writes the template.
+        # The last step of every upload to the hub, after the template is written.
         write_about(self, Path(working_dir), name=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
 
 def inner(model: Any) -> Any:
-    """The ``TRMForCausalLM``, without the adapters' wrapping."""
+    """The ``TRMForCausalLM`` inside its adapters, if it has any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def about(model: Any) -> About:
-    """What is known of ``model``, a ``TRMForCausalLM`` or a ``PeftModel`` around one."""
+    """Metadata of ``model``, a ``TRMForCausalLM`` or a ``PeftModel`` around one."""
     known = getattr(inner(model), "about", None)
     if isinstance(known, About):
         return known
@@ -86,20 +87,20 @@ def about(model: Any) -> About:
 def write_about(model: Any, folder: Path, *, name: str | None = None) -> None:
     """Write :data:`EVALUATION_FILE`, the card and, last, :data:`FACTS_FILE` into a folder of saved weights.
 
-    Figures of other weights are left out, and removed where they lie in the folder. A card that somebody has
-    written by hand stays.
+    Results that were measured on other weights are left out, and removed from the folder. A card edited by
+    hand is kept.
 
     Args:
-        model: Whose weights they are.
-        folder: Exists.
-        name: What the model is called, by default the name of the folder.
+        model: The model that was saved.
+        folder: An existing folder.
+        name: Name of the model; by default the name of the folder.
     """
     known = about(model)
     evaluation = known.evaluation
     if evaluation is not None and evaluation.get("reasoner") != fingerprint(model):
         evaluation = None
     base = known.base
-    # A folder may be called as the model that ships is.
+    # A folder may have the name of the bundled model.
     if base is not None and base != ARITHMETIC and Path(base).is_dir():
         base = str(Path(base).resolve())
     settings = {setting: getattr(model.config, setting) for setting in OWN_SETTINGS}
@@ -121,10 +122,10 @@ def write_about(model: Any, folder: Path, *, name: str | None = None) -> None:
 
 
 def write_evaluation(model: Any, folder: Path, evaluation: Mapping[str, Any]) -> bool:
-    """Keep what ``llm-trm eval lm`` measured beside the weights, and in the card.
+    """Save the results of ``llm-trm eval lm`` with the weights and in the card.
 
     Returns:
-        Whether the card was written; False if there is one that somebody has written by hand.
+        Whether the card was written; False if the existing card was edited by hand.
     """
     known = about(model)
     known.evaluation = {**evaluation, "reasoner": fingerprint(model)}
@@ -134,7 +135,7 @@ def write_evaluation(model: Any, folder: Path, evaluation: Mapping[str, Any]) ->
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What :func:`write_evaluation` wrote; None if nobody has measured."""
+    """Read the results that :func:`write_evaluation` saved; None if there are none."""
     path = folder / EVALUATION_FILE
     found = read_json(path, _REMEDY) if path.exists() else None
     return found if isinstance(found, dict) else None
@@ -143,7 +144,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 def write_card(
     model: Any, folder: Path, evaluation: Mapping[str, Any] | None, *, name: str | None = None
 ) -> bool:
-    """Write the card alone; returns False, and does nothing, if there is one of somebody's own."""
+    """Write only the card. Returns False and does nothing if the existing card was edited by hand."""
     path = folder / CARD_FILE
     if path.exists() and not _replaceable(path.read_text(encoding="utf-8", errors="replace")):
         return False
@@ -153,9 +154,9 @@ def write_card(
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """Of the weights of the reasoner, which every training changes, as bfloat16 has them.
+    """SHA-256 of the reasoner's weights, which every training changes, rounded to bfloat16.
 
-    So it is the same whichever precision they are loaded in, with adapters or merged.
+    The rounding makes it independent of the precision of loading. It is the same with adapters and merged.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(_reasoner(model).state_dict().items()):
@@ -171,9 +172,9 @@ def card(
 
     Args:
         model: A ``TRMForCausalLM`` or a ``PeftModel`` around one.
-        evaluation: As ``llm-trm eval lm -o`` writes it.
-        name: What the model is called on the hub; None for one in ``folder``.
-        folder: Where it lies.
+        evaluation: Results as ``llm-trm eval lm -o`` writes them.
+        name: Name of the model on the hub; None for a model in ``folder``.
+        folder: Folder of the model.
     """
     known, config = about(model), model.config
     adapters = hasattr(model, "peft_config")
@@ -182,9 +183,9 @@ def card(
     parts = [
         _front_matter(known.base, adapters=adapters),
         f"# {title}",
-        f"{base} with a recursion. Where it writes `<think>`, it does not write its thinking out: a small "
-        "network reads the hidden states so far, refines a state of its own by recursion, and hands "
-        f"{_soft_tokens(config)} back to the language model, which goes on from there.",
+        f"{base} with a recursion. At `<think>` it does not write out its thinking. Instead, a small "
+        "network reads the hidden states so far, refines its own state by recursion, and returns "
+        f"{_soft_tokens(config)} to the language model, which continues from there.",
         _what_is_here(known, adapters=adapters),
         "## Use",
         _use(name or str(folder), adapters=adapters),
@@ -204,7 +205,7 @@ def _replaceable(text: str) -> bool:
 
 
 def _reasoner(model: Any) -> Reasoner:
-    """The trained one, not the original that peft keeps beside it."""
+    """The trained reasoner, not the original copy that peft keeps."""
     for name, module in model.named_modules():
         if isinstance(module, Reasoner) and "original_module" not in name:
             return module
@@ -232,7 +233,7 @@ def _base_name(base: str | None) -> str:
 
 def _front_matter(base: str | None, *, adapters: bool) -> str:
     lines = ["---", "library_name: llm-trm", "pipeline_tag: text-generation"]
-    # The hub refuses what is no name of a model there.
+    # The hub rejects a base_model that is not a model on the hub.
     lines += [f"base_model: {base}"] if _on_hub(base) else []
     lines += [
         "tags:",
@@ -251,12 +252,11 @@ def _soft_tokens(config: Any) -> str:
 
 def _what_is_here(known: About, *, adapters: bool) -> str:
     if not adapters:
-        return "The weights here are all that it takes: the language model's, and the recursion's."
+        return "The weights here are complete: they include the language model and the recursion."
     local = known.base is not None and not _on_hub(known.base)
-    where = ", and is looked for where it was in training" if local else ""
+    where = ", and must be in the folder that it was in for training" if local else ""
     return (
-        "The weights here are adapters (LoRA) and the recursion. The language model is needed "
-        f"besides{where}."
+        f"The weights here are adapters (LoRA) and the recursion. The language model is also needed{where}."
     )
 
 
@@ -280,11 +280,11 @@ def _use(source: str, *, adapters: bool) -> str:
         'print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
         "",
-        "`use_trm=False` is for `generate` and `forward` the language model without the recursion"
+        "`generate` and `forward` with `use_trm=False` run the language model without the recursion. "
         + (
-            "; `with model.disable_adapter():` besides takes the adapters away."
+            "`with model.disable_adapter():` also turns off the adapters."
             if adapters
-            else ". `AutoModelForCausalLM` loads it too, once `llm_trm.models.causal` is imported."
+            else "`AutoModelForCausalLM` also loads this model once `llm_trm.models.causal` is imported."
         ),
     ]
     return "\n".join(lines)
@@ -292,7 +292,10 @@ def _use(source: str, *, adapters: bool) -> str:
 
 def _measured(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
-        return "Nothing yet. `llm-trm eval lm --checkpoint FOLDER --write-card` measures, and writes it here."
+        return (
+            "Nothing yet. `llm-trm eval lm --checkpoint FOLDER --write-card` evaluates the model and writes "
+            "the results here."
+        )
     modes = evaluation["modes"]
     rows = []
     for mode, scores in modes.items():
@@ -307,22 +310,22 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
                 f"{scores['soft_tokens']:.1f}",
             )
         )
-    header = ("", "exact match [95%]", "tokens", "ms a problem", "steps", "soft tokens")
+    header = ("", "exact match [95%]", "tokens", "ms per problem", "steps", "soft tokens")
     lines = [
         f"{next(iter(modes.values()))['problems']} problems of {evaluation['data_words']}, "
-        f"{evaluation['batch_size']} at a time, at most {evaluation['max_new_tokens']} new tokens, greedy. "
+        f"batch size {evaluation['batch_size']}, at most {evaluation['max_new_tokens']} new tokens, greedy. "
         f"{evaluation['machine']['device']}; torch {evaluation['versions']['torch']}, "
         f"llm-trm {evaluation['versions']['llm-trm']}; {evaluation['time'][:10]}.",
         _table(header, rows),
-        "`no-think` and `think` are the language model that was wrapped, answering at once and after "
-        "written-out thinking; `latent` is this model. Other data will give other figures.",
+        "`no-think` and `think` are the wrapped language model, which answers at once or after "
+        "written-out thinking. `latent` is this model. Results on other data will differ.",
     ]
     ratios = evaluation.get("ratios")
     if ratios:
         closed = ratios["gap_closed"]
-        share = "" if closed is None else f" closes {closed:.1%} of the gap between the others,"
+        gap = "" if closed is None else f" closes {closed:.1%} of the gap between the other two modes, and"
         lines.append(
-            f"`latent`{share} takes {ratios['tokens']:.1%} of the tokens of `think` and "
+            f"`latent`{gap} takes {ratios['tokens']:.1%} of the tokens of `think` and "
             f"{ratios['seconds']:.1%} of its time."
         )
     return "\n\n".join(lines)
@@ -334,7 +337,7 @@ def _settings(model: Any, known: About) -> str:
     rows = [(name, _cell(getattr(config, name))) for name in OWN_SETTINGS if name not in hidden]
     rows.append(("parameters of the recursion", f"{sum(p.numel() for p in _reasoner(model).parameters()):,}"))
     if known.prompt_form is not None:
-        rows.append(("form of prompts", known.prompt_form))
+        rows.append(("prompt form", known.prompt_form))
     for adapters in getattr(model, "peft_config", {}).values():
         rows.append(("LoRA", f"r {adapters.r}, alpha {adapters.lora_alpha}, dropout {adapters.lora_dropout}"))
     return _table(("setting", "value"), rows)

@@ -34,36 +34,37 @@ _RANGES: dict[str, Range] = {
     "halting_loss_weight": WEIGHT,
 }
 
-#: Layers whose cache is keys and values by position, which a mask can take positions out of.
+#: Layers whose cache has keys and values per position, so that a mask can exclude positions.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class TRMConfig(PretrainedConfig):
-    """Describes a :class:`~llm_trm.models.causal.TRMForCausalLM`.
+    """Configuration of a :class:`~llm_trm.models.causal.TRMForCausalLM`.
 
     Args:
-        text_config: The wrapped decoder's own configuration, or its dict with ``model_type``; that of
-            SmolLM3-3B by default.
-        reasoner: ``"latents"``: M latents at the decoder's width D, each a soft token. ``"sequence"``: one
-            reasoning state at the width D', from which K soft tokens come.
-        num_latents: M.
-        d_compressed: D'.
-        soft_tokens: K of ``"sequence"``.
-        n_layers, n_heads: Blocks of the recursion's network, and attention heads of a block.
-        compression_heads: Attention heads of the latents' compressor.
-        n_latent_steps: Latent steps n of a recursion.
-        n_deep_recursions: Recursions T of a supervision step.
-        supervision_steps: Supervision steps at most; all are taken where nothing halts.
-        dropout: Probability of dropping an attention weight of the recursion in training.
-        halting: Whose confidence ends a recursion early, in training too, so that log-probabilities can be
-            computed again: each sample's own, the mean of the batch's, or nobody's.
+        text_config: Configuration of the wrapped decoder, or its dict with ``model_type``. Defaults to
+            SmolLM3-3B.
+        reasoner: ``"latents"``: M latents of the decoder's width D, each a soft token. ``"sequence"``: one
+            reasoning state of width D', which is expanded to K soft tokens.
+        num_latents: Number of latents M.
+        d_compressed: Width D'.
+        soft_tokens: Number of soft tokens K of ``"sequence"``.
+        n_layers, n_heads: Number of blocks in the recursion's network, and of attention heads per block.
+        compression_heads: Number of attention heads of the latents' compressor.
+        n_latent_steps: Latent steps n per recursion.
+        n_deep_recursions: Recursions T per supervision step.
+        supervision_steps: Maximum number of supervision steps; all are taken without halting.
+        dropout: Dropout probability of the recursion's attention weights in training.
+        halting: Whose confidence ends a recursion early: each sample's own, the mean of the batch, or none.
+            It applies in training too, so that log-probabilities can be recomputed.
         halting_loss_weight: Weight of the halting head's loss in ``loss``.
-        window: ``"slide"``: a position sees the newest ones that fit into the decoder's context.
-            ``"always"``: besides, every recursion drops as many of the oldest as it appends soft tokens.
+        window: ``"slide"``: a position sees the newest positions that fit into the decoder's context.
+            ``"always"``: in addition, every recursion drops as many of the oldest positions as it appends
+            soft tokens.
         think_token_id, end_think_token_id: Ids of ``<think>`` and ``</think>``.
 
     Raises:
-        InputError: A value that describes no model, or a decoder that cannot be wrapped.
+        InputError: A value is invalid, or the decoder cannot be wrapped.
     """
 
     model_type = "trm"
@@ -104,7 +105,7 @@ class TRMConfig(PretrainedConfig):
         self.window: Window = _one_of("window", window, get_args(Window))
         self.think_token_id, self.end_think_token_id = think_token_id, end_think_token_id
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        # Otherwise PretrainedConfig hands its own None down to the decoder, and takes its attention away.
+        # Otherwise PretrainedConfig overwrites the decoder's attention implementation with its own None.
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__init__(**kwargs)
         self._require_sizes()
@@ -126,17 +127,17 @@ class TRMConfig(PretrainedConfig):
 
     @property
     def tokens_per_thought(self) -> int:
-        """Soft tokens that one ``<think>`` appends."""
+        """Number of soft tokens that one ``<think>`` appends."""
         return int(self.num_latents if self.reasoner == "latents" else self.soft_tokens)
 
     @property
     def trains_halting(self) -> bool:
-        """Whether anything trains the halting head."""
+        """Whether the halting head is trained."""
         return self.halting != "none" and self.halting_loss_weight > 0
 
     @property
     def context(self) -> int | None:
-        """Positions of the decoder's context; None if its configuration does not say."""
+        """Size of the decoder's context in positions; None if its configuration does not give it."""
         positions = getattr(self.text_config, "max_position_embeddings", None)
         return None if positions is None else int(positions)
 
@@ -171,17 +172,17 @@ def _decoder_config(given: PretrainedConfig | dict[str, Any] | None) -> Any:
             config = AutoConfig.for_model(kind, **settings)
         except ValueError as error:
             raise InputError(
-                f"the decoder is of the type {kind!r}, which transformers does not know: a language model "
-                "that brings code of its own can be kept as adapters alone"
+                f"the decoder has the type {kind!r}, which transformers does not know: save a language model "
+                "that needs its own code as adapters only"
             ) from error
     if config.is_encoder_decoder or config.get_text_config() is not config:
-        raise InputError(f"a {config.model_type} model is no decoder of text alone, and cannot be wrapped")
+        raise InputError(f"a {config.model_type} model is not a text-only decoder and cannot be wrapped")
     unknown = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if unknown or not hasattr(config, "hidden_size"):
         raise InputError(
             f"a {config.model_type} model has layers other than attention over a sequence "
-            f"({', '.join(sorted(unknown)) or 'no hidden_size'}): soft tokens for some samples of a batch "
-            "cannot be kept from the others there"
+            f"({', '.join(sorted(unknown)) or 'no hidden_size'}): they cannot hide the soft tokens of some "
+            "samples of a batch from the others"
         )
     return config
 

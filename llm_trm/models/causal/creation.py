@@ -1,4 +1,4 @@
-"""A language model with a recursion, by name."""
+"""Creates a language model with a recursion from the name of a language model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import add_think_tokens, think_ids
 from llm_trm.models.loading import language_model_source, pretrained
 
-#: The decoder's attention projections, by their names in a :class:`TRMForCausalLM`: none of the reasoner's.
+#: Names of the decoder's attention projections in a :class:`TRMForCausalLM`, without the reasoner's.
 LORA_TARGETS = r"model\.decoder\..*\.(q|k|v|o)_proj"
 
 
@@ -31,23 +31,25 @@ def create_smollm_trm_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A language model that recurs at ``<think>``, ready to be trained; its tokenizer is ``model.tokenizer``.
+    """Create a trainable language model that recurs at ``<think>``; its tokenizer is ``model.tokenizer``.
 
     Args:
-        model_name: A folder in Hugging Face format, a name on the hub, or ``"arithmetic"``, which ships.
-        use_lora: Whether the decoder gets LoRA adapters. The reasoner is trained either way, nothing else.
-        lora_r, lora_alpha, lora_dropout: Of the adapters.
-        num_latents: M.
+        model_name: A folder in Hugging Face format, the name of a model on the hub, or ``"arithmetic"``,
+            the bundled model.
+        use_lora: Whether to add LoRA adapters to the decoder. The reasoner is always trained; all other
+            weights are frozen.
+        lora_r, lora_alpha, lora_dropout: Rank, alpha and dropout of the adapters.
+        num_latents: Number of latents M.
         trm_kwargs: Further settings of :class:`TRMConfig`.
-        device: Where the model goes; CUDA if there is any.
-        dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
-        trust_remote_code: Run the Python files that the language model brings, if it needs them.
+        device: Device of the model; by default CUDA if available.
+        dtype: Dtype of the weights; by default bfloat16 on CUDA and float32 elsewhere.
+        trust_remote_code: Allow the language model's own Python files to run if it needs them.
 
     Returns:
-        A :class:`TRMForCausalLM`, within a ``PeftModel`` if ``use_lora``.
+        A :class:`TRMForCausalLM`, in a ``PeftModel`` if ``use_lora``.
 
     Raises:
-        InputError: No such model, one that cannot be wrapped, or peft is missing.
+        InputError: The model does not exist or cannot be wrapped, or peft is missing.
     """
     if use_lora:
         require("train", "peft")
@@ -81,15 +83,15 @@ def add_lora(
     *,
     tokens: Sequence[int] = (),
 ) -> Any:
-    """``model`` within a ``PeftModel``: adapters on its attention, trained and saved with the reasoner.
+    """Wrap ``model`` in a ``PeftModel`` with adapters on its attention, trained and saved with the reasoner.
 
     Args:
-        model: What to adapt.
-        r, alpha, dropout: Of the adapters.
-        tokens: Ids of new tokens, whose embeddings, and rows of the output head, are trained and saved too.
+        model: The model to adapt.
+        r, alpha, dropout: Rank, alpha and dropout of the adapters.
+        tokens: Ids of new tokens. Their embeddings and output head rows are trained and saved as well.
 
     Raises:
-        InputError: The decoder has no projections of the usual names.
+        InputError: The decoder's projections do not have the usual names.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -109,15 +111,15 @@ def add_lora(
             adapted: Any = with_card(get_peft_model(model, config))
     except ValueError as error:
         raise InputError(
-            f"this {model.config.text_config.model_type} model takes no adapters ({one_line(error)}): set "
-            "use_lora=False"
+            f"this {model.config.text_config.model_type} model does not support adapters "
+            f"({one_line(error)}): set use_lora=False"
         ) from error
     freeze_halting(adapted)
     return adapted
 
 
 def _token_modules(model: TRMForCausalLM) -> list[str]:
-    """Names of the embeddings and of an output head with weights of its own; peft sees to one without."""
+    """Names of the embeddings and of an untied output head; peft itself handles a tied head."""
     embeddings: Any = model.get_input_embeddings()
     wanted = [embeddings]
     if model.lm_head.weight is not embeddings.weight:
@@ -126,7 +128,7 @@ def _token_modules(model: TRMForCausalLM) -> list[str]:
 
 
 def freeze_halting(model: Any) -> None:
-    """Freeze a halting head that nothing trains, which peft does not know of."""
+    """Freeze an untrained halting head, since peft would train it with the reasoner."""
     if not model.config.trains_halting:
         for name, parameter in model.named_parameters():
             if "halt_head" in name:
@@ -134,7 +136,7 @@ def freeze_halting(model: Any) -> None:
 
 
 def train_reasoner(model: PreTrainedModel) -> None:
-    """Let gradients reach the reasoner, but for a halting head that nothing trains."""
+    """Enable gradients for the reasoner, except an untrained halting head."""
     for name, parameter in model.named_parameters():
         if ".reasoner." in f".{name}":
             parameter.requires_grad_(True)

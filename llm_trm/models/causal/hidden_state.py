@@ -1,4 +1,4 @@
-"""``HiddenStateTRM``: a recursion over M latents at the full width of a language model's states."""
+"""``HiddenStateTRM``: a recursion over M latents of the full width of a language model's states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llm_trm.choices import Halting
 from llm_trm.errors import InputError
-from llm_trm.models.causal.recurring import Recurred, recur
+from llm_trm.models.causal.recurring import RecurResult, recur
 from llm_trm.models.compression import LatentAttentionCompressor
 from llm_trm.ranges import DEPTH, NO_OR_DEPTH, require_in
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork
@@ -15,22 +15,23 @@ from trm_kernels.config import FLOAT32_EPS
 
 
 class HiddenStateTRM(RecursionMixin, nn.Module):
-    """Gathers states [B, L, D] in M latents and refines these by recursion.
+    """Compresses states [B, L, D] to M latents and refines them by recursion.
 
-    The arguments are those of the class of this name in anonx3247/llm-trm. What differs: states are valid or
-    padding; each sample halts for itself; and every call of the network is followed by a norm. Without it
-    the states grow by a factor of about 8 a recursion, so that after the 24 of the defaults the share of the
-    latents in the answer, and with it the gradient of the compressor, is rounded away.
+    The arguments are those of the class with this name in anonx3247/llm-trm. There are three differences:
+    a mask separates valid states from padding, each sample halts on its own, and a norm follows every call
+    of the network. Without the norm the states grow by a factor of about 8 per recursion. After the default
+    24 recursions, the latents' contribution to the answer, and with it the compressor's gradient, would be
+    lost to rounding.
 
     Args:
         hidden_size: Width D.
-        num_latents: M.
-        n_layers, n_heads: Blocks of the network, and attention heads of a block.
-        compression_heads: Attention heads of the compressor.
-        n_latent_steps: Latent steps n of a recursion.
-        n_deep_recursions: Recursions T of a supervision step.
-        n_supervision_steps: Supervision steps at most.
-        dropout: Probability of dropping an attention weight in training.
+        num_latents: Number of latents M.
+        n_layers, n_heads: Number of blocks of the network, and of attention heads per block.
+        compression_heads: Number of attention heads of the compressor.
+        n_latent_steps: Latent steps n per recursion.
+        n_deep_recursions: Recursions T per supervision step.
+        n_supervision_steps: Maximum number of supervision steps.
+        dropout: Dropout probability of attention weights in training.
         halting: As for :meth:`~llm_trm.models.sequence_trm.SequenceTRM.reason`.
         backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
     """
@@ -66,12 +67,15 @@ class HiddenStateTRM(RecursionMixin, nn.Module):
         """Halting logits [B] of y [B, M, D]; a sample may stop where its logit is positive."""
         return self.halt_head(y.mean(dim=1)).squeeze(-1)
 
-    def reason(self, states: Tensor, mask: Tensor | None = None) -> Recurred:
-        """Refine the latents of ``states`` [B, L, D], valid where ``mask`` [B, L] is 1: y is [B, M, D]."""
+    def reason(self, states: Tensor, mask: Tensor | None = None) -> RecurResult:
+        """Refine the latents of ``states`` [B, L, D], which are valid where ``mask`` [B, L] is 1.
+
+        The result's ``y`` is [B, M, D].
+        """
         return self.refine(self.compressor(states, mask))
 
-    def refine(self, latents: Tensor) -> Recurred:
-        """The supervision steps of :meth:`reason`, from what the compressor made: latents [B, M, D]."""
+    def refine(self, latents: Tensor) -> RecurResult:
+        """Run the supervision steps of :meth:`reason` on the compressor's latents [B, M, D]."""
         return recur(self, latents, max_steps=self.n_supervision_steps, halting=self.halting)
 
     def forward(
@@ -80,24 +84,25 @@ class HiddenStateTRM(RecursionMixin, nn.Module):
         attention_mask: Tensor | None = None,
         return_all_steps: bool = False,
     ) -> Tensor | list[Tensor]:
-        """The states with their first M positions dropped and the M latents appended.
+        """Drop the first M positions of the states and append the M latents.
 
         Args:
             hidden_states: [B, L, D].
             attention_mask: 1 at valid positions [B, L].
-            return_all_steps: Whether to return the result of every supervision step, none left out by
-                halting; each has a gradient of its own.
+            return_all_steps: Return the result of every supervision step, without halting. Each result has
+                its own gradient.
 
         Returns:
-            [B, L, D], or a list of these.
+            [B, L, D], or a list of such tensors.
 
         Raises:
-            InputError: L is not above M.
+            InputError: L is not greater than M.
         """
         length = hidden_states.shape[1]
         if length <= self.num_latents:
             raise InputError(
-                f"{length} positions cannot give up {self.num_latents} for as many latents: lower num_latents"
+                f"{length} positions are too few to replace {self.num_latents} with latents: "
+                "lower num_latents"
             )
         kept = hidden_states[:, self.num_latents :]
         if not return_all_steps:
@@ -112,7 +117,7 @@ class HiddenStateTRM(RecursionMixin, nn.Module):
 
 
 def cautious_head(width: int) -> nn.Linear:
-    """A halting head that stops nobody before it has learned when to: its probability starts at 0.7%."""
+    """A halting head that stops no sample until it is trained: its initial probability is 0.7%."""
     head = nn.Linear(width, 1)
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, -5.0)

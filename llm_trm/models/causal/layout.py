@@ -1,4 +1,4 @@
-"""Where the tokens of a batch go when soft tokens stand behind every ``<think>``."""
+"""Lays out a batch in columns, with soft tokens after every ``<think>``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns that a batch of n tokens becomes: segments, with K columns of soft tokens between them.
+    """The columns of a batch of n tokens: segments, separated by K columns of soft tokens.
 
-    A segment ends at a ``<think>`` of the samples that have one there. Samples that have none left fill the
-    columns that the others need, so that soft tokens cost them no more than K empty columns.
+    A segment ends at ``<think>`` for the samples that have another one. The other samples continue in the
+    columns that these need, so soft tokens cost them at most K empty columns.
 
     Attributes:
         segments: Indices into the n tokens, -1 where a sample has none, [B, w] each, on the CPU.
-        thinking: For each segment but the last, which samples end it with ``<think>``, bool [B].
-        outputs: The column that each token's output is read at, [B, n]: its own, or behind ``<think>`` that
-            of the last soft token; -1 at padding.
+        thinking: For each segment except the last, which samples end it with ``<think>``, bool [B].
+        outputs: The column of each token's output, [B, n]: the token's own column, or for ``<think>`` the
+            column of its last soft token; -1 at padding.
     """
 
     segments: list[Tensor]
@@ -34,20 +34,20 @@ class Layout:
 
 
 def plain_layout(valid: Tensor) -> Layout:
-    """That of tokens without a ``<think>``: the columns are the tokens, padding included."""
+    """The layout of tokens without ``<think>``: one column per token, padding included."""
     columns = torch.arange(valid.shape[1]).expand(valid.shape)
     columns = columns.masked_fill(~valid, -1)
     return Layout([columns], [], columns)
 
 
 def lay_out(valid: Tensor, think: Tensor, soft_tokens: int, thoughts: int = 0) -> Layout:
-    """Place a batch.
+    """Lay out a batch.
 
     Args:
-        valid: Which of the n tokens are no padding, bool [B, n], on the CPU.
-        think: Which are ``<think>``, bool [B, n].
-        soft_tokens: K.
-        thoughts: Rounds of soft tokens at least, even where no sample has that many ``<think>``.
+        valid: Which of the n tokens are not padding, bool [B, n], on the CPU.
+        think: Which tokens are ``<think>``, bool [B, n].
+        soft_tokens: Number of soft tokens K.
+        thoughts: Minimum number of rounds of soft tokens, even if no sample has that many ``<think>``.
     """
     rows = [row.nonzero().squeeze(1) for row in valid]
     ends = [(flags[row].nonzero().squeeze(1) + 1).tolist() for row, flags in zip(rows, think, strict=True)]
@@ -65,7 +65,7 @@ def lay_out(valid: Tensor, think: Tensor, soft_tokens: int, thoughts: int = 0) -
             for row, of_row, start in zip(rows, ends, placed, strict=True)
         ]
         pacing = [width for width, ending in zip(wanted, here.tolist(), strict=True) if ending] or wanted
-        # A pass needs a column even where there is nothing but padding.
+        # A pass needs at least one column, even if all are padding.
         width = max(*pacing, 1 if index == 0 else 0, 0)
         segment = torch.full((len(rows), width), -1)
         for number, (row, count) in enumerate(zip(rows, wanted, strict=True)):

@@ -1,4 +1,4 @@
-"""Saves and loads language models with a recursion: whole, or as adapters beside the name of their base."""
+"""Saves and loads language models with a recursion: complete, or as adapters with the name of their base."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from llm_trm.models.hub_code import require_own_kernels
 from llm_trm.models.loading import language_model_source, pretrained
 from llm_trm.ranges import ADAPTER_RANK, SHARE_BELOW_ONE, WEIGHT, Range, Whole, require_in, shown
 
-#: Beside adapters, and nothing else.
+#: Only folders of adapters have this file.
 ADAPTERS_FILE = "adapter_config.json"
 _ADAPTERS: dict[str, Range] = {"r": ADAPTER_RANK, "lora_alpha": WEIGHT, "lora_dropout": SHARE_BELOW_ONE}
-#: The same of single layers, by their names.
+#: The same settings for single layers, by layer name.
 _PATTERNS: dict[str, Range] = {"rank_pattern": ADAPTER_RANK, "alpha_pattern": WEIGHT}
 _CONFIG_FILE = "config.json"
 _REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wrote"
@@ -33,15 +33,15 @@ _REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wro
 
 @dataclass(frozen=True)
 class LatentModel:
-    """A language model that recurs at ``<think>``, and how it was trained to be asked.
+    """A language model that recurs at ``<think>``, and the prompt form it was trained with.
 
     Attributes:
-        name: What it was loaded by.
+        name: The name it was loaded by.
         model: A ``TRMForCausalLM``, or a ``PeftModel`` around one; in eval mode.
-        tokenizer: Pads on the left.
-        base: Name or folder of the language model that was wrapped; None if nobody said.
-        prompt_form: How questions were put in training.
-        facts: What else was written beside it: settings, measured figures.
+        tokenizer: The tokenizer, which pads on the left.
+        base: Name or folder of the wrapped language model; None if unknown.
+        prompt_form: Prompt form of the training.
+        facts: Other saved metadata: settings and metrics.
     """
 
     name: str
@@ -53,17 +53,17 @@ class LatentModel:
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the base is inside, behind adapters that can be turned off."""
+        """Whether the model has adapters that can be turned off to get the base."""
         return hasattr(self.model, "disable_adapter")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> None:
-        """Upload the model, its card and its tokenizer; ``options`` as for transformers' ``push_to_hub``."""
+        """Upload the model, its card and its tokenizer with transformers' ``push_to_hub(**options)``."""
         self.model.push_to_hub(repo_id, **options)
         self.tokenizer.push_to_hub(repo_id, **options)
 
     @property
     def config(self) -> TRMConfig:
-        """Of the model."""
+        """The model's configuration."""
         config: TRMConfig = self.model.config
         return config
 
@@ -79,23 +79,23 @@ def save_latent_model(
     state_dict: dict[str, Any] | None = None,
     **facts: Any,
 ) -> None:
-    """Write a model for :func:`load_latent_model`.
+    """Save a model for :func:`load_latent_model`.
 
     Args:
-        model: A ``TRMForCausalLM``, which is written whole, or a ``PeftModel`` around one, of which the
-            adapters and the reasoner are.
-        tokenizer: Written beside it.
-        folder: Is made if it is missing.
-        base: Name or folder of the language model that was wrapped. Adapters cannot be loaded without.
-        prompt_form: How questions were put in training.
-        merge: Fold the adapters into the weights, and write all of them. ``model`` is left without adapters.
-        state_dict: Weights gathered from the processes of a run that shards them; by default the model's own.
-        **facts: JSON values that are kept beside the weights.
+        model: A ``TRMForCausalLM``, which is saved completely, or a ``PeftModel`` around one, of which the
+            adapters and the reasoner are saved.
+        tokenizer: The tokenizer to save with the model.
+        folder: Output folder, created if missing.
+        base: Name or folder of the wrapped language model. Loading adapters needs it.
+        prompt_form: Prompt form of the training.
+        merge: Merge the adapters into the weights, and save all weights. ``model`` loses its adapters.
+        state_dict: Weights gathered from the processes of a sharded run; by default the model's own.
+        **facts: JSON values to save with the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if merge and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    # Weights that come from elsewhere are not those that anybody has measured here.
+    # The evaluation belongs to the model's own weights, not to a given state_dict.
     measured = about(model).evaluation if state_dict is None else None
     inner(model).about = About(
         base, prompt_form, facts, measured, prompts_fingerprint(tokenizer, prompt_form)
@@ -106,9 +106,9 @@ def save_latent_model(
 
 
 def clear_model(folder: Path) -> None:
-    """Remove what :func:`save_latent_model` wrote, whole or adapters; whatever else lies there stays.
+    """Remove the files that :func:`save_latent_model` wrote, and keep all others.
 
-    Adapters of an older model would be loaded in place of a whole one that is written beside them.
+    Otherwise the adapters of an older model would be loaded instead of a complete model saved there later.
     """
     patterns = (FACTS_FILE, EVALUATION_FILE, ADAPTERS_FILE, "adapter_model.safetensors")
     for pattern in (*patterns, _CONFIG_FILE, "model.safetensors*", "model-*.safetensors"):
@@ -124,17 +124,17 @@ def load_latent_model(
     trainable: bool = False,
     trust_remote_code: bool = False,
 ) -> LatentModel:
-    """Load what :func:`save_latent_model` wrote, here or on the hub.
+    """Load a model that :func:`save_latent_model` wrote, from a folder or the hub.
 
     Args:
-        name: A folder, or a name on the hub.
-        device: Where the model goes.
-        dtype: Of its weights; by default bfloat16 on CUDA and float32 elsewhere.
-        trainable: Whether the reasoner, and nothing else, is to be trained further.
-        trust_remote_code: Run the Python files that its base or its tokenizer brings, if it needs them.
+        name: A folder, or the name of a model on the hub.
+        device: Device to load the model onto.
+        dtype: Dtype of the weights; by default bfloat16 on CUDA and float32 elsewhere.
+        trainable: Enable gradients for the reasoner, and only for it.
+        trust_remote_code: Allow the Python files of the base or the tokenizer to run if they are needed.
 
     Raises:
-        InputError: No such model, a model without a recursion, or adapters whose base cannot be found.
+        InputError: The model does not exist, has no recursion, or has adapters whose base cannot be found.
     """
     source = _snapshot(str(name))
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
@@ -161,23 +161,23 @@ def load_latent_model(
     if trainable:
         _train_reasoner(model)
     base, facts = known.get("base"), known.get("facts", {})
-    # Figures of a model that is about to be trained are out of date.
+    # Training will make the evaluation out of date.
     measured = None if trainable else read_evaluation(source)
     inner(model).about = About(base, form, facts, measured, known.get("prompts"))
     return LatentModel(str(name), model.eval(), tokenizer, base, form, facts)
 
 
 def _form(name: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> PromptForm:
-    """How questions were put in training; InputError if they no longer can be, or become other tokens."""
+    """The training's prompt form. Raises InputError if the tokenizer no longer produces the same prompts."""
     try:
         form = prompt_form(tokenizer, known.get("prompt_form"))
-        fault = "they would have other tokens"
+        fault = "their tokens would differ"
         same = known.get("prompts") in (None, prompts_fingerprint(tokenizer, form))
     except InputError as error:
         same, fault = False, one_line(error)
     if not same:
         raise InputError(
-            f"{name} was trained on prompts that its tokenizer no longer makes ({fault}): bring back the "
+            f"{name} was trained on prompts that its tokenizer no longer produces ({fault}): restore the "
             "tokenizer's files, or train again"
         )
     return form
@@ -197,12 +197,12 @@ def _with_adapters(
     from llm_trm.models.causal.adapters import quietly, with_card
 
     if not known.get("base") or not known.get("settings"):
-        raise InputError(f"{folder} holds adapters, and no {FACTS_FILE} that names their base: {_REMEDY}")
+        raise InputError(f"{folder} contains adapters, but no {FACTS_FILE} that names their base: {_REMEDY}")
     adapters = read_json(folder / ADAPTERS_FILE, _REMEDY)
     if adapters.get("megatron_config"):
-        # peft imports whatever module megatron_core names beside it.
+        # peft imports any module that megatron_core names.
         raise InputError(
-            f"{folder / ADAPTERS_FILE} describes adapters of Megatron, which are not loaded: {_REMEDY}"
+            f"{folder / ADAPTERS_FILE} describes Megatron adapters, which are not supported: {_REMEDY}"
         )
     base = known["base"]
     for setting, within in _ADAPTERS.items():
@@ -229,19 +229,19 @@ def _with_adapters(
             return with_card(PeftModel.from_pretrained(model, folder))
     except RuntimeError as error:
         raise InputError(
-            f"{folder} does not fit the language model {base}: it was trained on another one"
+            f"{folder} does not fit the language model {base}: it was trained on a different one"
         ) from error
 
 
 def _require_pattern(within: Range, setting: str, values: Any, where: str) -> None:
     if values is not None and not isinstance(values, dict):
-        raise InputError(f"{where}{setting} must be a mapping of names of layers, not {shown(values)}")
+        raise InputError(f"{where}{setting} must be a mapping from layer names, not {shown(values)}")
     for layer, value in (values or {}).items():
         require_in(within, f"{setting}[{layer!r}]", value, InputError, where)
 
 
 def _require_tags(settings: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise InputError, led by ``where``, unless the ids of ``<think>`` and ``</think>`` are tokens."""
+    """Raise InputError, starting with ``where``, unless ``<think>`` and ``</think>`` have valid ids."""
     within = Whole(0, len(tokenizer) - 1, "the tokenizer has no more")
     for name in ("think_token_id", "end_think_token_id"):
         if isinstance(settings, dict) and settings.get(name) is not None:
@@ -249,7 +249,7 @@ def _require_tags(settings: Any, tokenizer: PreTrainedTokenizerBase, where: str)
 
 
 def _train_reasoner(model: Any) -> None:
-    """Let gradients reach the reasoner: with adapters, the copy of it that peft trains and saves."""
+    """Enable gradients for the reasoner; with adapters, for the copy that peft trains and saves."""
     copies = any("modules_to_save" in name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         untrained = "halt_head" in name and not model.config.trains_halting
@@ -259,16 +259,14 @@ def _train_reasoner(model: Any) -> None:
 
 
 def _snapshot(name: str) -> Path:
-    """The folder that ``name`` is, or that its files on the hub are copied to."""
+    """The folder ``name``, or the local snapshot of the hub model ``name``."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise InputError(f"{name} is no folder: {_REMEDY}")
+        raise InputError(f"{name} is not a folder: {_REMEDY}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name))
     except Exception as error:
-        raise InputError(
-            f"{name} is neither a folder nor a model that the hub gives out: {_REMEDY}"
-        ) from error
+        raise InputError(f"{name} is neither a folder nor a model available on the hub: {_REMEDY}") from error

@@ -12,7 +12,7 @@ from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTra
 from llm_trm.data.reasoning import IGNORED
 from llm_trm.errors import InputError, one_line
 from llm_trm.models.causal.cache import Past, TRMCache, trm_cache
-from llm_trm.models.causal.card import Carded
+from llm_trm.models.causal.card import CardMixin
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.halting import halting_loss
 from llm_trm.models.causal.layout import Layout, lay_out, plain_layout
@@ -21,21 +21,21 @@ from llm_trm.models.causal.passes import Passes, reads_in_portions
 from llm_trm.models.causal.reasoners import build_reasoner
 from llm_trm.upstream import cache_name, cache_of, either_cache
 
-#: Columns that the decoder reads at once where no gradient is recorded. A pass over c of them, C columns in,
-#: takes memory for a mask of c x C and for c rows of the widest layer: at 65,536 columns and SmolLM3's width
-#: of 11,008 in bfloat16, 0.2 GB and 0.07 GB, against 4.8 GB of keys and values.
+#: Columns that the decoder reads per pass when gradients are disabled. A pass over c columns that ends at
+#: column C needs memory for a c x C mask and c rows of the widest layer. With 65,536 columns and SmolLM3's
+#: width of 11,008 in bfloat16, that is 0.2 GB and 0.07 GB, compared to 4.8 GB of keys and values.
 PREFILL_CHUNK = 1024
 
 
 class TRMPreTrainedModel(PreTrainedModel):
-    """What the backbone and the language model share."""
+    """Base class of the backbone and the language model."""
 
     config: TRMConfig
     config_class = TRMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    # Soft tokens cannot be taken back, which is what transformers calls stateful: no assisted generation.
+    # Soft tokens cannot be undone, so the model is stateful in transformers' terms: no assisted generation.
     _is_stateful = True
 
     @classmethod
@@ -45,7 +45,7 @@ class TRMPreTrainedModel(PreTrainedModel):
         """See :meth:`PreTrainedModel.from_pretrained`.
 
         Raises:
-            InputError: Weights are missing, or have another shape than the configuration says.
+            InputError: Weights are missing, or do not have the shapes of the configuration.
         """
         try:
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
@@ -53,30 +53,30 @@ class TRMPreTrainedModel(PreTrainedModel):
             if "mismatched" not in str(error) and "size" not in str(error):
                 raise
             raise InputError(
-                f"{name}: its weights have other shapes than its configuration, or the sizes asked for, say "
+                f"{name}: the shapes of its weights do not match its configuration or the requested sizes "
                 f"({one_line(error, 80)}): train again for these sizes"
             ) from error
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
-            raise InputError(f"{name} lacks {len(missing)} weights of this model, among them {missing[0]}")
+            raise InputError(f"{name} lacks {len(missing)} weights of this model, including {missing[0]}")
         return (model, info) if output_loading_info else model
 
 
 class TRMModel(TRMPreTrainedModel):
-    """The backbone: a decoder, and a reasoner that adds soft tokens behind every ``<think>``.
+    """The backbone: a decoder, and a reasoner that adds soft tokens after every ``<think>``.
 
-    The reasoner reads the final-norm states of all positions before a ``<think>`` that its window holds, soft
-    tokens of earlier ones included. Positions count tokens and soft tokens, padding excluded. The output has
-    the length of ``input_ids``: the state at ``<think>`` is that of its last soft token.
+    The reasoner reads the final-norm states of all positions in its window before a ``<think>``, including
+    earlier soft tokens. Positions count tokens and soft tokens, but not padding. The output has the length
+    of ``input_ids``: the state at ``<think>`` is the state of its last soft token.
 
     Args:
-        config: What to build.
+        config: Configuration of the model.
         decoder: The decoder to wrap; a new one by default.
 
     Attributes:
-        prefill_chunk: Without gradients, tokens are read at most so many at a time, and what is kept of them
-            is keys, values and final-norm states; None to read all at once. Weights that are shared out among
-            processes, and rotary frequencies that change with the length, are read at once too.
+        prefill_chunk: Maximum number of tokens to read per pass when gradients are disabled. Only keys,
+            values and final-norm states are kept. None reads all tokens in one pass, as do models with
+            sharded weights or with rotary frequencies that depend on the length.
     """
 
     def __init__(self, config: TRMConfig, decoder: PreTrainedModel | None = None) -> None:
@@ -93,11 +93,11 @@ class TRMModel(TRMPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's."""
+        """The decoder's input embeddings."""
         return self.decoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the decoder's."""
+        """Replace the decoder's input embeddings."""
         self.decoder.set_input_embeddings(value)
 
     def forward(
@@ -115,23 +115,24 @@ class TRMModel(TRMPreTrainedModel):
     ) -> TRMModelOutput:
         """Read tokens, and think at every ``<think>``.
 
-        With a cache, everything is read once. Without one, which is the default where gradients are recorded,
-        the decoder reads it again after each round of thoughts: gradient checkpointing drops caches.
+        With a cache, the decoder reads every token once. Without one, which is the default when gradients
+        are enabled, it reads all of them again after each round of thoughts, because gradient checkpointing
+        drops caches.
 
         Args:
-            input_ids: [B, L]; with a cache the new tokens only.
-            attention_mask: 1 at tokens, 0 at padding on either side, of all tokens seen so far [B, past + L].
-            position_ids: With the recursion, none but those that count the tokens of ``attention_mask``.
+            input_ids: [B, L]; with a cache, only the new tokens.
+            attention_mask: 1 at tokens and 0 at padding on either side, for all tokens so far [B, past + L].
+            position_ids: With the recursion, these must equal the token counts of ``attention_mask``.
             cache: The cache that an earlier call returned, or an empty one.
-            inputs_embeds: Without the recursion only, which looks for ``<think>`` among ids.
+            inputs_embeds: Only without the recursion, which needs ids to find ``<think>``.
             use_cache: Whether to return a cache.
-            use_trm: False for the decoder alone.
-            keep: The positions whose ``last_hidden_state`` to return; all by default.
-            past_key_values: ``cache`` by its name before transformers 5.24.
-            **kwargs: For the decoder.
+            use_trm: False to run the decoder alone.
+            keep: Positions whose ``last_hidden_state`` to return; all by default.
+            past_key_values: ``cache`` under its name before transformers 5.24.
+            **kwargs: Passed to the decoder.
 
         Raises:
-            InputError: Input that the recursion cannot work on.
+            InputError: The recursion does not support the input.
         """
         given = either_cache(cache, past_key_values)
         if not use_trm:
@@ -151,21 +152,19 @@ class TRMModel(TRMPreTrainedModel):
             return TRMModelOutput(**output)
         kwargs.pop("return_dict", None)
         if input_ids is None or inputs_embeds is not None:
-            raise InputError("the recursion needs input_ids, to find <think>: embeddings need use_trm=False")
+            raise InputError("the recursion needs input_ids to find <think>: embeddings need use_trm=False")
         if self.config.think_token_id is None:
-            raise InputError("this model knows no <think> token: call add_think_tokens(tokenizer, model)")
+            raise InputError("this model has no <think> token: call add_think_tokens(tokenizer, model)")
         if kwargs.get("output_attentions"):
-            raise InputError(
-                "attentions have no place for soft tokens: output_attentions needs use_trm=False"
-            )
+            raise InputError("attentions cannot represent soft tokens: output_attentions needs use_trm=False")
         cache = None if given is None else trm_cache(given)
         valid = self._valid(input_ids, attention_mask, cache)
         think = (input_ids == self.config.think_token_id) & valid
         first = cache is None or cache.past is None
-        # Two reads from the device: what is to be done depends on them.
+        # One copy from the device for both masks, because the layout depends on them.
         host_valid, host_think = torch.stack((valid, think)).cpu()
         if first:
-            self._refuse_tokens(host_valid, position_ids)
+            self._check_tokens(host_valid, position_ids)
         layout = (
             lay_out(host_valid, host_think, self.config.tokens_per_thought, self._rounds(host_think, first))
             if host_think.any() or (first and self.training)
@@ -192,14 +191,14 @@ class TRMModel(TRMPreTrainedModel):
         )
 
     def _chunk(self, layout: Layout) -> int | None:
-        """Columns to read at once; None if each segment is to be read in one pass."""
+        """Number of columns per pass; None to read each segment in one pass."""
         longest = max(segment.shape[1] for segment in layout.segments)
         if self.prefill_chunk is None or longest <= self.prefill_chunk or torch.is_grad_enabled():
             return None
         return None if self._drops_cache() or not reads_in_portions(self.decoder) else self.prefill_chunk
 
     def _read(self, passes: Passes, layout: Layout, input_ids: Tensor, chunk: int | None) -> dict[str, Any]:
-        """Run all passes; returns what is known of the thoughts."""
+        """Run all passes; return the outputs of the recursions."""
         device = input_ids.device
         soft: tuple[Tensor, Tensor] | None = None
         facts: dict[str, list[Tensor]] = {"trm_steps": [], "halt_logits": [], "lost": []}
@@ -217,7 +216,7 @@ class TRMModel(TRMPreTrainedModel):
     def _portions(
         self, input_ids: Tensor, segment: Tensor, soft: tuple[Tensor, Tensor] | None, chunk: int | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Embeddings [B, c, E] of soft tokens and of a segment, and where they are valid, [B, c]."""
+        """Yield embeddings [B, c, E] of the soft tokens and the segment, and which are valid, [B, c]."""
         for portion in segment.split(chunk or max(segment.shape[1], 1), dim=1):
             valid = portion >= 0
             embeddings = self.get_input_embeddings()(input_ids.gather(1, portion.clamp(min=0)))
@@ -228,9 +227,9 @@ class TRMModel(TRMPreTrainedModel):
             yield embeddings, valid
 
     def _think(self, past: Past, thinking: Tensor, facts: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Soft tokens [B, K, E] of the samples whose last token is ``<think>``, and where they are valid."""
+        """Soft tokens [B, K, E] of the samples whose last token is ``<think>``, and which are valid."""
         device = past.valid.device
-        # Without any, another process has some: the same passes run here, on nothing.
+        # If no sample thinks, another process has some that do: run the same passes here on a dummy row.
         anyone = bool(thinking.any())
         rows = (thinking.nonzero().squeeze(1) if anyone else torch.tensor([0])).to(device)
         thinking = thinking.to(device)
@@ -267,7 +266,7 @@ class TRMModel(TRMPreTrainedModel):
         shortest = int(torch.where(thinking, length, count + 1).min())
         if shortest <= count:
             raise InputError(
-                f"{shortest} positions before <think> cannot give up {count} for as many soft tokens: use "
+                f"{shortest} positions before <think> are too few to replace {count} with soft tokens: use "
                 "window='slide', or fewer soft tokens"
             )
         past.dropped = torch.where(thinking, oldest + count, past.dropped)
@@ -285,7 +284,7 @@ class TRMModel(TRMPreTrainedModel):
             )
         return attention_mask[:, seen:] != 0
 
-    def _refuse_tokens(self, valid: Tensor, position_ids: Tensor | None) -> None:
+    def _check_tokens(self, valid: Tensor, position_ids: Tensor | None) -> None:
         longest, context = int(valid.sum(1).max()), self.config.context
         if context is not None and longest > context:
             raise InputError(
@@ -296,19 +295,19 @@ class TRMModel(TRMPreTrainedModel):
         counted = valid.long().cumsum(1) - 1
         if not torch.equal(position_ids.cpu().expand_as(counted)[valid], counted[valid]):
             raise InputError(
-                "the recursion numbers positions itself: leave position_ids out, or set use_trm=False "
+                "the recursion computes positions itself: omit position_ids, or set use_trm=False "
                 "(samples packed into one row cannot think)"
             )
 
     def _rounds(self, think: Tensor, first: bool) -> int:
-        """Rounds that every process of a training run needs, so that all issue the same collectives."""
+        """Number of rounds in every process of a training run, so that all issue the same collectives."""
         rounds = int(think.sum(1).max())
         distributed = torch.distributed
         if not (first and self.training and distributed.is_available() and distributed.is_initialized()):
             return rounds
         if distributed.get_world_size() == 1:
             return rounds
-        # At least one, because DDP waits for the gradient of every parameter.
+        # At least one round, because DDP waits for the gradient of every parameter.
         agreed = torch.tensor(max(rounds, 1), device=self.device)
         distributed.all_reduce(agreed, op=distributed.ReduceOp.MAX)
         return int(agreed)
@@ -316,7 +315,7 @@ class TRMModel(TRMPreTrainedModel):
     def _cache(
         self, given: TRMCache | None, wanted: bool | None, several: bool
     ) -> tuple[TRMCache | None, bool]:
-        """The cache to read with, for ``several`` passes or one, and whether to return it."""
+        """The cache to use for one pass or ``several``, and whether to return it."""
         dropped = self._drops_cache()
         if given is None and wanted is None:
             wanted = not self.training and not torch.is_grad_enabled()
@@ -339,11 +338,11 @@ class TRMModel(TRMPreTrainedModel):
         )
 
 
-class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
-    """A language model that recurs at ``<think>``, wherever it stands or is generated.
+class TRMForCausalLM(CardMixin, TRMPreTrainedModel, GenerationMixin):
+    """A language model that recurs at every ``<think>``, whether in the prompt or generated.
 
     Args:
-        config: What to build.
+        config: Configuration of the model.
         language_model: The language model whose decoder and output head to use; new ones by default.
     """
 
@@ -364,28 +363,28 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's."""
+        """The decoder's input embeddings."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the decoder's."""
+        """Replace the decoder's input embeddings."""
         self.model.set_input_embeddings(value)
 
     @classmethod
     def wrap(cls, language_model: PreTrainedModel, **settings: Any) -> TRMForCausalLM:
-        """Give a language model a reasoner; its weights are shared, not copied.
+        """Add a reasoner to a language model. Its weights are shared, not copied.
 
         Args:
-            language_model: As ``AutoModelForCausalLM`` loads it.
-            **settings: For :class:`TRMConfig`.
+            language_model: A model loaded by ``AutoModelForCausalLM``.
+            **settings: Arguments of :class:`TRMConfig`.
 
         Raises:
-            InputError: A model that cannot be wrapped.
+            InputError: The model cannot be wrapped.
         """
         config = TRMConfig(language_model.config, **settings)
         _require_plain_head(language_model)
         model = cls(config, language_model)
-        # Not the whole model, which may lie on several devices.
+        # Move only the reasoner, because the model may span several devices.
         model.model.reasoner.to(model.get_input_embeddings().weight.device, language_model.dtype)
         model.generation_config = language_model.generation_config
         return model.train(language_model.training)
@@ -406,13 +405,15 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> TRMCausalLMOutput | tuple[Any, ...]:
-        """Logits, and the loss of ``labels``; see :meth:`TRMModel.forward` for the other arguments.
+        """Compute logits, and the loss if there are ``labels``.
+
+        See :meth:`TRMModel.forward` for the other arguments.
 
         Args:
-            labels: [B, L], -100 where there is none; shifted here, so that the logits at a position are for
-                the label behind it. What follows ``<think>`` is thus predicted from its last soft token.
-            logits_to_keep: How many of the last positions get logits, 0 for all, or which.
-            num_items_in_batch: By what the sum of the loss is divided, instead of the number of labels here.
+            labels: [B, L], -100 for no label. They are shifted here: the logits at a position predict the
+                label after it, so the token after ``<think>`` is predicted from the last soft token.
+            logits_to_keep: Number of last positions to compute logits for (0 for all), or their indices.
+            num_items_in_batch: Divisor of the summed loss, instead of the number of labels in this batch.
         """
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         given = either_cache(cache, past_key_values)
@@ -440,7 +441,7 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         if labels is not None:
             if logits.shape[:2] != labels.shape:
                 raise InputError(
-                    f"labels {list(labels.shape)} need as many logits, not {list(logits.shape[:2])}: leave "
+                    f"labels {list(labels.shape)} do not match the logits {list(logits.shape[:2])}: leave "
                     "logits_to_keep at 0"
                 )
             loss = self.loss_function(
@@ -473,7 +474,7 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
         result["halting_loss"] = halting_loss(halting, think, logits, labels)
         share: Tensor | float = 1.0
         if num_items_in_batch is not None:
-            # What this batch has of the items, so that accumulated batches add up to a mean.
+            # This batch's fraction of the items, so that accumulated batches add up to a mean.
             share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
         return config.halting_loss_weight * share * result["halting_loss"]
 
@@ -491,45 +492,45 @@ class TRMForCausalLM(Carded, TRMPreTrainedModel, GenerationMixin):
     def generate(
         self, *args: Any, cache: Cache | None = None, past_key_values: Cache | None = None, **kwargs: Any
     ) -> Any:
-        """See :meth:`GenerationMixin.generate`; a cache is taken by either of its names."""
+        """See :meth:`GenerationMixin.generate`. The cache can be passed under either of its names."""
         given = either_cache(cache, past_key_values)
         if given is not None:
             kwargs[cache_name()] = given
         return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses; ``generate_batch`` comes here, too.
+        """Reject continuous batching; ``generate_batch`` calls this as well.
 
         Raises:
             InputError: Always.
         """
         raise InputError(
-            "continuous batching (generate_batch) has no room for soft tokens in its paged cache: use "
-            "generate, which takes padded batches"
+            "the paged cache of continuous batching (generate_batch) does not support soft tokens: use "
+            "generate, which accepts padded batches"
         )
 
 
 def _new_decoder(config: Any) -> Any:
-    # Not left open: transformers would ask on standard input whether code that the settings name may run.
+    # Explicit, because transformers would otherwise prompt on standard input before running remote code.
     return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _keep(model: nn.Module) -> None:
-    """Keep transformers from initialising weights again that have been, or were loaded."""
+    """Keep transformers from initialising weights again that are already initialised or loaded."""
     for module in model.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def _require_plain_head(language_model: PreTrainedModel) -> None:
-    """Raise InputError unless logits are the output embeddings' product with the backbone's states."""
+    """Raise InputError unless the logits are exactly the output head applied to the backbone's states."""
     head, kind = language_model.get_output_embeddings(), language_model.config.model_type
     if head is None or language_model.base_model is language_model:
-        raise InputError(f"a {kind} model has no output head of its own, and cannot be wrapped")
-    # Several, because the embedding of a padding token is zero, and so are its logits at any scale.
+        raise InputError(f"a {kind} model has no output head and cannot be wrapped")
+    # Several tokens, because the embedding of a padding token is zero, and so are its logits at any scale.
     tokens = torch.arange(min(4, head.out_features), device=language_model.device)[None]
     whole = language_model(input_ids=tokens, use_cache=False).logits
     if not torch.equal(head(language_model.base_model(input_ids=tokens, use_cache=False)[0]), whole):
         raise InputError(
-            f"this {kind} model scales or caps its logits behind the output head, and cannot be wrapped"
+            f"this {kind} model scales or caps its logits after the output head and cannot be wrapped"
         )

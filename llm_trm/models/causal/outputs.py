@@ -1,4 +1,4 @@
-"""What the models with a recursion return."""
+"""Outputs of the models with a recursion."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from llm_trm.upstream import cache_name
 
-#: The name of the cache that this transformers does not use, or no longer.
+#: The name of the cache that the installed transformers does not use.
 _OTHER_NAME = "past_key_values" if cache_name() == "cache" else "cache"
 
 
-def _served(key: Any) -> Any:
+def _current_name(key: Any) -> Any:
     return cache_name() if isinstance(key, str) and key == _OTHER_NAME else key
 
 
 class _CacheByBothNames:
-    """Answers to ``cache`` and ``past_key_values`` on every transformers, without a warning."""
+    """Supports both ``cache`` and ``past_key_values`` with every transformers version, without a warning."""
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(_served(key))  # type: ignore[misc]
+        return super().__getitem__(_current_name(key))  # type: ignore[misc]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(_served(key), value)  # type: ignore[misc]
+        super().__setitem__(_current_name(key), value)  # type: ignore[misc]
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(_served(key))  # type: ignore[misc]
+        return super().__contains__(_current_name(key))  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return super().get(_served(key), default)  # type: ignore[misc]
+        return super().get(_current_name(key), default)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(_served(name), value)
+        super().__setattr__(_current_name(name), value)
 
 
 setattr(_CacheByBothNames, _OTHER_NAME, property(lambda self: getattr(self, cache_name())))
@@ -42,13 +42,13 @@ setattr(_CacheByBothNames, _OTHER_NAME, property(lambda self: getattr(self, cach
 
 @dataclass
 class TRMModelOutput(_CacheByBothNames, BaseModelOutputWithPast):
-    """States of the length of ``input_ids``, and what is known of the recursions.
+    """States with the length of ``input_ids``, and the outputs of the recursions.
 
     Attributes:
-        trm_steps: Supervision steps of each ``<think>``, int32 [B, rounds]; 0 for samples that have fewer.
-            With its neighbours None where nobody thought.
+        trm_steps: Supervision steps of each ``<think>``, int32 [B, rounds]; 0 for samples with fewer
+            rounds. This and the attributes below are None if no sample has a ``<think>``.
         halt_logits: Halting logits at the last step, [B, rounds].
-        reconstruction_error: Mean over recursions of the share of the context that the compressor lost.
+        reconstruction_error: Fraction of the context that the compressor lost, averaged over recursions.
     """
 
     trm_steps: Tensor | None = None
@@ -58,10 +58,10 @@ class TRMModelOutput(_CacheByBothNames, BaseModelOutputWithPast):
 
 @dataclass
 class TRMCausalLMOutput(_CacheByBothNames, CausalLMOutputWithPast):
-    """Logits of the length of ``input_ids``; see :class:`TRMModelOutput` for the rest.
+    """Logits with the length of ``input_ids``; see :class:`TRMModelOutput` for the rest.
 
     Attributes:
-        halting_loss: Loss of the halting head, which ``loss`` holds with its weight.
+        halting_loss: Unweighted loss of the halting head; ``loss`` includes it with its weight.
     """
 
     trm_steps: Tensor | None = None

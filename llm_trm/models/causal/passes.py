@@ -1,4 +1,4 @@
-"""Passes of a decoder over columns that come in portions, with a cache or by reading all of them again."""
+"""Runs a decoder over portions of columns, with a cache or by reading all columns again."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from llm_trm.errors import InputError
 from llm_trm.models.causal.cache import Past
 from llm_trm.upstream import cache_name
 
-#: Rotary frequencies that change with the length, and would differ between the keys of one cache.
+#: Rotary frequencies that depend on the length, and so would differ between the keys of one cache.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Passes:
-    """Feeds a decoder one portion of columns after the other.
+    """Feeds a decoder portion by portion.
 
     Args:
         decoder: The wrapped backbone.
-        past: The columns it has seen, which grows.
-        cache: Keys and values of these; None to read them all again with every portion, as gradient
-            checkpointing needs: it drops a cache.
-        context: Positions that a column sees at most.
+        past: The columns that it has seen; updated in place.
+        cache: Keys and values of these columns; None to read all columns again with every portion, which
+            gradient checkpointing needs because it drops caches.
+        context: Maximum number of positions that a column sees.
         options: Further arguments of the decoder.
     """
 
@@ -47,11 +47,11 @@ class Passes:
         self._last_column = 0
 
     def read(self, portions: Iterable[tuple[Tensor, Tensor]], columns: int) -> None:
-        """Feed ``columns`` columns, a pass for each portion of them; without a cache, in one portion.
+        """Feed ``columns`` columns, one pass per portion; without a cache, all in one portion.
 
         Args:
-            portions: Embeddings [B, c, E] and which of them hold something, [B, c].
-            columns: Sum of their c.
+            portions: Embeddings [B, c, E], and which columns are not empty, [B, c].
+            columns: Total number of columns, the sum of all c.
         """
         joined: tuple[Tensor, ...] = ()
         start = 0
@@ -61,7 +61,7 @@ class Passes:
             if valid.shape[1] == columns:
                 joined = result
                 break
-            # Filled as it comes: joining the portions at the end would hold them twice.
+            # Fill the result pass by pass: concatenating at the end would need twice the memory.
             joined = joined or tuple(
                 states.new_empty(len(states), columns, states.shape[-1]) for states in result
             )
@@ -91,16 +91,16 @@ class Passes:
         return (output.last_hidden_state, *(getattr(output, "hidden_states", None) or ()))
 
     def states(self, columns: Tensor) -> Tensor:
-        """Final-norm states at ``columns`` [B, n] of this call, on the CPU; zeros where -1."""
+        """Final-norm states at ``columns`` [B, n] (on the CPU) of this call; zeros where a column is -1."""
         return self._at(columns, 0)
 
     def layers(self, columns: Tensor) -> tuple[Tensor, ...]:
-        """The states of every layer at ``columns``, if the options ask for them."""
+        """The states of every layer at ``columns``, if the options request them."""
         return tuple(self._at(columns, index) for index in range(1, len(self._results[0])))
 
     def _at(self, columns: Tensor, index: int) -> Tensor:
         parts = [result[index] for result in self._results]
-        # What lies before the first column asked for need not be copied: in generation, the prompt.
+        # Skip results before the first requested column: in generation, the prompt.
         first = int(torch.where(columns < 0, columns.new_tensor(2**62), columns).min())
         before = 0
         while len(parts) > 1 and first >= before + parts[0].shape[1]:
@@ -113,7 +113,7 @@ class Passes:
     def _mask(self, embeddings: Tensor) -> Any:
         past, config = self.past, self._decoder.config
         slides = self._context is not None and past.columns > self._context
-        self._refuse_local(config)
+        self._check_local_windows(config)
         if not slides and not past.drops:
             return past.valid.long() if past.gaps else self._triangle(embeddings)
         if slides:
@@ -134,11 +134,11 @@ class Passes:
         )
 
     def _triangle(self, embeddings: Tensor) -> Tensor | None:
-        """On a CPU, the mask of a portion behind others, a view of one that serves all portions.
+        """On a CPU, the mask of a portion that follows others, as a view of one mask for all portions.
 
-        512 columns that see 65,536, one head, one core: transformers' booleans take 143 ms to build, and 199
-        ms to attend through in each layer; through numbers it takes 65 ms. GPUs build masks in no time, and
-        their kernels have rules about how a view lies in memory.
+        For 512 columns that see 65,536, with one head on one core, transformers' boolean mask takes 143 ms to
+        build and attention with it takes 199 ms per layer, against 65 ms with a float mask. GPUs build masks
+        quickly, and their kernels restrict the memory layout of a view.
         """
         columns, seen, config = embeddings.shape[1], self.past.columns, self._decoder.config
         alone = self._cache is None or columns in (1, seen) or _local_window(config) is not None
@@ -151,13 +151,13 @@ class Passes:
             self._shared_mask = mask
         return mask[None, None, -columns:, -seen:]
 
-    def _refuse_local(self, config: PretrainedConfig) -> None:
-        """Layers with a window of their own count empty columns as if they held something."""
+    def _check_local_windows(self, config: PretrainedConfig) -> None:
+        """Raise InputError if a layer's local window would count empty columns."""
         width = _local_window(config)
         if self.past.holes and width is not None and self.past.columns > width:
             raise InputError(
-                f"layers of this {config.model_type} model see {width} positions only, which soft tokens for "
-                "some samples of a batch would take from the others: use batches of one sample"
+                f"layers of this {config.model_type} model see only {width} positions, and the soft tokens "
+                "of some samples of a batch would use up positions of the others: use batches of one sample"
             )
 
 
@@ -172,19 +172,21 @@ def _require_sliding(config: PretrainedConfig) -> None:
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else None
     if kind is None or kind in _LENGTH_DEPENDENT_ROPE:
         raise InputError(
-            f"tokens and soft tokens pass the context of {config.max_position_embeddings} positions, and "
-            f"those of this {config.model_type} model cannot slide: shorten the prompt or the answer"
+            f"tokens and soft tokens exceed the context of {config.max_position_embeddings} positions, and "
+            f"this {config.model_type} model does not support a sliding window: shorten the prompt or the "
+            "answer"
         )
 
 
 def reads_in_portions(decoder: nn.Module) -> bool:
-    """Whether several passes over a prefix compute what one does, and no other process waits for one.
+    """Whether a prefix can be read in several passes.
 
-    Not so with rotary frequencies that change with the length. And where processes share out the weights
-    (FSDP, DeepSpeed's ZeRO-3), as many passes as this process's prefix needs may be more than another's.
+    Rotary frequencies that depend on the length would give other results than one pass. If the weights are
+    sharded (FSDP, DeepSpeed's ZeRO-3), all processes must run the same number of passes, but their prefixes
+    may need different numbers.
     """
     rope = getattr(decoder.config, "rope_parameters", None) or {}
-    # Either one set of parameters, or one for each type of layer.
+    # Either one set of parameters, or one per type of layer.
     sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     if any(parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE for parameters in sets):
         return False

@@ -1,4 +1,4 @@
-"""What a language model with a recursion takes of memory, from its configuration alone."""
+"""Estimates the memory of a language model with a recursion from its configuration alone."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from llm_trm.models.loading import UntrustedCodeError, language_model_source, pr
 from llm_trm.ranges import BATCH, LENGTH, NO_OR_WIDTH, require_ranges
 
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
-#: Numbers that a block of the recursion keeps for each row and each of its d columns. Measured: 12.5 by the
-#: C++ kernels, 20.5 in eager mode.
+#: Values that a block of the recursion keeps per row and column for the backward pass. Measured: 12.5 with
+#: the C++ kernels, 20.5 in eager mode.
 _BLOCK = 16
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What is to be planned for.
+    """The workload to plan for.
 
     Attributes:
-        tokens: Tokens of a sample, prompt and answer.
-        batch_size: Samples at once.
-        dtype: Of the frozen weights. What is trained is float32, as are its gradient and AdamW's two states.
+        tokens: Tokens per sample, prompt and answer.
+        batch_size: Samples per batch.
+        dtype: Dtype of the frozen weights. Trained weights, gradients and AdamW's two states are float32.
         training: Whether there is a backward pass.
-        lora_r: Rank of the adapters on the attention's projections; 0 for none.
-        gradient_checkpointing: Whether the decoder's layers are computed again in the backward pass.
+        lora_r: Rank of the adapters on the attention projections; 0 for none.
+        gradient_checkpointing: Whether the decoder's layers are recomputed in the backward pass.
 
     Raises:
-        InputError: A size out of range.
+        InputError: A value is out of range.
     """
 
     tokens: Annotated[int, LENGTH] = 4096
@@ -53,17 +53,17 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of parameters, and bytes.
+    """Parameter counts and memory in bytes.
 
     Attributes:
-        language_model, adapters: Parameters.
-        reasoner: Parameters of its parts.
-        trained: Parameters with a gradient.
-        copied: Parameters of the untrained reasoner that peft keeps beside the trained one.
+        language_model, adapters: Number of parameters.
+        reasoner: Number of parameters per part.
+        trained: Number of parameters with a gradient.
+        copied: Number of parameters in the copy of the untrained reasoner that peft keeps.
         weights, gradients, optimizer: Bytes, exact.
-        keys_and_values: Bytes of the cache that generation fills; exact. Training has none.
+        keys_and_values: Bytes of the cache in generation, exact. Training has no cache.
         states: Bytes of the final-norm states that recursions read; training counts them as activations.
-        activations: Bytes of everything else at the worst moment, an estimate.
+        activations: Peak memory of everything else in bytes, an estimate.
     """
 
     language_model: int
@@ -80,16 +80,16 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes of everything."""
+        """Total number of bytes."""
         held = self.weights + self.gradients + self.optimizer
         return held + self.keys_and_values + self.states + self.activations
 
 
 def decoder_config(name: str) -> Any:
-    """The configuration of a language model; that of SmolLM3-3B is known without the hub.
+    """The configuration of a language model; SmolLM3-3B does not need the hub.
 
     Raises:
-        InputError: No such model.
+        InputError: The model does not exist.
     """
     if name == SMOLLM3:
         return AutoConfig.for_model("smollm3", max_position_embeddings=65536)
@@ -97,15 +97,15 @@ def decoder_config(name: str) -> Any:
         return pretrained(AutoConfig, name, language_model_source(name))
     except UntrustedCodeError as error:
         raise InputError(
-            f"model {name} brings Python code of its own, which is not run for a plan: name another"
+            f"model {name} comes with Python code, which is not run for a plan: choose another model"
         ) from error
 
 
 def make_plan(config: TRMConfig, settings: PlanSettings) -> Plan:
-    """What ``config`` takes with ``settings``. Nothing is loaded: the model is built without its numbers.
+    """Estimate the memory of ``config`` with ``settings``. Loads no weights: the model is on the meta device.
 
     Raises:
-        InputError: More tokens than the decoder's context holds.
+        InputError: The tokens exceed the decoder's context.
     """
     if config.context is not None and settings.tokens > config.context:
         raise InputError(
@@ -148,12 +148,12 @@ def make_plan(config: TRMConfig, settings: PlanSettings) -> Plan:
 
 
 def cache_bytes(config: PretrainedConfig, batch_size: int, columns: int, item: int) -> int:
-    """Bytes of a decoder's keys and values of ``columns`` columns, ``item`` bytes a number."""
+    """Bytes of a decoder's keys and values for ``columns`` columns, with ``item`` bytes per value."""
     sizes = _Sizes.of(config)
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     kinds = kinds or ["sliding_attention" if window else "full_attention"] * sizes.layers
-    # A layer with a window keeps what its next position sees besides itself.
+    # A layer with a window keeps what its next position sees, except that position itself.
     within = columns if window is None else min(columns, window - 1)
     kept = sum(columns if kind == "full_attention" else within for kind in kinds)
     return 2 * kept * batch_size * sizes.keys * item
@@ -208,12 +208,12 @@ def _adapters(model: nn.Module, rank: int) -> int:
 
 
 def _training_activations(config: TRMConfig, settings: PlanSettings) -> int:
-    """As if ``<think>`` stood at the end: the decoder reads the tokens, and then all again with soft tokens.
+    """Assume ``<think>`` at the end: the decoder reads the tokens, then reads all again with soft tokens.
 
-    A layer keeps, a token: the float32 inputs of two norms; query, keys and values, repeated for each head,
-    and what attention returns; gate, its SiLU, and up; with adapters, what they read and their dropout's
-    mask. The first reading has a gradient with adapters only. Logits are kept, and as float32 their
-    log-softmax and their gradient. The reasoner keeps the last recursion of the last supervision step.
+    Per token, a layer keeps the float32 inputs of two norms; query, keys and values (repeated for each head)
+    and the output of attention; gate, its SiLU, and up; and with adapters, their inputs and dropout mask.
+    The first pass needs gradients only with adapters. The loss keeps the logits, and in float32 their
+    log-softmax and gradient. The reasoner keeps the last recursion of the last supervision step.
     """
     sizes, item = _Sizes.of(config.text_config), settings.dtype.itemsize
     again = settings.tokens + config.tokens_per_thought
@@ -224,7 +224,7 @@ def _training_activations(config: TRMConfig, settings: PlanSettings) -> int:
     copies = item + 2 * _FLOAT32 + (_FLOAT32 if item < _FLOAT32 else 0)
     logits = settings.tokens * sizes.vocabulary * copies
     if settings.gradient_checkpointing:
-        # The logits are gone when the layers are computed again, one at a time.
+        # The logits are freed before the layers are recomputed one at a time.
         decoder = columns * sizes.layers * item * sizes.hidden + max(again * layer, logits)
     else:
         decoder = columns * sizes.layers * layer + logits
@@ -235,32 +235,32 @@ def _training_activations(config: TRMConfig, settings: PlanSettings) -> int:
 
 
 def _inference_activations(config: TRMConfig, settings: PlanSettings) -> int:
-    """The largest of three moments: a layer reads a portion of the prompt, or the reasoner thinks, or logits.
+    """The maximum of three phases: a layer reads a portion of the prompt, the reasoner thinks, or logits.
 
-    A layer holds a portion's mask over all columns before its end, states and their norm; and then either
-    query, key, value and what attention returns, the mask as numbers, and keys and values of one layer, old
-    and new, and repeated for each head; or gate, up and their product.
+    A layer needs the portion's mask over all columns up to its end, the states and their norm. In addition,
+    attention needs query, key, value, its output, a float mask, and one layer's old and new keys and values,
+    also repeated for each head; the MLP needs gate, up and their product.
     """
     sizes, item = _Sizes.of(config.text_config), settings.dtype.itemsize
     columns = settings.tokens + config.tokens_per_thought
     portion = min(PREFILL_CHUNK, settings.tokens)
-    # The last of the full portions, or what is left over for one more.
+    # The mask of the last full portion, or of the remainder.
     whole = settings.tokens // portion * portion
     mask = max(portion * whole, (settings.tokens - whole) * settings.tokens)
     attention = 4 * portion * sizes.queries + mask + 2 * columns * (sizes.keys + sizes.queries)
     mlp = 3 * portion * sizes.inner
     layer = mask + item * (2 * portion * sizes.hidden + max(attention, mlp))
     width, rows, read = _recursed(config, settings.tokens)
-    # A block holds its inner width twice, and the recursion x, y, z and their sums.
+    # A block needs its inner width twice, and the recursion needs x, y, z and their sums.
     reasoner = item * (read + rows * width * 16)
     logits = sizes.vocabulary * (item + _FLOAT32)
     return settings.batch_size * max(layer, reasoner, logits)
 
 
 def _recursed(config: TRMConfig, tokens: int) -> tuple[int, int, int]:
-    """Width and rows of the recursion, and the numbers that its compressor keeps of the context."""
+    """Width and rows of the recursion, and the number of context values that its compressor keeps."""
     width = config.text_config.hidden_size
     if config.reasoner == "latents":
-        # States without padding, with places, and twice as wide as keys and values.
+        # States without padding, states with positions, and keys and values.
         return width, config.num_latents, 5 * tokens * width
     return config.d_compressed, tokens + 1, tokens * (2 * width + config.d_compressed)

@@ -1,4 +1,4 @@
-"""Supervision steps of a recursion whose last one carries the gradient of whatever reads it."""
+"""Runs the supervision steps of a recursion with gradients through the last step only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trm_kernels import HaltingResult, halting_recursion
 
 
 class Recurrent(Protocol):
-    """A deep recursion, and a head that says who may stop."""
+    """A deep recursion with a halting head."""
 
     def deep_recursion(
         self, x: Tensor, y: Tensor, z: Tensor, mask: Tensor | None = None, *, with_gradients: bool = True
@@ -26,12 +26,12 @@ class Recurrent(Protocol):
 
 
 @dataclass(frozen=True)
-class Recurred:
-    """What :func:`recur` returns.
+class RecurResult:
+    """Result of :func:`recur`.
 
     Attributes:
         y: [B, L, D], with the gradient of the last supervision step.
-        halt_logits: [B], whose gradient reaches the halting head alone.
+        halt_logits: [B]; their gradient reaches only the halting head.
         steps: Supervision steps that each sample took, int32 [B].
     """
 
@@ -42,12 +42,12 @@ class Recurred:
 
 def recur(
     model: Recurrent, x: Tensor, mask: Tensor | None = None, *, max_steps: int, halting: Halting
-) -> Recurred:
-    """Take up to ``max_steps`` supervision steps from zeros.
+) -> RecurResult:
+    """Take up to ``max_steps`` supervision steps, starting from zeros.
 
-    y and z are detached between steps, so only a sample's last step needs a gradient: with halting, the steps
-    run without one first, and a sample's last is then taken again from the states before it. The same values
-    come out in training and in inference.
+    y and z are detached between steps, so only a sample's last step needs a gradient. With halting, the steps
+    first run without gradients, and then each sample's last step runs again with them. The values are the
+    same in training and inference.
 
     Args:
         x: [B, L, D].
@@ -63,7 +63,7 @@ def recur(
                 y, z = model.deep_recursion(x, y, z, mask, with_gradients=False)
     elif not torch.is_grad_enabled():
         halted = _until_halted(model, x, y, z, mask, max_steps, halting)
-        return Recurred(halted.state["y"], halted.state["logits"], halted.exit_steps)
+        return RecurResult(halted.state["y"], halted.state["logits"], halted.exit_steps)
     elif max_steps > 1:
         halted = _until_halted(model, x.detach(), y, z, mask, max_steps - 1, halting)
         before = halted.halted[:, None, None]
@@ -71,7 +71,7 @@ def recur(
         z = torch.where(before, halted.state["z_before"], halted.state["z"])
         steps = torch.where(halted.halted, halted.exit_steps, steps)
     y, _ = model.deep_recursion(x, y, z, mask)
-    return Recurred(y, model.halt_logits(y.detach()), steps)
+    return RecurResult(y, model.halt_logits(y.detach()), steps)
 
 
 def _until_halted(

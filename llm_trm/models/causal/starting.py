@@ -1,4 +1,4 @@
-"""The recursion that ``llm-trm train phase2`` trained, as the start of a language model's reasoner."""
+"""Initialises a language model's reasoner from the recursion that ``llm-trm train phase2`` trained."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llm_trm.models.sequence_trm import SequenceTRM
 
 @dataclass(frozen=True)
 class Start:
-    """What phase 2 found.
+    """A recursion and compressor trained by phase 2.
 
     Attributes:
-        folder: Where it was read from.
-        trm, compressor: With their weights.
-        language_model: The one whose states they were trained on.
-        settings: The settings of a :class:`~llm_trm.models.causal.TRMConfig` that both fit into.
+        folder: Folder they were read from.
+        trm, compressor: The trained modules.
+        language_model: Name of the language model whose states they were trained on.
+        settings: Matching settings of a :class:`~llm_trm.models.causal.TRMConfig`.
     """
 
     folder: Path
@@ -34,10 +34,10 @@ class Start:
 
     @torch.no_grad()
     def load_into(self, model: Any) -> None:
-        """Give ``model``, a ``TRMForCausalLM`` (or a ``PeftModel`` around one), these weights.
+        """Copy these weights into ``model``, a ``TRMForCausalLM`` or a ``PeftModel`` around one.
 
         Raises:
-            InputError: Its reasoner has other sizes.
+            InputError: The sizes of its reasoner differ.
         """
         reasoner = _sequence_reasoner(model)
         for part, given in ((reasoner.compressor, self.compressor), (reasoner.trm, self.trm)):
@@ -47,16 +47,16 @@ class Start:
                     found = list(new[name].shape) if name in new else "nothing"
                     raise InputError(
                         f"{self.folder} has {found} where this model has {name} {list(weight.shape)}: wrap "
-                        "the language model that phase 2 was trained for, with the settings of its recursion"
+                        "the language model that phase 2 was trained on, with the same recursion settings"
                     )
             part.load_state_dict(new)
 
 
 def start_from_phase2(folder: Path) -> Start:
-    """Read what ``llm-trm train phase2`` wrote; see :func:`~llm_trm.models.phase2.load_phase2`.
+    """Read the output of ``llm-trm train phase2``; see :func:`~llm_trm.models.phase2.load_phase2`.
 
     Raises:
-        InputError: A missing or broken file.
+        InputError: A file is missing or invalid.
     """
     trm, compressor, facts = load_phase2(folder)
     sizes = trm.config
@@ -74,17 +74,17 @@ def start_from_phase2(folder: Path) -> Start:
 
 
 def require_width(start: Start, width: int) -> None:
-    """Raise InputError unless the compressor of ``start`` reads states of ``width``, a language model's."""
+    """Raise InputError unless the compressor of ``start`` accepts a language model's states of ``width``."""
     if start.compressor.d_model != width:
         raise InputError(
-            f"{start.folder} was trained on states of width {start.compressor.d_model} (of "
-            f"{start.language_model}), and this language model's have {width}: train phase 2 for this one"
+            f"{start.folder} was trained on states of width {start.compressor.d_model} (from "
+            f"{start.language_model}), but this language model's have {width}: train phase 2 for this model"
         )
 
 
 def _sequence_reasoner(model: Any) -> Any:
-    """The trained one, not the original that peft keeps beside it."""
+    """The trained reasoner, not the original copy that peft keeps."""
     for name, module in model.named_modules():
         if isinstance(module, SequenceReasoner) and "original_module" not in name:
             return module
-    raise InputError("this model has no sequence reasoner, which is what phase 2 trains")
+    raise InputError("this model has no sequence reasoner, the only kind that phase 2 trains")

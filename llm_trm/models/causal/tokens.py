@@ -1,4 +1,4 @@
-"""``<think>`` and ``</think>`` for tokenizers that do not have them."""
+"""Adds ``<think>`` and ``</think>`` to tokenizers that do not have them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _logger = logging.getLogger(__name__)
 
 
 def add_think_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
-    """Make ``<think>`` and ``</think>`` single tokens, and tell the model.
+    """Ensure that ``<think>`` and ``</think>`` are single tokens of ``tokenizer`` and ``model``.
 
-    Tokens that are missing are added to ``tokenizer``, the embeddings of ``model`` grow to hold them, and a
-    warning says so. The ids go to ``model.config`` if it is a :class:`~llm_trm.models.causal.TRMConfig`.
+    Adds missing tokens to ``tokenizer``, grows the embeddings of ``model`` to fit them, and logs a warning.
+    Sets the ids in ``model.config`` if it is a :class:`~llm_trm.models.causal.TRMConfig`.
 
     Returns:
         The tokens that were added.
@@ -27,7 +27,7 @@ def add_think_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     from llm_trm.models.causal.config import TRMConfig
 
     added = [tag for tag in (THINK, END_THINK) if own_token(tokenizer, tag) is None]
-    # Thinking is part of what a model says: its tags survive skip_special_tokens, as in SmolLM3's tokenizer.
+    # Not special, as in SmolLM3's tokenizer: the tags are part of the output and survive skip_special_tokens.
     tokenizer.add_tokens(added, special_tokens=False)
     before = _rows(model)
     if len(tokenizer) > before:
@@ -49,10 +49,10 @@ def think_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Ids of ``<think>`` and ``</think>``.
 
     Raises:
-        InputError: One of them is no single token.
+        InputError: One of them is not a single token.
     """
     think, end_think = (own_token(tokenizer, tag) for tag in (THINK, END_THINK))
     if think is None or end_think is None:
         missing = THINK if think is None else END_THINK
-        raise InputError(f"{missing} is no single token: call add_think_tokens(tokenizer, model)")
+        raise InputError(f"{missing} is not a single token: call add_think_tokens(tokenizer, model)")
     return think, end_think

@@ -26,7 +26,7 @@ __all__ = ["TRM", "PuzzleTRM", "PuzzleTRMConfig", "TinyRecursiveModel", "create_
 
 
 def __getattr__(name: str) -> Any:
-    """Import a model when it is asked for: the other modules of this package should not wait for it."""
+    """Import a model on first access, so that importing other modules of this package stays fast."""
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Loads what ``llm-trm train puzzle`` and ``llm-trm import official`` wrote."""
+"""Loads the output of ``llm-trm train puzzle`` and ``llm-trm import official``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _REMEDY = "name a folder that `llm-trm train puzzle` or `llm-trm import official
 
 
 def load_puzzle(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM, dict[str, Any]]:
-    """A model in eval mode, and what is known of it.
+    """Load a model in eval mode, and its metadata.
 
     Args:
-        folder: The output of a run, of which the best checkpoint is taken, a single checkpoint, or an
-            imported model.
+        folder: The output of a run, whose best checkpoint is loaded, a single checkpoint, or an imported
+            model.
         backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
 
     Returns:
-        The model with its averaged weights, and facts, among them ``task``, ``rows`` and ``columns`` of its
+        The model with averaged weights, and facts, which include ``task``, ``rows`` and ``columns`` of its
         puzzles.
 
     Raises:
-        InputError: A missing or broken file.
+        InputError: A file is missing or invalid.
     """
     if (folder / INDEX_FILE).exists():
         folder = best_checkpoint(folder, _REMEDY)

@@ -1,6 +1,6 @@
 """Losses of the paper's puzzle recipe.
 
-Source: ``models/losses.py`` of SamsungSAILMontreal/TinyRecursiveModels; stablemax is of arXiv 2501.04697.
+Source: ``models/losses.py`` of SamsungSAILMontreal/TinyRecursiveModels; stablemax is from arXiv 2501.04697.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HALT_WEIGHT = 0.5
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, which MPS lacks: float32 there."""
+    """float64, or float32 on MPS, which lacks float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -30,7 +30,7 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [...], any integer dtype.
     """
     wide = logits.to(widest(logits.device))
-    # Both branches get a gradient in torch.where: clamped, neither has a pole on the other's side.
+    # torch.where passes gradients to both branches. The clamps keep each free of poles on the other's side.
     size = torch.where(wide < 0, 1.0 / (1.0 - wide.clamp_max(0.0)), wide.clamp_min(0.0) + 1.0)
     own = size.gather(-1, labels.long()[..., None]).squeeze(-1)
     return (size.sum(-1).log() - own.log()).masked_fill(labels == PADDING, 0.0)
@@ -45,22 +45,22 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def puzzle_loss(
     logits: Tensor, halt_logits: Tensor, labels: Tensor, kind: CellLoss = "stablemax"
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The loss of a supervision step: mean cell loss of each sample, and 0.5 x halting loss, over the batch.
+    """The loss of a supervision step: each sample's mean cell loss plus 0.5 x halting loss, batch averaged.
 
-    The halting head learns whether all cells of the answer are right.
+    The halting head learns whether all cells of the answer are correct.
 
     Args:
         logits: [B, L, V].
         halt_logits: [B].
-        labels: [B, L]; 0 where a cell counts for nothing.
+        labels: [B, L]; 0 at ignored cells.
 
     Returns:
-        The loss; metrics (``cell_loss``, ``halt_loss``, ``cells``: share of right cells, ``exact``: share of
-        samples without a wrong one, ``halt_right``: share of samples that the halting head judges rightly);
-        which samples want to halt, bool [B].
+        The loss, metrics, and which samples halt, bool [B]. The metrics are ``cell_loss``, ``halt_loss``,
+        ``cells`` (fraction of correct cells), ``exact`` (fraction of samples with all cells correct) and
+        ``halt_right`` (accuracy of the halting head).
     """
     counts = labels != PADDING
-    cells = counts.sum(-1).clamp_min(1)  # a sample of padding alone divides by 1
+    cells = counts.sum(-1).clamp_min(1)  # avoids division by zero for a sample that is all padding
     right = (logits.argmax(-1) == labels) & counts
     exact = right.sum(-1) == counts.sum(-1)
     losses = stablemax_cross_entropy if kind == "stablemax" else softmax_cross_entropy

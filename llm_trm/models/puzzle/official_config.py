@@ -1,4 +1,4 @@
-"""``all_config.yaml``, which the official code writes beside checkpoints: what a state dict does not say."""
+"""Reads and writes ``all_config.yaml``, which the official code saves with its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG_FILE = "all_config.yaml"
 _ARCHITECTURE = "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1"
 _EPS = 1e-5
 
-#: Their names of fields of PuzzleTRMConfig.
+#: Official names of fields of PuzzleTRMConfig.
 _COUNTS = {
     "num_heads": "n_heads",
     "L_cycles": "n_latent_steps",
@@ -27,19 +27,19 @@ _COUNTS = {
     "L_layers": "n_layers",
 }
 
-#: What an exported configuration says beyond the official fields; the official code ignores it.
+#: Additional entries of an exported configuration, which the official code ignores.
 _OWN, _OWN_FIELDS = "llm_trm", ("seq_len", "task", "rows", "columns")
 
 
 def read_config(checkpoint: Path) -> tuple[dict[str, Any], str]:
-    """What the configuration beside ``checkpoint`` says.
+    """Read the configuration next to ``checkpoint``.
 
     Returns:
-        Values by the names of :class:`PuzzleTRMConfig`, and ``task``, ``rows`` and ``columns``, as far as it
-        says them; and, where it could not be read for want of PyYAML, a clause that says so.
+        The values that it has, by the names of :class:`PuzzleTRMConfig` and ``task``, ``rows`` and
+        ``columns``; and a clause for an error message if PyYAML is missing, else an empty string.
 
     Raises:
-        InputError: It is broken, or describes another architecture.
+        InputError: The file is invalid, or describes another architecture.
     """
     path = checkpoint.parent / CONFIG_FILE
     if not path.is_file():
@@ -47,7 +47,7 @@ def read_config(checkpoint: Path) -> tuple[dict[str, Any], str]:
     try:
         yaml = importlib.import_module("yaml")
     except ImportError:
-        return {}, f"; {path} says them, but reading it needs PyYAML: pip install pyyaml"
+        return {}, f"; {path} may have them, but reading it needs PyYAML: pip install pyyaml"
     try:
         content = yaml.safe_load(read_text(path))
         architecture = dict(content["arch"])
@@ -59,19 +59,21 @@ def read_config(checkpoint: Path) -> tuple[dict[str, Any], str]:
 
 
 def _remedy(path: Path) -> str:
-    return f"name it other than {path.name}, and give the options of the command instead"
+    return f"rename it from {path.name}, and pass the command's options instead"
 
 
 def _translate(arch: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the official ``arch`` under our names; ValueError where no PuzzleTRM has them."""
+    """Fields of the official ``arch`` under our names. Raises ValueError for unsupported values."""
     if arch["name"].split("@")[0] != _ARCHITECTURE.split("@")[0]:
         raise ValueError(f"it describes {arch['name']}, not {_ARCHITECTURE}")
     if float(arch.get("rms_norm_eps", _EPS)) != _EPS:
-        raise ValueError(f"its norms have eps {arch['rms_norm_eps']}, ours {_EPS}")
+        raise ValueError(f"its norms have eps {arch['rms_norm_eps']}, but only {_EPS} is supported")
     if not arch.get("no_ACT_continue", True):
-        raise ValueError("its halting compares two Q-values (no_ACT_continue: false), ours reads the first")
+        raise ValueError(
+            "its halting compares two Q-values (no_ACT_continue: false), but only the first is supported"
+        )
     found: dict[str, Any] = {ours: _count(arch, theirs) for theirs, ours in _COUNTS.items() if theirs in arch}
-    # Anything else than these two means no encoding, in the official code too.
+    # Any other value means no encoding, as in the official code.
     if "pos_encodings" in arch:
         positions = arch["pos_encodings"]
         found["positions"] = positions if positions in ("rope", "learned") else "none"
@@ -85,14 +87,14 @@ def _translate(arch: dict[str, Any]) -> dict[str, Any]:
     if "puzzle_emb_len" in arch:
         found["puzzle_len"] = _count(arch, "puzzle_emb_len", least=0)
         if found["puzzle_len"] == 0 and {"puzzle_emb_ndim", "hidden_size"} <= arch.keys():
-            found["puzzle_len"] = -(-found["puzzle_dim"] // found["d_model"])  # as many as it needs
+            found["puzzle_len"] = -(-found["puzzle_dim"] // found["d_model"])  # the minimum
     return found
 
 
 def _count(arch: dict[str, Any], name: str, least: int = 1) -> int:
     value = arch[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, not a number from {least}")
+        raise ValueError(f"{name} is {value!r}, not an integer of at least {least}")
     return value
 
 
@@ -101,7 +103,7 @@ def _own(content: dict[str, Any]) -> dict[str, Any]:
     if "task" not in content:
         return counts
     if content["task"] not in get_args(Task):
-        raise ValueError(f"{content['task']!r} is no task")
+        raise ValueError(f"{content['task']!r} is not a task")
     return {**counts, "task": content["task"]}
 
 
@@ -109,18 +111,19 @@ def check_exportable(config: PuzzleTRMConfig) -> None:
     """Raise InputError for a model that the official code cannot run."""
     if config.puzzle_len and not config.puzzle_dim:
         raise InputError(
-            f"the official code cannot run {config.puzzle_len} positions in front of the cells without an "
-            "embedding in them: export a model with puzzle_dim above 0, or with puzzle_len 0"
+            f"the official code cannot run {config.puzzle_len} positions before the cells without a puzzle "
+            "embedding: export a model with puzzle_dim above 0, or with puzzle_len 0"
         )
 
 
 def write_config(checkpoint: Path, config: PuzzleTRMConfig, facts: dict[str, Any]) -> bool:
-    """Write the configuration beside ``checkpoint`` where there is none; whether it was written.
+    """Write the configuration next to ``checkpoint`` if there is none. Returns whether it was written.
 
-    It has no more than the model needs: settings of a training are not known.
+    It contains only what the model needs, without training settings.
 
     Raises:
-        InputError: One of another model is there, or the official code has no such model.
+        InputError: The folder has the configuration of another model, or the official code does not support
+            the model.
     """
     check_exportable(config)
     path = checkpoint.parent / CONFIG_FILE
@@ -130,10 +133,10 @@ def write_config(checkpoint: Path, config: PuzzleTRMConfig, facts: dict[str, Any
         return True
     if path.read_bytes() == text.encode():
         return False
-    said, unreadable = read_config(checkpoint)
+    found, unreadable = read_config(checkpoint)
     mine = {**vars(config), **facts}
-    wrong = [name for name, value in said.items() if name in mine and mine[name] != value]
-    # A token mixer has no heads, and takes no notice of an encoding.
+    wrong = [name for name, value in found.items() if name in mine and mine[name] != value]
+    # A token mixer has no heads and ignores position encodings.
     if config.mixer == "tokens":
         wrong = [name for name in wrong if name not in ("n_heads", "positions", "rope_theta")]
     if wrong or unreadable:
@@ -143,7 +146,7 @@ def write_config(checkpoint: Path, config: PuzzleTRMConfig, facts: dict[str, Any
 
 
 def _text(config: PuzzleTRMConfig, facts: dict[str, Any]) -> str:
-    """Written by hand: PyYAML comes with extras only."""
+    """The file's text, formatted here because PyYAML is only an optional dependency."""
     theirs = {
         "name": _ARCHITECTURE,
         **{name: getattr(config, ours) for name, ours in _COUNTS.items()},

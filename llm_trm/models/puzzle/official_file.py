@@ -1,4 +1,4 @@
-"""Reads the file of an official checkpoint: which tensors it has, and under which prefix."""
+"""Reads the tensors of an official checkpoint and the prefix of their names."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from llm_trm.errors import InputError, one_line
 
 TOKENS, LAYERS = "embed_tokens.embedding_weight", "L_level.layers."
 
-#: The end of every refusal that another file would help.
+#: The remedy in every error that another file would solve.
 REMEDY = "name a step_N file of the official code"
 
 _ALWAYS = ("H_init", "L_init", TOKENS, "lm_head.weight", "q_head.weight", "q_head.bias")
-_WIDENED = (torch.float32, torch.bfloat16, torch.float16)  # float32 holds all their values
+_WIDENED = (torch.float32, torch.bfloat16, torch.float16)  # float32 represents all their values
 
 
 def read_checkpoint(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The prefix that all names of a checkpoint have, and its tensors by their names without it.
+    """The common prefix of a checkpoint's names, and its tensors by name without the prefix.
 
     Raises:
-        InputError: It is none, or one of another model.
+        InputError: The file is not a checkpoint, or belongs to another model.
     """
     tensors = _load(path)
     if any("H_level." in name for name in tensors):
         raise InputError(f"{path} is a checkpoint of HRM (it has H_level), not of TRM: {REMEDY}")
-    # Whatever wraps the model comes before its names: `_orig_mod.`, `model.` and `inner.`, or some of them.
+    # The modules that wrap the model add prefixes: `_orig_mod.`, `model.` and `inner.`, or some of them.
     found = [name for name in tensors if name.endswith(TOKENS)]
     if len(found) != 1:
-        raise InputError(f"{path} is no TRM checkpoint (it has no {TOKENS}): {REMEDY}")
+        raise InputError(f"{path} is not a TRM checkpoint (it has no {TOKENS}): {REMEDY}")
     prefix = found[0].removesuffix(TOKENS)
-    refuse_unexpected(path, [name for name in tensors if not name.startswith(prefix)])
+    reject_unexpected(path, [name for name in tensors if not name.startswith(prefix)])
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     missing = [name for name in _ALWAYS if name not in tensors]
     if not any(name.startswith(f"{LAYERS}0.") for name in tensors):
         missing.append(f"{LAYERS}0")
-    refuse_missing(path, missing)
+    require_tensors(path, missing)
     for name, tensor in tensors.items():
         if tensor.dtype not in _WIDENED:
             dtype = dtype_name(tensor.dtype)
-            raise InputError(f"{path} has {name} in {dtype}, which float32 does not hold: {REMEDY}")
+            raise InputError(f"{path} has {name} in {dtype}, which float32 cannot represent: {REMEDY}")
     return prefix, tensors
 
 
@@ -56,25 +56,27 @@ def _load(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {REMEDY}") from None
     except pickle.UnpicklingError:
-        # torch's own message goes on for a page, about how to read the file in spite of the danger.
-        raise InputError(f"{path} is no file of tensors alone, and others may run code: {REMEDY}") from None
+        # torch's own message is a page long and explains how to load the file in spite of the danger.
+        raise InputError(
+            f"{path} contains objects other than tensors, which could run code: {REMEDY}"
+        ) from None
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no checkpoint ({one_line(error, 120)}): {REMEDY}") from error
+        raise InputError(f"{path} is not a checkpoint ({one_line(error, 120)}): {REMEDY}") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise InputError(f"{path} holds no state dict, a mapping of names to tensors: {REMEDY}")
+        raise InputError(f"{path} is not a state dict, a mapping of names to tensors: {REMEDY}")
     return content
 
 
-def refuse_missing(path: Path, names: list[str]) -> None:
+def require_tensors(path: Path, names: list[str]) -> None:
     """Raise InputError if tensors ``names`` are missing."""
     if names:
         raise InputError(f"{path} lacks {_first(names)}: {REMEDY}")
 
 
-def refuse_unexpected(path: Path, names: list[str]) -> None:
-    """Raise InputError if there are tensors ``names`` that no PuzzleTRM has."""
+def reject_unexpected(path: Path, names: list[str]) -> None:
+    """Raise InputError if there are tensors ``names`` that a PuzzleTRM does not have."""
     if names:
         raise InputError(f"{path} has unexpected tensors, {_first(names)}: {REMEDY}")
 

@@ -38,9 +38,9 @@ from trm_kernels.reference import CastedLinear
 
 _WEIGHTS, _CONFIG = "puzzle_trm.safetensors", "puzzle_trm.json"
 
-#: A normal distribution that is cut off at two standard deviations keeps this share of its own.
+#: Standard deviation of a unit normal distribution that is truncated at two standard deviations.
 _TRUNCATED_STD = 0.87962566103423978
-#: The official root of one half: the sum of two embeddings keeps unit variance.
+#: The official code's sqrt(1/2), with which the sum of two embeddings keeps unit variance.
 _HALF_VARIANCE = 0.707106781
 
 
@@ -51,21 +51,21 @@ class PuzzleTRMConfig:
     Attributes:
         vocab_size: Number of tokens V.
         seq_len: Cells L of a puzzle.
-        num_puzzles: Puzzle identifiers, each with an embedding of its own.
+        num_puzzles: Number of puzzle identifiers, each with its own embedding.
         d_model: Width D.
-        n_layers, n_heads: Blocks of the network, and attention heads of a block.
+        n_layers, n_heads: Number of blocks of the network, and of attention heads per block.
         mixer: ``"attention"``, or ``"tokens"`` for an MLP over positions (``mlp_t`` of the official code).
         positions: Encoding of positions; ``"none"`` for a token mixer.
         rope_theta: Base of the rotary frequencies.
-        puzzle_len: Positions P that the puzzle embedding takes in front of the cells; the halting head reads
-            the first position, which is a cell where P is 0.
-        puzzle_dim: Numbers of a puzzle embedding, at most P x D, the rest being zeros; 0 for no embedding.
+        puzzle_len: Number of positions P of the puzzle embedding before the cells. The halting head reads
+            the first position, which is a cell if P is 0.
+        puzzle_dim: Size of a puzzle embedding, at most P x D, padded with zeros; 0 for no embedding.
         n_latent_steps, n_deep_recursions: n and T (``L_cycles`` and ``H_cycles``).
-        max_steps: Supervision steps that a sample is trained for at most.
-        dtype: Of the residual stream; parameters are float32, and cast where they are used.
+        max_steps: Maximum number of supervision steps per sample in training.
+        dtype: Dtype of the residual stream. Parameters are float32 and cast on use.
 
     Raises:
-        ValueError: A number out of range or of the wrong type, or values that describe no model.
+        ValueError: A value is out of range or has the wrong type, or values contradict each other.
     """
 
     vocab_size: Annotated[int, VOCABULARY]
@@ -96,12 +96,12 @@ class PuzzleTRMConfig:
 
     @property
     def length(self) -> int:
-        """Positions P + L that the network sees."""
+        """Number of positions P + L that the network sees."""
         return self.puzzle_len + self.seq_len
 
     @property
     def network(self) -> NetworkConfig:
-        """The network's."""
+        """The network's configuration."""
         return NetworkConfig(
             self.d_model,
             self.n_layers,
@@ -115,14 +115,14 @@ class PuzzleTRMConfig:
 
     @property
     def parameters(self) -> int:
-        """Numbers that an optimizer of dense gradients updates."""
+        """Number of parameters that an optimizer of dense gradients updates."""
         d = self.d_model
         positions = self.length * d if self.positions == "learned" else 0
         return self.network.parameters + 2 * self.vocab_size * d + positions + 2 * d + 2
 
     @property
-    def numbers(self) -> int:
-        """Numbers of the parameters, of the puzzles' embeddings and of the initial states."""
+    def elements(self) -> int:
+        """Number of elements of the parameters, puzzle embeddings and initial states."""
         return self.parameters + self.num_puzzles * self.puzzle_dim + 2 * self.d_model
 
 
@@ -132,7 +132,7 @@ class Prediction:
 
     Attributes:
         tokens: Predicted tokens, int64 [B, L].
-        halt_logits: Halting logits at the exit [B]: how sure the model is that the answer is right.
+        halt_logits: Halting logits at the last step [B]: the model's confidence that the answer is correct.
         steps: Supervision steps that each sample took, int32 [B].
     """
 
@@ -142,13 +142,13 @@ class Prediction:
 
 
 class PuzzleTRM(nn.Module):
-    """Embeds a puzzle, refines an answer by recursion, and reads it out cell by cell.
+    """Embeds a puzzle, refines an answer by recursion, and decodes it cell by cell.
 
-    Initial states are fixed buffers, drawn once; puzzle embeddings are a buffer too, which
-    :class:`~trm_kernels.SparseSignSGD` updates. What counts as a parameter is what the paper counts.
+    Initial states are constant buffers, sampled once. Puzzle embeddings are also a buffer, which
+    :class:`~trm_kernels.SparseSignSGD` updates. The parameters are those that the paper counts.
 
     Args:
-        config: Its sizes.
+        config: Sizes of the model.
         backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
     """
 
@@ -169,27 +169,27 @@ class PuzzleTRM(nn.Module):
             _truncated_normal(self.embed_pos, d**-0.5)
         self.net = TinyRecursiveNetwork.from_config(config.network, backend=backend)
         self.lm_head = CastedLinear(d, config.vocab_size)
-        # Two outputs, as in official checkpoints; the second, a Q-value of going on, is used by nobody.
+        # Two outputs, as in official checkpoints. The second, the Q-value of continuing, is unused.
         self.q_head = nn.Linear(d, 2)
         nn.init.zeros_(self.q_head.weight)
         nn.init.constant_(self.q_head.bias, -5.0)
         for name in ("y_init", "z_init"):
             state = torch.empty(d)
             _truncated_normal(state, 1.0)
-            self.register_buffer(name, state.to(self.dtype).float())  # which the stream's dtype holds exactly
+            self.register_buffer(name, state.to(self.dtype).float())  # exact in the stream's dtype
 
     def embed(self, tokens: Tensor, puzzles: Tensor | None = None) -> Tensor:
-        """The question x.
+        """Embed questions.
 
         Args:
             tokens: [B, L], any integer dtype.
-            puzzles: Puzzle identifiers [B]; 0 for all if there are none.
+            puzzles: Puzzle identifiers [B]; by default 0 for all samples.
 
         Returns:
             [B, P + L, D], in the stream's dtype.
         """
         config = self.config
-        # Rounded to the stream's dtype before it is scaled, as in the official code: bit for bit the same.
+        # Round to the stream's dtype before scaling, to match the official code bit for bit.
         x = F.embedding(tokens.int(), self.embed_tokens.weight.to(self.dtype))  # [B, L, D]
         if config.puzzle_len:
             x = torch.cat((self._embed_puzzles(x, puzzles), x), dim=1)
@@ -198,7 +198,7 @@ class PuzzleTRM(nn.Module):
         return config.d_model**0.5 * x
 
     def _embed_puzzles(self, x: Tensor, puzzles: Tensor | None) -> Tensor:
-        """Puzzle embeddings [B, P, D], filled up with zeros."""
+        """Puzzle embeddings [B, P, D], padded with zeros."""
         config, batch = self.config, len(x)
         if not config.puzzle_dim:
             return x.new_zeros(batch, config.puzzle_len, config.d_model)
@@ -209,17 +209,17 @@ class PuzzleTRM(nn.Module):
         return rows.view(batch, config.puzzle_len, config.d_model)
 
     def initial(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The states y and z [D] that every position starts from."""
+        """The initial states y and z [D] of every position."""
         return self.y_init.to(x.dtype), self.z_init.to(x.dtype)
 
     def step(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """A supervision step: one deep recursion on x, y, z [B, P + L, D]; gives y and z, not detached."""
+        """One supervision step: a deep recursion on x, y, z [B, P + L, D]. Returns y and z, not detached."""
         return deep_recursion(self.net, x, y, z, self.config.n_latent_steps, self.config.n_deep_recursions)
 
     def heads(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the cells [B, L, V], and float32 halting logits [B]: halt where positive."""
+        """Logits of the cells [B, L, V], and float32 halting logits [B]; a sample halts if positive."""
         halt = F.linear(y[:, 0], self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype))
-        # float64 streams, which tests use, keep their precision.
+        # Keep the precision of float64 streams, which tests use.
         return self.lm_head(y)[:, self.config.puzzle_len :], halt[:, 0].to(
             torch.promote_types(y.dtype, torch.float32)
         )
@@ -227,7 +227,7 @@ class PuzzleTRM(nn.Module):
     def forward(
         self, tokens: Tensor, puzzles: Tensor | None = None, n_steps: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """What :meth:`heads` gives after ``n_steps`` supervision steps; states are detached between them."""
+        """Run ``n_steps`` supervision steps, detaching states between them, and return :meth:`heads`."""
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, not {n_steps}")
         x = self.embed(tokens, puzzles)
@@ -248,18 +248,18 @@ class PuzzleTRM(nn.Module):
         threshold: float = 0.5,
         noise: float = 0.0,
     ) -> Prediction:
-        """Answer puzzles; no gradient.
+        """Solve puzzles, without gradients.
 
         Args:
             tokens: [B, L].
             puzzles: Puzzle identifiers [B].
-            max_steps: Supervision steps at most; by default as many as in training.
-            halting: Whether a sample stops once its halting probability is above ``threshold``. (The
-                official evaluation never stops early.)
-            compact: Whether samples that have stopped are taken out of the batch.
-            threshold: In [0, 1); 0.5 is that of training.
-            noise: Standard deviation of normal noise on z, which is of unit variance, before every
-                supervision step: another try at the same puzzle.
+            max_steps: Maximum number of supervision steps; by default as in training.
+            halting: Whether a sample halts once its halting probability exceeds ``threshold``. (The
+                official evaluation never halts early.)
+            compact: Whether to remove halted samples from the batch.
+            threshold: Halting threshold in [0, 1); training uses 0.5.
+            noise: Standard deviation of normal noise added to z, which has unit variance, before every
+                supervision step. It gives different attempts at the same puzzle.
         """
         x = self.embed(tokens, puzzles)
         y, z = (state.expand_as(x) for state in self.initial(x))
@@ -290,7 +290,10 @@ class PuzzleTRM(nn.Module):
     def trace(
         self, tokens: Tensor, puzzles: Tensor | None = None, *, noise: float = 0.0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Answer [B, L] and halting logits [B] after every supervision step, without end; no gradient."""
+        """Yield the answer [B, L] and halting logits [B] after every supervision step, indefinitely.
+
+        Gradients are disabled.
+        """
         x = self.embed(tokens, puzzles)
         y, z = (state.expand_as(x) for state in self.initial(x))
         while True:
@@ -304,22 +307,22 @@ def _noisy(z: Tensor, noise: float) -> Tensor:
 
 
 def _truncated_normal(tensor: Tensor, std: float) -> None:
-    """Fill with a normal distribution cut off at two of its standard deviations, ``std`` after the cut."""
+    """Fill with a normal distribution truncated at two standard deviations; ``std`` is after truncation."""
     wide = std / _TRUNCATED_STD
     nn.init.trunc_normal_(tensor, std=wide, a=-2.0 * wide, b=2.0 * wide)
 
 
 def save_puzzle_model(model: PuzzleTRM, folder: Path, **facts: Any) -> None:
-    """Write weights and sizes into ``folder``; ``facts`` (JSON values) are kept beside the sizes."""
+    """Write weights and sizes into ``folder``, and ``facts`` (JSON values) with the sizes."""
     write_tensors(folder / _WEIGHTS, model.state_dict())
     write_json(folder / _CONFIG, {"kind": "PuzzleTRM", **asdict(model.config), "facts": facts})
 
 
 def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM, dict[str, Any]]:
-    """The model that :func:`save_puzzle_model` wrote, in eval mode, and the facts beside it.
+    """Load a model that :func:`save_puzzle_model` wrote, in eval mode, and its facts.
 
     Raises:
-        InputError: A missing or broken file, or one of another kind.
+        InputError: A file is missing or invalid, or describes another kind of model.
     """
     remedy = "name a folder that `llm-trm train puzzle` or `llm-trm import official` wrote"
     described = read_json(folder / _CONFIG, remedy)
@@ -329,7 +332,7 @@ def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[Puzz
             raise InputError(f"{folder / _CONFIG} describes a {kind}, not a PuzzleTRM: {remedy}")
         tensors = read_tensors(folder / _WEIGHTS, remedy)
         config = PuzzleTRMConfig(**described)
-        require_size(folder / _CONFIG, config.numbers, tensors, remedy)
+        require_size(folder / _CONFIG, config.elements, tensors, remedy)
         for name in ("rows", "columns"):
             if name in facts:
                 require_in(GRID_SIDE, name, facts[name])
@@ -338,5 +341,5 @@ def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[Puzz
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{folder} holds no PuzzleTRM ({one_line(error)}): {remedy}") from error
+        raise InputError(f"{folder} does not contain a PuzzleTRM ({one_line(error)}): {remedy}") from error
     return model.eval(), facts

@@ -1,4 +1,4 @@
-"""``TinyRecursiveModel``: the puzzle model of dino65-dev/TRM-Tiny-Recursive-Model, on the kernels."""
+"""``TinyRecursiveModel``: the puzzle model of dino65-dev/TRM-Tiny-Recursive-Model, running on the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EPS = 1e-8
 
 
 class _Blocks(TinyRecursiveNetwork):
-    """A network whose blocks are named ``0``, ``1``, ... as in a ModuleList, and not ``layers.0``, ..."""
+    """A network whose blocks are named ``0``, ``1``, ... as in a ModuleList, instead of ``layers.0``, ..."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -30,35 +30,34 @@ class _Blocks(TinyRecursiveNetwork):
 
 
 class TinyRecursiveModel(nn.Module):
-    """Reads tokens [B, L] and answers with tokens [B, L], refined by supervision steps.
+    """Maps tokens [B, L] to answer tokens [B, L], refined by supervision steps.
 
-    State dicts of the original load strictly, and the other way round. With ``use_mlp_mixer`` the function is
-    the original's too. Its attention was not one: it rotated heads and not positions, which fails unless L is
-    the number of heads, by tables of one layout in another. Here RoPE is that of NeoX, over positions, at
-    every L.
+    State dicts load strictly from and into the original. With ``use_mlp_mixer`` the function equals the
+    original's. The original's attention does not work: it applies RoPE over heads instead of positions, which
+    fails unless L is the number of heads, and mixes two table layouts. Here RoPE is NeoX-style over
+    positions, for every L.
 
-    The initial states are parameters. With ``t_cycles`` > 1, recursions without gradient lie between them and
-    every loss, and they stay what they were initialised to, in the original as here; they then ask for no
-    gradient (``requires_grad`` is False).
+    The initial states are parameters. With ``t_cycles`` > 1, recursions without gradients separate them from
+    every loss, so they keep their initial values, here and in the original; ``requires_grad`` is then False.
 
-    Nothing bounds the states of the original: they grow 8-fold a recursion with n = 6, and 16 supervision
-    steps of three recursions end in NaN in float32. ``output_norm=True`` normalises after every call of the
-    network, by one more parameter; without it, take fewer steps.
+    The states of the original are unbounded: with n = 6 they grow 8-fold per recursion, and 16 supervision
+    steps of three recursions give NaN in float32. ``output_norm=True`` normalises after every call of the
+    network and adds one parameter tensor; without it, use fewer steps.
 
     Args:
         vocab_size: Number of tokens V.
         dim: Width D.
-        num_layers, num_heads: Blocks of the network, and attention heads of a block.
-        seq_len: Length of the sequences; attention takes shorter ones too.
-        n_recursions: Latent steps n of a recursion.
-        t_cycles: Recursions T of a supervision step, the one with gradient included.
-        use_mlp_mixer: Mix positions by an MLP along the sequence, not by attention.
-        dropout: Probability of dropping an attention weight in training.
+        num_layers, num_heads: Number of blocks of the network, and of attention heads per block.
+        seq_len: Length of the sequences; attention also accepts shorter ones.
+        n_recursions: Latent steps n per recursion.
+        t_cycles: Recursions T per supervision step, including the one with gradients.
+        use_mlp_mixer: Mix positions with an MLP along the sequence instead of attention.
+        dropout: Dropout probability of attention weights in training.
         output_norm: Whether to normalise after every call of the network.
         backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
 
     Raises:
-        ValueError: Settings that describe no model.
+        ValueError: A setting is invalid.
     """
 
     def __init__(
@@ -118,22 +117,22 @@ class TinyRecursiveModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens [B, L, D] of any integer dtype.
+        """Embed tokens [B, L] of any integer dtype: [B, L, D].
 
         Raises:
-            ValueError: Tokens that are not [B, L], or an L that this model does not take.
+            ValueError: ``tokens`` is not [B, L], or the model does not support its length L.
         """
         if tokens.dim() != 2:
             raise ValueError(f"expected tokens [B, L], got {list(tokens.shape)}")
         length = tokens.shape[1]
         if self.use_mlp_mixer and length != self.seq_len:
-            raise ValueError(f"this token mixer takes L = {self.seq_len}, got {length}")
+            raise ValueError(f"this token mixer needs L = {self.seq_len}, got {length}")
         if not 1 <= length <= self.seq_len:
-            raise ValueError(f"this model takes L from 1 to seq_len = {self.seq_len}, got {length}")
+            raise ValueError(f"this model needs L from 1 to seq_len = {self.seq_len}, got {length}")
         return self.embed_input(tokens.long())
 
     def initial_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The y and z that x [B, L, D] starts from: the first L positions, in its shape."""
+        """The initial y and z of x [B, L, D]: their first L positions, expanded to its shape."""
         length = x.shape[1]
         return self.init_y[:, :length].expand_as(x), self.init_z[:, :length].expand_as(x)
 
@@ -153,7 +152,7 @@ class TinyRecursiveModel(nn.Module):
         )
 
     def halt_logits(self, y: Tensor) -> Tensor:
-        """Logits [B] of the probability that the answer y [B, L, D] is wholly right."""
+        """Logits [B] of the probability that the answer y [B, L, D] is completely correct."""
         norm, head, _ = self.halt_predictor
         return head(norm(y.mean(dim=1))).squeeze(-1)
 
@@ -163,13 +162,13 @@ class TinyRecursiveModel(nn.Module):
         num_supervision_steps: int = 16,
         compute_gradients_for_last_only: bool = False,
     ) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Run all supervision steps, states detached between them, and keep what each gave.
+        """Run all supervision steps, detaching states between them, and return the outputs of each.
 
         Args:
             x: Questions, integers [B, L].
-            num_supervision_steps: How many steps.
-            compute_gradients_for_last_only: Whether only the last step's recursion records gradients; the two
-                heads do so at every step.
+            num_supervision_steps: Number of steps.
+            compute_gradients_for_last_only: Record gradients only in the last step's recursion; the two
+                heads record gradients at every step.
 
         Returns:
             For each step: logits [B, L, V], halting probabilities [B], detached states (y, z) [B, L, D].
@@ -194,16 +193,16 @@ class TinyRecursiveModel(nn.Module):
         halt_threshold: float = 0.9,
         compact: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Refine each sample until its halting probability passes the threshold; without dropout.
+        """Refine each sample until its halting probability exceeds the threshold, without dropout.
 
         Args:
             x: Questions, integers [B, L].
-            max_refinement_steps: Supervision steps at most.
-            halt_threshold: Probability above which a sample is done.
-            compact: Whether to take samples that are done out of the batch, so that they cost nothing more.
+            max_refinement_steps: Maximum number of supervision steps.
+            halt_threshold: Probability above which a sample halts.
+            compact: Whether to remove halted samples from the batch to save computation.
 
         Returns:
-            Tokens at each sample's exit [B, L], and the step of that exit [B], counted from 1; both int64.
+            Tokens at each sample's last step [B, L], and the number of that step [B], from 1; both int64.
         """
         embedded = self.embed(x)
         y, z = self.initial_states(embedded)

@@ -1,4 +1,4 @@
-"""``TRM``: the puzzle model of anonx3247/llm-trm, on the kernels."""
+"""``TRM``: the puzzle model of anonx3247/llm-trm, running on the kernels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trm_kernels.config import FLOAT32_EPS
 
 @dataclass(frozen=True)
 class Answers:
-    """What :meth:`TRM.reason` returns.
+    """Result of :meth:`TRM.reason`.
 
     Attributes:
-        logits: Logits of the tokens at each sample's exit [B, L, V].
+        logits: Token logits when each sample halted [B, L, V].
         steps: Supervision steps that each sample took, int32 [B].
     """
 
@@ -29,35 +29,35 @@ class Answers:
 
 
 class TRM(RecursionMixin, nn.Module):
-    """Reads tokens [B, L] and answers with logits [B, L, V], refined by supervision steps from zero states.
+    """Maps tokens [B, L] to logits [B, L, V], refined by supervision steps from zero states.
 
-    Parameters are named and shaped as in anonx3247/llm-trm (``src/models/trm.py``), so state dicts load both
-    ways. Four things differ from it: a sample halts by its own probability and not by the mean of its batch
-    (``halting="batch"`` brings that back), the host learns of halting one step late and so never stalls the
-    device, the halting loss is taken of logits (the original clamps probabilities at 1e-7, and has no
-    gradient beyond), and the norms' epsilon is 1.19e-7 in every dtype.
+    Parameters have the names and shapes of anonx3247/llm-trm (``src/models/trm.py``), so state dicts load
+    both ways. There are four differences. A sample halts by its own probability instead of its batch's mean
+    (``halting="batch"`` restores that). The host learns of halting one step late, so it never stalls the
+    device. The halting loss uses logits (the original clamps probabilities at 1e-7 and has no gradient
+    beyond). The norms' epsilon is 1.19e-7 in every dtype.
 
-    Nothing bounds the states of the original: they grow 8-fold a recursion with n = 6, and 16 supervision
-    steps of two recursions end in logits of 1e28, from which nothing is learned. ``output_norm=True``
-    normalises after every call of the network, as the same author's ``SequenceTRM`` does, by one more
-    parameter.
+    The states of the original are unbounded: with n = 6 they grow 8-fold per recursion, and after 16
+    supervision steps of two recursions the logits reach 1e28, so the model cannot learn. ``output_norm=True``
+    normalises after every call of the network, as in the same author's ``SequenceTRM``, and adds one
+    parameter tensor.
 
     Args:
         vocab_size: Number of tokens V.
         d_model: Width D.
-        n_layers, n_heads: Blocks of the network, and attention heads of a block.
-        dropout: Probability of dropping an attention weight in training.
-        n_latent_steps: Latent steps n of a recursion.
-        n_deep_recursions: Recursions T of a supervision step, the one with gradient included. (The original
-            describes it as T - 1, but runs ``n_deep_recursions - 1`` without gradient and one with.)
-        n_supervision_steps: Supervision steps at most.
-        halting: Whose probability above one half ends a sample's recursion: its own (``"sample"``), the mean
-            of the batch (``"batch"``), or nobody's (``"none"``).
+        n_layers, n_heads: Number of blocks of the network, and of attention heads per block.
+        dropout: Dropout probability of attention weights in training.
+        n_latent_steps: Latent steps n per recursion.
+        n_deep_recursions: Recursions T per supervision step, including the one with gradients. (The original
+            documents it as T - 1, but runs ``n_deep_recursions - 1`` without gradients and one with.)
+        n_supervision_steps: Maximum number of supervision steps.
+        halting: Which probability ends a sample's recursion above 0.5: its own (``"sample"``), the batch's
+            mean (``"batch"``), or none (``"none"``).
         output_norm: Whether to normalise after every call of the network.
         backend: As for :class:`~trm_kernels.TinyRecursiveNetwork`.
 
     Raises:
-        ValueError: Settings that describe no model.
+        ValueError: A setting is invalid.
     """
 
     def __init__(
@@ -95,26 +95,26 @@ class TRM(RecursionMixin, nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens [B, L, D] of any integer dtype."""
+        """Embed tokens [B, L] of any integer dtype: [B, L, D]."""
         return self.input_embedding(tokens.long())
 
     def halt_logits(self, y: Tensor) -> Tensor:
-        """Halting logits [B] of y [B, L, D]; a sample wants to halt where its logit is positive."""
+        """Halting logits [B] of y [B, L, D]; a sample halts if its logit is positive."""
         return self.halt_head(y.mean(dim=1)).squeeze(-1)
 
     def forward(self, tokens: Tensor, return_all_steps: bool = False) -> Tensor | list[Tensor]:
-        """Recur ``n_supervision_steps`` times; in evaluation mode a sample stops where it halts.
+        """Run ``n_supervision_steps`` supervision steps; in evaluation mode, samples halt early.
 
-        States are detached between supervision steps. Where no gradient is recorded and only the exits are
-        wanted, halted samples are taken out of the batch and cost nothing more.
+        States are detached between supervision steps. If gradients are disabled and only the last logits
+        are requested, halted samples are removed from the batch to save computation.
 
         Args:
             tokens: Questions, integers [B, L].
-            return_all_steps: Whether to return the logits of every supervision step that was run; those of
-                a sample stay as they are after its exit.
+            return_all_steps: Whether to return the logits of every supervision step. A halted sample's
+                logits no longer change.
 
         Returns:
-            Logits [B, L, V] at each sample's exit, or a list of such.
+            Logits [B, L, V] at each sample's last step, or a list of the logits of every step.
         """
         if self.training or (self.halting == "none" and torch.is_grad_enabled()):
             return self._fixed_steps(tokens, return_all_steps)
@@ -146,17 +146,17 @@ class TRM(RecursionMixin, nn.Module):
             steps.append(torch.where(running[:, None, None], logits, steps[-1]) if steps else logits)
             running = running & ~self._halts(y)
             if left.push(running.sum()) == 0:
-                # Known one step late: this step ran for samples that were all done.
+                # The count is one step late, so all samples had halted before this step.
                 return steps[:-1]
         return steps
 
     @torch.no_grad()
     def reason(self, tokens: Tensor, max_steps: int | None = None) -> Answers:
-        """Recur until each sample halts (as ``halting`` says); no gradient.
+        """Recur until each sample halts according to ``halting``, without gradients.
 
         Args:
             tokens: Questions, integers [B, L].
-            max_steps: Supervision steps at most; ``n_supervision_steps`` by default.
+            max_steps: Maximum number of supervision steps; ``n_supervision_steps`` by default.
         """
         x = self.embed(tokens)
 
@@ -173,20 +173,20 @@ class TRM(RecursionMixin, nn.Module):
         return Answers(self.output_head(result.state["y"]), result.exit_steps)
 
     def compute_loss(self, x: Tensor, y: Tensor, use_act: bool = True, *, ignore_index: int = -100) -> Tensor:
-        """The sum over supervision steps of cross entropy + 0.5 x the halting loss, as a mean over samples.
+        """Sum over supervision steps of cross entropy + 0.5 x halting loss, averaged over samples.
 
-        The halting head learns whether the answer is wholly right (binary cross entropy). With
-        ``halting="sample"`` a sample adds nothing more after its exit, so that its loss does not depend on
-        its batch; with ``"batch"`` the value is the original's.
+        The halting head learns whether all cells of the answer are correct (binary cross entropy). With
+        ``halting="sample"`` a halted sample adds no further loss, so its loss does not depend on its batch.
+        With ``"batch"`` the loss equals the original's.
 
         Args:
             x: Questions, integers [B, L].
             y: Answers, integers [B, L].
-            use_act: Whether to learn halting, and to halt.
-            ignore_index: Label of cells that count for nothing.
+            use_act: Whether to train halting and to halt.
+            ignore_index: Label of ignored cells.
 
         Returns:
-            The loss, one element, in float32 or wider.
+            The loss, a scalar in float32 or wider.
         """
         embedded, labels = self.embed(x), y.long()
         answer = latent = torch.zeros_like(embedded)
@@ -213,13 +213,13 @@ class TRM(RecursionMixin, nn.Module):
         if not use_act:
             return losses
         right = ((logits.argmax(dim=-1) == labels) | ~counted).all(dim=1)
-        # Of logits: that of a probability has no gradient where the sigmoid has rounded to 0 or 1.
+        # Use logits: the loss of a probability has no gradient where the sigmoid rounds to 0 or 1.
         halt = self.halt_logits(y).to(wide.dtype)
         return losses + 0.5 * F.binary_cross_entropy_with_logits(halt, right.to(wide.dtype), reduction="none")
 
     @torch.no_grad()
     def _halts(self, y: Tensor) -> Tensor:
-        """Which samples are done after a step that gave y, bool [B]."""
+        """Which samples halt after a step that returned y, bool [B]."""
         logits = self.halt_logits(y)
         if self.halting == "batch":
             return (torch.sigmoid(logits).mean() > 0.5).expand(len(logits))
@@ -227,5 +227,5 @@ class TRM(RecursionMixin, nn.Module):
 
 
 def create_trm_model(vocab_size: int, d_model: int = 512, **options: Any) -> TRM:
-    """A :class:`TRM`; ``options`` are its other arguments."""
+    """Create a :class:`TRM`; ``options`` are its other arguments."""
     return TRM(vocab_size, d_model, **options)

@@ -20,7 +20,7 @@ from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, clear_model, save_latent_model
 from llm_trm.models.loading import language_model_source, no_bars
-from llm_trm.text import words_of
+from llm_trm.text import normalise_spaces
 from llm_trm.train.lora.callbacks import WriteFacts, WriteMetrics
 from llm_trm.train.lora.config import LoraTrainingConfig
 from llm_trm.train.lora.curriculum import StagedOrder
@@ -237,8 +237,8 @@ def _apart(
     config: LoraTrainingConfig, solved: Sequence[Solved], held_out: Sequence[Solved]
 ) -> tuple[list[Solved], int]:
     """Rows whose questions are not held out, and how many there are besides."""
-    away = {words_of(row.question) for row in held_out}
-    learnt = [row for row in solved if words_of(row.question) not in away]
+    away = {normalise_spaces(row.question) for row in held_out}
+    learnt = [row for row in solved if normalise_spaces(row.question) not in away]
     if not learnt:
         raise InputError(
             f"--val-data {config.val_data} holds every question of {config.data}: give others, or leave it "
@@ -257,7 +257,7 @@ def _clear(folder: Path) -> None:
 
 def _split(solved: Sequence[Solved], fraction: float, seed: int) -> tuple[list[int], list[Solved]]:
     """Which rows to train on, and a share of the different questions, none of which is among those."""
-    first = {words_of(row.question): row for row in reversed(solved)}
+    first = {normalise_spaces(row.question): row for row in reversed(solved)}
     questions = sorted(first, key=lambda words: first[words].question)
     if len(questions) < 2:
         raise InputError(
@@ -266,7 +266,7 @@ def _split(solved: Sequence[Solved], fraction: float, seed: int) -> tuple[list[i
     random.Random(seed).shuffle(questions)
     count = min(len(questions) - 1, max(1, round(fraction * len(questions))))
     away = set(questions[:count])
-    learnt = [index for index, row in enumerate(solved) if words_of(row.question) not in away]
+    learnt = [index for index, row in enumerate(solved) if normalise_spaces(row.question) not in away]
     return learnt, [first[question] for question in questions[:count]]
 
 

@@ -18,7 +18,7 @@ from llm_trm.models.compression import (
     require_width,
 )
 from llm_trm.models.contexts import Contexts, read_contexts
-from llm_trm.text import words_of
+from llm_trm.text import normalise_spaces
 from llm_trm.train.phase2.config import Phase2Config
 from llm_trm.train.phase2.order import split
 
@@ -75,7 +75,7 @@ def read_inputs(config: Phase2Config, device: torch.device, processes: int) -> I
     repeated = 0
     if config.val_data is None:
         training, validated = split(len(contexts), config.val_fraction, config.seed)
-        problems = [words_of(str(record["problem"])) for record in pairs.records()]
+        problems = [normalise_spaces(str(record["problem"])) for record in pairs.records()]
         learned = {problems[number] for number in training}
         repeated = sum(problems[number] in learned for number in validated)
     else:

@@ -269,7 +269,10 @@ class TRMSequenceTrainer:
             config.dropout,
         )
         require_training_memory(
-            sizes.numbers, f"training {sizes.numbers:,} parameters", "choose fewer --layers", self.device
+            sizes.parameters,
+            f"training {sizes.parameters:,} parameters",
+            "choose fewer --layers",
+            self.device,
         )
         self.model = SequenceTRM.from_config(sizes).to(self.device)
         if config.halt_loss == "none":

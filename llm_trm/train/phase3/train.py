@@ -17,7 +17,7 @@ from llm_trm.extras import require
 from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.models.causal.loading import FACTS_FILE, LatentModel, clear_model, load_latent_model
 from llm_trm.models.loading import no_bars
-from llm_trm.text import words_of
+from llm_trm.text import normalise_spaces
 from llm_trm.train.phase3.config import Phase3Config
 from llm_trm.train.phase3.report import Accuracy, Phase3Plan, Phase3Report, Phase3Result, Problems
 from llm_trm.train.phase3.rewards import correctness_reward, format_reward
@@ -175,13 +175,13 @@ def load_problems(config: Phase3Config, prompts: int) -> Problems:
         return load_questions(config.data, count, split=split, seed=config.seed, world=config.world)
 
     held_out = graded(load(config.eval_samples, "test"))
-    asked = {words_of(question.text) for question in held_out}
+    asked = {normalise_spaces(question.text) for question in held_out}
     wanted = config.steps * prompts
     # What has one split gives the held-out problems again.
     training = [
         question
         for question in load(wanted + config.eval_samples, "train")
-        if words_of(question.text) not in asked
+        if normalise_spaces(question.text) not in asked
     ]
     training = graded(training)[:wanted]
     if not held_out or len(training) < prompts:

@@ -274,7 +274,7 @@ class PuzzleTrainer:
             f"training {sizes.parameters:,} parameters on {self.config.batch_size:,} samples at once",
             "choose a lower --d-model, --layers or --batch-size",
             self.device,
-            besides=self.config.batch_size * numbers * item + 4 * (sizes.numbers - sizes.parameters),
+            besides=self.config.batch_size * numbers * item + 4 * (sizes.elements - sizes.parameters),
         )
 
     def _optimizer(self) -> Optimizer:

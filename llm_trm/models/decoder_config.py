@@ -1,4 +1,4 @@
-"""A language model's configuration, looked at before the model is built: its numbers, and its memory."""
+"""Checks a language model's configuration, its values and memory, before the model is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_trm.ranges import LAYERS, LENGTH, SHARE, VOCABULARY, WIDTH, Range, requ
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-#: By the usual names and by those of older models.
+#: Ranges of sizes, by their usual names and the names in older models.
 _SIZES: dict[str, Range] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim"), WIDTH),
@@ -25,19 +25,19 @@ _SIZES: dict[str, Range] = {
 _SHARES = ("_eps", "_epsilon", "dropout", "_pdrop")
 
 
-def require_numbers(described: dict[str, Any], where: str) -> None:
-    """Raise InputError, led by ``where``, if a number in a model's ``config.json`` makes no sense.
+def require_valid_values(described: dict[str, Any], where: str) -> None:
+    """Raise InputError, starting with ``where``, if a value in a model's ``config.json`` is invalid.
 
-    Sizes are whole numbers that a model can have, epsilons and dropouts lie in [0, 1], and nothing is NaN.
-    The file is looked at before transformers makes an object of it, which may count to the number of layers.
+    Sizes must be integers in range, epsilons and dropouts must be in [0, 1], and all values must be finite.
+    The check comes before transformers creates a config object, which may loop over the number of layers.
 
     Args:
-        described: What it holds.
+        described: Content of the file.
     """
     for name, value in described.items():
         if isinstance(value, dict):
-            require_numbers(value, f"{where}{name}: ")
-        elif value is None or isinstance(value, list):  # lists are of models whose layers differ
+            require_valid_values(value, f"{where}{name}: ")
+        elif value is None or isinstance(value, list):  # models whose layers differ have lists
             continue
         elif name in _SIZES:
             require_in(_SIZES[name], name, value, InputError, where)
@@ -50,18 +50,18 @@ def require_numbers(described: dict[str, Any], where: str) -> None:
 def require_buildable(
     name: str, config: PretrainedConfig, dtype: torch.dtype | None, *, trust_remote_code: bool
 ) -> None:
-    """Raise InputError if the language model that ``config`` describes surely fits no memory.
+    """Raise InputError if the language model that ``config`` describes cannot fit into memory.
 
     Args:
-        name: What the user calls it.
-        dtype: Of its weights; None counts two bytes a number.
-        trust_remote_code: Whether code of the model's own may run.
+        name: The name that the user knows it by.
+        dtype: Dtype of the weights; None assumes two bytes per parameter.
+        trust_remote_code: Whether the model's own code may run.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    numbers = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     size = 2 if dtype is None else dtype.itemsize
-    require_memory(numbers * size, f"model {name} ({numbers:,} numbers)", "choose a smaller one")
+    require_memory(parameters * size, f"model {name} ({parameters:,} parameters)", "choose a smaller model")
