@@ -1,1 +1,1 @@
-"""What only a checkout needs: the GPU run, and the command that draws the docs' tables and plots."""
+"""Tools for a checkout: the GPU run, and the commands that generate the docs' tables and plots."""

@@ -1,10 +1,10 @@
 """Times a recursion on a CPU, native kernels against plain PyTorch: ``python -m bench.cpu``.
 
-A case is one latent recursion (n = 6), forward, or forward and backward. All candidates of a case are timed
-in one process, taking turns; a sample counts if a burst of arithmetic before and after it ran at 0.9 of the
-rate that the case's bursts reach, or more. A candidate whose error against float64 breaks the tolerance
-rule gets no speed. One line of JSON a case is appended to bench/results/native.jsonl;
-``python -m bench.report`` draws docs/cpu.md.
+A case is one latent recursion (n = 6), forward or forward and backward. All candidates of a case are timed in
+one process in interleaved rounds. A sample counts if the bursts of arithmetic before and after it run at 0.9
+or more of the rate that the case's bursts reach. A candidate whose error against float64 violates the
+tolerance rule gets no speed. One line of JSON per case is appended to bench/results/native.jsonl;
+``python -m bench.report`` updates docs/cpu.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "native.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run; exit code 1 if a candidate is wrong or failed, 2 for bad input."""
+    """Parse the command line and run. Exit code 1: a candidate is wrong or fails; 2: bad input."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu",
@@ -39,26 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cases", nargs="+", choices=SHAPES, metavar="CASE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--cases", nargs="+", choices=SHAPES, metavar="CASE", help=", ".join(SHAPES))
     parser.add_argument("--modes", nargs="+", choices=("forward", "train"), default=("forward", "train"))
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "ragged"), default=("fixed", "ragged"))
     parser.add_argument("--threads", nargs="+", type=int, default=(2,), metavar="N", help="(default: 2)")
     parser.add_argument(
-        "--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", help=f"of {', '.join(CANDIDATES)}"
+        "--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", help=", ".join(CANDIDATES)
     )
     parser.add_argument(
-        "--seconds", type=float, help="of timed rounds a case and number of threads (default: 20)"
+        "--seconds", type=float, help="Duration of timed rounds per case and number of threads (default: 20)."
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and lengths (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights and inputs (default: 0).")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny cases, to try the command; appended only with --out"
+        "--quick", action="store_true", help="Run tiny cases as a test; results are saved only with --out."
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"results file to append to (default: {RESULTS.relative_to(RESULTS.parents[2])})",
+        help=f"Results file to append to (default: {RESULTS.relative_to(RESULTS.parents[2])}).",
     )
-    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
+    parser.add_argument("--commit", help="Measured commit (default: the checkout's).")
     options = parser.parse_args(arguments)
     out: Path | None = options.out or (None if options.quick else RESULTS)
     seconds = options.seconds if options.seconds is not None else (0.2 if options.quick else 20.0)
@@ -95,7 +95,7 @@ def _run(
     out: Path | None,
     commit: str | None,
 ) -> bool:
-    """Run, print and record the cases; False if a candidate was wrong or failed."""
+    """Run, print and record the cases. Returns False if a candidate is wrong or fails."""
     record = run_record(CPU, commit)
     record["machine"] |= {
         "device": cpu_name(),
@@ -107,7 +107,7 @@ def _run(
     for work in works:
         names = [name for name in names_for(work) if chosen is None or name in chosen]
         if not names:
-            print(f"\n{work.name}: none of the candidates asked for is one of this case's", flush=True)
+            print(f"\n{work.name}: none of the requested candidates supports this case", flush=True)
             continue
         line = record | run_case(work, machine, names, seconds, _progress)
         print(f"\n{cpu_report.describe(line)}", flush=True)
@@ -124,11 +124,11 @@ def _progress(doing: str) -> None:
 
 _EXAMPLES = """\
 examples:
-  python -m bench.cpu                                       every case on two threads
-  python -m bench.cpu --threads 1 2                         and on one
-  python -m bench.cpu --cases d256 d512 --modes forward     some of them
-  python -m bench.cpu --candidates eager native             without torch.compile, which takes its time
-  python -m bench.cpu --quick                               to see that it works
+  python -m bench.cpu                                       all cases on two threads
+  python -m bench.cpu --threads 1 2                         all cases on one and on two threads
+  python -m bench.cpu --cases d256 d512 --modes forward     some cases
+  python -m bench.cpu --candidates eager native             without torch.compile, which is slow to compile
+  python -m bench.cpu --quick                               a quick test of the command
 """
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``bench/cpu.py`` runs a case on, and why some cannot."""
+"""The candidates of ``bench/cpu.py``, and the reasons why some cannot run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trm_kernels import TinyRecursiveNetwork, backends, reference
 
 EAGER, ORIGINAL, NATIVE = "eager", "original", "native"
 
-#: Makes a candidate's model from a copy of the given parameters; the mask [B, L] is None for fixed lengths.
+#: Builds a candidate's model with a copy of the given parameters; the mask [B, L] is None for fixed lengths.
 Build = Callable[[CpuCase, State, Tensor | None], Model]
 
 
@@ -32,12 +32,12 @@ class Candidate:
     """One row of a case.
 
     Attributes:
-        build: Makes its model.
+        build: Function that builds its model.
         summary: One line for the docs.
-        families: Of block, that it has.
-        inference_only: Whether it has no backward.
-        ragged_only: Whether it is another candidate than ``eager`` on ragged lengths alone.
-        preparing: Active during its first call.
+        families: The block families that it supports.
+        inference_only: Whether it has no backward pass.
+        ragged_only: Whether it differs from ``eager`` only for ragged lengths.
+        preparing: Context manager for its first call.
     """
 
     build: Build
@@ -49,7 +49,7 @@ class Candidate:
 
 
 def written_out(network: Callable[[Case], nn.Module], *, compiled: bool = False) -> Build:
-    """A plain module on the padded batch, under the recursion of :mod:`trm_kernels.reference`."""
+    """A plain module on the padded batch, with the recursion of :mod:`trm_kernels.reference`."""
 
     def build(work: CpuCase, state: State, mask: Tensor | None) -> Model:
         case = work.case
@@ -83,12 +83,12 @@ def _backend(name: str) -> Build:
 
 
 def _freezing() -> AbstractContextManager[Any]:
-    # Not torch.compile's ``options``: dynamo reads this one itself, and without it no weight is prepacked
-    # (0 of 8 matrix products against 8; torch 2.13).
+    # torch.compile's ``options`` do not work: dynamo itself reads this setting, and without it no weight is
+    # prepacked (0 of 8 matrix products instead of 8; torch 2.13).
     return inductor.patch(freezing=True)
 
 
-#: By name, in the order of a table's rows.
+#: Candidates by name, in the order of table rows.
 CANDIDATES: dict[str, Candidate] = {
     ORIGINAL: Candidate(
         _original,
@@ -114,7 +114,7 @@ CANDIDATES: dict[str, Candidate] = {
 
 
 def names_for(work: CpuCase) -> tuple[str, ...]:
-    """The candidates that a case is run on."""
+    """The candidates of a case."""
     return tuple(
         name
         for name, candidate in CANDIDATES.items()
@@ -125,7 +125,7 @@ def names_for(work: CpuCase) -> tuple[str, ...]:
 
 
 def build(name: str, work: CpuCase, state: State, inputs: Inputs, mask: Tensor | None) -> Step | str:
-    """The step of a candidate, or the reason why it cannot serve the case."""
+    """The step of a candidate, or the reason why it cannot run the case."""
     if name in backends.BACKENDS and (reason := backends.BACKENDS[name].unavailable()) is not None:
         return reason
     model = CANDIDATES[name].build(work, state, mask)

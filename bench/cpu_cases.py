@@ -1,4 +1,4 @@
-"""The cases of ``bench/cpu.py``: a latent recursion, perhaps with its backward, on fixed or ragged rows."""
+"""The cases of ``bench/cpu.py``: a latent recursion, with or without backward, on fixed or ragged rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class CpuCase:
     """A latent recursion over a batch, padded to L.
 
     Attributes:
-        case: Its shape; ``recursions`` is 1, so that ``train`` is one latent recursion forward and backward.
-        ragged: Whether lengths are uniform in [L/3, L] (one is L) instead of L.
-        seed: Of weights, inputs and lengths.
+        case: The shape. ``recursions`` is 1, so ``train`` is one latent recursion forward and backward.
+        ragged: Whether lengths are uniform in [L/3, L] (with at least one L) instead of L.
+        seed: Seed of weights, inputs and lengths.
     """
 
     case: Case
@@ -32,7 +32,7 @@ class CpuCase:
         return f"{self.case.name} {'ragged' if self.ragged else 'fixed'}{seed}"
 
     def lengths(self) -> list[int]:
-        """Valid positions of each sample [B]."""
+        """Number of valid positions of each sample [B]."""
         case = self.case
         if not self.ragged:
             return [case.latents] * case.batch
@@ -43,21 +43,21 @@ class CpuCase:
         return lengths
 
     def mask(self) -> Tensor | None:
-        """True at valid positions [B, L], or None if all are."""
+        """True at valid positions [B, L], or None if all are valid."""
         if not self.ragged:
             return None
         return torch.arange(self.case.latents) < torch.tensor(self.lengths())[:, None]
 
     @property
     def padding(self) -> float:
-        """Padded rows a valid row."""
+        """Ratio of all rows, including padding, to valid rows."""
         return self.case.batch * self.case.latents / sum(self.lengths())
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the matrix products on valid rows, two for a multiply-add.
+        """Floating-point operations of the matrix products on valid rows, two per multiply-add.
 
-        A backward counts twice its forward; norms, activations and softmax are not counted.
+        A backward pass counts as twice its forward pass. Norms, activations and softmax are not counted.
         """
         config, lengths = self.case.config(), self.lengths()
         d = config.d_model
@@ -67,7 +67,7 @@ class CpuCase:
         return self.case.in_all_calls(config.n_layers * (products + attention))
 
 
-#: ``--cases``, the most telling first.
+#: Cases for ``--cases``, most informative first.
 SHAPES: dict[str, Case] = {
     "d256": Case("forward", 256, 256, recursions=1),
     "d256-b8": Case("forward", 256, 256, batch=8, recursions=1),
@@ -81,12 +81,12 @@ SHAPES: dict[str, Case] = {
     "bf16": Case("forward", 256, 256, batch=8, dtype="bfloat16", recursions=1),
 }
 
-#: With ``--quick``: fixed lengths alone and both, two families, two dtypes.
+#: Cases for ``--quick``: fixed and ragged lengths, two families, two dtypes.
 QUICK = ("d256", "d256-b8", "paper", "bf16")
 
 
 def cases(names: Sequence[str], modes: Sequence[Mode], ragged: Sequence[bool], seed: int) -> list[CpuCase]:
-    """Every shape of ``names`` in every mode and kind of length; a single sample has no padding."""
+    """All shapes of ``names`` in all modes and kinds of lengths; a single sample has no padding."""
     return [
         CpuCase(replace(SHAPES[name], mode=mode), padded, seed)
         for name in names
@@ -97,7 +97,7 @@ def cases(names: Sequence[str], modes: Sequence[Mode], ragged: Sequence[bool], s
 
 
 def quick(work: CpuCase) -> CpuCase:
-    """The case, small enough to try the command in seconds."""
+    """The case, reduced to test the command in seconds."""
     case = work.case
     small = replace(
         case,

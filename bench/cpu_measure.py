@@ -1,4 +1,4 @@
-"""One case of ``bench/cpu.py``: every candidate is checked against float64, and timed if it is right."""
+"""Runs one case of ``bench/cpu.py``: checks every candidate against float64, and times the correct ones."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from trm_kernels.testing import ErrorPool
 
 CPU = torch.device("cpu")
 
-#: Ratios are given against these, where they were timed.
+#: Baselines of ratios, if they were timed.
 BASELINES = (EAGER, ORIGINAL)
 
-#: Fewest quiet samples that a median is taken of.
+#: Minimum number of quiet samples for a median.
 MIN_QUIET = MIN_ROUNDS
-#: Of a candidate's 20th percentile: where the 80th is more, the quiet check saw too little.
-MOST_SPREAD = 1.5
-#: Times that the timed rounds of a case are taken, until every candidate has enough quiet samples.
-_TRIES = 3
+#: Maximum ratio of the 80th to the 20th percentile. Above it, the noise check has missed something.
+MAX_SPREAD = 1.5
+#: Maximum number of times to repeat the timed rounds until every candidate has enough quiet samples.
+_MAX_ATTEMPTS = 3
 
 
 @dataclass
 class Row:
-    """One candidate on one number of threads. Figures that were not taken, or are withheld, are None.
+    """Result of one candidate on one number of threads. Unmeasured or withheld values are None.
 
     Attributes:
-        status: ``ok``, ``wrong`` (breaks the tolerance rule), ``noisy`` (too few quiet samples, or too
-            unlike), ``not run`` (cannot serve the case) or ``failed`` (raised an error).
+        status: ``ok``, ``wrong`` (violates the tolerance rule), ``noisy`` (too few quiet samples, or too
+            much spread), ``not run`` (does not support the case) or ``failed`` (raised an error).
         reason: Why the status is not ``ok``.
-        median_ms, p20_ms, p80_ms: Milliseconds a call.
-        samples: Quiet samples behind them.
-        dropped: Samples beside a slow burst.
-        fastest_ms: Milliseconds of the fastest call, dropped ones included: interruptions only add to a call.
-        gflops: 1e9 operations on valid rows a second.
-        share: Of the measured FMA peak.
-        ratio: Median of each baseline over this row's.
-        scaling: Median on one thread over this row's, where both were timed in this run.
+        median_ms, p20_ms, p80_ms: Milliseconds per call.
+        samples: Number of quiet samples.
+        dropped: Number of samples with a slow burst.
+        fastest_ms: Milliseconds of the fastest call, including dropped ones, since noise only adds time.
+        gflops: 1e9 operations on valid rows per second.
+        share: Fraction of the measured FMA peak.
+        ratio: Median of each baseline divided by this row's median.
+        scaling: Median on one thread divided by this row's median, if both were timed in this run.
         errors: Relative Frobenius error against float64 of ``output`` and, in training, ``gradients``; None
-            where it is not finite.
+            if it is not finite.
     """
 
     candidate: str
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass
 class _Setup:
-    """What all candidates of a case share."""
+    """State that all candidates of a case share."""
 
     work: CpuCase
     state: State
@@ -85,12 +85,12 @@ class _Setup:
         torch.manual_seed(work.seed)
         state, inputs, mask = make_state(work.case, CPU), make_inputs(work.case, CPU, 0), work.mask()
         if mask is not None:
-            inputs.grad_y.mul_(mask[..., None])  # nothing reads what the original computes at padding
+            inputs.grad_y.mul_(mask[..., None])  # ignore what the original computes at padding
         return cls(work, state, inputs, mask, _truth(work, state, inputs, mask))
 
 
 def _truth(work: CpuCase, state: State, inputs: Inputs, mask: Tensor | None) -> dict[str, Tensor]:
-    """Output and gradients of the reference in float64, as :meth:`Step.results` names them."""
+    """Output and gradients of the reference in float64, by the names of :meth:`Step.results`."""
     x, y, z = (tensor.double() for tensor in inputs[0])
     model = written_out(reference_network)(
         work, {name: tensor.double() for name, tensor in state.items()}, mask
@@ -102,14 +102,14 @@ def _truth(work: CpuCase, state: State, inputs: Inputs, mask: Tensor | None) -> 
 
 def _results(name: str, step: Step, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in step.results():
-        # The original leaves at padding what it computed there; all others owe zeros.
+        # The original returns computed values at padding; all others must return zeros.
         hidden = name == ORIGINAL and key == "output" and mask is not None
         yield key, tensor.masked_fill(~mask[..., None], 0.0) if hidden and mask is not None else tensor
 
 
 @dataclass
 class _Ready:
-    """A candidate that gave the right result, and the seconds of a warm call."""
+    """A candidate with a correct result, and the seconds of a warm call."""
 
     row: Row
     step: Step
@@ -123,17 +123,17 @@ def run_case(
     seconds: float,
     progress: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Check every candidate and time those that are right, on each number of threads.
+    """Check every candidate and time the correct ones on each number of threads.
 
     Args:
         machine: Bursts by number of threads, which the cases of a run share.
-        names: Candidates; the rows keep their order. ``eager`` runs in any case: the rule is stated in its
-            error.
-        seconds: Of timed rounds on each number of threads; at least three rounds are made.
-        progress: Told what is begun.
+        names: Candidates in the order of the rows. ``eager`` always runs, because the tolerance rule is
+            relative to its error.
+        seconds: Duration of timed rounds on each number of threads; there are at least three rounds.
+        progress: Called with a description of each activity.
 
     Returns:
-        A line for a results file, run details aside.
+        A line for a results file, without metadata of the run.
     """
     progress("float64")
     torch.set_num_threads(max(machine))
@@ -169,7 +169,7 @@ def run_case(
 def _measure(
     setup: _Setup, bursts: Bursts, names: Sequence[str], seconds: float, progress: Callable[[str], object]
 ) -> list[Row]:
-    # Without a reset torch.compile would meet the second shape of a run with dynamic shapes.
+    # Without a reset, torch.compile would use dynamic shapes for the second shape of a run.
     torch.compiler.reset()
     ready: dict[str, _Ready] = {}
     rows: dict[str, Row] = {}
@@ -185,7 +185,7 @@ def _measure(
 
 
 def _prepare(name: str, setup: _Setup, eager_errors: dict[str, ErrorPool], ready: dict[str, _Ready]) -> Row:
-    """Compile, check and warm one candidate; it is ``ready`` if right. Eager sets ``eager_errors``."""
+    """Compile, check and warm a candidate; add it to ``ready`` if correct. Eager sets ``eager_errors``."""
     row = Row(name)
     try:
         step = build(name, setup.work, setup.state, setup.inputs, setup.mask)
@@ -203,10 +203,10 @@ def _prepare(name: str, setup: _Setup, eager_errors: dict[str, ErrorPool], ready
         if broken:
             row.status, row.reason = "wrong", "; ".join(broken)
             return row
-        begin = time.perf_counter()
+        start = time.perf_counter()
         step(0)
-        ready[name] = _Ready(row, step, time.perf_counter() - begin)
-    except Exception as error:  # a candidate's failure is a result, and no reason to lose the others
+        ready[name] = _Ready(row, step, time.perf_counter() - start)
+    except Exception as error:  # a candidate's failure is a result and must not affect the others
         if name == EAGER:
             raise
         _fail(row, error)
@@ -219,10 +219,10 @@ def _fail(row: Row, error: Exception) -> None:
 
 
 def _time(ready: Mapping[str, _Ready], work: CpuCase, bursts: Bursts, seconds: float) -> None:
-    """Fill in the rows' figures."""
+    """Time the candidates and fill in their rows."""
     samples: dict[str, list[Sample]] = {name: [] for name in ready}
     alive = dict(ready)
-    for _ in range(_TRIES):
+    for _ in range(_MAX_ATTEMPTS):
         timings, failures = interleave(
             {name: entry.step for name, entry in alive.items()},
             bursts.timer(timer_for(CPU)),
@@ -252,10 +252,10 @@ def _fill(row: Row, samples: Sequence[Sample], work: CpuCase, bursts: Bursts) ->
     row.fastest_ms = 1e3 * min(samples) if samples else None
     if len(kept) < MIN_QUIET:
         row.status = "noisy"
-        row.reason = f"{len(kept)} of {len(samples)} samples were quiet, {MIN_QUIET} are needed"
+        row.reason = f"{len(kept)} of {len(samples)} samples were quiet, but {MIN_QUIET} are needed"
         return
     timing = Timing(tuple(kept))
-    if timing.p80 > MOST_SPREAD * timing.p20:
+    if timing.p80 > MAX_SPREAD * timing.p20:
         row.status = "noisy"
         row.reason = f"p80 is {timing.p80 / timing.p20:.1f} times p20 among {len(kept)} samples"
         return

@@ -1,4 +1,4 @@
-"""Draws docs/cpu.md and its plots from ``bench/results/native.jsonl``, which ``bench/cpu.py`` writes."""
+"""Generates docs/cpu.md and its plots from ``bench/results/native.jsonl``, which ``bench/cpu.py`` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_trm.benchmark.workloads import Case
 
 RESULTS = "native.jsonl"
 
-#: The candidate that others are compared with, and the one whose rate the summary shows.
+#: The baseline of the ratios, and the candidate whose rate the summary shows.
 _BASELINE, _OURS = "eager", "native"
 _MODES = {"forward": "Forward", "train": "Forward and backward"}
 
@@ -30,7 +30,7 @@ class Measurement:
 
     @property
     def threads(self) -> int:
-        """Threads that all candidates had."""
+        """Number of threads of all candidates."""
         return int(self.part["threads"])
 
     @property
@@ -40,7 +40,7 @@ class Measurement:
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
-        """A row a candidate."""
+        """One row per candidate."""
         rows: Sequence[Mapping[str, Any]] = self.part["measured"]
         return rows
 
@@ -61,7 +61,7 @@ class Measurement:
 
 
 def load(results: Path) -> dict[str, list[Measurement]]:
-    """Device -> its measurements; of two of one case on one number of threads the later counts."""
+    """Measurements by device. The latest of each case and number of threads counts."""
     latest: dict[str, dict[tuple[str, int], Measurement]] = {}
     lines = [line for line in read(results / RESULTS) if "measurements" in line]
     for line in sorted(lines, key=lambda line: str(line["time"])):
@@ -71,7 +71,7 @@ def load(results: Path) -> dict[str, list[Measurement]]:
 
 
 def plots(results: Path) -> dict[str, tuple[str, list[Measurement]]]:
-    """File name of each plot, its device, and what it is drawn from."""
+    """File name of each plot, its device, and its measurements."""
     return {
         f"cpu-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.png": (device, measured)
         for device, measured in load(results).items()
@@ -79,7 +79,7 @@ def plots(results: Path) -> dict[str, tuple[str, list[Measurement]]]:
 
 
 def text(results: Path) -> str:
-    """A section a device, as Markdown: provenance, plot, a summary a mode, and every figure."""
+    """One section per device, as Markdown: provenance, plot, a summary per mode, and all results."""
     parts = []
     for name, (device, measured) in plots(results).items():
         parts += [f"## {device}", _provenance(measured), f"![{device}]({name})"]
@@ -98,7 +98,7 @@ def describe(line: Mapping[str, Any]) -> str:
 
 
 def _provenance(measured: Sequence[Measurement]) -> str:
-    """Versions, commits and days, the peaks, and what the quiet check dropped."""
+    """Versions, commits, dates, peaks, and the number of dropped samples."""
     lines = [found.line for found in measured]
     runs = dict.fromkeys(
         f"torch {line['versions']['torch']}, commit {(line['commit'] or 'unknown')[:13]}, {line['time'][:10]}"
@@ -129,7 +129,7 @@ def _count(threads: int) -> str:
 
 
 def _speed(row: Mapping[str, Any] | None, eager: Mapping[str, Any] | None) -> str:
-    """Ratio against eager, in brackets that of the fastest calls, or why there is none."""
+    """Ratio to eager, or in brackets the ratio of the fastest calls, or the status if there is none."""
     if row is None:
         return "-"
     if row["status"] not in ("ok", "noisy"):
@@ -151,7 +151,7 @@ def _share(row: Mapping[str, Any] | None) -> str:
 
 
 def _summary(measured: Sequence[Measurement]) -> str:
-    """A line a case: milliseconds of eager, the ratio of every other candidate, and the native rate."""
+    """One line per case: milliseconds of eager, the ratio of every other candidate, and the native rate."""
     names = {row["candidate"] for found in measured for row in found.rows}
     others = [name for name in CANDIDATES if name in names and name != _BASELINE]
     head = [
@@ -200,7 +200,7 @@ _TAIL = (
 
 
 def _details(measured: Sequence[Measurement]) -> str:
-    """A line a candidate."""
+    """One line per candidate."""
     several = len({found.shape for found in measured}) > 1
     head = ["case"] * several + [*_HEAD, *_TAIL]
     lines = [head, ["---"] * (2 + several) + ["---:"] * (len(head) - 2 - several)]
@@ -225,11 +225,11 @@ def _errors(row: Mapping[str, Any]) -> str:
 
 
 def _notes(measured: Sequence[Measurement]) -> Iterator[str]:
-    """Why rows have no figures."""
+    """Yield the reasons for missing results."""
     for found in measured:
         for row in found.rows:
             if row["reason"] is not None:
-                # What cannot run at all cannot in any case: said once.
+                # A candidate that cannot run at all is reported once, without a case.
                 where = "" if row["status"] == "not run" else f" ({found.shape}, {_count(found.threads)})"
                 yield f"- {row['candidate']}{where}: {row['status']}: {row['reason']}"
 
@@ -239,7 +239,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def plot(device: str, measured: Sequence[Measurement], path: Path) -> None:
-    """Draw the speed of every candidate against eager, a panel a mode, at the most threads of each case."""
+    """Plot every candidate's speed relative to eager at each case's most threads, one panel per mode."""
     most: dict[str, Measurement] = {}
     for found in measured:
         name = found.line["name"]
@@ -263,16 +263,16 @@ def _draw(axis: Any, panel: Sequence[Measurement]) -> None:
     if not drawn:
         show_empty(axis)
         return
-    place, ticks, labels = 0.0, [], []
+    position, ticks, labels = 0.0, [], []
     for found, ratios in drawn:
-        first = place
+        first = position
         for name, ratio in ratios.items():
-            axis.barh(place, ratio, height=0.9, color=colour(name), label=name)
-            axis.text(ratio, place, f" {ratio:.2f}x", va="center", fontsize=6)
-            place += 1.0
-        ticks.append((first + place - 1.0) / 2)
+            axis.barh(position, ratio, height=0.9, color=colour(name), label=name)
+            axis.text(ratio, position, f" {ratio:.2f}x", va="center", fontsize=6)
+            position += 1.0
+        ticks.append((first + position - 1.0) / 2)
         labels.append(f"{found.shape.partition(' (')[0]}, {found.threads}T")
-        place += 0.8
+        position += 0.8
     axis.axvline(1.0, color="black", linestyle=":", linewidth=1)
     axis.set_yticks(ticks, labels, fontsize=7)
     axis.invert_yaxis()
@@ -281,7 +281,7 @@ def _draw(axis: Any, panel: Sequence[Measurement]) -> None:
     axis.tick_params(axis="x", labelsize=8)
     handles, names = axis.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
-    # Below the axis, where no bar can lie under it.
+    # Below the axis, so that it does not cover any bar.
     axis.legend(
         unique.values(),
         unique.keys(),

@@ -1,4 +1,4 @@
-"""Draws what docs/latent.md measures, from ``bench/results/latent.jsonl`` and ``latent_learning.jsonl``."""
+"""Generates the results in docs/latent.md from ``latent.jsonl`` and ``latent_learning.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MODES = ("no-think", "think", "latent")
 
 
 def text(results: Path) -> str:
-    """Answering at once, thinking and recurring, a line a stage and seed, as Markdown."""
+    """Results of direct answers, thinking and the recursion, one line per stage and seed, as Markdown."""
     lines = sorted(latest(results / RESULTS.name), key=lambda line: (line["seed"], stage_order(line)))
     if not lines:
         return "Not measured yet."
@@ -26,7 +26,7 @@ def text(results: Path) -> str:
 
 
 def stage_order(line: Mapping[str, Any]) -> int:
-    """Place of a line's stage among STAGES."""
+    """Index of a line's stage in STAGES."""
     return list(STAGES).index(line["stage"])
 
 
@@ -64,14 +64,14 @@ def _groups(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _learning(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A line a run, a column an evaluation."""
+    """One line per run and one column per evaluation."""
     steps = sorted({int(step) for line in lines for step in line["right"]})
     rows = [["begins with", "seed", *(f"after {step} updates" for step in steps)]]
     rows.append(["---", "---:"] + ["---:"] * len(steps))
     for line in lines:
         right = [line["right"].get(str(step)) for step in steps]
-        shares = ["-" if share is None else f"{share:.1%}" for share in right]
-        rows.append([line["start"], str(line["seed"]), *shares])
+        accuracies = ["-" if accuracy is None else f"{accuracy:.1%}" for accuracy in right]
+        rows.append([line["start"], str(line["seed"]), *accuracies])
     return _table(rows)
 
 

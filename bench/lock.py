@@ -1,12 +1,12 @@
 """Locks the environments that .ci/run tests: ``python -m bench.lock``.
 
-constraints.txt is one tested set for every Python and platform that is served: the newest packages at the
-time of the lock, with markers where they differ, without local version tags. .ci/floors.txt is the lowest
-that pyproject.toml allows of each direct dependency, on the lowest Python; .ci/floors-build.txt is the same
-of what builds the package. uv resolves them, from PyPI.
+constraints.txt is one tested set of packages for all supported Python versions and platforms: the newest
+versions at the time of the lock, with markers where they differ, and without local version tags.
+.ci/floors.txt has the lowest version of each direct dependency that pyproject.toml allows, on the lowest
+Python. .ci/floors-build.txt is the same for the build dependencies. uv resolves them from PyPI.
 
-Without ``--upgrade``, packages that these files name keep their versions. ``--check`` changes nothing: it
-fails unless every package installed here is in constraints.txt at its version.
+Without ``--upgrade``, packages in these files keep their versions. ``--check`` changes nothing: it fails
+unless every installed package is in constraints.txt with its version.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ CONSTRAINTS = ROOT / "constraints.txt"
 FLOORS = ROOT / ".ci" / "floors.txt"
 BUILD_FLOORS = ROOT / ".ci" / "floors-build.txt"
 LOWEST_PYTHON = "3.11"
-#: torch's newest release with a CPU build on the machines of .ci/run; the others bring 5 GB of CUDA packages.
+#: torch's newest release with a CPU build on the machines of .ci/run. Others install 5 GB of CUDA packages.
 HELD = "torch==2.13.0"
-#: Extras that people combine with the lock.
+#: Extras that can be combined with the lock.
 LOCKED_EXTRAS = ("dev", "peers")
 #: Extras of the floors' environment.
 FLOOR_EXTRAS = ("train", "rl", "plot", "test")
-#: Tools that read the sources or make environments: they run in the locked environment alone.
+#: Tools that check the sources or create environments, which only run in the locked environment.
 TOOLS = {"ruff", "mypy", "import-linter", "uv"}
-#: Part of every environment, and of no lock.
+#: Packages in every environment but in no lock.
 UNLOCKED = {"llm-trm", "pip"}
 
 
 def floors() -> list[Requirement]:
-    """Every direct dependency of the floors' environment, pinned to its lower bound in pyproject.toml."""
+    """All direct dependencies of the floors' environment, pinned to their lower bounds in pyproject.toml."""
     project = _pyproject()["project"]
     optional = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for extra in FLOOR_EXTRAS for line in optional[extra])]
@@ -52,7 +52,7 @@ def floors() -> list[Requirement]:
 
 
 def build_floors() -> list[Requirement]:
-    """What builds the package, pinned to its lower bound in pyproject.toml."""
+    """The build dependencies, pinned to their lower bounds in pyproject.toml."""
     return [_to_its_floor(Requirement(line)) for line in _pyproject()["build-system"]["requires"]]
 
 
@@ -63,20 +63,20 @@ def _pyproject() -> dict[str, Any]:
 def _to_its_floor(requirement: Requirement) -> Requirement:
     bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
     if len(bounds) != 1:
-        raise SystemExit(f"pyproject.toml: {requirement} needs one lower bound, which .ci/run can install")
+        raise SystemExit(f"pyproject.toml: {requirement} needs exactly one lower bound for .ci/run")
     marker = f"; {requirement.marker}" if requirement.marker else ""
     return Requirement(f"{requirement.name}=={bounds[0]}{marker}")
 
 
 def locked(path: Path) -> Iterator[Requirement]:
-    """The pins of a lock; a package has several where markers tell them apart."""
+    """Yield the pins of a lock; a package may have several with different markers."""
     for line in path.read_text().splitlines():
         if line and not line.startswith("#"):
             yield Requirement(line)
 
 
 def differences() -> list[str]:
-    """What is installed here and not in constraints.txt, or at another version, a line each."""
+    """One line for each installed package that is missing in constraints.txt or has another version."""
     pins = {
         canonicalize_name(pin.name): pin
         for pin in locked(CONSTRAINTS)
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.lock", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--check", action="store_true", help="compare what is installed with constraints.txt")
-    group.add_argument("--upgrade", action="store_true", help="take the newest of every package")
+    group.add_argument("--check", action="store_true", help="Compare installed packages with the lock.")
+    group.add_argument("--upgrade", action="store_true", help="Upgrade every package to its newest version.")
     options = parser.parse_args()
     if options.check:
         if found := differences():
@@ -126,7 +126,7 @@ def _compile(output: Path, stdin: str, *arguments: str) -> None:
     command += ["--custom-compile-command", "python -m bench.lock"]
     done = subprocess.run(command, cwd=ROOT, input=stdin, text=True)
     if done.returncode:
-        sys.exit(f"{output.name}: uv found no such set of packages (above)")
+        sys.exit(f"{output.name}: uv could not resolve the packages (see above)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The official puzzle trainer, restated: what ``bench/puzzle.py`` compares with.
+"""A reimplementation of the official puzzle trainer, the baseline of ``bench/puzzle.py``.
 
 Source: ``pretrain.py``, ``models/losses.py``, ``models/ema.py``, ``models/sparse_embedding.py`` and
-``models/recursive_reasoning/trm.py`` of SamsungSAILMontreal/TinyRecursiveModels. What costs time there is
-kept: the injection ``z + (y + x)`` added and weights cast in every call, gradients of the embeddings summed
-through ``unique``, an average of the parameters in a Python loop that allocates each anew, and metrics copied
-to the host on every step. AdamATan2, a CUDA extension there, is this library's.
+``models/recursive_reasoning/trm.py`` of SamsungSAILMontreal/TinyRecursiveModels. Everything that costs time
+there is kept: the injection ``z + (y + x)`` and the casting of weights in every call, gradients of the
+embeddings summed through ``unique``, an average of the parameters in a Python loop with new allocations, and
+metrics copied to the host at every step. AdamATan2, a CUDA extension there, is this library's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IGNORED = -100
 
 
 class TokenSwiGLU(OfficialSwiGLU):
-    """SwiGLU along the positions."""
+    """SwiGLU across positions."""
 
     def __init__(self, config: NetworkConfig) -> None:
         assert config.seq_len is not None
@@ -33,7 +33,7 @@ class TokenSwiGLU(OfficialSwiGLU):
 
 
 class PlainBlock(nn.Module):
-    """Post-norm: attention or ``mlp_t``, then SwiGLU."""
+    """Post-norm block of attention or ``mlp_t``, and SwiGLU."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PlainBlock(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, h: Tensor, tables: Tables | None) -> Tensor:
-        """Map h [B, L, D]; ``tables``: RoPE's."""
+        """Map h [B, L, D] to [B, L, D]; ``tables`` are for RoPE."""
         if tables is None:
             across = h.transpose(1, 2)
             h = unit_rms(across + self.mlp_t(across), self.eps).transpose(1, 2)
@@ -55,7 +55,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """Tokens and states to new states, logits and halting logits, and the loss of them."""
+    """Maps tokens and states to new states, halting logits and the loss."""
 
     y_init: Tensor
     z_init: Tensor
@@ -89,7 +89,7 @@ class PlainModel(nn.Module):
     def forward(
         self, y: Tensor, z: Tensor, tokens: Tensor, labels: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """New states (detached), the halting logits [B], the summed loss, and metrics."""
+        """New detached states, the halting logits [B], the summed loss, and metrics."""
         config = self.config
         x = F.embedding(tokens.int(), self.embed_tokens.to(self.dtype))
         if rows is not None:
@@ -136,10 +136,11 @@ class PlainPuzzleTrainer:
     """The training loop of ``pretrain.py`` on one device.
 
     Args:
-        model: Gives sizes and weights, which are copied.
-        compiled: Whether the model runs under torch.compile, as the official script has it.
-        exploration: Probability of a longer stay.
+        model: Model to copy sizes and weights from.
+        compiled: Whether to compile the model with torch.compile, as in the official script.
+        exploration: Probability of a random minimum number of steps.
         rates: Learning rates of the parameters and of the puzzle embeddings; weight decay is 1 for both.
+        ema: Decay of the parameter average.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class PlainPuzzleTrainer:
         self.carry: dict[str, Tensor] = {}
 
     def step(self, fresh: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-        """One supervision step and its update; gives its metrics, read by the host."""
+        """Run one supervision step with its update, and return its metrics on the host."""
         model, batch = self.model, len(fresh[0])
         tokens, labels, ids = fresh
         data = {"tokens": tokens, "labels": labels.long().masked_fill(labels == 0, _IGNORED), "ids": ids}
@@ -197,9 +198,9 @@ class PlainPuzzleTrainer:
         return dict(zip(metrics, (values / batch).tolist(), strict=True))
 
     def _descend(self, table: Tensor, ids: Tensor, gradient: Tensor) -> None:
-        used, place = ids.unique(return_inverse=True)
+        used, index = ids.unique(return_inverse=True)
         sums = torch.zeros(len(used), gradient.shape[1], device=gradient.device)
-        sums.scatter_add_(0, place[:, None].expand(-1, gradient.shape[1]), gradient)
+        sums.scatter_add_(0, index[:, None].expand(-1, gradient.shape[1]), gradient)
         table[used] = table[used] * (1.0 - self.row_rate) - self.row_rate * sums.sign()
 
     def state(self) -> Mapping[str, Tensor]:

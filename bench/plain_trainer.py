@@ -1,14 +1,14 @@
-"""The original phase 2 trainer, restated: what ``bench/training.py`` compares with.
+"""A reimplementation of the original phase 2 trainer, the baseline of ``bench/training.py``.
 
-Source: ``src/train/phase2_trm.py`` and ``src/models/trm.py`` of anonx3247/llm-trm. What costs time there is
-kept: padded batches, attention that computes its weights (``need_weights`` is left at its default), x + y + z
-added anew in every latent step, a loss and an update for each supervision step, an average of the parameters
-in a Python loop that allocates each anew, a test for NaN, and metrics read with ``.item()`` on every step.
+Source: ``src/train/phase2_trm.py`` and ``src/models/trm.py`` of anonx3247/llm-trm. Everything that costs time
+there is kept: padded batches, attention that computes its weights (the default of ``need_weights``),
+x + y + z in every latent step, a loss and an update for each supervision step, an average of the parameters
+in a Python loop with new allocations, a check for NaN, and metrics read with ``.item()`` at every step.
 
-It departs in three points, so that both trainers can be held to the same numbers; no measurable time hangs
-on them. The reasoning token is embedded in every supervision step (the original embeds it once a batch and
-goes on with its old value), the cosine that the halting head learns is a target without gradient, and the
-whole may run under autocast, which the original did without.
+There are three differences, so that both trainers give the same results; none has a measurable cost. The
+reasoning token is embedded in every supervision step (the original embeds it once per batch and continues
+with the old value), the cosine target of the halting head has no gradient, and autocast is supported, which
+the original did not use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llm_trm.models.sequence_trm import SequenceTRMConfig
 
 
 class PlainBlock(nn.Module):
-    """Pre-norm block on ``nn.MultiheadAttention``; of all it returns, the averaged weights are dropped."""
+    """Pre-norm block with ``nn.MultiheadAttention``, whose averaged weights are discarded."""
 
     def __init__(self, d_model: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PlainBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        """Map x [B, L, D] to [B, L, D]; ``padding`` [B, L] is True where nothing is attended to."""
+        """Map x [B, L, D] to [B, L, D]; ``padding`` [B, L] is True at positions to ignore."""
         h = self.norm1(x)
         x = x + self.self_attn(h, h, h, key_padding_mask=padding)[0]
         return x + self.mlp(self.norm2(x))
@@ -62,7 +62,7 @@ class PlainNetwork(nn.Module):
 
 
 class PlainSequenceTRM(nn.Module):
-    """The original's ``SequenceTRM``; state dicts are those of :mod:`llm_trm.models.sequence_trm`."""
+    """The original's ``SequenceTRM``, with the state dict of :mod:`llm_trm.models.sequence_trm`."""
 
     def __init__(self, config: SequenceTRMConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class PlainSequenceTRM(nn.Module):
         self.output_norm = nn.RMSNorm(config.d_compressed)
 
     def embed(self, context: Tensor) -> Tensor:
-        """The context [B, L, D'] with the reasoning token behind it [B, L + 1, D']."""
+        """Append the reasoning token to the context [B, L, D']: [B, L + 1, D']."""
         return torch.cat((context, self.reasoning_token.expand(len(context), -1, -1)), dim=1)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,27 +99,27 @@ class PlainSequenceTRM(nn.Module):
 
 
 class PlainAverage:
-    """An exponential moving average that allocates every parameter anew, one after the other."""
+    """An exponential moving average that allocates a new tensor for each parameter in turn."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self.shadow = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def update(self) -> None:
-        """Take one step towards the parameters."""
+        """Move one step towards the parameters."""
         for name, parameter in self.model.named_parameters():
             self.shadow[name] = self.decay * self.shadow[name] + (1 - self.decay) * parameter.detach()
 
 
 class PlainTrainer:
-    """Trains on one batch after the other, ``supervision_steps`` updates each.
+    """Trains on one batch at a time with ``supervision_steps`` updates each.
 
     Args:
-        model: Trained in place, in training mode from now on.
-        supervision_steps: Updates a batch.
+        model: The model, which is set to training mode and trained in place.
+        supervision_steps: Updates per batch.
         learning_rate, weight_decay, clip_norm, ema_decay, halt_weight: Settings of the run.
         total_updates: Length of the cosine schedule.
-        autocast_dtype: ``torch.bfloat16`` to run under autocast.
+        autocast_dtype: ``torch.bfloat16`` to run with autocast.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class PlainTrainer:
 
 
 def _collate(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Contexts padded to the longest [B, L, D'], and where they are valid: 1.0 in [B, L]."""
+    """Contexts padded to the longest [B, L, D'], and a mask [B, L] with 1.0 at valid positions."""
     padded = pad_sequence(list(contexts), batch_first=True)
     mask = torch.zeros(padded.shape[:2])
     for row, context in enumerate(contexts):

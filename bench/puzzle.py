@@ -1,10 +1,10 @@
-"""Times puzzle training against the official trainer, restated: ``python -m bench.puzzle``.
+"""Times puzzle training against a reimplementation of the official trainer: ``python -m bench.puzzle``.
 
-All train on the same grids in one process, taking turns: the step that ``llm-trm train puzzle`` runs (on CUDA
-replayed as a graph), and ``bench/plain_puzzle.py``, eager and under torch.compile. First their losses must
-agree over some steps, or no time is reported. Hours are those of 65,100 steps, the official run on
-Sudoku-Extreme (50,000 epochs of 1,000 puzzles, 768 a step), computed from the median step. One line of JSON a
-case is appended to bench/results/puzzle.jsonl; ``python -m bench.report`` draws docs/puzzles.md.
+All trainers run on the same grids in one process in interleaved rounds: the step of ``llm-trm train puzzle``
+(replayed as a graph on CUDA), and ``bench/plain_puzzle.py``, eager and with torch.compile. First their losses
+must agree over several steps, otherwise no times are reported. Hours are for 65,100 steps, the official run
+on Sudoku-Extreme (50,000 epochs of 1,000 puzzles, 768 per step), computed from the median step. One line of
+JSON per case is appended to bench/results/puzzle.jsonl; ``python -m bench.report`` updates docs/puzzles.md.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from trm_kernels.config import Mixer, NetworkConfig
 
 RESULTS = Path(__file__).resolve().parent / "results" / "puzzle.jsonl"
 PLAIN, COMPILED, OURS = "official, eager", "official, compiled", "llm-trm"
-#: Of the official Sudoku-Extreme run.
+#: Number of steps of the official Sudoku-Extreme run.
 STEPS = 65_100
 
-#: Steps that the trainers' losses must agree over, and how well: updates by signs spread rounding errors.
+#: Number of steps over which the trainers' losses must agree, and tolerances: sign updates amplify rounding.
 _CHECKED_STEPS = 3
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 _PUZZLES = 4096
@@ -48,13 +48,13 @@ class PuzzleCase:
     """One model on one kind of grid.
 
     Attributes:
-        preset: Whose settings these are.
-        side: Rows and columns of the grid.
-        batch: Samples in flight.
-        mixer: Of the positions.
-        dtype: Of the residual stream.
-        embeddings: Whether there are puzzle embeddings, and positions for them.
-        fp8: Whether this library runs the recursions without gradient in fp8.
+        preset: Preset of the settings.
+        side: Number of rows and columns of the grid.
+        batch: Batch size.
+        mixer: Mixer of positions.
+        dtype: Dtype of the residual stream.
+        embeddings: Whether there are puzzle embeddings and positions for them.
+        fp8: Whether this library runs the recursions without gradients in fp8.
     """
 
     preset: Literal["paper", "tiny"]
@@ -92,12 +92,12 @@ CASES: dict[str, tuple[PuzzleCase, ...]] = {
 
 
 def quick(case: PuzzleCase) -> PuzzleCase:
-    """The case, small enough to try the command in seconds."""
+    """The case, reduced to test the command in seconds."""
     return replace(case, preset="tiny", side=4, batch=4)
 
 
 def settings(case: PuzzleCase, data: Path, output: Path) -> PuzzleConfig:
-    """What the trainer is told."""
+    """The trainer's configuration."""
     options: dict[str, Any] = {}
     if not case.embeddings:
         options = {"puzzle_len": 0, "puzzle_dim": 0}
@@ -111,7 +111,7 @@ def settings(case: PuzzleCase, data: Path, output: Path) -> PuzzleConfig:
         mixer=case.mixer,
         positions="none" if case.mixer == "tokens" else "rope",
         batch_size=case.batch,
-        # The same arithmetic in both: no clipping, no schedule, no symmetries drawn.
+        # The same arithmetic in both: no clipping, no schedule and no augmentation.
         optimizer="adam-atan2",
         schedule="constant",
         warmup_steps=0,
@@ -125,7 +125,7 @@ def settings(case: PuzzleCase, data: Path, output: Path) -> PuzzleConfig:
 
 
 def write_data(case: PuzzleCase, folder: Path) -> None:
-    """Random grids: what they hold decides nothing but when samples halt."""
+    """Write random grids; their content only affects when samples halt."""
     chance = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, case.side + 2, (2, _PUZZLES, case.side**2), generator=chance).to(torch.uint8)
     ids = torch.zeros(_PUZZLES, dtype=torch.int32)
@@ -136,16 +136,16 @@ def write_data(case: PuzzleCase, folder: Path) -> None:
 
 
 class Ours(PuzzleTrainer):
-    """The trainer, with a step that reads its metrics as training does."""
+    """The trainer with a step that reads its metrics as in training."""
 
     def one_step(self) -> None:
-        """One step."""
+        """Run one step."""
         self.take_step()
         self._take_metrics(self.step.poll())
 
 
 def ours(case: PuzzleCase, folder: Path, device: torch.device) -> Ours:
-    """A trainer on random grids below ``folder``, which is empty or was used before."""
+    """A trainer on random grids in ``folder``, which are created if missing."""
     data = folder / "data"
     if not data.exists():
         write_data(case, data)
@@ -156,7 +156,7 @@ def ours(case: PuzzleCase, folder: Path, device: torch.device) -> Ours:
 
 
 def plain_of(trainer: Ours, *, compiled: bool, exploration: float) -> PlainPuzzleTrainer:
-    """The official trainer with the weights that ``trainer`` has now."""
+    """The official trainer with the current weights of ``trainer``."""
     config = trainer.config
     return PlainPuzzleTrainer(
         trainer.model,
@@ -168,14 +168,14 @@ def plain_of(trainer: Ours, *, compiled: bool, exploration: float) -> PlainPuzzl
 
 
 class DisagreementError(RuntimeError):
-    """The trainers do not compute the same."""
+    """The trainers' results differ."""
 
 
 def check(case: PuzzleCase, device: torch.device, folder: Path) -> float:
-    """Largest relative difference of the losses over some steps on the same puzzles.
+    """Maximum relative difference of the losses over several steps on the same puzzles.
 
     Raises:
-        DisagreementError: It is too large.
+        DisagreementError: The difference is too large.
     """
     trainer = ours(replace(case, fp8=False), folder, device)
     trainer.step._exploration = 0.0
@@ -185,11 +185,11 @@ def check(case: PuzzleCase, device: torch.device, folder: Path) -> float:
         expected = plain.step(trainer.feed.batch(trainer.run.step))
         trainer.take_step()
         (window,) = trainer.step.drain()
-        # No counts: one of 324 cells that flips on a rounding error would be 0.3%.
+        # Do not compare counts: a single one of 324 cells that flips by rounding would be 0.3%.
         for name in ("cell_loss", "halt_loss"):
             value = expected[name]
             worst = max(worst, abs(window.values[name] - value) / max(abs(value), 0.05))
-    # Written so that NaN fails.
+    # Negated, so that NaN fails.
     if not worst <= _TOLERANCE[case.dtype]:
         raise DisagreementError(
             f"{case.name}: over {_CHECKED_STEPS} steps the trainers differ by {worst:.2g} (at most "
@@ -199,7 +199,7 @@ def check(case: PuzzleCase, device: torch.device, folder: Path) -> float:
 
 
 def flops(trainer: PuzzleTrainer) -> int:
-    """Operations of the matrix products of a step's network calls; a backward counts twice its forward."""
+    """Operations of the matrix products in a step's network calls; backward counts as twice forward."""
     config = trainer.model.config
     net: NetworkConfig = trainer.model.net.config
     d, length, batch = config.d_model, config.length, trainer.config.batch_size
@@ -224,18 +224,18 @@ def run_case(
     """Check and time one case.
 
     Args:
-        seconds: Of the timed rounds.
-        progress: Told what is begun.
-        compiled: Whether the official model is timed under torch.compile too.
-        compare: Whether the trainers are compared first.
+        seconds: Duration of the timed rounds.
+        progress: Called with a description of each activity.
+        compiled: Whether to time the official model with torch.compile as well.
+        compare: Whether to compare the trainers first.
 
     Returns:
-        A line for a results file, run details aside: ``agreement``; for each of the ``trainers`` median, p20
-        and p80 of a step in milliseconds, TFLOP/s, and ``hours`` of 65,100 steps; ``ratio`` of each official
-        median over this library's.
+        A line for a results file without metadata of the run: ``agreement``; for each of the ``trainers``
+        median, p20 and p80 of a step in milliseconds, TFLOP/s, and ``hours`` for 65,100 steps; and the
+        ``ratio`` of each official median to this library's.
 
     Raises:
-        DisagreementError: The trainers do not compute the same, so no time was taken.
+        DisagreementError: The trainers' results differ, so they were not timed.
     """
     with tempfile.TemporaryDirectory() as folder:
         agreement: float | None = None
@@ -282,13 +282,13 @@ def _plain_call(plain: PlainPuzzleTrainer, trainer: Ours) -> Call:
 
 
 def _warm(call: Call, device: torch.device) -> float:
-    """Seconds of the last of five calls; on CUDA three of them warm up, and the fourth is captured."""
+    """Seconds of the last of five calls; on CUDA, three calls warm up and the fourth is captured."""
     for _ in range(5):
         synchronize(device)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call(0)
         synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def _figures(timing: Timing, work: int) -> dict[str, Any]:
@@ -303,10 +303,10 @@ def _figures(timing: Timing, work: int) -> dict[str, Any]:
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """A line of a results file, in words."""
+    """A line of a results file as text."""
     work, agreement = number(line["tflop"]), line["agreement"]
     compared = "not compared" if agreement is None else f"losses agree to {agreement:.1g}"
-    parts = [f"{line['name']}: {work} TFLOP a step; {compared}"]
+    parts = [f"{line['name']}: {work} TFLOP per step; {compared}"]
     for name, figures in line["trainers"].items():
         ratio = f", {line['ratio'][name]:.2f}x slower" if name in line["ratio"] else ""
         parts.append(
@@ -320,19 +320,19 @@ def describe(line: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run; exit code 1 if the trainers disagree."""
+    """Parse the command line and run. The exit code is 1 if the trainers disagree."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.puzzle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="tiny cases; appended only with --out")
-    parser.add_argument("--out", type=Path, help="results file to append to")
-    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
-    parser.add_argument("--case", type=int, help="only case number N of the device, counted from 1")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timed rounds a case")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled form out")
+    parser.add_argument("--quick", action="store_true", help="Run tiny cases; saved only with --out.")
+    parser.add_argument("--out", type=Path, help="Results file to append to.")
+    parser.add_argument("--commit", help="Measured commit (default: the checkout's).")
+    parser.add_argument("--case", type=int, help="Run only case number N of the device, from 1.")
+    parser.add_argument("--seconds", type=float, default=30.0, help="Duration of timed rounds per case.")
+    parser.add_argument("--no-compile", action="store_true", help="Skip the compiled official trainer.")
     options = parser.parse_args(arguments)
     kind = options.device
     if kind == "auto":

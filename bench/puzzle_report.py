@@ -1,4 +1,4 @@
-"""Draws what docs/puzzles.md measures, from files under ``bench/results``."""
+"""Generates the results in docs/puzzles.md from files in ``bench/results``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from llm_trm.benchmark.results import read
 from llm_trm.benchmark.table import number
 from llm_trm.files import replacing
 
-#: What ``python -m bench.puzzle`` and ``python -m bench.puzzle_training`` measured.
+#: Results of ``python -m bench.puzzle`` and ``python -m bench.puzzle_training``.
 STEPS, RUNS = "puzzle.jsonl", "puzzle_training.jsonl"
-#: What ``python -m bench.gpu`` measured.
+#: Results of ``python -m bench.gpu``.
 GPU = "gpu.jsonl"
-#: Samples of a step of the official run.
+#: Batch size of the official run.
 OFFICIAL_BATCH = 768
 PLOT = "puzzle-training.png"
 
 _STEP = "puzzle step "
-#: What olivkoch/nano-trm's README says of Sudoku-Extreme at L 81 on one H100.
+#: The time for Sudoku-Extreme at L 81 on one H100 in olivkoch/nano-trm's README.
 _PUBLISHED = "Published by others: nano-trm, about 1 h for its Sudoku-Extreme run on one H100 (its README)."
 
 
 def text(results: Path) -> str:
     """Accuracy of training runs and the speed of a step, as Markdown."""
     runs = latest(results / RUNS)
-    # A GPU's lines are among all those of its run.
+    # The results file of a GPU run has lines of other kinds as well.
     steps = [
         line
         for path in (results / STEPS, results / GPU)
@@ -96,7 +96,7 @@ def _steps(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _hours(line: Mapping[str, Any]) -> str:
-    """Of the official run, where it is that run's step which was timed."""
+    """Hours of the official run, if its step was timed."""
     if line["case"]["preset"] != "paper" or line["case"]["batch"] != OFFICIAL_BATCH:
         return "-"
     return number(STEPS_OF_A_RUN * line["trainers"]["llm-trm"]["median_ms"] / 3.6e6)
@@ -107,7 +107,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(results: Path, path: Path) -> None:
-    """Draw the accuracy on held-out puzzles against minutes of training; nothing without runs."""
+    """Plot the accuracy on held-out puzzles against minutes of training, if there are runs."""
     runs = latest(results / RUNS)
     if not runs:
         return
@@ -131,7 +131,7 @@ def plot(results: Path, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
         with replacing(path) as temporary:
-            # No version in the file: the same results give the same bytes.
+            # Omit the version from the file, so that equal results give equal bytes.
             figure.savefig(temporary, dpi=120, format="png", metadata={"Software": None})
     finally:
         plt.close(figure)

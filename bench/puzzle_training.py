@@ -1,8 +1,9 @@
-"""Trains the tiny preset on generated Sudokus, from nothing: ``python -m bench.puzzle_training``.
+"""Trains the tiny preset on generated Sudokus from scratch: ``python -m bench.puzzle_training``.
 
-What ``llm-trm data sudoku``, ``train puzzle`` and ``eval puzzle`` do by default, but for the numbers of
-puzzles: accuracy on held-out puzzles, none of them a training puzzle under any symmetry, against minutes of
-training; and what halting saves. One line of JSON a run is appended to bench/results/puzzle_training.jsonl.
+Does the same as ``llm-trm data sudoku``, ``train puzzle`` and ``eval puzzle`` with default settings, except
+for the number of puzzles. Measures the accuracy on held-out puzzles, none of which is a training puzzle under
+any symmetry, against minutes of training, and the time saved by halting. One line of JSON per run is appended
+to bench/results/puzzle_training.jsonl.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from llm_trm.train.puzzle.trainer import PuzzleTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "puzzle_training.jsonl"
 
-#: Training puzzles and clues of each size; 4x4 has 2,218 different puzzles of 4 to 8 clues in all.
+#: Number of training puzzles, and of clues, by size. There are 2,218 different 4x4 puzzles with 4 to 8 clues.
 _TRAINING = {4: 1500, 6: 4000, 9: 10_000}
 _CLUES = {4: (4, 8), 6: (9, 18), 9: (24, 36)}
 HELD_OUT = 500
-#: Halting probabilities above which a puzzle stops: that of training, and a surer one.
+#: Halting thresholds: the training's, and a higher one.
 THRESHOLDS = (0.5, 0.9)
 _ROUNDS = 3
 
@@ -46,19 +47,19 @@ def train(
     held_out: int = HELD_OUT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Generate, train and evaluate.
+    """Generate puzzles, train and evaluate.
 
     Args:
         size: 4, 6 or 9.
-        seed: Of puzzles and training.
-        puzzles: To train on.
-        held_out: To evaluate on.
-        **options: Of :func:`~llm_trm.train.puzzle.config.configure`.
+        seed: Seed of puzzles and training.
+        puzzles: Number of training puzzles.
+        held_out: Number of held-out puzzles.
+        **options: Options of :func:`~llm_trm.train.puzzle.config.configure`.
 
     Returns:
-        A line for a results file, run details aside: ``history`` of the training, and for each of the
-        ``modes`` (without halting, and with it at two thresholds) what ``llm-trm eval puzzle --json`` says of
-        all held-out puzzles, their times the best of some rounds.
+        A line for a results file without metadata of the run: the ``history`` of the training, and for each
+        of the ``modes`` (without halting, and with two thresholds) the result of ``llm-trm eval puzzle
+        --json`` on all held-out puzzles, with the best time of several rounds.
     """
     shape = SHAPES[size]
     with tempfile.TemporaryDirectory() as name:
@@ -68,11 +69,11 @@ def train(
         config = configure(
             "tiny", "sudoku", data=data, output=output, seed=seed, device=device.type, **options
         )
-        begin = time.perf_counter()
+        start = time.perf_counter()
         trainer = PuzzleTrainer(config)
         result = trainer.train()
-        seconds = time.perf_counter() - begin
-        # The last, not the best: that one was chosen by these very puzzles.
+        seconds = time.perf_counter() - start
+        # The last checkpoint, because the best one is selected on these held-out puzzles.
         model, _ = load_puzzle(trainer.run.checkpoints.last)
         test = read_split(data, "test").to(device)
         modes = _modes(model.to(device), test, config.max_steps, config.batch_size)
@@ -92,7 +93,7 @@ def train(
 
 
 def _modes(model: Any, test: Any, max_steps: int, batch_size: int) -> list[ModeResult]:
-    """All modes, taking turns."""
+    """Evaluate all modes in interleaved rounds."""
     modes = [Mode(False, max_steps), *(Mode(True, max_steps, threshold=limit) for limit in THRESHOLDS)]
     found: dict[str, ModeResult] = {}
     for _ in range(_ROUNDS):
@@ -103,14 +104,14 @@ def _modes(model: Any, test: Any, max_steps: int, batch_size: int) -> list[ModeR
     return list(found.values())
 
 
-def speedup(line: Mapping[str, Any], place: int) -> float:
-    """How much less time a puzzle takes in mode ``place`` than without halting."""
+def speedup(line: Mapping[str, Any], index: int) -> float:
+    """Speedup of mode ``index`` over the mode without halting."""
     modes = line["modes"]
-    return float(modes[0]["seconds_per_puzzle"] / modes[place]["seconds_per_puzzle"])
+    return float(modes[0]["seconds_per_puzzle"] / modes[index]["seconds_per_puzzle"])
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """A line of a results file, in words."""
+    """A line of a results file as text."""
     parts = [f"{line['name']}: {line['puzzles']} puzzles, {line['seconds'] / 60:.1f} minutes"]
     for record in line["history"]:
         parts.append(
@@ -121,9 +122,9 @@ def describe(line: Mapping[str, Any]) -> str:
         low, high = mode["exact_interval"]
         parts.append(
             f"  {mode['name']}: {mode['exact']:.2%} ({low:.2%} to {high:.2%}) of {mode['puzzles']}, "
-            f"{mode['steps']:.2f} steps, {1e3 * mode['seconds_per_puzzle']:.2f} ms a puzzle"
+            f"{mode['steps']:.2f} steps, {1e3 * mode['seconds_per_puzzle']:.2f} ms per puzzle"
         )
-    parts.append(f"  halting: {', '.join(f'{speedup(line, place):.2f}x' for place in (1, 2))}")
+    parts.append(f"  halting: {', '.join(f'{speedup(line, index):.2f}x' for index in (1, 2))}")
     return "\n".join(parts)
 
 
@@ -136,10 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES, default=[4, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="of training (default: the preset's)")
+    parser.add_argument("--steps", type=int, help="Training steps (default: the preset's).")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file to append to")
-    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Results file to append to.")
+    parser.add_argument("--commit", help="Measured commit (default: the checkout's).")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")

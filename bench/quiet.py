@@ -1,11 +1,12 @@
-"""The quiet check of a CPU: a short burst of arithmetic before and after every sample.
+"""Detects noise on a CPU with a short burst of arithmetic before and after every sample.
 
-A neighbour that takes a core, or part of one, or a clock that falls, slows the burst as it slows the sample.
-What lies between two bursts is kept if both ran near the rate that the same case's bursts reach: the clock of
-a virtual machine may stay low for minutes, which all candidates of a case then share.
+Another process on the same cores, or a lower clock, slows the bursts as much as the sample. A sample is kept
+if both bursts run near the rate that the same case's bursts reach. The comparison is within a case, because
+the clock of a virtual machine may stay low for minutes, which affects all candidates of the case.
 
-A burst is the native module's micro-kernel. Multiply-adds in registers do not see a neighbour on the other
-thread of a core: they leave it enough to take (Zen 3: 99 to 103 GF/s, while products went from 98 to 67).
+A burst is the native module's micro-kernel. Multiply-adds in registers would not detect a process on the
+other thread of a core, because they leave enough resources for it (Zen 3: 99 to 103 GF/s, while products fell
+from 98 to 67).
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ import torch
 
 from llm_trm.benchmark.protocol import Call, Timer
 
-#: Of the rate that the case's bursts reach: a sample beside a slower one is dropped.
+#: Minimum rate of a sample's bursts, relative to the rate that the case's bursts reach.
 QUIET = 0.9
-#: Part of a case's bursts that is slower than what they reach. The best of all will not do: a clock that rose
-#: for 2 ms (153 GF/s, where 50 ms gave 132) condemned 349 of 350 samples.
+#: Quantile of a case's bursts that defines the reached rate. The maximum is unsuitable: a clock that rose for
+#: 2 ms (153 GF/s, compared to 132 over 50 ms) led to 349 of 350 samples being dropped.
 REACHED = 0.95
 BURST_SECONDS = 2e-3
 
-#: Bursts of multiply-adds that a peak is taken of. In a noisy minute every longer one is interrupted.
+#: Number of bursts of multiply-adds to measure the peak. Noise would interrupt every longer burst.
 _PEAK_BURSTS = 100
 
-#: Where there is no native module, a burst is this many products of two matrices of this size: 2 to 5 ms, and
-#: their 0.8 MB stay in the second-level cache.
+#: Without the native module, a burst is this many products of two matrices of this size. It takes 2 to 5 ms,
+#: and the 0.8 MB of the matrices stay in the second-level cache.
 _PRODUCTS, _SIZE = 16, 256
 
 
 class Sample(float):
-    """Seconds a call, with the rate of the slower of the two bursts around it, in GF/s."""
+    """Seconds per call, with the rate of the slower of the two bursts around it in GF/s."""
 
     burst: float
 
@@ -47,7 +48,7 @@ class Sample(float):
 
 
 def native_module() -> ModuleType | None:
-    """``trm_kernels._native``, or None where it is not built."""
+    """``trm_kernels._native``, or None if it is not built."""
     try:
         return importlib.import_module("trm_kernels._native")
     except ImportError:
@@ -59,8 +60,8 @@ class Bursts:
 
     Attributes:
         kind: ``"tile"``: the native module's micro-kernel. ``"mm"``: products of small matrices by torch,
-            which must be set to as many threads.
-        rates: Those of the bursts since :meth:`begin`, in GF/s.
+            which must be set to the same number of threads.
+        rates: Rates of the bursts since :meth:`begin`, in GF/s.
         peak: The measured FMA peak in GF/s, or None without the native module.
     """
 
@@ -74,28 +75,28 @@ class Bursts:
         self._product = torch.empty(_SIZE, _SIZE)
 
     def begin(self) -> None:
-        """Begin a case: its samples are compared with its own bursts."""
+        """Start a case, whose samples are compared with its own bursts."""
         self.rates = []
 
     def burst(self) -> float:
-        """Rate of one burst, in GF/s."""
+        """Run one burst and return its rate in GF/s."""
         rate = self._products() if self._native is None else self._rate(self._native.tile_rate)
         self.rates.append(rate)
         return rate
 
     def reached(self) -> float:
-        """The rate that one in twenty of the case's bursts exceeds, in GF/s; 0 before the first."""
+        """The rate in GF/s that one in twenty of the case's bursts exceeds; 0 before the first."""
         return _reached(self.rates)
 
     def measure_peak(self) -> float | None:
-        """Measure the FMA peak; the best of all calls stands in ``peak``."""
+        """Measure the FMA peak, and keep the best of all calls in ``peak``."""
         if self._native is not None:
             rates = [self._rate(self._native.fma_peak) for _ in range(_PEAK_BURSTS)]
             self.peak = max(self.peak or 0.0, _reached(rates))
         return self.peak
 
     def timer(self, timer: Timer) -> Timer:
-        """``timer`` between two bursts; its samples are :class:`Sample`."""
+        """Wrap ``timer`` in two bursts; its samples are :class:`Sample`."""
 
         def timed(call: Call, first: int, count: int) -> float:
             before = self.burst()
@@ -105,13 +106,13 @@ class Bursts:
         return timed
 
     def quiet(self, samples: Iterable[Sample]) -> list[Sample]:
-        """The samples between bursts of at least 0.9 of the rate that the case's bursts reach."""
+        """The samples whose bursts have at least 0.9 of the rate that the case's bursts reach."""
         least = QUIET * self.reached()
         return [sample for sample in samples if sample.burst >= least]
 
     def _rate(self, work: Callable[[float, int, str], float]) -> float:
         assert self._native is not None
-        # The machine's best instruction set, whatever TRM_NATIVE_ISA has the kernels use.
+        # The machine's best instruction set, independent of TRM_NATIVE_ISA.
         return work(BURST_SECONDS, self.threads, self._native.instruction_sets()[0])
 
     def _products(self) -> float:
@@ -119,11 +120,11 @@ class Bursts:
             torch.mm(*self._matrices, out=self._product)
 
         with torch.no_grad():
-            multiply()  # takes the matrices back into the cache, from which a sample has driven them
-            begin = time.perf_counter()
+            multiply()  # loads the matrices into the cache again, since a sample may have evicted them
+            start = time.perf_counter()
             for _ in range(_PRODUCTS):
                 multiply()
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - start
         return _PRODUCTS * 2 * _SIZE**3 / seconds * 1e-9
 
 
@@ -133,7 +134,7 @@ def _reached(rates: Sequence[float]) -> float:
 
 
 def record(native: ModuleType | None) -> dict[str, str | None]:
-    """For a results file: the instruction sets of the peak and of the native kernels, None without them."""
+    """Instruction sets of the peak and of the native kernels for a results file; None without the module."""
     return {
         "peak": None if native is None else native.instruction_sets()[0],
         "native": None if native is None else native.default_instruction_set(),

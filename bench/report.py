@@ -1,9 +1,9 @@
-"""Draws the docs' tables and plots from ``bench/results/*.jsonl``: ``python -m bench.report``.
+"""Generates the docs' tables and plots from ``bench/results/*.jsonl``: ``python -m bench.report``.
 
-Rewrites what stands between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` in docs/benchmarks.md (every
-table), docs/training.md, docs/latent.md, docs/cpu.md, docs/puzzles.md (``bench/*_report.py``) and README.md
-(one line a case), and the plots under docs/: of each device bars, and curves of cost against batch size,
-length and width. No figure is written by hand.
+Rewrites the text between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` in docs/benchmarks.md (all
+tables), docs/training.md, docs/latent.md, docs/cpu.md, docs/puzzles.md (``bench/*_report.py``) and README.md
+(one line per case), and the plots in docs/: for each device, bars and curves of time against batch size,
+length and width. No number is written by hand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 @dataclass
 class DeviceReport:
-    """The latest result of every case and group on one device, and the run of each."""
+    """The latest result of every case and group on one device, with the metadata of its run."""
 
     device: str
     results: list[CaseResult]
@@ -43,7 +43,7 @@ class DeviceReport:
         return [result for result in self.results if result.group in groups]
 
     def plots(self) -> dict[str, tuple[Callable[[Sequence[CaseResult], Path], None], list[CaseResult]]]:
-        """File name of each plot, what draws it, and from what."""
+        """File name of each plot, the function that draws it, and its results."""
         slug = re.sub("[^a-z0-9]+", "-", self.device.lower()).strip("-")
         drawn: dict[str, tuple[Callable[[Sequence[CaseResult], Path], None], list[CaseResult]]] = {}
         if bars := self.of("main", "peers"):
@@ -79,11 +79,11 @@ def _commit(run: Mapping[str, Any]) -> str:
 
 
 def load(folder: Path) -> list[DeviceReport]:
-    """Read every results file of a folder; of two lines for one key and device the later counts."""
+    """Read all results files of a folder. The latest line of each key and device counts."""
     latest: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in read(path):
-            # On the tables of its own run a case has few rows, and would hide the whole one.
+            # A case that is measured again after tuning has few rows, and would hide the complete result.
             if "rows" not in line or line.get("tuned"):
                 continue
             cases = latest.setdefault(line["device"], {})
@@ -96,7 +96,7 @@ def load(folder: Path) -> list[DeviceReport]:
 
 
 def details(reports: list[DeviceReport]) -> str:
-    """Every table, a section a device; of the scaling suite one line a case."""
+    """All tables, with one section per device; for the scaling suite, one line per case."""
     parts = []
     for report in reports:
         parts += [f"## {report.device}", report.provenance() + "."]
@@ -114,7 +114,7 @@ def details(reports: list[DeviceReport]) -> str:
 
 
 def _medians(results: Sequence[CaseResult]) -> str:
-    """One line a case: the limit, and the median milliseconds of every candidate that was timed."""
+    """One line per case: the limit, and the median milliseconds of all timed candidates."""
     names = list(dict.fromkeys(row.backend for result in results for row in result.rows if row.median_ms))
     lines = [["ms", "limit", *names], ["---"] + ["---:"] * (len(names) + 1)]
     for result in results:
@@ -133,7 +133,7 @@ def summary(reports: list[DeviceReport]) -> str:
     return "\n\n".join(parts + _missing(reports))
 
 
-#: What the docs call not measured while no device has a result of it.
+#: Sections that the docs report as not measured until a device has results for them.
 SECTIONS: dict[str, Callable[[CaseResult], bool]] = {
     "Whole training steps": lambda result: result.case.mode == "step",
     "Other implementations": lambda result: result.group == "peers",
@@ -154,7 +154,7 @@ def _missing(
 
 
 def rewrite(path: Path, text: str) -> bool:
-    """Put ``text`` between the markers of a file; False if it has none."""
+    """Replace the text between the markers of a file. Returns False if it has no markers."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -165,7 +165,7 @@ def rewrite(path: Path, text: str) -> bool:
 
 
 def main(root: Path = ROOT) -> None:
-    """Redraw everything; exit code 1 if a document has no markers."""
+    """Generate everything. The exit code is 1 if a document has no markers."""
     reports = load(root / "bench" / "results")
     for report in reports:
         for name, (draw, results) in report.plots().items():

@@ -1,8 +1,9 @@
-"""Times phase 2 training against the original trainer, restated: ``python -m bench.training``.
+"""Times phase 2 training against a reimplementation of the original trainer: ``python -m bench.training``.
 
-Both train on the same ragged contexts (lengths uniform in [L/3, L]) in one process, taking turns: the trainer
-that ``llm-trm train phase2`` runs, and ``bench/plain_trainer.py``. First they must compute the same from the
-same weights, or no time is reported. One line of JSON a case is appended to bench/results/training.jsonl.
+Both train on the same ragged contexts (lengths uniform in [L/3, L]) in one process in interleaved rounds: the
+trainer of ``llm-trm train phase2``, and ``bench/plain_trainer.py``. First their results from the same weights
+must agree, otherwise no times are reported. One line of JSON per case is appended to
+bench/results/training.jsonl.
 """
 
 from __future__ import annotations
@@ -34,35 +35,35 @@ RESULTS = Path(__file__).resolve().parent / "results" / "training.jsonl"
 PLAIN, OURS = "plain", "llm-trm"
 
 _LEARNING_RATE = 1e-4
-#: Makes the cosine of the schedules constant to float32 over any run here.
+#: Long enough to make the cosine schedule constant in float32 over any run here.
 _EPOCHS = 10**7
-#: Supervision steps that both trainers must agree over, on one batch, twice: on CUDA the second time is a
-#: replay of the step, which was captured after the first.
+#: Number of supervision steps over which both trainers must agree, twice on one batch. On CUDA the second
+#: time is a replay of the step, which is captured after the first.
 _CHECKED_STEPS = 3
-#: Decay of the averages there: at 0.999 they would move by little more than their own rounding.
+#: Decay of the averages in the check; at 0.999 they would change by little more than their rounding.
 _CHECKED_DECAY = 0.5
-#: Largest relative difference of metrics and updates between the trainers in float32.
+#: Maximum relative difference of metrics and updates between the trainers in float32.
 _METRIC_TOLERANCE, _UPDATE_TOLERANCE = 1e-4, 1e-3
-#: The same of metrics under bf16 autocast, whose unit roundoff is 4e-3.
+#: Maximum relative difference of metrics with bf16 autocast, whose unit roundoff is 4e-3.
 _BF16_METRIC_TOLERANCE = 2e-2
 
 
 class DisagreementError(RuntimeError):
-    """The two trainers do not compute the same."""
+    """The trainers' results differ."""
 
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """What is trained on.
+    """A training workload.
 
     Attributes:
-        width: D', of the compressed states.
-        length: L, the longest context; the shortest is a third of it.
-        batch: B.
-        batches: Batches of a timed pass.
-        supervision_steps: Updates a batch.
+        width: Width D' of the compressed states.
+        length: Length L of the longest context; the shortest is a third of it.
+        batch: Batch size B.
+        batches: Number of batches per timed pass.
+        supervision_steps: Updates per batch.
         dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
-        dropout: Of attention weights, while time is taken.
+        dropout: Dropout of attention weights during timing.
     """
 
     width: int
@@ -82,12 +83,12 @@ class TrainingCase:
 
     @property
     def samples(self) -> int:
-        """Samples of a timed pass."""
+        """Number of samples per timed pass."""
         return self.batch * self.batches
 
 
-#: The last CPU case is of the arithmetic world's size. Supervision steps are all alike: on a CPU, where one
-#: takes seconds, a single one a batch is timed.
+#: The last CPU case has the size of the arithmetic world. All supervision steps cost the same, so on a CPU,
+#: where one takes seconds, only one per batch is timed.
 CASES: dict[str, tuple[TrainingCase, ...]] = {
     "cpu": (
         TrainingCase(256, 256, 8, supervision_steps=1),
@@ -102,7 +103,7 @@ CASES: dict[str, tuple[TrainingCase, ...]] = {
 
 
 def quick(case: TrainingCase) -> TrainingCase:
-    """The case, small enough to try the command in seconds."""
+    """The case, reduced to test the command in seconds."""
     return replace(
         case,
         width=min(case.width, 32),
@@ -114,13 +115,13 @@ def quick(case: TrainingCase) -> TrainingCase:
 
 
 class OurTrainer:
-    """The trainer of ``llm-trm train phase2`` on random contexts in a folder of its own.
+    """The trainer of ``llm-trm train phase2`` on random contexts in its own folder.
 
     Args:
-        folder: Empty; pairs and compressor are written there.
+        folder: An empty folder for pairs and compressor.
         device: ``"cpu"`` or the accelerator of this machine.
-        ema_decay: Of the average of the weights.
-        seed: Of data and weights.
+        ema_decay: Decay of the weight average.
+        seed: Seed of data and weights.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class OurTrainer:
             data=pairs,
             compressor=compressor,
             output=folder / "run",
-            val_fraction=1e-9,  # one sample, which is the least
+            val_fraction=1e-9,  # one sample, the minimum
             dropout=case.dropout,
             supervision_steps=case.supervision_steps,
             batch_size=case.batch,
@@ -155,13 +156,13 @@ class OurTrainer:
         self.order = self.trainer.order.batches(0)
 
     def run(self, batches: Sequence[Sequence[int]]) -> None:
-        """Train on these batches of sample numbers, as an epoch does."""
+        """Train on batches of sample indices, as in an epoch."""
         for samples in batches:
             self.trainer.train_batch(samples)
             self.trainer.take_metrics(self.trainer.step.poll())
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call; waits for the device."""
+        """Mean metrics since the last call; synchronises with the device."""
         windows = self.trainer.step.drain()
         steps = sum(window.steps for window in windows)
         return {
@@ -170,7 +171,7 @@ class OurTrainer:
         }
 
     def samples(self, numbers: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Contexts [L_i, D'] and targets [D'] of these samples, on the CPU."""
+        """Contexts [L_i, D'] and targets [D'] of samples, on the CPU."""
         contexts = self.trainer.inputs.contexts
         offsets, rows, targets = contexts.offsets.tolist(), contexts.rows.cpu(), contexts.targets.cpu()
         return [rows[offsets[i] : offsets[i + 1]] for i in numbers], [targets[i] for i in numbers]
@@ -179,9 +180,9 @@ class OurTrainer:
 def write_data(
     case: TrainingCase, pairs: Path, compressor: Path, seed: int, hidden_size: int | None = None
 ) -> None:
-    """Write random pairs for ``case``, and one to hold out, and a compressor of them."""
+    """Write random pairs for ``case``, one of them to hold out, and a compressor."""
     generator = torch.Generator().manual_seed(seed)
-    hidden_size = hidden_size or case.width + 1  # a compressor must narrow
+    hidden_size = hidden_size or case.width + 1  # a compressor must reduce the width
     count = case.samples + 1
     lengths = torch.randint(-(-case.length // 3), case.length + 1, (count,), generator=generator).tolist()
     lengths[0] = case.length
@@ -211,7 +212,7 @@ def write_data(
 
 
 def plain_of(ours: OurTrainer, case: TrainingCase) -> PlainTrainer:
-    """The original trainer with the weights that ``ours`` has now."""
+    """The original trainer with the current weights of ``ours``."""
     model = PlainSequenceTRM(ours.trainer.model.config)
     model.load_state_dict(ours.trainer.model.state_dict())
     return PlainTrainer(
@@ -226,13 +227,14 @@ def plain_of(ours: OurTrainer, case: TrainingCase) -> PlainTrainer:
 def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, float]:
     """Train both on one batch for three supervision steps, twice, without dropout, and compare.
 
-    Metrics must agree in the case's precision; in float32 the updates of weights and of their averages too.
+    Metrics must agree in the case's precision. In float32, the updates of weights and averages must agree as
+    well.
 
     Returns:
-        The largest relative differences, ``metrics`` and, in float32, ``updates`` and ``averages``.
+        The maximum relative differences: ``metrics`` and, in float32, ``updates`` and ``averages``.
 
     Raises:
-        DisagreementError: They do not agree.
+        DisagreementError: The trainers' results differ.
     """
     case = replace(case, batches=1, supervision_steps=_CHECKED_STEPS, dropout=0.0)
     ours = OurTrainer(case, folder, device, ema_decay=_CHECKED_DECAY)
@@ -255,7 +257,7 @@ def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, f
         averages = dict(zip(own, ours.trainer.average.averages, strict=True))
         agreement["averages"] = _difference(before, plain.average.shadow, averages)
         tolerances |= {"updates": _UPDATE_TOLERANCE, "averages": _UPDATE_TOLERANCE}
-    # Written so that NaN fails.
+    # Negated, so that NaN fails.
     broken = [name for name, value in agreement.items() if not value <= tolerances[name]]
     if broken:
         raise DisagreementError(
@@ -265,14 +267,14 @@ def check(case: TrainingCase, device: torch.device, folder: Path) -> dict[str, f
     return agreement
 
 
-#: Metrics that both trainers measure.
+#: Metrics that both trainers compute.
 _COMPARED = ("loss", "mse", "cosine", "halt_loss")
 
 
 def _difference(
     before: Mapping[str, Tensor], expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> float:
-    """Norm of ``found - expected`` over that of ``expected - before``, of all tensors together."""
+    """Norm of ``found - expected`` relative to the norm of ``expected - before``, over all tensors."""
 
     def norm(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
         parts = [_determined(name, (left[name] - right[name]).detach().double()) for name in before]
@@ -282,7 +284,7 @@ def _difference(
 
 
 def _determined(name: str, value: Tensor) -> Tensor:
-    """``value`` less the biases of keys: softmax cancels them, and AdamW makes whole steps of their noise."""
+    """``value`` without key biases: softmax cancels them, and AdamW turns their noise into full steps."""
     if not name.endswith("in_proj_bias"):
         return value
     query, _, rest = value.chunk(3)
@@ -297,20 +299,20 @@ def run_case(
     *,
     compare: bool = True,
 ) -> dict[str, Any]:
-    """Check, in float32 and in the case's precision, and time one case.
+    """Check one case in float32 and in its own precision, and time it.
 
     Args:
-        seconds: Of the timed passes; at least three each are made.
-        progress: Told what is begun.
-        compare: Whether the trainers are compared first.
+        seconds: Duration of the timed passes; there are at least three of each.
+        progress: Called with a description of each activity.
+        compare: Whether to compare the trainers first.
 
     Returns:
-        A line for a results file, run details aside: ``agreement`` of the checks, and for each of the
-        ``trainers`` median, p20 and p80 of a pass in milliseconds, samples (trained on for all their
-        supervision steps) a second and updates a second; ``ratio`` of the medians.
+        A line for a results file without metadata of the run: ``agreement`` of the checks; for each of the
+        ``trainers`` median, p20 and p80 of a pass in milliseconds, samples (with all their supervision steps)
+        per second and updates per second; and the ``ratio`` of the medians.
 
     Raises:
-        DisagreementError: The trainers do not compute the same, so no time was taken.
+        DisagreementError: The trainers' results differ, so they were not timed.
     """
     with tempfile.TemporaryDirectory() as folder:
         agreement: dict[str, float] = {}
@@ -322,7 +324,7 @@ def run_case(
         ours = OurTrainer(case, Path(folder) / "timed", device)
         plain = plain_of(ours, case)
         shuffled = torch.randperm(case.samples, generator=torch.Generator().manual_seed(0)).tolist()
-        numbers = [ours.trainer.order.samples[place] for place in shuffled]
+        numbers = [ours.trainer.order.samples[index] for index in shuffled]
         data = [
             ours.samples(numbers[start : start + case.batch]) for start in range(0, len(numbers), case.batch)
         ]
@@ -351,13 +353,13 @@ def run_case(
 
 
 def _warm(call: Call, device: torch.device) -> float:
-    """Seconds of the second of two passes; on CUDA the first warms up and captures."""
+    """Seconds of the second of two passes; on CUDA, the first warms up and captures."""
     call(0)
     synchronize(device)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     call(0)
     synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def _figures(timing: Timing, case: TrainingCase) -> dict[str, Any]:
@@ -372,9 +374,9 @@ def _figures(timing: Timing, case: TrainingCase) -> dict[str, Any]:
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """A line of a results file, in words."""
+    """A line of a results file as text."""
     case = TrainingCase(**line["case"])
-    parts = [f"{line['name']} ({case.batches} batches a pass, {case.supervision_steps} updates each):"]
+    parts = [f"{line['name']} ({case.batches} batches per pass, {case.supervision_steps} updates each):"]
     for name, figures in line["trainers"].items():
         parts.append(
             f"  {name:<8} {number(figures['samples_per_s'])} samples/s, a pass "
@@ -382,14 +384,14 @@ def describe(line: Mapping[str, Any]) -> str:
             f"{figures['rounds']} rounds"
         )
     agreement = ", ".join(f"{name} {value:.1g}" for name, value in line["agreement"].items())
-    parts.append(f"  {line['ratio']:.2f}x; relative differences of the two: {agreement}")
+    parts.append(f"  {line['ratio']:.2f}x; relative differences: {agreement}")
     if line["fallbacks"]:
         parts.append("  not captured: " + "; ".join(f"{k} ({n})" for k, n in line["fallbacks"].items()))
     return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run; exit code 1 if the trainers disagree, 2 for bad input."""
+    """Parse the command line and run. The exit code is 1 if the trainers disagree, 2 for bad input."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m bench.training",
@@ -399,19 +401,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny cases, to try the command; appended only with --out"
+        "--quick", action="store_true", help="Run tiny cases as a test; results are saved only with --out."
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"results file to append to (default: {RESULTS.relative_to(RESULTS.parents[2])})",
+        help=f"Results file to append to (default: {RESULTS.relative_to(RESULTS.parents[2])}).",
     )
-    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
-    parser.add_argument("--case", type=int, help="only case number N of the device, counted from 1")
+    parser.add_argument("--commit", help="Measured commit (default: the checkout's).")
+    parser.add_argument("--case", type=int, help="Run only case number N of the device, from 1.")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of timed passes a case (default: %(default)g)"
+        "--seconds", type=float, default=60.0, help="Seconds of timed passes per case (default: %(default)g)."
     )
-    parser.add_argument("--dropout", type=float, default=0.0, help="while time is taken (default: 0)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="Dropout during timing (default: 0).")
     options = parser.parse_args(arguments)
     kind = options.device
     if kind == "auto":
@@ -425,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seconds <= 0:
         parser.error("--seconds must be positive")
     if not 0.0 <= options.dropout < 1.0:
-        parser.error("--dropout must lie in [0, 1)")
+        parser.error("--dropout must be in [0, 1)")
     if out is not None and not out.parent.is_dir():
         parser.error(f"--out: the folder {out.parent} does not exist; create it first")
     device = torch.device(kind)
@@ -448,10 +450,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 _EXAMPLES = """\
 examples:
-  python -m bench.training                  the three CPU cases, or the two of a GPU
-  python -m bench.training --case 3         one of them
-  python -m bench.training --quick          to see that it works
-  python -m bench.training --dropout 0.1    as the original trained
+  python -m bench.training                  the three CPU cases, or the two GPU cases
+  python -m bench.training --case 3         one case
+  python -m bench.training --quick          a quick test of the command
+  python -m bench.training --dropout 0.1    the original's dropout
 """
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws what docs/training.md measures, from files under ``bench/results``."""
+"""Generates the results in docs/training.md from files in ``bench/results``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from llm_trm.benchmark.results import read
 from llm_trm.benchmark.table import number
 from llm_trm.evaluate.phase2 import TRM, TRUE_STATE
 
-#: What ``examples/arithmetic.sh`` measured: its phase2.json, which ``llm-trm eval phase2 --by operations``
-#: wrote.
+#: Results of ``examples/arithmetic.sh``: its phase2.json, written by ``llm-trm eval phase2 --by operations``.
 ARITHMETIC = "arithmetic.json"
-#: What ``python -m bench.training`` measured.
+#: Results of ``python -m bench.training``.
 TRAINERS = "training.jsonl"
 
 
@@ -34,13 +33,13 @@ def text(results: Path) -> str:
 
 
 def _own_answers(path: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Scores of the language model alone by the number of operations, as ``llm-trm eval lm`` found them."""
+    """Scores of the plain language model by number of operations, from ``llm-trm eval lm``."""
     lines = latest(path)
     return lines[0]["groups"] if lines else {}
 
 
 def _arithmetic(found: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a number of operations: recursion, baselines, ceiling, and the language model's own answers."""
+    """One line per number of operations: recursion, baselines, upper bound, the language model's answers."""
     rows = [("all", found["rows"]), *found["groups"].items()]
     baselines = [name for name in found["rows"] if name not in (TRM, TRUE_STATE)]
     lines = [

@@ -1,11 +1,10 @@
-"""What it costs to compute with the weights as they are: ``python -m bench.weights``.
+"""Measures the cost of checking for changed weights: ``python -m bench.weights``.
 
-One network call and one deep recursion (n = 6, T = 3) of two blocks on 16 positions, without gradient, on
-the native backend: with weights that stay the same, which every call reads to know it (``native``), with
-weights that are declared ``frozen``, and with weights that are ``changed`` before every call. Eager PyTorch
-takes its turns with them, in one process, between bursts that show whether the machine is quiet. One line of
-JSON a number of threads is appended to bench/results/weights.jsonl; ``python -m bench.report`` draws
-docs/cpu.md.
+Times one network call and one deep recursion (n = 6, T = 3) of two blocks on 16 positions, without gradients,
+on the native backend: with unchanged weights, which every call reads to detect changes (``native``), with
+``frozen`` weights, and with weights that are ``changed`` before every call. Eager PyTorch is timed in the
+same interleaved rounds of one process, between bursts that detect noise. One line of JSON per number of
+threads is appended to bench/results/weights.jsonl; ``python -m bench.report`` updates docs/cpu.md.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _LENGTH, _N, _T = 16, 6, 3
 
 
 def measure(width: int, bursts: Bursts, seconds: float) -> dict[str, dict[str, float | None]]:
-    """Median milliseconds of every candidate, by kind of call; None with too few quiet samples."""
+    """Median milliseconds of every candidate by kind of call; None if there are too few quiet samples."""
     torch.manual_seed(0)
     states = torch.randn(3, 1, _LENGTH, width).unbind()
     networks = {}
@@ -46,8 +45,8 @@ def measure(width: int, bursts: Bursts, seconds: float) -> dict[str, dict[str, f
         networks[name] = TinyRecursiveNetwork(width, 2, max(1, width // 64), backend=backend).eval()
         networks[name].load_state_dict(networks["eager"].state_dict())
     found = {}
-    with torch.no_grad(), ExitStack() as promises:
-        promises.enter_context(frozen(networks["frozen"]))
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(frozen(networks["frozen"]))
         for kind in KINDS:
             calls = {name: _call(kind, name, net, states) for name, net in networks.items()}
             bursts.begin()
@@ -75,9 +74,9 @@ def _call(
 
 def _warm(call: Callable[[int], object]) -> float:
     call(0)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     call(1)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def _median(bursts: Bursts, timing: Timing) -> float | None:
@@ -86,7 +85,7 @@ def _median(bursts: Bursts, timing: Timing) -> float | None:
 
 
 def text(results: Path) -> str:
-    """The latest figures of each machine and number of threads, as Markdown; empty before the first."""
+    """The latest results of each machine and number of threads as Markdown; empty if there are none."""
     lines = latest(results / RESULTS.name)
     if not lines:
         return ""
@@ -111,8 +110,8 @@ def _cell(medians: Mapping[str, float | None], name: str) -> str:
     value, eager = medians[name], medians["eager"]
     if value is None:
         return "noisy"
-    share = "" if name == "eager" or eager is None else f" ({value / eager:.0%})"
-    return number(value) + share
+    relative = "" if name == "eager" or eager is None else f" ({value / eager:.0%})"
+    return number(value) + relative
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, metavar="D", help="(default: all)")
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2), metavar="N", help="(default: 1 2)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="a case (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file to append to")
-    parser.add_argument("--commit", help="the commit that is measured (default: that of the checkout)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="Seconds per case (default: 5).")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Results file to append to.")
+    parser.add_argument("--commit", help="Measured commit (default: the checkout's).")
     options = parser.parse_args(arguments)
     record: dict[str, Any] = run_record(CPU, options.commit)
     record["machine"] |= {"instruction_sets": quiet.record(quiet.native_module())}

@@ -32,9 +32,9 @@ def check_kills(
         folder: Contains the runs.
     """
     assert finished([start(folder / "warm")]) == [0]  # starts the server, which imports torch
-    begun = time.monotonic()
+    started = time.monotonic()
     assert finished([start(folder / "undisturbed")]) == [0]
-    duration = time.monotonic() - begun
+    duration = time.monotonic() - started
     undisturbed = content_of(folder / "undisturbed")
 
     chance = random.Random(0)

@@ -106,7 +106,7 @@ def test_a_failed_capture_leaves_the_stream_and_reports_the_reason(cuda: FakeCud
     with pytest.raises(CaptureError, match="capturing failed: RuntimeError: operation not permitted"):
         capture(capturer, waits)
     assert torch.cuda.current_stream() is cuda.default
-    assert len(cuda.abandoned) == 1, "the allocator would go on recording"
+    assert len(cuda.abandoned) == 1, "the allocator would continue recording"
     cuda.draw()
     capture(capturer, lambda: None)
 

@@ -169,7 +169,7 @@ def test_functional_call_with_other_weights_is_refused(backend: str, device: str
 @pytest.mark.interpreter
 def test_triton_folds_once_while_frozen_else_in_every_call(device: str) -> None:
     net, x = build(device, "triton"), torch.randn(1, 3, 16, device=device)
-    assert (folds_of(net, x), folds_of(net, x)) == (2, 2), "one matrix a sublayer"
+    assert (folds_of(net, x), folds_of(net, x)) == (2, 2), "one matrix per sublayer"
     for _ in range(2):
         with frozen(net):
             assert (folds_of(net, x), folds_of(net, x)) == (2, 0)
@@ -259,7 +259,7 @@ def test_a_capture_reads_matrices_prepared_before_it(device: str, monkeypatch: p
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: False)
         assert folds_of(net, x) == 2 and not read
         monkeypatch.setattr(prepared, "_is_capturing", lambda weight: True)
-        assert folds_of(net, x) == 0 and len(read) > 0, "the graph holds them from here on"
+        assert folds_of(net, x) == 0 and len(read) > 0, "the graph keeps them alive"
 
 
 @pytest.mark.interpreter
@@ -321,7 +321,7 @@ def test_a_graph_captured_while_frozen_is_not_replayed_afterwards() -> None:
             with pytest.raises(FrozenError, match="been modified"):
                 fast(*states)
         right()
-        assert cache.status().captures == captures, "the first graph serves again"
+        assert cache.status().captures == captures, "the first graph is used again"
 
 
 def test_graphed_opens_and_closes_its_freeze() -> None:
@@ -372,21 +372,21 @@ def test_a_freeze_cannot_be_opened_twice() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_forked_during_preparation_does_not_deadlock() -> None:
-    net, begun, go_on = build(backend="native"), threading.Event(), threading.Event()
+    net, started, resume = build(backend="native"), threading.Event(), threading.Event()
 
     def make() -> list[Tensor]:
-        begun.set()
-        go_on.wait(30)
+        started.set()
+        resume.wait(30)
         return [torch.ones(1)]
 
     with frozen(net):
         thread = threading.Thread(target=lambda: prepared.matrices(net, list(net.parameters()), "form", make))
         thread.start()
-        begun.wait(30)
+        started.wait(30)
         child = multiprocessing.get_context("fork").Process(target=_freeze)
         child.start()
         child.join(30)
-        go_on.set()
+        resume.set()
         thread.join()
     assert child.exitcode == 0
 

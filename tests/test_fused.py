@@ -245,7 +245,7 @@ def test_dropout_is_fresh_in_training_and_absent_in_eval(device: str) -> None:
     torch.manual_seed(3)
     first = net(x)
     torch.manual_seed(3)
-    assert torch.equal(first, net(x)), "the generator's seed decides the dropout"
+    assert torch.equal(first, net(x)), "the generator's seed determines the dropout"
     net.eval()
     torch.testing.assert_close(net(x), net.forward_eager(x), rtol=1e-4, atol=1e-5)
 

@@ -62,7 +62,7 @@ def test_compaction_changes_no_bit(limits: list[int], max_steps: int, bucket: ob
     for name, member in plain.state.items():
         assert torch.equal(compacted.state[name], member), name
     for name, member in before.items():
-        assert torch.equal(state[name], member), "the caller's tensors stay as they are"
+        assert torch.equal(state[name], member), "the caller's tensors are unchanged"
     # Step a single row by hand.
     row = int(torch.randint(batch, ()))
     alone = y[row]
@@ -193,7 +193,7 @@ def test_a_carry_refills_only_halted_slots() -> None:
     assert y[:, 0, 0].tolist() == [1.0, -1.0, 1.0] and z[:, 0, 0].tolist() == [2.0, -2.0, 2.0]
     carry.advance(y, z, max_steps=2)
     assert carry.halted.tolist() == [True, False, True] and carry.steps.tolist() == [2, 1, 2]
-    assert carry.y is kept, "states stay where they are, for graphs that hold their address"
+    assert carry.y is kept, "the address of states must not change, because graphs use it"
     carry.restart()
     assert carry.halted.all()
 

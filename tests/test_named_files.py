@@ -18,8 +18,9 @@ from llm_trm.errors import InputError
 from llm_trm.files import named_in, write_json
 from llm_trm.models.loading import load_thinking_model, require_own_files
 from llm_trm.models.run_folder import best_checkpoint
-from llm_trm.train.lora.trainer import KeepBest, last_checkpoint
+from llm_trm.train.lora.callbacks import KeepBest
 from llm_trm.train.run.checkpoints import Checkpoints
+from llm_trm.train.run.trainer_checkpoints import last_checkpoint
 
 OUTSIDE = ("../x", "a/../../x", "/etc/passwd", "..", "", ".", "..\\x", "C:\\x", "C:x", "a\0", None, 3, ["a"])
 

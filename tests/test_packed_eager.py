@@ -33,7 +33,7 @@ MASKS = {
         [1] * n + [0] * (130 - n) for n in (5, 0, 1, 120, 17)
     ],
     "one length": [[1] * 4 + [0] * 2] * 3,
-    "a token behind the padding": [[1, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 1]],
+    "a token after the padding": [[1, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 1]],
     "holes": [[0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]],
     "one sample": [[1, 1, 1, 0]],
 }
@@ -135,7 +135,7 @@ def test_agrees_with_the_padded_reference(family: str, mask: list[list[int]], ra
 @pytest.mark.parametrize("options", [{"memory": "small"}, {"memory": "fast"}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_and_recursions_without_gradient(family: str, options: dict[str, Any], ran: list[int]) -> None:
-    compare(network(family), torch.tensor(MASKS["a token behind the padding"]), None, n=1, T=3, **options)
+    compare(network(family), torch.tensor(MASKS["a token after the padding"]), None, n=1, T=3, **options)
     assert ran
 
 
@@ -192,7 +192,7 @@ def test_the_tolerance_rule(
 
 def test_dropout_of_attention_weights(ran: list[int]) -> None:
     """Random in training, repeatable from a seed, and absent in eval mode."""
-    net, mask = network(dropout=0.5), torch.tensor(MASKS["a token behind the padding"])
+    net, mask = network(dropout=0.5), torch.tensor(MASKS["a token after the padding"])
     given = states(mask, torch.float32)
     runs = []
     for seed in (0, 0, 1):
@@ -220,7 +220,7 @@ def test_dropped_weights_keep_their_mean() -> None:
 
 
 def test_read_positions_and_no_latent_steps(ran: list[int]) -> None:
-    net, mask = network(), torch.tensor(MASKS["a token behind the padding"])
+    net, mask = network(), torch.tensor(MASKS["a token after the padding"])
     x, y, z = states(mask, torch.float32)
     whole, new_z = deep_recursion(net, x, y, z, 2, 2, mask=mask)
     read = torch.tensor([[5, 0], [2, 2], [1, 5]])
@@ -228,7 +228,7 @@ def test_read_positions_and_no_latent_steps(ran: list[int]) -> None:
     assert torch.equal(some, whole.gather(1, read[..., None].expand(-1, -1, 16))) and torch.equal(
         new_z, same_z
     )
-    assert not some[2, 0].any(), "a masked position reads as zero"
+    assert not some[2, 0].any(), "a masked position must be zero"
     assert deep_recursion(net, x, y, z, 0, 1, mask=mask)[1] is z
     assert not deep_recursion(net, x, y, z, 1, 2, mask=mask, with_gradients=False)[0].requires_grad
     assert len(ran) == 4

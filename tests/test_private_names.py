@@ -40,11 +40,14 @@ def _overrides() -> Iterator[tuple[str, str]]:
     """Yield private names of other packages' classes that our classes override."""
     from llm_trm.models import causal
     from llm_trm.models.causal.adapters import TRMPeftModel
-    from llm_trm.train.lora.trainer import FollowEpochs, KeepBest, LatentTrainer
+    from llm_trm.train.lora.callbacks import FollowEpochs, KeepBest, WriteFacts
+    from llm_trm.train.lora.trainer import LatentTrainer
     from llm_trm.train.phase3.trainer import LatentGRPOTrainer
+    from llm_trm.train.run.trainer import TrainerRun
 
     exported = [value for value in vars(causal).values() if inspect.isclass(value)]
-    for ours in {*exported, TRMPeftModel, LatentTrainer, LatentGRPOTrainer, FollowEpochs, KeepBest}:
+    callbacks = (FollowEpochs, KeepBest, TrainerRun, WriteFacts)
+    for ours in {*exported, TRMPeftModel, LatentTrainer, LatentGRPOTrainer, *callbacks}:
         mro = inspect.getmro(ours)
         own = [one for one in mro if one.__module__.split(".")[0] == "llm_trm"]
         foreign = [one for one in mro if one.__module__.split(".")[0] in _FOREIGN]
@@ -56,5 +59,5 @@ def _overrides() -> Iterator[tuple[str, str]]:
 
 def test_every_override_is_listed() -> None:
     listed = {name.rpartition(".")[2] for name in _table()}
-    assert listed, "the table is not where it was"
+    assert listed, "the table was not found"
     assert not {f"{owner}.{name}" for owner, name in _overrides() if name not in listed}

@@ -56,11 +56,13 @@ def test_another_stream_waits_for_the_producing_stream(
     recall = keep(tensors)
     maker.queue.append("later work, which nobody has to wait for")
     assert recall() == tensors
-    assert not maker.events() and not any(tensor.readers for tensor in tensors), "the maker waits for nothing"
+    assert not maker.events() and not any(tensor.readers for tensor in tensors), (
+        "the producing stream must not wait"
+    )
     on(reader)
     assert recall() == tensors
     assert reader.waits_for("made") and not reader.waits_for(maker.queue[-1])
-    assert all(tensor.readers == [reader] for tensor in tensors), "memory that the reader still reads is free"
+    assert all(tensor.readers == [reader] for tensor in tensors), "memory was freed during a read"
 
 
 @pytest.mark.parametrize("keep", [kept, tables])

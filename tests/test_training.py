@@ -232,7 +232,9 @@ def test_a_thousand_steps_equal_a_handwritten_loop() -> None:
     expected, _ = by_hand(other, adamw(other, 3e-3), 1000, n=1)
     losses = train(step_of(model, adamw(model, 3e-3), n=1, cache=recorded()), 1000)
     assert losses == expected
-    assert sum(losses[-50:]) < 0.7 * sum(losses[:50]), "the model must learn, or agreement says nothing"
+    assert sum(losses[-50:]) < 0.7 * sum(losses[:50]), (
+        "the model must learn, otherwise agreement is meaningless"
+    )
     assert_same(model, other)
 
 
@@ -718,7 +720,9 @@ def test_gpu_a_thousand_captured_steps_follow_the_plain_ones(backend: str) -> No
     status = cache.status()
     assert (status.captures, status.replays) == (1, 997)
     assert status.fallbacks == {"warming up for a capture": 3}
-    assert sum(plain[-50:]) < 0.7 * sum(plain[:50]), "the model must learn, or agreement says nothing"
+    assert sum(plain[-50:]) < 0.7 * sum(plain[:50]), (
+        "the model must learn, otherwise agreement is meaningless"
+    )
     assert captured == plain
     assert_same(model, other)
     cache.clear()

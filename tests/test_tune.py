@@ -254,7 +254,7 @@ def test_candidates_are_compiled_in_other_processes_that_see_no_gpu(
     assert worker == "worker -1 -1"
     fine, unfit = json.loads(refusals)
     assert fine is None and unfit is not None
-    assert parent == "parent 0 False", "the environment is as it was"
+    assert parent == "parent 0 False", "the environment is unchanged"
 
 
 def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,14 @@ import numbers
 from typing import Any
 
 
-def whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most``."""
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is a whole number from ``minimum`` to ``maximum``."""
     if not _is(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, not {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, not {value}")
 
 
 def real(name: str, value: Any, *, positive: bool = False) -> None:

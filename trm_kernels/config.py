@@ -70,9 +70,9 @@ class NetworkConfig:
             raise ValueError(f"family must be one of {get_args(Family)}, not {self.family!r}")
         if self.mixer not in get_args(Mixer):
             raise ValueError(f"mixer must be one of {get_args(Mixer)}, not {self.mixer!r}")
-        arguments.whole("d_model", self.d_model, 1, _MAX_WIDTH)
-        arguments.whole("n_layers", self.n_layers, 1, _MAX_LAYERS)
-        arguments.whole("n_heads", self.n_heads, 1, _MAX_WIDTH)
+        arguments.integer("d_model", self.d_model, 1, _MAX_WIDTH)
+        arguments.integer("n_layers", self.n_layers, 1, _MAX_LAYERS)
+        arguments.integer("n_heads", self.n_heads, 1, _MAX_WIDTH)
         arguments.fraction("dropout", self.dropout)
         arguments.real("rope_theta", self.rope_theta, positive=True)
         if not isinstance(self.rope, bool):
@@ -84,7 +84,7 @@ class NetworkConfig:
                 raise ValueError("the seed family has no token mixer: use family='scratch' or 'paper'")
             if self.seq_len is None:
                 raise ValueError("mixer='tokens' needs seq_len, the fixed sequence length")
-            arguments.whole("seq_len", self.seq_len, 1, _MAX_LENGTH)
+            arguments.integer("seq_len", self.seq_len, 1, _MAX_LENGTH)
         else:
             if self.d_model % self.n_heads:
                 raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")

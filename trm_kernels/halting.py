@@ -86,7 +86,7 @@ def halting_recursion(
     Raises:
         ValueError: If batch sizes differ or ``max_steps`` is below 1.
     """
-    arguments.whole("max_steps", max_steps, 1)
+    arguments.integer("max_steps", max_steps, 1)
     sizes = {name: member.shape[0] for name, member in state.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"all members of the state must have the same batch size, got {sizes}")

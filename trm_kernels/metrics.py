@@ -35,7 +35,7 @@ class MetricBuffer:
     """
 
     def __init__(self, read_every: int = 10) -> None:
-        arguments.whole("read_every", read_every, 1)
+        arguments.integer("read_every", read_every, 1)
         self.read_every = read_every
         self.names: tuple[str, ...] = ()
         self._sums: Tensor | None = None

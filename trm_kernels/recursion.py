@@ -99,7 +99,7 @@ def deep_recursion(
         BackendError: If a backend or precision was requested by name and cannot handle the call.
     """
     for name, count in (("n", n), ("T", T)):
-        # A subset of arguments.whole: callers may compile this function, with n and T as symbols.
+        # A subset of arguments.integer: callers may compile this function, with n and T as symbols.
         if isinstance(count, (bool, float)):
             raise ValueError(f"{name} must be a whole number, not {count!r}")
     if n < 0:
@@ -110,15 +110,15 @@ def deep_recursion(
         raise ValueError(f"memory must be one of {get_args(Memory)}, not {memory!r}")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"precision must be None or one of {get_args(Precision)}, not {precision!r}")
-    asked = Recursion(n, T, mask, output_norm, with_gradients, memory, precision, read)
-    valid = asked.valid
+    request = Recursion(n, T, mask, output_norm, with_gradients, memory, precision, read)
+    valid = request.valid
     stepwise: str | None = f"{type(net).__name__} is not a network of this package"
     if isinstance(net, FusedModule):
         states = _states(x, y, z)
         net.check(states[1], valid)
-        run, stepwise = _own_recursion(net, states, asked)
+        run, stepwise = _own_recursion(net, states, request)
         if run is not None:
-            return run(net, states, asked)
+            return run(net, states, request)
     if precision is not None:
         raise backends.BackendError(f"precision={precision!r} cannot handle this call: {stepwise}")
 
@@ -143,18 +143,18 @@ def _states(*states: Tensor) -> tuple[Tensor, ...]:
 
 
 def _own_recursion(
-    net: FusedModule, states: tuple[Tensor, ...], asked: Recursion
+    net: FusedModule, states: tuple[Tensor, ...], request: Recursion
 ) -> tuple[RunRecursion | None, str | None]:
     """Return the recursion of the backend of ``net``, or None and why ``net`` is called step by step."""
-    backend = backends.BACKENDS[backends.select(net, states[1], asked.valid).name]
+    backend = backends.BACKENDS[backends.select(net, states[1], request.valid).name]
     if backend.recursion is None:
         reason: str | None = f"backend {backend.name!r} has no recursion of its own"
     else:
-        reason = backend.recursion.refuses(net, states, asked)
+        reason = backend.recursion.refuses(net, states, request)
         if reason is None:
             return backend.recursion.run, None
-    if backend.packed is not None and asked.mask is not None and asked.precision is None:
-        reason = backend.packed.refuses(net, states, asked)
+    if backend.packed is not None and request.mask is not None and request.precision is None:
+        reason = backend.packed.refuses(net, states, request)
         if reason is None:
             return backend.packed.run, None
     return None, reason

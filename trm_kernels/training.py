@@ -135,13 +135,13 @@ class TrainingStep:
     ) -> None:
         if autocast_dtype == torch.float16:
             raise ValueError("float16 needs loss scaling, which this step does not support: use bfloat16")
-        arguments.whole("n", n, 0)
-        arguments.whole("T", T, 1)
-        arguments.whole("supervision_steps", supervision_steps, 1)
+        arguments.integer("n", n, 0)
+        arguments.integer("T", T, 1)
+        arguments.integer("supervision_steps", supervision_steps, 1)
         # The optimizer creates its state in its first step.
-        arguments.whole("warmup", warmup, 1)
+        arguments.integer("warmup", warmup, 1)
         if max_steps is not None:
-            arguments.whole("max_steps", max_steps, 1)
+            arguments.integer("max_steps", max_steps, 1)
         if clip_norm is not None:
             arguments.real("clip_norm", clip_norm, positive=True)
         if isinstance(exploration, bool) or not 0.0 <= exploration <= 1.0:

@@ -1,1 +1,1 @@
-"""What recursions in fp8 cost in accuracy, on networks trained on a small task: ``python -m bench.fp8``."""
+"""Measures the accuracy of recursions in fp8 on a small task: ``python -m bench.fp8``."""

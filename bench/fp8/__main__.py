@@ -1,7 +1,7 @@
-"""``python -m bench.fp8``: trains networks with and without fp8, tests them, and draws docs/fp8.md.
+"""``python -m bench.fp8`` trains and tests networks with and without fp8, and updates docs/fp8.md.
 
-Appends one line a network to ``bench/results/fp8.jsonl``. On a CUDA device of compute capability 9.0 or newer
-the kernels run; elsewhere fp8 is emulated. About ten minutes on two CPU cores.
+Appends one line per network to ``bench/results/fp8.jsonl``. On a CUDA device of compute capability 9.0 or
+newer it runs the kernels; elsewhere it emulates fp8. Takes about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def study(
     jobs: int,
     commit: str | None,
 ) -> None:
-    """Every family, seed and training, ``jobs`` at a time; lines are appended as they come."""
+    """Run all families, seeds and trainings, ``jobs`` at a time, and append each line when it is done."""
     runs = itertools.product(range(seeds), families, TRAININGS)
     with concurrent.futures.ProcessPoolExecutor(
         jobs,
-        # Forking after torch has started threads may hang.
+        # Spawn, because forking after torch has started threads may hang.
         mp_context=multiprocessing.get_context("spawn"),
-        # Runs share the cores, one each.
+        # One core per run.
         initializer=torch.set_num_threads,
         initargs=(1,),
     ) as pool:
@@ -66,15 +66,15 @@ def study(
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m bench.fp8", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu (emulated, the default) or cuda (the kernels)")
+    parser.add_argument("--device", default="cpu", help="cpu (emulated, the default) or cuda (kernels).")
     parser.add_argument(
-        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="blocks, both by default"
+        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="Block families (default: both)."
     )
-    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
-    parser.add_argument("--batches", type=int, default=Settings.batches, help="training batches of each")
-    parser.add_argument("--jobs", type=int, help="trained at a time; 2 on a CPU, 1 on a GPU by default")
-    parser.add_argument("--commit", help="the commit that is measured, where this is no checkout")
-    parser.add_argument("--report", action="store_true", help="train nothing, only draw docs/fp8.md")
+    parser.add_argument("--seeds", type=int, default=3, help="Number of networks of each kind.")
+    parser.add_argument("--batches", type=int, default=Settings.batches, help="Training batches per network.")
+    parser.add_argument("--jobs", type=int, help="Parallel trainings (default: 2 on a CPU, 1 on a GPU).")
+    parser.add_argument("--commit", help="Measured commit, if this is not a checkout.")
+    parser.add_argument("--report", action="store_true", help="Only update docs/fp8.md, without training.")
     options = parser.parse_args()
     if options.seeds < 1 or options.batches < 1 or (options.jobs is not None and options.jobs < 1):
         parser.error("--seeds, --batches and --jobs must be at least 1")

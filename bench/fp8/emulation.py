@@ -1,14 +1,14 @@
-"""The fp8 recursion of the kernels in plain PyTorch, to the last rounding of an operand.
+"""Emulates the kernels' fp8 recursion in plain PyTorch, with identical rounding of operands.
 
     v     = h * column, or h             rows of activations [B L, K], or of a matrix [N, K]
     scale = max |v| / 448
-    q     = e4m3(v / scale)              to nearest, ties to even, as the hardware converts
+    q     = e4m3(v / scale)              to nearest, ties to even, as in hardware
     A W^T = (q_a q_w^T) * scale_a * scale_w, in float32
 
-The norm in front of a matrix is folded as in the kernels: its weight into the matrix before that is
-quantised, its 1 / rms into the scale of the row. Attention, the residual stream, biases and activations keep
-the precision that they have in the kernels. Products are summed in float32; NVIDIA's Hopper is reported to
-keep about 14 bits of a sum of fp8 products (arXiv 2412.19437, section 3.5.2), which is not emulated.
+As in the kernels, the norm before a matrix is folded: its weight into the matrix before quantisation, and its
+1 / rms into the scale of the row. Attention, the residual stream, biases and activations have the kernels'
+precision. Products are summed in float32. NVIDIA's Hopper is reported to keep only about 14 bits of a sum of
+fp8 products (arXiv 2412.19437, section 3.5.2), which is not emulated.
 
 Source: :mod:`trm_kernels.ops.quantise`, :mod:`trm_kernels.ops.sublayer`.
 """
@@ -26,14 +26,14 @@ from trm_kernels import reference
 from trm_kernels.backends.checks import block_parameters, operand_dtype
 
 LARGEST = 448.0
-#: Every value of e4m3 by its bits. Looked up, because PyTorch's conversion back takes four times as long.
+#: All values of e4m3 by bit pattern. A look-up is four times as fast as PyTorch's conversion back.
 _VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 class Rows(NamedTuple):
     """Rows in fp8."""
 
-    values: Tensor  # of e4m3, as float32 [..., K]
+    values: Tensor  # e4m3 values as float32 [..., K]
     scale: Tensor  # float32 [..., 1]
 
 
@@ -44,12 +44,12 @@ def round_to_fp8(values: Tensor) -> Tensor:
 
 
 def quantise_rows(x: Tensor, *, column: Tensor | None = None, eps: float | None = None) -> Rows:
-    """Rows [..., K] as :func:`trm_kernels.ops.quantise.quantise_rows` makes them.
+    """Quantise rows [..., K] like :func:`trm_kernels.ops.quantise.quantise_rows`.
 
     Args:
         x: The rows.
-        column: Multiplies every row, [K].
-        eps: Of the RMSNorm that the rows are to go through; None for none.
+        column: Factors of the columns, [K].
+        eps: Epsilon of the RMSNorm to apply to the rows; None for no norm.
     """
     v = x.float()
     if column is not None:

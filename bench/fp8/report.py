@@ -1,4 +1,4 @@
-"""Draws the tables of docs/fp8.md from ``bench/results/*.jsonl``."""
+"""Generates the tables of docs/fp8.md from ``bench/results/*.jsonl``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRAININGS = {"float32": "none", "fp8-nograd": "the T - 1 without gradient"}
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """Of the lines of one device, network and training the last."""
+    """The last line of each device, network and training."""
     found: dict[tuple[Any, ...], Line] = {}
     for line in lines:
         found[tuple(line[name] for name in ("device", "family", "training", "seed"))] = line
@@ -36,7 +36,7 @@ def _spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
 
 
 def inference(lines: Sequence[Line]) -> str:
-    """Errors and accuracies of every precision, on networks that were trained in float32."""
+    """Errors and accuracies of all inference precisions, for networks trained in float32."""
     trained = [line["evaluation"] for line in lines if line["training"] == "float32"]
 
     def row(mode: str) -> list[str]:
@@ -53,7 +53,7 @@ def inference(lines: Sequence[Line]) -> str:
 
 
 def training(lines: Sequence[Line]) -> str:
-    """What training with fp8 gives, beside training without."""
+    """Results of training with and without fp8."""
 
     def row(name: str) -> list[str]:
         of_name = sorted(
@@ -107,7 +107,7 @@ def _speed(folder: Path) -> str:
 
 
 def draw(root: Path, results: Path) -> bool:
-    """Rewrite what stands between the markers of docs/fp8.md; False if it has none."""
+    """Replace the text between the markers of docs/fp8.md. Returns False if it has no markers."""
     lines = latest(read(results))
     parts = []
     for device in sorted({str(line["device"]) for line in lines}):

@@ -1,4 +1,4 @@
-"""One network trained on the task, with or without fp8, and what every precision makes of it afterwards."""
+"""Trains one network on the task, with or without fp8, and evaluates it in all precisions."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from trm_kernels import TinyRecursiveNetwork, deep_recursion
 from trm_kernels.config import Family
 from trm_kernels.testing import relative_error
 
-#: Precisions of inference: whether under autocast to bf16, and whether matrix products are in fp8.
+#: Inference precisions: whether to autocast to bf16, and whether matrix products are in fp8.
 MODES = {
     "float32": (False, False),
     "bf16": (True, False),
     "fp8": (False, True),
     "fp8, bf16": (True, True),
 }
-#: How the T - 1 recursions without gradient ran in training; the rest is float32 in both.
+#: Precision of the T - 1 recursions without gradients in training; the rest is float32.
 TRAININGS = ("float32", "fp8-nograd")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The network, its training and its test.
+    """Settings of the network, its training and its test.
 
     Attributes:
-        width, layers, heads: Of the network.
-        n, T: Latent steps, and latent recursions of a deep recursion.
-        supervision: Deep recursions on one batch, each with a loss and an update of its own.
-        batches, batch: Number of training batches, and puzzles in each.
-        rate: Peak learning rate; warmed up over the first tenth, then falls linearly.
-        tested: Held-out puzzles.
+        width, layers, heads: Sizes of the network.
+        n, T: Latent steps, and latent recursions per deep recursion.
+        supervision: Number of deep recursions per batch, each with its own loss and update.
+        batches, batch: Number of training batches, and puzzles per batch.
+        rate: Peak learning rate, with warm-up over the first tenth and then linear decay.
+        tested: Number of held-out puzzles.
     """
 
     width: int = 64
@@ -56,7 +56,7 @@ class Settings:
 
 
 class SudokuModel(nn.Module):
-    """A Tiny Recursive Model of the task, from cells int64 [B, 16] to logits [B, 16, 5]."""
+    """A Tiny Recursive Model for the task, from cells int64 [B, 16] to logits [B, 16, 5]."""
 
     initial: Tensor
 
@@ -73,19 +73,19 @@ class SudokuModel(nn.Module):
             family=family,
             backend="triton" if device.type == "cuda" else "eager",
         )
-        # Without it a pre-norm network's states would grow from recursion to recursion.
+        # Without it, the states of a pre-norm network would grow with every recursion.
         self.output_norm = nn.RMSNorm(width) if family != "paper" else None
         self.head = nn.Linear(width, VOCABULARY)
         self.register_buffer("initial", torch.randn(2, 1, 1, width))
         self.to(device)
 
     def states(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The states (y, z) that every puzzle starts from, [B, 16, D] each."""
+        """The initial states (y, z), [B, 16, D] each."""
         y, z = self.initial.expand(2, *cells.shape, -1)
         return y, z
 
     def recurse(self, cells: Tensor, y: Tensor, z: Tensor, *, fp8: bool) -> tuple[Tensor, Tensor]:
-        """One deep recursion; ``fp8`` by the kernels on a GPU, emulated elsewhere."""
+        """One deep recursion; ``fp8`` uses the kernels on a GPU and is emulated elsewhere."""
         n, T, norm = self.settings.n, self.settings.T, self.output_norm
         x = self.embedding(cells) + self.position
         if not fp8:
@@ -101,12 +101,12 @@ class SudokuModel(nn.Module):
 
 
 def cross_entropy(logits: Tensor, solutions: Tensor) -> Tensor:
-    """Mean over all cells."""
+    """Mean cross-entropy over all cells."""
     return F.cross_entropy(logits.flatten(0, 1), solutions.flatten())
 
 
 def train(model: SudokuModel, seed: int, *, fp8: bool) -> float:
-    """Train; gives the mean loss of the last supervision step over the last tenth of the batches."""
+    """Train, and return the mean loss of the last supervision step over the last tenth of the batches."""
     settings, device = model.settings, model.initial.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.01, fused=True)
     puzzles, generator = sources()[0], torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def train(model: SudokuModel, seed: int, *, fp8: bool) -> float:
 
 @torch.no_grad()
 def _loop(model: SudokuModel, cells: Tensor, *, autocast: bool, fp8: bool) -> Iterator[dict[str, Tensor]]:
-    """y, z and logits after every deep recursion of a supervision loop."""
+    """Yield y, z and logits after every deep recursion of a supervision loop."""
     y, z = model.states(cells)
     for _ in range(model.settings.supervision):
         context: AbstractContextManager[Any] = torch.autocast(
@@ -142,12 +142,12 @@ def _loop(model: SudokuModel, cells: Tensor, *, autocast: bool, fp8: bool) -> It
 
 
 def evaluate(model: SudokuModel) -> dict[str, dict[str, float]]:
-    """What each of :data:`MODES` makes of held-out puzzles.
+    """Evaluate held-out puzzles in each of :data:`MODES`.
 
     Returns:
-        By mode: ``loss``; ``cells``, the share of blank cells that are right; ``exact``, that of puzzles; and
-        relative Frobenius errors against float64, ``y first`` and ``z first`` after one deep recursion,
-        ``y last`` and ``z last`` after the supervision loop.
+        By mode: ``loss``; ``cells``, the fraction of correct blank cells; ``exact``, the fraction of correct
+        puzzles; and relative Frobenius errors against float64: ``y first`` and ``z first`` after one deep
+        recursion, ``y last`` and ``z last`` after the supervision loop.
     """
     model.eval()
     drawn = sources()[1].draw(model.settings.tested, torch.Generator().manual_seed(0))
@@ -165,9 +165,9 @@ def evaluate(model: SudokuModel) -> dict[str, dict[str, float]]:
             "cells": right[cells == 0].float().mean().item(),
             "exact": right.all(dim=1).float().mean().item(),
         }
-        for when, place in (("first", 0), ("last", -1)):
+        for when, index in (("first", 0), ("last", -1)):
             for name in ("y", "z"):
-                found[mode][f"{name} {when}"] = relative_error(states[place][name], truth[place][name])
+                found[mode][f"{name} {when}"] = relative_error(states[index][name], truth[index][name])
     return found
 
 
@@ -179,10 +179,10 @@ def run(
     device: torch.device,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Train one network and test it: a line of the results file.
+    """Train and test one network, and return a line of the results file.
 
-    Networks of one family and seed start from the same parameters and see the same puzzles, whatever the
-    ``training``, one of :data:`TRAININGS`.
+    Networks of the same family and seed start from the same parameters and see the same puzzles, for every
+    ``training`` in :data:`TRAININGS`.
     """
     torch.manual_seed(seed)
     model = SudokuModel(family, settings, device)

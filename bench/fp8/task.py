@@ -1,7 +1,7 @@
-"""A task that a tiny network learns in a minute or two: 4x4 Sudoku, drawn on the fly.
+"""A task that a tiny network learns in one or two minutes: 4x4 Sudoku, sampled on the fly.
 
-There are 288 grids, so that whether a puzzle has one solution is a comparison with all of them. Puzzles for
-testing come from grids that no training puzzle comes from.
+There are only 288 grids, so a comparison with all of them shows whether a puzzle has a unique solution. Test
+puzzles come from grids that are not used for training puzzles.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SIDE, BOX = 4, 2
 CELLS = SIDE * SIDE
 #: Values of a cell: 0 is blank.
 VOCABULARY = SIDE + 1
-#: Fewest and most clues of a puzzle.
+#: Minimum and maximum number of clues of a puzzle.
 CLUES = (6, 9)
-#: Grids whose puzzles are for testing.
+#: Number of grids for test puzzles.
 HELD_OUT = 48
 
 
 def grids() -> Tensor:
-    """Every complete grid, int64 [288, 16], values 1 to 4."""
+    """All complete grids, int64 [288, 16], values 1 to 4."""
     rows = list(itertools.permutations(range(1, SIDE + 1)))
 
     def valid(grid: tuple[tuple[int, ...], ...]) -> bool:
@@ -43,22 +43,22 @@ def grids() -> Tensor:
 
 @dataclass(frozen=True)
 class Puzzles:
-    """A source of puzzles: their solutions are rows of ``chosen``, each the only one among ``all``."""
+    """A source of puzzles whose solutions are rows of ``chosen`` and unique among ``all``."""
 
     all: Tensor  # [288, 16]
     chosen: Tensor  # [C, 16]
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Puzzles with a single solution, and their solutions, int64 [count, 16] each."""
+        """Sample puzzles with a unique solution, and their solutions, int64 [count, 16] each."""
         found: list[tuple[Tensor, Tensor]] = []
         missing = count
         while missing > 0:
-            tries = 3 * missing
-            grid = self.chosen[torch.randint(len(self.chosen), (tries,), generator=generator)]
-            clues = torch.randint(CLUES[0], CLUES[1] + 1, (tries, 1), generator=generator)
-            rank = torch.rand(tries, CELLS, generator=generator).argsort(dim=1)
+            attempts = 3 * missing
+            grid = self.chosen[torch.randint(len(self.chosen), (attempts,), generator=generator)]
+            clues = torch.randint(CLUES[0], CLUES[1] + 1, (attempts, 1), generator=generator)
+            rank = torch.rand(attempts, CELLS, generator=generator).argsort(dim=1)
             puzzle = grid.masked_fill(rank >= clues, 0)
-            fits = (puzzle[:, None] == self.all) | (puzzle[:, None] == 0)  # [tries, 288, 16]
+            fits = (puzzle[:, None] == self.all) | (puzzle[:, None] == 0)  # [attempts, 288, 16]
             single = fits.all(dim=2).sum(dim=1) == 1
             found.append((puzzle[single], grid[single]))
             missing -= int(single.sum())
@@ -68,7 +68,7 @@ class Puzzles:
 
 @functools.cache
 def sources() -> tuple[Puzzles, Puzzles]:
-    """Puzzles for training and for testing, of disjoint grids."""
+    """Puzzles for training and for testing, from disjoint grids."""
     every = grids()
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
     return Puzzles(every, every[order[HELD_OUT:]]), Puzzles(every, every[order[:HELD_OUT]])

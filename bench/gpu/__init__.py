@@ -1,6 +1,6 @@
-"""Everything that only a GPU can show, in two commands of minutes: ``python -m bench.gpu --plan first``.
+"""Runs everything that needs a GPU in two commands of a few minutes: ``python -m bench.gpu --plan first``.
 
-``plans.py`` says what is done and how long it may take, ``supervisor.py`` runs it in processes that it ends
-when their time is over, ``child.py`` is such a process. What the tasks are: ``smoke.py`` (is it right),
-``cases.py`` (how fast), ``tuning.py``, ``trainers.py``, ``commands.py`` (as a user types it).
+``plans.py`` defines the tasks and their time limits, ``supervisor.py`` runs them in child processes and ends
+those that exceed their time, and ``child.py`` is the child process. The tasks are in ``smoke.py``
+(correctness), ``cases.py`` (speed), ``tuning.py``, ``trainers.py`` and ``commands.py`` (users' commands).
 """

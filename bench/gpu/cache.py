@@ -1,7 +1,7 @@
-"""Triton's cache on disk: what launches find in it, and how it travels to a machine that has never compiled.
+"""Triton's cache on disk: counts its hits, and packs it for a machine that has never compiled.
 
-A cache names its files by their absolute paths, and its keys hold the source, Triton's own files and
-``TRITON_DEFAULT_FP_FUSION``: so an archive says where it must lie, and what it was made with.
+A cache contains absolute paths, and its keys depend on the source, Triton's own files and
+``TRITON_DEFAULT_FP_FUSION``. An archive therefore records its folder and versions.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: Where caches that travel lie, here and there.
+#: Folder of packed caches on both machines.
 FOLDER = Path("/tmp/trm-triton-cache")
 _MANIFEST = "manifest.json"
 
 
 @dataclass
 class Seen:
-    """What went through Triton's launch path.
+    """Counts of Triton's cache.
 
     Attributes:
-        hits: How often a kernel was found in the cache, by its name; once a process and kernel.
-        compiled: How often one had to be compiled.
+        hits: Number of cache hits by kernel name, at most one per process and kernel.
+        compiled: Number of compilations by kernel name.
     """
 
     hits: Counter[str] = field(default_factory=Counter)
     compiled: Counter[str] = field(default_factory=Counter)
 
     def take(self) -> tuple[int, dict[str, int]]:
-        """Hits, and what was compiled, since the last call."""
+        """Hits and compilations since the last call."""
         taken = self.hits.total(), dict(self.compiled)
         self.hits.clear()
         self.compiled.clear()
@@ -43,15 +43,15 @@ class Seen:
 
 
 def watch() -> Seen:
-    """Count what this project's kernels find in Triton's cache, or have compiled, from now on."""
+    """Start counting cache hits and compilations of this project's kernels."""
     seen = Seen()
     try:
         import triton
-    except ImportError:  # the probe says so
+    except ImportError:  # the probe reports it
         return seen
 
     def listener(*, src: Any, cache_hit: bool, **_: Any) -> None:
-        # torch.compile makes kernels, too.
+        # torch.compile creates kernels as well.
         if str(getattr(src.fn, "__module__", "")).startswith("trm_kernels"):
             (seen.hits if cache_hit else seen.compiled)[src.name] += 1
 
@@ -60,7 +60,7 @@ def watch() -> Seen:
 
 
 def made_with() -> dict[str, str]:
-    """What must be the same on both sides for the cache to be hit: ``key`` is of Triton's own files."""
+    """Versions that must match for cache hits; ``key`` is a hash of Triton's own files."""
     from triton.runtime.cache import triton_key
 
     return {
@@ -72,7 +72,7 @@ def made_with() -> dict[str, str]:
 
 
 def pack(folder: Path, archive: Path) -> int:
-    """Write the cache in ``folder`` to ``archive`` (.tar.xz); returns its bytes."""
+    """Write the cache in ``folder`` to ``archive`` (.tar.xz), and return its size in bytes."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     manifest = json.dumps({"folder": str(folder), "made_with": made_with()}).encode()
     with tarfile.open(archive, "w:xz") as tar:
@@ -84,10 +84,10 @@ def pack(folder: Path, archive: Path) -> int:
 
 
 def unpack(archive: Path) -> tuple[Path, list[str]]:
-    """Put the cache of ``archive`` where it was made; returns that folder, and what differs on this machine.
+    """Unpack ``archive`` into its original folder. Returns the folder and this machine's version differences.
 
     Raises:
-        ValueError: It is no archive of :func:`pack`.
+        ValueError: The file is not an archive of :func:`pack`.
     """
     try:
         with tarfile.open(archive, "r:xz") as tar:
@@ -101,7 +101,7 @@ def unpack(archive: Path) -> tuple[Path, list[str]]:
                     member.name = member.name.removeprefix("cache/")
                     tar.extract(member, folder, filter="data")
     except (OSError, tarfile.TarError, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{archive} is no cache that bench.precompile packed ({error})") from error
+        raise ValueError(f"{archive} is not a cache packed by bench.precompile ({error})") from error
     here = made_with()
     made = manifest["made_with"]
     return folder, [f"{name} {here[name]}, not {made[name]}" for name in here if here[name] != made.get(name)]

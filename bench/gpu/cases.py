@@ -1,4 +1,4 @@
-"""A case of the benchmark: every candidate checked against float64, then timed in turn."""
+"""Runs a case of the benchmark: checks every candidate against float64, then times them in rounds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llm_trm.benchmark.runner import Budget, DeviceLostError, run_case
 from llm_trm.benchmark.table import footnotes, markdown_table, title
 from llm_trm.benchmark.workloads import Case
 
-#: Rows of this library: one that is wrong makes the task red, though its result is kept.
+#: Prefix of this library's rows. A wrong one fails the task, but its result is saved.
 _OURS = "triton"
-#: What torch.compile is expected to take for a forward case, until it has been seen; then what it took.
+#: Expected time of torch.compile for a forward case; updated by measurements.
 _compile_seconds = 10.0
-#: A candidate that compiles is given up after so long.
+#: Time limits for candidates that compile.
 _PATIENCE_COMPILE, _PATIENCE_MAX_AUTOTUNE = 60.0, 120.0
 
 
 def patience(doing: str) -> float:
-    """Seconds after which a step of a case is taken to hang."""
+    """Seconds after which a step of a case counts as hanging."""
     candidate = CANDIDATES.get(doing)
     if candidate is None or candidate.compiles == 0.0:
         return PATIENCE
@@ -31,14 +31,14 @@ def patience(doing: str) -> float:
 
 
 def run(context: Context) -> None:
-    """Measure the case, a line for each row as it comes and one for the whole.
+    """Measure the case. Emits a line for each row as it becomes available, and one for the complete result.
 
     Raises:
-        AssertionError: A row of this library is wrong, or failed.
-        BrokenDeviceError: A candidate left the device unusable for this process.
+        AssertionError: A row of this library is wrong or failed.
+        BrokenDeviceError: A candidate made the device unusable for this process.
     """
     global _compile_seconds
-    gc.collect()  # graphs of the last case hang in cycles
+    gc.collect()  # the last case's graphs are in reference cycles
     torch.cuda.empty_cache()
     argument = context.argument
     case, group = Case(**argument["case"]), argument["group"]
@@ -74,7 +74,7 @@ def run(context: Context) -> None:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    """What a row says that is not empty."""
+    """The non-empty fields of a row."""
     return {name: value for name, value in vars(row).items() if value not in (None, {}, 0)}
 
 

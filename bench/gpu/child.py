@@ -1,4 +1,4 @@
-"""One process of a plan: takes tasks from stdin, does them in turn, and tells its supervisor how it goes."""
+"""A child process of a plan: reads tasks from stdin, runs them in turn, and reports to its supervisor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.gpu.context import EVENTS, BrokenDeviceError, Context, Event
 from bench.gpu.plans import Task
 
-#: Does one task; raises where it fails.
+#: Runs one task; raises if it fails.
 Runner = Callable[[Context], None]
 
 
@@ -43,42 +43,42 @@ def run_tasks(
     runners: Mapping[str, Runner],
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Do the tasks in turn, none with less time left than it needs; returns the exit code.
+    """Run the tasks in turn, skipping those without enough time left. Returns the exit code.
 
     Args:
-        tasks: In order.
-        ends: When all of them must have ended, on ``clock``.
+        tasks: The tasks in order.
+        ends: Time on ``clock`` at which all tasks must have ended.
         emit: Sends an event to the supervisor.
         out: Folder of the results.
         excluded: For each task, candidates that broke the device before.
-        runners: By kind of task.
-        clock: Seconds.
+        runners: Runners by kind of task.
+        clock: Clock in seconds.
     """
     for task in tasks:
-        begun = clock()
-        if ends - begun < task.least:
-            reason = f"{max(ends - begun, 0.0):.0f} s are left, it needs {task.least:.0f}"
+        start = clock()
+        if ends - start < task.least:
+            reason = f"{max(ends - start, 0.0):.0f} s are left, but it needs {task.least:.0f}"
             emit({"event": "skipped", "task": task.name, "reason": reason})
             continue
         emit({"event": "begin", "task": task.name})
-        until = min(ends, begun + task.seconds)
+        until = min(ends, start + task.seconds)
         try:
             runners[task.kind](Context(task, until, emit, out, excluded.get(task.name, {}), clock))
         except BrokenDeviceError as error:
             emit({"event": "broken", "task": task.name, "culprit": error.culprit, "reason": str(error)})
             return 3
-        except Exception as error:  # the other tasks are worth more than an early end
+        except Exception as error:  # continue with the other tasks
             traceback.print_exc()
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             emit({"event": "failed", "task": task.name, "reason": reason})
         else:
-            emit({"event": "end", "task": task.name, "seconds": round(clock() - begun, 1)})
+            emit({"event": "end", "task": task.name, "seconds": round(clock() - start, 1)})
     return 0
 
 
 def main() -> None:
-    """Read the request from stdin, and do it."""
-    begun = time.monotonic()
+    """Read the request from stdin and run it."""
+    start = time.monotonic()
     request = json.load(sys.stdin)
     pipe = os.fdopen(int(os.environ[EVENTS]), "w", buffering=1)
 
@@ -94,14 +94,14 @@ def main() -> None:
 
     code = run_tasks(
         [Task(**task) for task in request["tasks"]],
-        begun + request["seconds"],
+        start + request["seconds"],
         emit,
         Path(request["out"]),
         request["excluded"],
         _runners(),
     )
     sys.stdout.flush()
-    # Not sys.exit: a device that hangs would keep the interpreter from ending.
+    # Not sys.exit, because a hanging device would keep the interpreter from exiting.
     os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""What users and developers type: the device tests, and commands of ``llm-trm``."""
+"""Runs the device tests and commands of ``llm-trm``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from bench.gpu import verdicts
 from bench.gpu.context import Context
 from bench.pretend import python
 
-#: Between the signal that asks pytest for its summary and the one that ends it.
+#: Seconds between the signal that asks pytest for its summary and the signal that kills it.
 _SUMMARY_SECONDS = 6.0
 _WORKERS = 14
 
 
 def run_tests(context: Context) -> None:
-    """The device tests of the named files: output to gpu-tests.txt, names of failures to a result line."""
+    """Run the device tests in the given files, with output in gpu-tests.txt and failures in a result line."""
     log = context.out / "gpu-tests.txt"
     command = [sys.executable, "-m", "pytest", *context.argument["files"], "-m", "gpu or interpreter"]
-    # Cut off, pytest prints no summary.
+    # If pytest is killed, it prints no summary.
     command += ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", verdicts.__name__]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]  # most of their time is Triton compiling
@@ -34,11 +34,11 @@ def run_tests(context: Context) -> None:
     with log.open("w") as file:
         code, seconds = _finished(command, context.left - _SUMMARY_SECONDS - 2.0, file)
     lines = log.read_text(errors="replace").splitlines()
-    said = [
+    verdict_lines = [
         line.removeprefix(verdicts.MARK).split(" ", 1) for line in lines if line.startswith(verdicts.MARK)
     ]
-    failed = sorted({name for verdict, name in said if verdict == "failed"})
-    passed = len({name for _, name in said}) - len(failed)
+    failed = sorted({name for verdict, name in verdict_lines if verdict == "failed"})
+    passed = len({name for _, name in verdict_lines}) - len(failed)
     print(f"device tests: exit code {code}, {passed} passed, failed: {failed}", flush=True)
     line = {"name": "tests", "code": code, "passed": passed, "failed": failed, "seconds": seconds}
     context.line(line | {"ok": not failed})
@@ -49,8 +49,8 @@ def run_tests(context: Context) -> None:
 
 
 def _finished(command: Sequence[str], seconds: float, output: Any) -> tuple[int, float]:
-    """Exit code (124 where its time was over) and seconds of a command."""
-    begun = time.monotonic()
+    """Exit code (124 if it exceeded its time) and duration in seconds of a command."""
+    start = time.monotonic()
     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         code = process.wait(seconds)
@@ -61,11 +61,11 @@ def _finished(command: Sequence[str], seconds: float, output: Any) -> tuple[int,
         except subprocess.TimeoutExpired:
             process.kill()
         code = 124
-    return code, round(time.monotonic() - begun, 1)
+    return code, round(time.monotonic() - start, 1)
 
 
 def run_command(context: Context) -> None:
-    """A command line, its output shown."""
+    """Run a command and show its output."""
     _run(context, context.argument["arguments"])
 
 
@@ -79,7 +79,7 @@ def _run(context: Context, arguments: Sequence[str]) -> None:
 
 
 def run_phase2(context: Context) -> None:
-    """``llm-trm train phase2`` at SmolLM3's width, on made-up pairs and an untrained compressor."""
+    """Run ``llm-trm train phase2`` at SmolLM3's width, with random pairs and an untrained compressor."""
     from bench.training import TrainingCase, write_data
 
     with tempfile.TemporaryDirectory() as name:

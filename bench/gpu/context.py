@@ -1,4 +1,4 @@
-"""What a task is given, and how it tells its supervisor how it goes."""
+"""The context of a task, through which it reports to its supervisor."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from bench.gpu.plans import Task
 
-#: Names the file descriptor of the pipe that events are written to.
+#: Environment variable with the file descriptor of the pipe for events.
 EVENTS = "BENCH_GPU_EVENTS"
-#: A step that takes longer than this hangs, unless it says that it needs more.
+#: Default number of seconds after which a step counts as hanging.
 PATIENCE = 20.0
 
-#: One event of a child: what it is, and its details.
+#: An event of a child: its kind and details.
 Event = dict[str, Any]
 
 
 class BrokenDeviceError(RuntimeError):
-    """Nothing works on the device any more in this process, and ``culprit`` is to blame."""
+    """The device no longer works in this process; ``culprit`` is the cause."""
 
     def __init__(self, culprit: str, reason: str) -> None:
         super().__init__(reason)
@@ -29,15 +29,15 @@ class BrokenDeviceError(RuntimeError):
 
 @dataclass
 class Context:
-    """What a task is given.
+    """The context of a task.
 
     Attributes:
-        task: The task itself.
-        ends: When it must have ended, on ``clock``.
+        task: The task.
+        ends: Time on ``clock`` at which it must have ended.
         emit: Sends an event to the supervisor.
         out: Folder of the results; the supervisor writes the result files.
         excluded: Candidates that broke the device in this task before, with the reason.
-        clock: Seconds.
+        clock: Clock in seconds.
     """
 
     task: Task
@@ -49,18 +49,18 @@ class Context:
 
     @property
     def argument(self) -> dict[str, Any]:
-        """What the plan gave the task."""
+        """The task's argument in the plan."""
         return self.task.argument
 
     @property
     def left(self) -> float:
-        """Seconds until it must have ended."""
+        """Seconds until the task must have ended."""
         return self.ends - self.clock()
 
     def doing(self, what: str, patience: float = PATIENCE) -> None:
-        """Say what is done next: if it takes longer than ``patience`` seconds, it is taken to hang."""
+        """Report the next step, which counts as hanging after ``patience`` seconds."""
         self.emit({"event": "doing", "what": what, "patience": patience})
 
     def line(self, line: Mapping[str, Any], file: str = "gpu.jsonl") -> None:
-        """A line for a result file."""
+        """Send a line for a result file."""
         self.emit({"event": "line", "line": dict(line), "file": file})

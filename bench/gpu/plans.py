@@ -1,7 +1,7 @@
-"""What is done on a GPU, in which order, and how long it may take.
+"""The tasks on a GPU, their order and time limits.
 
-A machine is lent for 15 minutes. The first plan asks whether it is right, how fast it is, and what tuning
-brings; the second runs the device tests and what users type, and does not depend on the first.
+A machine is available for 15 minutes. The first plan checks correctness, speed and the effect of tuning. The
+second plan runs the device tests and users' commands, independently of the first.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 from llm_trm.benchmark.suites import Group, suite
 from llm_trm.benchmark.workloads import Case, Mode
 
-#: Rows of the first plan: the baselines, and what is shipped. The others are measured where time is left.
+#: Rows of the first plan: the baselines and the default backends. Others are measured if time is left.
 SHIPPED = ("eager", "compile", "triton", "eager+graph", "compile+graph", "triton+graph")
-#: After tuning: only what a table changes, beside the one that all are held to.
+#: Rows after tuning: only those that a table affects, and the reference.
 TUNED = ("eager", "triton", "triton+graph")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do in a child process.
+    """A task of a child process.
 
     Attributes:
-        name: What results call it; one of a plan.
-        kind: Which function of ``child.py`` does it.
-        argument: What that function is given; plain values.
-        seconds: Most that it may take, where its stage has more.
-        least: With less left in its stage it is not begun.
+        name: Name in results, unique within a plan.
+        kind: Kind of task, which selects the runner in ``child.py``.
+        argument: Argument of the runner, as JSON values.
+        seconds: Maximum duration, if its stage has more time.
+        least: Minimum remaining time in its stage to start it.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that share an end.
+    """Tasks with a common deadline.
 
     Attributes:
-        until: Seconds after the plan's beginning at which all of them have ended, whatever happens. What an
-            earlier stage leaves is this one's.
-        processes: Child processes at a time.
-        alone: Whether each task has a process of its own; else one process takes them in turn.
-        stops: Whether a task that fails ends the plan after its stage.
+        until: Hard deadline of all tasks, in seconds after the start of the plan. A stage can use time that
+            earlier stages leave.
+        processes: Number of parallel child processes.
+        alone: Whether each task has its own process; otherwise one process runs them in turn.
+        stops: Whether a failed task ends the plan after its stage.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in order, and the wall-clock seconds after which nothing of it runs any more."""
+    """Stages in order, and the hard time limit of the plan in wall-clock seconds."""
 
     stages: tuple[Stage, ...]
     wall: float
@@ -80,13 +80,13 @@ def measured(
     timed: float = 2.0,
     tuned: bool = False,
 ) -> Task:
-    """A case of the benchmark.
+    """A task for a case of the benchmark.
 
     Args:
-        names: Its rows; None for all of the group's.
+        names: Rows to measure; None for all rows of the group.
         timed: Seconds of timed rounds.
-        tuned: Whether it is measured again on the tables that the plan has made: its result goes to a file of
-            its own, as it has few rows and would hide the first one.
+        tuned: Whether it is measured again with the plan's tuning tables. Its result goes to a separate file,
+            since it has few rows and would hide the first one.
     """
     argument = {
         "case": case.to_json(),
@@ -100,8 +100,8 @@ def measured(
 
 
 def excludable(task: Task, step: str) -> bool:
-    """Whether ``step`` of a task is a candidate that it can go on without."""
-    if task.kind != "case" or step == "eager":  # all others are held to eager
+    """Whether ``step`` of a task is a candidate that it can continue without."""
+    if task.kind != "case" or step == "eager":  # eager is the reference for all others
         return False
     names = task.argument["names"]
     return step in names if names else step not in ("float64", task.name) and not step.startswith("timing")
@@ -120,7 +120,7 @@ def _steps() -> list[Case]:
     return [paper, phase2_8, phase2_32]
 
 
-#: The names of ``smoke.CHECKS``: its imports are the children's, as a supervisor must hold no CUDA context.
+#: The names of ``smoke.CHECKS``, which only children import: a supervisor must not have a CUDA context.
 CHECKS = (
     "seed",
     "paper",
@@ -139,9 +139,9 @@ CHECKS = (
     "repeats",
 )
 
-#: Without it nothing is known of the device, and nothing is measured.
+#: The task that identifies the device; without it, nothing is measured.
 PROBE = "probe"
-#: A machine that was just started reads torch from its disk for the first time.
+#: Time limit of the first import on a new machine, which reads torch from a cold disk.
 _FIRST_IMPORT = 90.0
 _PROBE = Stage(PROBE, _FIRST_IMPORT, (Task(PROBE, "probe", {}, _FIRST_IMPORT, 1.0),), stops=True)
 
@@ -183,7 +183,7 @@ FIRST = Plan(
     wall=470.0,
 )
 
-#: Device tests, most telling first: what only a GPU shows, then the tolerance grids of the kernels.
+#: Device tests, most informative first: those that need a GPU, then the tolerance grids of the kernels.
 TEST_FILES = (
     "tests/test_races.py",
     "tests/test_streams.py",
@@ -216,7 +216,7 @@ SECOND = Plan(
             "commands",
             185.0,
             (
-                # Without a budget it would compile for a minute a case.
+                # Without a budget, it would compile for one minute per case.
                 _command(
                     "llm-trm bench",
                     *("llm_trm", "bench", "--latents", "256", "--hidden-size", "256", "--budget", "16"),
@@ -266,7 +266,7 @@ PLANS = {"first": FIRST, "second": SECOND}
 
 
 def within(plan: Plan, wall: float) -> Plan:
-    """The plan within ``wall`` seconds: stages end at it at the latest, and the last one lasts until then."""
+    """Limit the plan to ``wall`` seconds: no stage ends later, and the last stage uses all remaining time."""
     *stages, last = plan.stages
     cut = [replace(stage, until=min(stage.until, wall)) for stage in stages]
     return Plan((*cut, replace(last, until=wall)), wall)

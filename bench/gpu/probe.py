@@ -1,4 +1,4 @@
-"""What the machine is, and whether the kernels are right on it."""
+"""Identifies the machine, and checks the kernels on it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trm_kernels import TinyRecursiveNetwork
 
 
 def run(context: Context) -> None:
-    """The run's record and the measured limits; raises RuntimeError where there is no CUDA GPU."""
+    """Emit the run's metadata and the measured limits. Raises RuntimeError if there is no CUDA GPU."""
     if not torch.cuda.is_available():
-        raise RuntimeError("bench.gpu needs a CUDA GPU, and PyTorch sees none here")
+        raise RuntimeError("bench.gpu needs a CUDA GPU, but PyTorch sees none")
     device = torch.device("cuda")
     context.doing("loading the libraries", context.left)
     _load_libraries(device)
@@ -33,7 +33,7 @@ def run(context: Context) -> None:
 
 
 def _load_libraries(device: torch.device) -> None:
-    """Use what the checks use once: five of them at a time would read it from a cold disk at a time."""
+    """Load the libraries for the checks, so that five parallel checks do not read a cold disk at once."""
     query = torch.randn(1, 1, 64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     F.scaled_dot_product_attention(query, query, query).sum().backward()  # cuDNN on Hopper
     torch.mm(*(torch.randn(64, 64, device=device, dtype=torch.float64) for _ in range(2)))
@@ -44,13 +44,13 @@ def _load_libraries(device: torch.device) -> None:
 
 
 def run_check(context: Context) -> None:
-    """One check of :mod:`bench.gpu.smoke`."""
+    """Run one check of :mod:`bench.gpu.smoke`."""
     from bench.gpu.smoke import CHECKS, Setting
 
     name = context.argument["check"]
     torch.manual_seed(0)
-    begun = time.monotonic()
+    start = time.monotonic()
     figures = CHECKS[name](Setting(torch.device("cuda")))
-    seconds = round(time.monotonic() - begun, 2)
+    seconds = round(time.monotonic() - start, 2)
     print(f"{context.task.name}: {figures}", flush=True)
     context.line({"name": context.task.name, "ok": True, "figures": figures, "seconds": seconds})

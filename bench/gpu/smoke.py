@@ -1,7 +1,7 @@
-"""Is it right on this device? One check an aspect, each a few seconds: what is wrong raises AssertionError.
+"""Checks correctness on a device, one aspect at a time in a few seconds. Failures raise AssertionError.
 
-A result is held to the rule of :mod:`trm_kernels.testing`: error against float64 at most twice eager's in the
-same dtype.
+Results must satisfy the tolerance rule of :mod:`trm_kernels.testing`: the error against float64 is at most
+twice eager's in the same dtype.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from trm_kernels.training import TrainingStep
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the checks run on.
+    """Sizes for the checks.
 
     Attributes:
-        length: No multiple of a tile, so that edges are masked.
-        n, T: Few, so that eager in float64 takes no time.
+        length: Not a multiple of a tile, so that edges are masked.
+        n, T: Small, so that eager in float64 is fast.
     """
 
     batch: int = 8
@@ -41,19 +41,19 @@ class Sizes:
     T: int = 2
 
 
-#: The paper's length with its 16 puzzle positions, at phase 2's width.
+#: The paper's length, with its 16 puzzle positions, and phase 2's width.
 SIZES = Sizes()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where checks run.
+    """Settings of the checks.
 
     Attributes:
-        device: A CUDA device; the tests use the CPU, with Triton's interpreter.
-        dtype: Of operands, and of the residual stream unless a check says otherwise.
-        repeats: How often the same is computed again.
-        steps: Training steps, plain and captured.
+        device: A CUDA device; the tests use the CPU with Triton's interpreter.
+        dtype: Dtype of operands, and by default of the residual stream.
+        repeats: Number of repetitions of the same computation.
+        steps: Number of training steps, plain and captured.
     """
 
     device: torch.device
@@ -63,15 +63,15 @@ class Setting:
     steps: int = 10
 
 
-#: A check: returns figures worth keeping, raises AssertionError where a result is wrong.
+#: A check: returns metrics to record, or raises AssertionError if a result is wrong.
 Check = Callable[[Setting], dict[str, Any]]
 
-#: x, y, z.
+#: The states x, y, z.
 States = tuple[Tensor, Tensor, Tensor]
 
 
 def _network(setting: Setting, family: str, **options: Any) -> TinyRecursiveNetwork:
-    """A network in float32 whose recursion is damped: a fresh one multiplies what was rounded."""
+    """A float32 network with scaled-down weights, since a newly initialised one amplifies rounding errors."""
     sizes = setting.sizes
     if options.get("mixer") == "tokens":
         options["seq_len"] = sizes.length
@@ -79,7 +79,7 @@ def _network(setting: Setting, family: str, **options: Any) -> TinyRecursiveNetw
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))  # ones and zeros hide errors
+                parameter.add_(0.1 * torch.randn_like(parameter))  # ones and zeros would hide errors
             else:
                 parameter.mul_(0.5)
     return net.to(setting.device)
@@ -98,7 +98,7 @@ def _wide(states: States) -> States:
 
 
 def _mask(setting: Setting) -> Tensor:
-    """Samples of different lengths [B, L]."""
+    """A mask for samples of different lengths [B, L]."""
     sizes = setting.sizes
     lengths = torch.randint(1, sizes.length + 1, (sizes.batch, 1))
     lengths[0] = sizes.length
@@ -108,7 +108,7 @@ def _mask(setting: Setting) -> Tensor:
 def _found(
     net: TinyRecursiveNetwork, states: States, output_norm: nn.Module | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of a deep recursion, by name, for one direction."""
+    """Outputs and gradients of a deep recursion by name, for one direction."""
     shape, device = states[0].shape, states[0].device
     direction = torch.linspace(-1, 1, shape.numel(), device=device).view(shape)
     found = recursion_and_gradients(net, output_norm, states, [direction, direction], **options)
@@ -117,13 +117,13 @@ def _found(
 
 
 def _errors(rule: ToleranceRule) -> dict[str, Any]:
-    """The largest error against float64, and eager's, after the rule was checked."""
+    """Check the rule, and return the largest error against float64 with eager's error."""
     rule.check()
     worst = max(rule.pools.values(), key=lambda pools: pools[0].error)
     return {"error": worst[0].error, "eager": worst[1].error}
 
 
-def _held_to_the_rule(
+def _check_rule(
     setting: Setting,
     family: str,
     *,
@@ -134,7 +134,7 @@ def _held_to_the_rule(
     memories: tuple[str, ...] = ("balanced",),
     **network: Any,
 ) -> dict[str, Any]:
-    """Outputs and gradients of a deep recursion on the ``triton`` backend, eager, and eager in float64."""
+    """Compare a deep recursion on the ``triton`` backend, eager, and eager in float64."""
     held = torch.float32 if autocast else setting.dtype
     ours = _network(setting, family, **network).to(held)
     eager, truth = copy.deepcopy(ours), copy.deepcopy(ours).double()
@@ -165,20 +165,20 @@ def _held_to_the_rule(
 
 def _family(family: str, **network: Any) -> Check:
     def check(setting: Setting) -> dict[str, Any]:
-        return _held_to_the_rule(setting, family, memories=("balanced", "fast", "small"), **network)
+        return _check_rule(setting, family, memories=("balanced", "fast", "small"), **network)
 
     return check
 
 
 def _variant(family: str, **options: Any) -> Check:
     def check(setting: Setting) -> dict[str, Any]:
-        return _held_to_the_rule(setting, family, **options)
+        return _check_rule(setting, family, **options)
 
     return check
 
 
 def _dropout(setting: Setting) -> dict[str, Any]:
-    """The same seed draws the same numbers, forward and backward; another seed others; most weights stay."""
+    """Equal seeds give equal results, forward and backward, other seeds differ, and the change is small."""
     net = _network(setting, "seed", dropout=0.1).to(setting.dtype).train()
     net.backend = "triton"
     states = _states(setting, setting.dtype)
@@ -190,16 +190,16 @@ def _dropout(setting: Setting) -> dict[str, Any]:
 
     one, again, other = drawn(0), drawn(0), drawn(1)
     for name, expected in one.items():
-        assert torch.equal(again[name], expected), f"the same seed gave another {name}"
-    assert (one["new y"] != other["new y"]).any(), "another seed gave the same output"
+        assert torch.equal(again[name], expected), f"the same seed gave a different {name}"
+    assert (one["new y"] != other["new y"]).any(), "a different seed gave the same output"
     plain = _found(net.eval(), states, **options)["new y"]
     change = relative_error(one["new y"], plain)
-    assert change < 1.0, f"dropout of 0.1 changed the output by {change:.2f} of its size"
+    assert change < 1.0, f"dropout of 0.1 changed the output by {change:.2f} of its norm"
     return {"change": change}
 
 
 def _fp8(setting: Setting) -> dict[str, Any]:
-    """Recursions in fp8 are as right as their emulation, by the rule; the truth is that one in float32."""
+    """Recursions in fp8 are as accurate as their emulation by the rule, relative to a float32 emulation."""
     from trm_kernels.ops._launch import LAUNCHES
 
     net = _network(setting, "seed").to(setting.dtype).eval()
@@ -220,7 +220,7 @@ def _fp8(setting: Setting) -> dict[str, Any]:
 
 
 def _graph(setting: Setting) -> dict[str, Any]:
-    """Replays on new inputs and changed weights equal plain calls to the bit."""
+    """Replays on new inputs and changed weights are bitwise equal to plain calls."""
     net = _network(setting, "seed").to(setting.dtype).eval()
     net.backend = "triton"
     sizes = setting.sizes
@@ -241,7 +241,7 @@ def _graph(setting: Setting) -> dict[str, Any]:
 
 
 def _training(setting: Setting) -> dict[str, Any]:
-    """Training steps, captured, leave the parameters that plain ones leave."""
+    """Captured training steps give the same parameters as plain steps."""
     start = _network(setting, "seed").train()
     x, _, _ = _states(setting, torch.float32)
     labels = torch.randint(11, x.shape[:2], device=setting.device)
@@ -278,10 +278,10 @@ def _training(setting: Setting) -> dict[str, Any]:
     assert all((one != other).any() for one, other in zip(captured, before, strict=True)), (
         "one did not change"
     )
-    # A step captured wrongly (an old batch, a lost gradient) is off by as much as it moves. The same to the
-    # bit is expected, and a figure: cuBLAS may choose otherwise under a capture, and AdamW enlarges that.
+    # A wrongly captured step (an old batch, a lost gradient) is off by as much as it moves. Bitwise equality
+    # is expected but only recorded: cuBLAS may choose other kernels in a capture, and AdamW amplifies that.
     off = float(_distance(captured, plain) / _distance(plain, before))
-    assert off <= 0.05, f"captured steps are {off:.2g} of their length off plain ones"
+    assert off <= 0.05, f"captured steps differ from plain ones by {off:.2g} of their norm"
     assert setting.device.type != "cuda" or status.replays > 0, f"never replayed: {status.fallbacks}"
     equal = all(torch.equal(one, other) for one, other in zip(captured, plain, strict=True))
     return {"replays": status.replays, "equal": equal, "off": off}
@@ -293,7 +293,7 @@ def _distance(ones: list[Tensor], others: list[Tensor]) -> Tensor:
 
 
 def _repeats(setting: Setting) -> dict[str, Any]:
-    """The same step again and again, to the bit: what moves between runs is a race."""
+    """Repetitions of the same step are bitwise equal; any difference is a race."""
     net = _network(setting, "paper").to(setting.dtype)
     net.backend = "triton"
     states = _states(setting, setting.dtype)
@@ -301,12 +301,12 @@ def _repeats(setting: Setting) -> dict[str, Any]:
     first = _found(net, states, **options)
     for repeat in range(setting.repeats):
         for name, tensor in _found(net, states, **options).items():
-            assert torch.equal(tensor, first[name]), f"repeat {repeat}: another {name}"
+            assert torch.equal(tensor, first[name]), f"repeat {repeat}: a different {name}"
     return {"repeats": setting.repeats}
 
 
 def _single(setting: Setting) -> dict[str, Any]:
-    """Without gradient: one network call, one latent recursion, and rows that are read alone."""
+    """Without gradients: one network call, one latent recursion, and a deep recursion that reads few rows."""
     net = _network(setting, "seed").to(setting.dtype).eval()
     eager, truth = copy.deepcopy(net), copy.deepcopy(net).double()
     net.backend, eager.backend, truth.backend = "triton", "eager", "eager"
@@ -328,7 +328,7 @@ def _single(setting: Setting) -> dict[str, Any]:
     return _errors(rule)
 
 
-#: By name, most telling first.
+#: Checks by name, most informative first.
 CHECKS: dict[str, Check] = {
     "seed": _family("seed"),
     "paper": _family("paper"),

@@ -1,4 +1,4 @@
-"""SmolLM3-3B in shape and with random weights: what its users run, with its memory and its speed."""
+"""Measures memory and speed of SmolLM3-3B's shape with random weights in users' commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.gpu.context import Context
 from bench.pretend import pretending
 from llm_trm.benchmark.protocol import synchronize
 
-#: HuggingFaceTB/SmolLM3-3B's config.json, read 2026-11; RoPE is left out of every fourth layer.
+#: HuggingFaceTB/SmolLM3-3B's config.json, read 2026-11. Every fourth layer has no RoPE.
 SMOLLM3_3B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -32,7 +32,7 @@ _PATIENCE = 30.0
 
 
 def run(context: Context) -> None:
-    """Memory and speed of the real shape, on the GPU."""
+    """Measure the full shape on the GPU."""
     line = measure(SMOLLM3_3B, torch.device("cuda"), lambda what: context.doing(what, _PATIENCE))
     print(line, flush=True)
     context.line({"name": context.task.name} | line)
@@ -46,17 +46,17 @@ def measure(
     problems: int = 8,
     new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """A few problems thought about as ``llm-trm datagen`` does, then answers with an untrained recursion.
+    """Think about a few problems as in ``llm-trm datagen``, then generate with an untrained recursion.
 
     Args:
-        settings: Of the decoder.
-        device: Where it runs.
-        doing: Told what is begun.
-        problems: As many as are thought about, and answered, at a time.
-        new_tokens: Of the thinking, and of an answer.
+        settings: Settings of the decoder.
+        device: Device of the model.
+        doing: Called with a description of each step.
+        problems: Number of problems, which are processed in one batch.
+        new_tokens: Number of tokens of the thinking and of an answer.
 
     Returns:
-        Seconds, peak bytes of a GPU, and tokens a second.
+        Seconds, peak GPU memory in bytes, and tokens per second.
     """
     from llm_trm.data.decoding import Limits
     from llm_trm.data.generation import DataGenConfig, ThinkingDataGenerator
@@ -83,7 +83,7 @@ def measure(
         thinking = ThinkingModel(config.model, model, tokenizer, think, end_think)
         line["pairs"] = ThinkingDataGenerator(config, model=thinking).run().samples
     if pretending():
-        return line  # what follows reads positions of tokens, and made-up ones are none
+        return line  # the rest reads positions of tokens, which a simulated GPU cannot provide
     recursive: Any = TRMForCausalLM.wrap(
         model,
         think_token_id=think,
@@ -93,7 +93,7 @@ def measure(
     recursive.to(device, model.dtype).eval()
     prompts = torch.randint(32, 128, (problems, 64), device=device)
     prompts[:, -1] = think
-    for name in ("warm-up", "generate"):  # the first compiles
+    for name in ("warm-up", "generate"):  # the warm-up compiles
         doing(name)
         with _measured(line, name, device):
             tokens = recursive.generate(
@@ -109,20 +109,20 @@ def measure(
 
 @contextmanager
 def _measured(line: dict[str, Any], name: str, device: torch.device) -> Iterator[None]:
-    """Notes seconds, and on a GPU the most bytes that were allocated."""
+    """Record the duration in seconds and, on a GPU, the peak memory in bytes."""
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    begun = time.monotonic()
+    start = time.monotonic()
     yield
     synchronize(device)
-    line[f"{name} seconds"] = time.monotonic() - begun
+    line[f"{name} seconds"] = time.monotonic() - start
     if device.type == "cuda":
         line[f"{name} peak bytes"] = torch.cuda.max_memory_allocated(device)
 
 
 def build(settings: dict[str, Any], tokenizer: Any, device: torch.device) -> Any:
-    """A decoder of these settings in bfloat16, its weights drawn on ``device``."""
+    """A bfloat16 decoder with these settings and random weights on ``device``."""
     from transformers import AutoModelForCausalLM, SmolLM3Config
 
     config = SmolLM3Config(

@@ -1,4 +1,4 @@
-"""Runs a plan in child processes, and ends each when its time is over: nothing on the device can stop it."""
+"""Runs a plan in child processes, and kills each when its time is over, so that no device hang blocks it."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from bench.gpu.context import EVENTS, PATIENCE, Event
 from bench.gpu.plans import PROBE, Plan, Stage, Task, excludable
 from llm_trm.benchmark.results import append, read
 
-#: A task's process is ended so many seconds after the task should have ended itself.
+#: Seconds after a task's deadline until its process is killed.
 GRACE = 5.0
-#: Importing torch, and the first call of CUDA.
+#: Time limit for importing torch and the first CUDA call.
 START_SECONDS = 60.0
-#: So many children in a row that never began a task, and the device is taken to hang.
-MOST_SILENT = 2
-#: At the end of the plan, for the last lines.
+#: Number of consecutive children without a started task after which the device counts as hanging.
+MAX_SILENT = 2
+#: Seconds reserved at the end of the plan for the last lines.
 CLOSING_SECONDS = 1.0
 
 
 class Host(Protocol):
-    """Starts and ends child processes, and knows the time; tests put a double in its place."""
+    """Starts and kills child processes, and has a clock; tests replace it with a fake."""
 
     def clock(self) -> float:
-        """Seconds."""
+        """Time in seconds."""
 
     def start(self, request: dict[str, Any]) -> int:
-        """Start a child on a request; returns its number."""
+        """Start a child with a request, and return its number."""
 
     def next(self, timeout: float) -> tuple[int, Event] | None:
-        """The next event of any child, or None after ``timeout`` seconds. The last of a child is ``exit``."""
+        """The next event of any child, or None after ``timeout`` seconds. The last event is ``exit``."""
 
     def kill(self, child: int) -> None:
-        """End a child and all that it started; no further event of it comes."""
+        """Kill a child and all its processes; it sends no further events."""
 
 
 class Processes:
-    """Children as processes of their own.
+    """Runs children as processes.
 
     Args:
-        prefix: The command that runs a module whose name follows.
-        environment: Beside this process's own.
+        prefix: Command prefix that runs a module.
+        environment: Additional environment variables.
     """
 
     def __init__(self, prefix: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -74,7 +74,7 @@ class Processes:
         own = {
             EVENTS: str(writing),
             "PYTHONUNBUFFERED": "1",
-            # The heuristics and the run's own tables choose, on whatever machine.
+            # Use only the heuristics and the run's own tables, on any machine.
             "TRM_TABLES": str(Path(request["out"]) / "tables"),
         }
         process = subprocess.Popen(
@@ -89,7 +89,7 @@ class Processes:
         self._running[number] = process
         threading.Thread(target=self._listen, args=(number, process, reading), daemon=True).start()
         assert process.stdin is not None
-        with contextlib.suppress(OSError):  # it died at once, and its exit says so
+        with contextlib.suppress(OSError):  # if it died immediately, its exit event reports that
             process.stdin.write(json.dumps(request))
             process.stdin.close()
         return number
@@ -100,7 +100,7 @@ class Processes:
                 try:
                     self._events.put((number, json.loads(line)))
                 except json.JSONDecodeError:
-                    continue  # cut by its end
+                    continue  # incomplete, because the process ended
         self._events.put((number, {"event": "exit", "code": process.wait()}))
 
     def next(self, timeout: float) -> tuple[int, Event] | None:
@@ -112,7 +112,7 @@ class Processes:
                 return None
             if number in self._running:
                 if event["event"] == "exit":
-                    self.kill(number)  # what it started and did not end
+                    self.kill(number)  # also kills processes that it left running
                 return number, event
 
     def kill(self, child: int) -> None:
@@ -124,26 +124,26 @@ class Processes:
 
 @dataclass
 class _Child:
-    """A child that runs.
+    """A running child.
 
     Attributes:
-        tasks: What it has not settled yet, the one it is at first.
-        due: When what it does now is taken to hang.
-        ends: When its task is.
-        doing: What it does now.
-        begun: Whether it is at a task.
+        tasks: Its unfinished tasks, starting with the current one.
+        due: Time at which its current step counts as hanging.
+        ends: Time at which its current task counts as hanging.
+        doing: Its current step.
+        started: Whether it is running a task.
     """
 
     tasks: deque[Task]
     due: float
     ends: float = math.inf
     doing: str = "starting"
-    begun: bool = False
+    started: bool = False
 
 
 @dataclass
 class Outcome:
-    """What became of the tasks of a plan, by name, with the reason where there is one."""
+    """Outcome of a plan's tasks by name, with reasons if any."""
 
     done: list[str] = field(default_factory=list)
     red: dict[str, str] = field(default_factory=dict)
@@ -154,13 +154,13 @@ class Supervisor:
     """One run of a plan.
 
     Args:
-        plan: What to do.
-        out: Folder that results are appended in.
-        commit: The commit that is measured.
+        plan: The plan.
+        out: Folder to append results in.
+        commit: The measured commit.
         host: Starts children.
         show: Prints a line.
-        patience: How much longer than on a GPU a step may take before it is taken to hang.
-        begun: When the plan began, on the host's clock; now, unless given.
+        patience: Factor by which steps may take longer than on a GPU before they count as hanging.
+        start: Start of the plan on the host's clock; now by default.
     """
 
     def __init__(
@@ -171,12 +171,12 @@ class Supervisor:
         host: Host,
         show: Callable[[str], None] = lambda text: print(text, flush=True),
         patience: float = 1.0,
-        begun: float | None = None,
+        start: float | None = None,
     ) -> None:
         self._patience = patience
         out.mkdir(parents=True, exist_ok=True)
         self.plan, self.out, self.commit, self.host, self.show = plan, out, commit, host, show
-        self.begun = host.clock() if begun is None else begun
+        self.start = host.clock() if start is None else start
         self.outcome = Outcome()
         self.record: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -189,11 +189,11 @@ class Supervisor:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the plan began."""
-        return self.host.clock() - self.begun
+        """Seconds since the start of the plan."""
+        return self.host.clock() - self.start
 
     def run(self) -> int:
-        """Run the plan; returns 0, 1 where a task was red, 2 where there is no GPU."""
+        """Run the plan. Returns 0, 1 if a task failed, or 2 if there is no GPU."""
         for stage in self.plan.stages:
             red = len(self.outcome.red)
             until = min(stage.until, self.plan.wall - CLOSING_SECONDS)
@@ -202,11 +202,11 @@ class Supervisor:
             if stage.stops and len(self.outcome.red) > red:
                 self.show(f"{stage.name} is red: the plan ends here")
                 break
-            if PROBE in self.outcome.left_out or self._silent >= MOST_SILENT:
+            if PROBE in self.outcome.left_out or self._silent >= MAX_SILENT:
                 self.show("the device did not answer: the plan ends here")
                 break
         self._finish()
-        if PROBE in self.outcome.red or PROBE in self.outcome.left_out or self._silent >= MOST_SILENT:
+        if PROBE in self.outcome.red or PROBE in self.outcome.left_out or self._silent >= MAX_SILENT:
             return 2
         return 1 if self.outcome.red else 0
 
@@ -240,10 +240,10 @@ class Supervisor:
     def _until(
         self, until: float, processes: int, waiting: deque[list[Task]], running: dict[int, _Child]
     ) -> None:
-        """Let children run until all tasks are settled or the time is over."""
+        """Run children until all tasks are finished or the time is over."""
         while waiting or running:
             left = until - self.seconds
-            if left <= 0 or self._silent >= MOST_SILENT:
+            if left <= 0 or self._silent >= MAX_SILENT:
                 return
             while waiting and len(running) < processes:
                 self._start(waiting.popleft(), left, running)
@@ -280,7 +280,7 @@ class Supervisor:
         match event["event"]:
             case "begin":
                 assert task is not None
-                child.begun, child.doing = True, task.name
+                child.started, child.doing = True, task.name
                 child.due = child.ends = self.seconds + task.seconds + GRACE
                 self.show(f"-- {self.seconds:.0f} s: {task.name}")
             case "doing":
@@ -312,25 +312,25 @@ class Supervisor:
                     self._lost(child, child.doing, reason, waiting)
 
     def _settled(self, child: _Child) -> None:
-        """The task that a child was at has an outcome."""
+        """Mark a child's current task as finished."""
         child.tasks.popleft()
-        child.begun, child.doing = False, "the end of a task"
+        child.started, child.doing = False, "the end of a task"
         child.due = self.seconds + self._patience * PATIENCE
 
     def _lost(self, child: _Child, culprit: str, reason: str, waiting: deque[list[Task]]) -> None:
-        """A child is gone: note who did it, and go on with the rest in a new one."""
+        """Record why a child was lost, and continue with its remaining tasks in a new child."""
         if not child.tasks:
-            return  # it had done all, and could not end
-        self._silent = 0 if child.begun else self._silent + 1
+            return  # it had finished all tasks, but could not exit
+        self._silent = 0 if child.started else self._silent + 1
         task = child.tasks[0]
         rest = list(child.tasks)
         line = {"name": task.name, "culprit": culprit, "reason": reason}
         append(self.out / "crashes.jsonl", self.record | line)
         excluded = self._excluded.setdefault(task.name, {})
-        # A case goes on without the candidate; what else is lost, or lost twice at one place, is given up.
-        if child.begun and excludable(task, culprit) and culprit not in excluded:
+        # A case continues without the candidate. Other tasks, or a repeated loss at one candidate, fail.
+        if child.started and excludable(task, culprit) and culprit not in excluded:
             excluded[culprit] = reason
-            self.show(f"again without {culprit}: {task.name} ({reason})")
+            self.show(f"retrying without {culprit}: {task.name} ({reason})")
         else:
             self._red(task.name, reason)
             rest = rest[1:]
@@ -349,7 +349,7 @@ class Supervisor:
         self.show(f"RED {name}: {reason}")
 
     def _done_before(self) -> set[str]:
-        """Tasks that an earlier run has done whole, for this commit and device; the probe is never."""
+        """Tasks that an earlier run completed for this commit and device, except the probe."""
         return {
             line["task"]
             for file in ("gpu.jsonl", "tuned.jsonl")

@@ -1,4 +1,4 @@
-"""Trainers beside the original ones, restated: whole runs as their users start them."""
+"""Times the trainers against reimplementations of the original ones."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _PATIENCE = 40.0
 
 
 def run_puzzle(context: Context) -> None:
-    """The puzzle trainer's step; the compiled form takes too long here."""
+    """Time the puzzle trainer's step, without the compiled baseline, which takes too long here."""
     _run(context, puzzle, compiled=False)
 
 
 def run_trainer(context: Context) -> None:
-    """Phase 2's trainer."""
+    """Time phase 2's trainer."""
     _run(context, training)
 
 
@@ -30,7 +30,7 @@ def _run(context: Context, module: Any, **options: Any) -> None:
         torch.device("cuda"),
         min(context.argument["seconds"], context.left / 2),
         lambda what: context.doing(what, _PATIENCE),
-        compare=not pretending(),  # made-up numbers agree with nothing
+        compare=not pretending(),  # made-up values never agree
         **options,
     )
     print(module.describe(line), flush=True)

@@ -1,4 +1,4 @@
-"""``llm-trm tune`` within a plan: the products of the plan's cases, into a table among the results."""
+"""Runs ``llm-trm tune`` in a plan for the products of its cases, with a table in the results folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llm_trm.tuning.tuner import open_table, pending, this_run, tune
 from trm_kernels.ops import dispatch
 from trm_kernels.ops._launch import target_of
 
-#: One product's candidates, compiled and timed.
+#: Time limit to compile and time one product's candidates, in seconds.
 _PATIENCE = 40.0
 
 
 def run(context: Context) -> None:
-    """Tune the cases' products until the time is over, a line for each."""
+    """Tune the cases' products until the time is over, with one line for each."""
     target = target_of(torch.empty(0, device="cuda"))
     cases = [Case(**case) for case in context.argument["cases"]]
-    path = dispatch.user_path(target.name)  # among the results: the supervisor sets TRM_TABLES
+    path = dispatch.user_path(target.name)  # in the results folder, since the supervisor sets TRM_TABLES
     table = open_table(path, target)
     waiting = pending(record_cases(cases, target, fp8=False), table)
     context.doing("starting compilers", _PATIENCE)
@@ -38,7 +38,7 @@ def run(context: Context) -> None:
             compiler,
             measure,
             this_run(),
-            # The last product may begin just before the end.
+            # The last product may start just before the end.
             budget=context.left - 10.0,
             clock=context.clock,
         )

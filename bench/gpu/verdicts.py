@@ -1,6 +1,7 @@
-"""A pytest plugin for runs that may be cut off before their end: each test's verdict when it is known.
+"""A pytest plugin that prints each test's verdict immediately, for runs that may be killed.
 
-A line that begins with :data:`MARK` names the verdict and the test; behind a failed one stands its traceback.
+A line that starts with :data:`MARK` has the verdict and the test's name; a failure is followed by its
+traceback.
 """
 
 from __future__ import annotations

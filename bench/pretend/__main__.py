@@ -1,4 +1,4 @@
-"""``python -m bench.pretend MODULE ARGUMENTS...``: run a module on a GPU that is not there."""
+"""``python -m bench.pretend MODULE ARGUMENTS...`` runs a module on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.pretend import VARIABLE
 
 
 def main() -> None:
-    """Install the pretence and run the module that the command line names."""
+    """Install the simulated GPU and run the module on the command line."""
     if len(sys.argv) < 2:
         print("usage: python -m bench.pretend MODULE [ARGUMENTS...]", file=sys.stderr)
         sys.exit(2)

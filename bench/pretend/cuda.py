@@ -1,4 +1,4 @@
-"""``torch.cuda`` for a device that is not there: its tensors are ``meta`` tensors that say they are on it."""
+"""``torch.cuda`` for a simulated device, whose tensors are ``meta`` tensors that report ``cuda:0``."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _is_meta = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 def _made_up(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor's data on the host: ones, and zeros in float64, in which only differences are taken."""
+    """A tensor's data on the host: ones, or zeros in float64, which is only used for differences."""
     dtype = dtype or tensor.dtype
     return torch.full(tensor.shape, 0 if dtype == torch.float64 else 1, dtype=dtype)
 
 
 def _unique(tensor: Tensor, *_: Any, return_inverse: bool = False, **__: Any) -> Any:
-    """As if no two elements were equal: how many differ is the shape of the result."""
+    """Assume that all elements differ, since their number determines the shape of the result."""
     flat = tensor.flatten()
     return (flat, torch.arange(len(flat), device=_META).view(tensor.shape)) if return_inverse else flat
 
 
-#: What is asked of a tensor without data -> the answer.
+#: Replacements of functions that read a tensor without data.
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.device.__get__: lambda tensor: DEVICE,
     torch.Tensor.is_cuda.__get__: lambda tensor: True,  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ def _is_on(argument: Any, kind: str) -> bool:
 
 
 class Pretence(TorchFunctionMode):
-    """Inside, ``cuda`` is the ``meta`` device, and tensors on that say that they are on ``cuda:0``."""
+    """Maps ``cuda`` to the ``meta`` device, whose tensors report that they are on ``cuda:0``."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ class Pretence(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return first.to(_META)
         kwargs.pop("pin_memory", None)
-        # A name alone stands for a device in few functions: others ask for its autocast, or its backend.
+        # In most functions a bare string is not a device, but selects autocast or a backend.
         named = func is torch.Tensor.to
         args = tuple(
             _META if _is_on(a, "cuda") and (named or isinstance(a, torch.device)) else a for a in args
@@ -97,7 +97,7 @@ class Pretence(TorchFunctionMode):
 
 
 def _goes_home(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``Tensor.to`` asks for a copy on the host."""
+    """Whether ``Tensor.to`` requests a copy on the host."""
     other = args[1] if len(args) > 1 else None
     if isinstance(other, Tensor):
         return not _is_meta(other)
@@ -105,13 +105,13 @@ def _goes_home(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _moved(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Named arguments with the ``meta`` device in place of another."""
+    """Keyword arguments with a CUDA device replaced by the ``meta`` device."""
     device = kwargs.get("device")
     return kwargs | {"device": _META} if _is_on(device, "cuda") else kwargs
 
 
 class _Stream:
-    """A stream on which nothing waits."""
+    """A stream that never waits."""
 
     cuda_stream = stream_id = 0
     device = DEVICE
@@ -138,7 +138,7 @@ class _Stream:
 
 
 class _Event:
-    """An event that has always happened, a millisecond after any other."""
+    """An event that has always completed, one millisecond after any other."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -160,7 +160,7 @@ class _Event:
 
 
 class _Graph:
-    """A graph whose replay does nothing: what it would write has no data."""
+    """A graph whose replay does nothing, since its tensors have no data."""
 
     def replay(self) -> None:
         pass
@@ -186,7 +186,7 @@ def _graph(*_: Any, **__: Any) -> Iterator[None]:
 
 
 class _Generator:
-    """The device's generator of random numbers."""
+    """The device's random number generator."""
 
     def get_state(self) -> Tensor:
         return torch.zeros(16, dtype=torch.uint8)
@@ -196,7 +196,7 @@ class _Generator:
 
 
 def _does_nothing() -> Callable[..., None]:
-    return lambda *_, **__: None  # one of its own for each: torch.compile's tables take no function twice
+    return lambda *_, **__: None  # a new function each time: torch.compile's tables reject duplicates
 
 
 def _within() -> Callable[..., contextlib.AbstractContextManager[None]]:
@@ -261,7 +261,7 @@ _REPLACED: dict[str, Any] = {
 
 
 def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the pretence around it: a mode is off while one of its own functions runs."""
+    """Wrap ``function`` in the mode, which is disabled while one of its own functions runs."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -272,14 +272,14 @@ def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Put the device in the place of CUDA, in this process and for good, before any op is defined."""
+    """Replace CUDA by the simulated device, permanently in this process and before any op is defined."""
     for name, value in _REPLACED.items():
         setattr(torch.cuda, name, value)
     engine: Any = torch.autograd
     engine._engine_run_backward = _inside(engine._engine_run_backward)
-    # What torch.compile would make of plain PyTorch launches none of the project's kernels.
+    # torch.compile of plain PyTorch launches none of the project's kernels.
     setattr(torch, "compile", lambda function=None, **_: function or (lambda inner: inner))  # noqa: B010
-    # It draws until nothing lies outside, and what has no data always does.
+    # It samples until all values are in range, which never happens without data.
     torch.nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
     for check in ("_device_has_foreach_support", "_has_foreach_support"):
         setattr(torch.nn.utils.clip_grad, check, lambda *_: True)
@@ -292,7 +292,7 @@ def install() -> None:
     def define_without_fake(
         name: str, schema: str, implementation: Any, fake: Any, differentiable: Any = None
     ) -> Any:
-        # An op's fake would answer for tensors without data, and launch nothing.
+        # An op's fake implementation would handle tensors without data, and launch nothing.
         runs = _inside(implementation)
         return define(name, schema, runs, runs, differentiable)
 

@@ -1,4 +1,4 @@
-"""Triton's launch path on a CUDA driver that launches nothing, as an H100's would be."""
+"""Triton's launch path with a simulated H100 driver that launches nothing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ SOURCE = Path(__file__).with_name("libcuda.c")
 
 
 def build() -> Path:
-    """Compile the driver if nobody has; returns its folder, which all processes share.
+    """Compile the driver if necessary, and return its folder, which all processes share.
 
     Raises:
         RuntimeError: There is no C compiler.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if compiler is None:
-        raise RuntimeError(
-            "the pretended driver is compiled, and there is no C compiler: install gcc, or set CC"
-        )
+        raise RuntimeError("the simulated driver needs a C compiler: install gcc, or set CC")
     source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"pretended-cuda-{os.getuid()}-{source}"
     if folder.is_dir():
@@ -34,16 +32,16 @@ def build() -> Path:
         [compiler, "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, SOURCE],
         check=True,
     )
-    (making / "libcuda.so").symlink_to(library.name)  # what launchers are linked against
+    (making / "libcuda.so").symlink_to(library.name)  # the name that launchers link against
     try:
         making.rename(folder)
-    except OSError:  # another process was quicker
+    except OSError:  # another process was faster
         shutil.rmtree(making)
     return folder
 
 
 def install() -> None:
-    """Make the pretended driver Triton's, in this process."""
+    """Install the simulated driver in Triton, in this process."""
     folder = build()
     # Read when Triton builds its first launcher.
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
@@ -53,7 +51,7 @@ def install() -> None:
     from triton.runtime.driver import driver
 
     class PretendedDriver(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:  # CudaDriver's own asks torch.cuda for what is not there
+        def __init__(self) -> None:  # CudaDriver's own queries torch.cuda
             self.utils = CudaUtils()
             self.launcher_cls = CudaLauncher
 

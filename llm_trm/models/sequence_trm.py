@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_trm.choices import Halting
-from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
+from llm_trm.models.model_files import ModelFiles
 from llm_trm.ranges import DEPTH, LAYERS, SHARE_BELOW_ONE, WIDTH, require_ranges
 from trm_kernels import RecursionMixin, TinyRecursiveNetwork, halting_recursion
 from trm_kernels.config import FLOAT32_EPS, NetworkConfig
 
-_WEIGHTS, _CONFIG = "trm.safetensors", "trm.json"
+_FILES = ModelFiles("SequenceTRM", "trm", "name a folder that `llm-trm train phase2` wrote")
 
 
 @dataclass(frozen=True)
@@ -202,8 +201,7 @@ class SequenceTRM(RecursionMixin, nn.Module):
 
 def save_sequence_trm(model: SequenceTRM, folder: Path, **facts: Any) -> None:
     """Write weights and sizes into ``folder``, and ``facts`` (JSON values) with the sizes."""
-    write_tensors(folder / _WEIGHTS, model.state_dict())
-    write_json(folder / _CONFIG, {"kind": "SequenceTRM", **asdict(model.config), "facts": facts})
+    _FILES.write(folder, model, model.config, facts)
 
 
 def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[SequenceTRM, dict[str, Any]]:
@@ -212,19 +210,9 @@ def load_sequence_trm(folder: Path, *, backend: str | None = None) -> tuple[Sequ
     Raises:
         InputError: A file is missing or invalid, or describes another kind of model.
     """
-    remedy = "name a folder that `llm-trm train phase2` wrote"
-    described = read_json(folder / _CONFIG, remedy)
-    try:
-        kind, facts = described.pop("kind"), described.pop("facts")
-        if kind != "SequenceTRM":
-            raise InputError(f"{folder / _CONFIG} describes a {kind}, not a SequenceTRM: {remedy}")
-        tensors = read_tensors(folder / _WEIGHTS, remedy)
-        config = SequenceTRMConfig(**described)
-        require_size(folder / _CONFIG, config.parameters, tensors, remedy)
-        model = SequenceTRM.from_config(config, backend=backend)
-        model.load_state_dict(tensors)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{folder} does not contain a SequenceTRM ({one_line(error)}): {remedy}") from error
-    return model.eval(), facts
+    return _FILES.read(
+        folder,
+        SequenceTRMConfig,
+        lambda config: config.parameters,
+        lambda config: SequenceTRM.from_config(config, backend=backend),
+    )

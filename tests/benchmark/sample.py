@@ -1,4 +1,4 @@
-"""A made-up result for the tests of reports."""
+"""A made-up result for tests of reports."""
 
 from __future__ import annotations
 

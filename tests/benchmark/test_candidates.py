@@ -1,4 +1,4 @@
-"""Candidates compute what they claim, and say why where they cannot run."""
+"""Tests that candidates compute the right function, and give the reason if they cannot run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_library_recursions_get_the_options_of_a_variant(monkeypatch: pytest.Mon
     assert seen == [{"n": 6, "memory": "small"}]
 
 
-def test_tables_hold_what_fits_the_case() -> None:
+def test_tables_have_matching_candidates() -> None:
     seed, paper = Case("forward", 32, 8), Case("forward", 32, 8, family="paper")
     assert candidates_for(seed, "cpu") == ("original", "eager", "compile", "triton", "native")
     assert "original" not in candidates_for(paper, "cuda")
@@ -105,7 +105,7 @@ def test_tables_hold_what_fits_the_case() -> None:
     assert "triton-fp8+graph" in candidates_for(replace(seed, dtype="bfloat16"), "cuda")
 
 
-def test_fused_recursion_that_refuses_a_case_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_recursion_that_rejects_a_case_is_not_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     recursion = backends.FusedRecursion(lambda *_: "wrong phase of the moon", lambda *_, **__: None)  # type: ignore[arg-type, return-value]
     monkeypatch.setitem(backends.BACKENDS, "eager", replace(backends.BACKENDS["eager"], recursion=recursion))
     built = build("eager", SMALL, make_state(SMALL, CPU), make_inputs(SMALL, CPU, 0))
@@ -113,14 +113,14 @@ def test_fused_recursion_that_refuses_a_case_is_no_candidate(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_candidate_that_cannot_run_on_a_cpu_says_why(name: str) -> None:
+def test_candidate_gives_reason_if_it_cannot_run_on_a_cpu(name: str) -> None:
     reason = unavailable(name, "cpu")
     if name.endswith("+graph") or name in ("compile-max", "official+compile-all", "liger"):
         assert reason is not None
         assert "CUDA device, not cpu" in reason
 
 
-def test_candidate_that_may_err_more_is_timed_beside_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coarser_candidate_is_timed_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(net: Any, x: torch.Tensor, mask: None) -> torch.Tensor:
         return net.forward_eager(x, mask) * 1.01
 
@@ -150,10 +150,10 @@ def test_graph_that_would_leave_no_memory_is_not_captured(monkeypatch: pytest.Mo
     reason = run._lacks_memory(CANDIDATES["eager+graph"])
     assert reason is not None
     assert "about 30 GiB" in reason
-    assert "48 are free" in reason
+    assert "48 GiB are free" in reason
 
 
-def test_own_graphs_are_prepared_before_those_of_baselines() -> None:
+def test_own_graphs_are_prepared_before_baseline_graphs() -> None:
     names = sorted(candidates_for(SMALL, "cuda", "peers"), key=runner._preparation_order)
     assert names.index("triton+graph") < names.index("eager+graph") < names.index("compile")
     assert names[-1].startswith("compile-max")

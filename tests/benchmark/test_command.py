@@ -1,4 +1,4 @@
-"""``llm-trm bench`` on the suites of training steps, peers and scaling."""
+"""Tests of ``llm-trm bench`` on the suites of training steps, peers and scaling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
         (("--suite", "peers", "--backends", "compile-max"), ("compile-max", "CUDA device")),
     ],
 )
-def test_what_cannot_be_measured_gets_one_line_and_exit_code_2(
+def test_invalid_measurements_give_one_line_and_exit_code_2(
     arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     result = run(*arguments)
@@ -37,7 +37,7 @@ def test_what_cannot_be_measured_gets_one_line_and_exit_code_2(
         assert word in result.stderr
 
 
-def test_peer_that_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peer_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
@@ -70,10 +70,10 @@ def test_suites_are_recorded_under_their_group(
         assert "eager" in {row["backend"] for row in line["rows"] if row["status"] == "ok"}
 
 
-def test_scaling_says_what_it_leaves_out_and_draws_curves(tmp_path: Path) -> None:
+def test_scaling_reports_omitted_points_and_plots_curves(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "curves.png"
-    # A second is over before the first case: every row is skipped, which is all that is asked here.
+    # The budget of one second ends before the first case, so every row is skipped.
     result = run("--suite", "scaling", "--backends", "eager", "--budget", "1", "--plot", str(picture))
     assert result.exit_code == 0, result.output
     assert "omitted on a CPU" in result.stdout

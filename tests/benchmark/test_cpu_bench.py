@@ -1,4 +1,4 @@
-"""``python -m bench.cpu`` at tiny sizes: right before fast, noise counted, nothing left out in silence."""
+"""Tests of ``python -m bench.cpu`` at tiny sizes: correctness, noise detection, and reasons."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ FIXED, RAGGED = CpuCase(TINY), CpuCase(TINY, ragged=True)
 
 
 class FakeModule:
-    """What the bursts need of the native module; ``rates`` come in turn, the last one again and again.
+    """The parts of the native module that bursts use.
 
-    Those of ``peaks`` likewise.
+    Returns ``rates`` and ``peaks`` in turn, and repeats the last one.
     """
 
     def __init__(self, *rates: float, peaks: Sequence[float] = (100.0,)) -> None:
@@ -64,7 +64,7 @@ class FakeModule:
 
 
 def machine(*threads: int, module: FakeModule | None = None) -> dict[int, Bursts]:
-    """Where every burst is quiet, unless the module says otherwise."""
+    """A machine on which every burst is quiet, unless ``module`` returns other rates."""
     native = cast("ModuleType", module or FakeModule(50.0))
     return {count: Bursts(count, native) for count in threads or (1,)}
 
@@ -78,13 +78,13 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _any_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of microseconds are unlike on any machine."""
-    monkeypatch.setattr(cpu_measure, "MOST_SPREAD", math.inf)
+    """Allow any spread, because calls of microseconds vary on any machine."""
+    monkeypatch.setattr(cpu_measure, "MAX_SPREAD", math.inf)
 
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Tensor]], None]:
-    """Puts a function (net, x, mask) in the place of the native backend."""
+    """Replaces the native backend by a function (net, x, mask)."""
 
     def install(run: Callable[..., Tensor]) -> None:
         backend = backends.Backend("native", "", lambda: None, lambda *_: None, run)
@@ -94,7 +94,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Tensor]],
 
 
 def reference_of(net: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """What the native backend is to compute."""
+    """The expected result of the native backend."""
     return cast("Tensor", net.forward_eager(x, mask))
 
 
@@ -106,7 +106,7 @@ def rows_of(work: CpuCase, *names: str, module: FakeModule | None = None) -> dic
 
 
 @pytest.mark.parametrize(("family", "weights"), [("seed", 12 * 32**2), ("scratch", 16 * 32**2)])
-def test_operations_are_those_of_valid_rows(family: str, weights: int) -> None:
+def test_operations_count_valid_rows(family: str, weights: int) -> None:
     work = replace(RAGGED, case=replace(TINY, family=family))
     rows, squares = sum(work.lengths()), sum(length**2 for length in work.lengths())
     call = 2 * (2 * rows * weights + 4 * squares * 32)
@@ -120,7 +120,7 @@ def test_operations_of_fixed_lengths_are_the_cases_own(family: str) -> None:
     assert CpuCase(case).flops == case.flops > CpuCase(case, ragged=True).flops
 
 
-def test_lengths_lie_between_a_third_and_the_whole() -> None:
+def test_lengths_are_between_a_third_and_the_maximum() -> None:
     work = CpuCase(replace(TINY, latents=24, batch=200), ragged=True)
     lengths = work.lengths()
     assert lengths[0] == max(lengths) == 24
@@ -134,7 +134,7 @@ def test_lengths_lie_between_a_third_and_the_whole() -> None:
     assert FIXED.lengths() == [12] * 3
 
 
-def test_names_tell_all_cases_apart() -> None:
+def test_names_of_cases_are_distinct() -> None:
     every = cases(tuple(SHAPES), ("forward", "train"), (False, True), 0)
     assert len({work.name for work in every}) == len(every)
     assert not any(work.ragged and work.case.batch == 1 for work in every)
@@ -145,18 +145,18 @@ def test_names_tell_all_cases_apart() -> None:
     assert set(QUICK) <= set(SHAPES)
 
 
-def test_samples_beside_a_slow_burst_are_dropped_and_counted() -> None:
+def test_samples_with_a_slow_burst_are_dropped_and_counted() -> None:
     bursts = machine(module=FakeModule(50, 50, 44, 50, 50, 44, 46, 46, 60, 50))[1]
     timer = bursts.timer(lambda call, first, count: 1.0)
     samples = [timer(lambda _: None, 0, 1) for _ in range(4)]
     assert samples == [1.0] * 4
     kept = bursts.quiet(cast("list[Sample]", samples))
     assert [sample.burst for sample in kept] == [50.0, 46.0]
-    bursts.burst()  # a better burst later on condemns what seemed quiet
+    bursts.burst()  # a faster burst later makes earlier samples count as noisy
     assert bursts.reached() == 60.0
     assert bursts.quiet(kept) == []
     bursts.begin()
-    bursts.burst()  # but another case has bursts of its own
+    bursts.burst()  # but another case has its own bursts
     assert bursts.reached() == 50.0
 
 
@@ -170,18 +170,18 @@ def test_one_burst_in_twenty_may_be_a_rising_clock() -> None:
     assert bursts.reached() == 90.0
 
 
-def test_peak_is_what_multiply_adds_reach_on_the_best_instruction_set() -> None:
-    # 95 of 100 bursts are no faster: the others saw a rising clock.
+def test_peak_is_measured_on_the_best_instruction_set() -> None:
+    # 95 of 100 bursts are no faster; the others ran with a rising clock.
     first, second = [40.0] * 50 + [50.0] * 45 + [90.0] * 5, [45.0] * 100
     bursts = machine(2, module=(module := FakeModule(20.0, peaks=first + second + [60.0])))[2]
     assert bursts.measure_peak() == 50.0
     assert {(threads, name) for _, threads, name in module.calls} == {(2, "avx9")}
-    assert bursts.reached() == 0.0  # they are no measure of the micro-kernel
+    assert bursts.reached() == 0.0  # they do not count as bursts of the micro-kernel
     assert bursts.measure_peak() == 50.0
     assert bursts.measure_peak() == 60.0
 
 
-def test_without_the_module_there_are_bursts_but_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bursts_without_the_module_have_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     bursts = Bursts(1, None)
     assert bursts.kind == "mm"
     assert bursts.burst() > 0.1
@@ -195,7 +195,7 @@ def test_without_the_module_there_are_bursts_but_no_peak(monkeypatch: pytest.Mon
     assert quiet.record(None) == {"peak": None, "native": None}
 
 
-def test_native_is_timed_where_it_is_right(native: Any) -> None:
+def test_correct_native_is_timed(native: Any) -> None:
     native(reference_of)
     rows = rows_of(FIXED, "eager", "native", module=FakeModule(50.0, peaks=[80.0]))
     assert [row["status"] for row in rows.values()] == ["ok", "ok"]
@@ -208,7 +208,7 @@ def test_native_is_timed_where_it_is_right(native: Any) -> None:
     assert ours["dropped"] == 0
 
 
-def test_missing_native_stands_in_its_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_native_has_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = backends.BACKENDS["native"]
     monkeypatch.setitem(backends.BACKENDS, "native", replace(backend, unavailable=lambda: "it was not built"))
     row = rows_of(FIXED, "eager", "native")["native"]
@@ -216,7 +216,7 @@ def test_missing_native_stands_in_its_row_with_the_reason(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("refuses", ["the call", "the recursion"])
-def test_refusal_of_a_case_stands_in_the_row(refuses: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reason_for_not_running_is_in_the_row(refuses: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor | None] = []
 
     def no_masks(net: object, x: Tensor, mask: Tensor | None) -> str | None:
@@ -264,7 +264,7 @@ def ones_at_padding(net: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         (twice_the_gradient, "forward", []),
     ],
 )
-def test_what_breaks_the_tolerance_rule_has_no_speed(
+def test_wrong_candidates_have_no_speed(
     run: Callable[..., Tensor], mode: Any, wrong: list[str], native: Any
 ) -> None:
     native(run)
@@ -300,13 +300,13 @@ def test_only_packed_packs(mode: Any, dtype: str, monkeypatch: pytest.MonkeyPatc
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
 
 
-def test_rows_that_cannot_be_packed_are_not_another_eager() -> None:
+def test_rows_without_padding_have_no_packed_candidate() -> None:
     work = CpuCase(replace(TINY, batch=1), ragged=True)  # one sample, padded to its own length
     row = rows_of(work, "packed")["packed"]
     assert (row["status"], row["reason"]) == ("not run", "there is no padding")
 
 
-def test_tables_hold_what_fits_the_case() -> None:
+def test_tables_have_matching_candidates() -> None:
     train = replace(FIXED, case=replace(TINY, mode="train"))
     assert names_for(FIXED) == ("original", "eager", "compile", "freezing", "native")
     assert names_for(train) == ("original", "eager", "compile", "native")
@@ -315,7 +315,7 @@ def test_tables_hold_what_fits_the_case() -> None:
 
 
 def test_too_few_quiet_samples_give_no_ratio() -> None:
-    # A quick one among nine: never before and after a sample.
+    # One fast burst in nine is never both before and after a sample.
     bursts = ([20.0] * 8 + [50.0]) * 500
     row = rows_of(FIXED, "original", "eager", module=FakeModule(*bursts))["original"]
     assert row["status"] == "noisy"
@@ -326,8 +326,8 @@ def test_too_few_quiet_samples_give_no_ratio() -> None:
     assert f"{row['samples']} of {row['samples'] + row['dropped']} samples" in row["reason"]
 
 
-def test_quiet_samples_that_are_unlike_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_measure, "MOST_SPREAD", 1.5)
+def test_quiet_samples_with_large_spread_give_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_measure, "MAX_SPREAD", 1.5)
     bursts = machine()[1]
     bursts.burst()
     for slowest, status in ((1.4, "ok"), (1.6, "noisy")):
@@ -338,25 +338,25 @@ def test_quiet_samples_that_are_unlike_give_no_figures(monkeypatch: pytest.Monke
         assert (row.median_ms is None) == (status == "noisy")
 
 
-def test_rounds_go_on_until_enough_samples_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_measure, "_TRIES", 1)
+def test_rounds_continue_until_enough_samples_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_measure, "_MAX_ATTEMPTS", 1)
     noise = [50.0] + [20.0] * 6
     assert rows_of(FIXED, "eager", module=FakeModule(*noise, 50.0))["eager"]["dropped"] > 0
     slow = replace(FIXED, case=replace(TINY, mode="train"))
     assert run_rounds(slow, noise)["status"] == "noisy"
-    monkeypatch.setattr(cpu_measure, "_TRIES", 3)
+    monkeypatch.setattr(cpu_measure, "_MAX_ATTEMPTS", 3)
     row = run_rounds(slow, noise)
     assert row["status"] == "ok"
     assert row["samples"] >= 3
 
 
 def run_rounds(work: CpuCase, noise: list[float]) -> dict[str, Any]:
-    """Eager's row where no time is left beyond the least number of rounds."""
+    """Eager's row when there is only time for the minimum number of rounds."""
     line = run_case(work, machine(module=FakeModule(*noise, 50.0)), ("eager",), 1e-9)
     return cast("dict[str, Any]", line["measurements"][0]["measured"][0])
 
 
-def test_failure_costs_its_candidate_alone(native: Any) -> None:
+def test_failure_affects_only_its_candidate(native: Any) -> None:
     def broken(net: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         raise RuntimeError("out of luck\nat line 3")
 
@@ -398,7 +398,7 @@ def test_command_appends_a_line(
     assert line["commit"] == "abc"
     assert line["machine"]["threads"] == [1]
     assert line["machine"]["instruction_sets"] == {"peak": "avx9", "native": "avx2"}
-    assert "rows" not in line  # or bench.report would take it for a case of llm-trm bench
+    assert "rows" not in line  # otherwise bench.report would read it as a case of llm-trm bench
     assert line["lengths"] == CpuCase(Case(**line["case"]), ragged=True).lengths()
     measured = line["measurements"][0]["measured"]
     assert [row["candidate"] for row in measured] == ["eager", "packed", "native"]
@@ -487,7 +487,7 @@ def test_report_shows_the_latest_of_every_case_and_number_of_threads(tmp_path: P
     assert (
         f"ragged ({RAGGED.padding:.2f} padded rows a valid one) | 2 | 3.00 | WRONG | - | - | - |" in summary
     )
-    assert "3.00x" not in text  # of the earlier run
+    assert "3.00x" not in text  # from the earlier run
     assert "commit-of-2" in text
     assert "FMA peak (avx9): 100 GF/s on 1 thread, 100 GF/s on 2 threads" in text
     assert "dropped 5 of 50 samples" in text
@@ -496,7 +496,7 @@ def test_report_shows_the_latest_of_every_case_and_number_of_threads(tmp_path: P
     assert len({line.count("|") for line in summary.splitlines() if line.startswith("|")}) == 1
 
 
-def test_fastest_calls_stand_in_brackets_where_too_few_were_quiet(tmp_path: Path) -> None:
+def test_fastest_calls_are_in_brackets_if_too_few_are_quiet(tmp_path: Path) -> None:
     line = made_up(FIXED, 2, 2.0)
     for row in line["measurements"][0]["measured"]:
         row |= dict.fromkeys(("median_ms", "gflops", "share", "scaling")) | {"status": "noisy", "ratio": {}}
@@ -507,7 +507,7 @@ def test_fastest_calls_stand_in_brackets_where_too_few_were_quiet(tmp_path: Path
     assert "| 1.75 | 1.60x |" in details
 
 
-def test_plot_is_drawn_alike_twice(tmp_path: Path) -> None:
+def test_plot_is_deterministic(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     train = replace(FIXED, case=replace(TINY, mode="train"))
     write(tmp_path, made_up(FIXED, 2, 2.0), made_up(train, 2, 2.0), made_up(RAGGED, 2, None))
@@ -523,7 +523,7 @@ def test_plot_is_drawn_alike_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "train", "step"])
-def test_bench_command_times_native_beside_the_others(mode: Any, native: Any) -> None:
+def test_bench_command_times_native_with_the_others(mode: Any, native: Any) -> None:
     native(reference_of)
     case = Case(mode, 32, 8, batch=2, heads=4)
     row = run_case_of_command(case, CPU, ("native",), Budget(600, 0.02)).rows[0]
@@ -531,7 +531,7 @@ def test_bench_command_times_native_beside_the_others(mode: Any, native: Any) ->
     assert row.median_ms is not None
 
 
-def test_bench_command_says_why_native_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_command_reports_why_native_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = backends.Backend("native", "", lambda: None, lambda *_: "odd width", reference_of)
     monkeypatch.setitem(backends.BACKENDS, "native", backend)
     case = Case("forward", 32, 8, heads=4)

@@ -1,4 +1,4 @@
-"""The study of fp8: its task, its line of results, and the tables drawn from them."""
+"""Tests of the fp8 study: its task, its results, and its tables."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``python -m bench.gpu``: whatever fails or hangs, a plan ends in time and says what became of each task.
+"""Tests that ``python -m bench.gpu`` ends in time and reports each task, whatever fails or hangs.
 
-Plans run here on a clock that only the tasks move, in children that are no processes.
+Plans run with a clock that only tasks advance, and with children that are not processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.benchmark.sample import sample_result
 
 ROOT = Path(__file__).parents[2]
 DEVICE = {"machine": {"device": "Abacus"}}
-#: What a task may do, beside taking its time.
+#: Behaviours of a task, besides taking time.
 BEHAVIOURS = ("well", "slow", "fails", "hangs", "dies", "breaks", "overruns")
 
 
@@ -50,7 +50,7 @@ class _DiesError(BaseException):
 
 
 class FakeHost:
-    """Children that take time on a clock of their own; what they do is looked up by the task's name."""
+    """Children with a simulated clock, whose behaviour is looked up by the task's name."""
 
     def __init__(self, behaviours: Mapping[str, str] | None = None, start_seconds: float = 4.0) -> None:
         self.now = 1000.0
@@ -144,13 +144,13 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_plan_does_all_that_there_is_time_for(name: str, tmp_path: Path) -> None:
+def test_plan_runs_all_tasks_within_its_time(name: str, tmp_path: Path) -> None:
     plan = PLANS[name]
     supervisor, host, code = run(plan, tmp_path)
     assert code == 0 and not supervisor.outcome.red
     order = [task.name for task in plan.tasks]
     done = [task for task in order if task in supervisor.outcome.done]
-    assert done[: len(done)] == order[: len(done)], "later tasks before earlier ones"
+    assert done[: len(done)] == order[: len(done)], "later tasks ran before earlier ones"
     assert set(order) == {*supervisor.outcome.done, *supervisor.outcome.left_out}
     assert all(line["commit"] == "abc" and line["machine"]["device"] == "Abacus" for line in lines(tmp_path))
     assert lines(tmp_path)[-1]["name"] == "plan"
@@ -173,7 +173,7 @@ def test_a_plan_ends_in_time_whatever_fails_or_hangs(
     behaviours["probe"] = "well"
     supervisor, host, code = run(plan, out, behaviours, start_seconds=start_seconds)
     assert host.now - 1000.0 <= plan.wall
-    assert not host.alive, "a child outlives the plan"
+    assert not host.alive, "a child outlived the plan"
     outcome = supervisor.outcome
     settled = [*outcome.done, *outcome.red, *outcome.left_out]
     assert len(settled) == len(set(settled)), "a task has two outcomes"
@@ -192,7 +192,7 @@ def test_a_plan_ends_in_time_whatever_fails_or_hangs(
 
 
 @pytest.mark.parametrize("behaviour", ["fails", "hangs", "dies", "breaks"])
-def test_a_red_smoke_test_ends_the_plan(behaviour: str, tmp_path: Path) -> None:
+def test_failed_smoke_test_ends_the_plan(behaviour: str, tmp_path: Path) -> None:
     supervisor, host, code = run(FIRST, tmp_path, {"smoke: fp8": behaviour})
     assert code == 1
     assert list(supervisor.outcome.red) == ["smoke: fp8"]
@@ -202,7 +202,7 @@ def test_a_red_smoke_test_ends_the_plan(behaviour: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["hangs", "dies", "breaks"])
-def test_a_case_goes_on_without_the_candidate_that_broke_the_device(behaviour: str, tmp_path: Path) -> None:
+def test_case_continues_without_candidate_that_broke_the_device(behaviour: str, tmp_path: Path) -> None:
     first, second = FIRST.stages[2].tasks[:2]
     supervisor, host, code = run(FIRST, tmp_path, {first.name: behaviour})
     assert code == 0
@@ -215,7 +215,7 @@ def test_a_case_goes_on_without_the_candidate_that_broke_the_device(behaviour: s
     assert (crash["name"], crash["culprit"], crash["commit"]) == (first.name, "triton", "abc")
 
 
-def test_what_hangs_is_ended_when_its_patience_is_over(tmp_path: Path) -> None:
+def test_hanging_step_is_killed_after_its_patience(tmp_path: Path) -> None:
     task = FIRST.stages[2].tasks[0]
     plan = Plan((FIRST.stages[0], Stage("forward", 400.0, (task,))), 410.0)
     _, host, _ = run(plan, tmp_path, {task.name: "hangs"})
@@ -251,8 +251,8 @@ def test_a_device_that_hangs_later_ends_the_plan(tmp_path: Path) -> None:
     assert lines(tmp_path)[-1]["name"] == "plan" and not host.alive
 
 
-def test_a_child_that_cannot_end_is_left_behind(tmp_path: Path) -> None:
-    """Its tasks are done; it hangs while it tears the context down, to the stage's end or for a while."""
+def test_child_that_cannot_exit_is_abandoned(tmp_path: Path) -> None:
+    """All its tasks are done, but it hangs while destroying the context."""
     for until in (60.0, 400.0):
         host = FakeHost()
         real = host.next
@@ -286,7 +286,7 @@ def test_children_are_ended_when_the_supervisor_is(tmp_path: Path) -> None:
     assert not host.alive
 
 
-def test_a_run_goes_on_after_a_cut(tmp_path: Path) -> None:
+def test_run_resumes_after_an_interruption(tmp_path: Path) -> None:
     whole, skipped, foreign, *_ = (task.name for task in FIRST.stages[2].tasks)
     record = {"commit": "abc"} | DEVICE
     rows = [{"status": "ok"}, {"status": "skipped"}]
@@ -303,7 +303,7 @@ def test_a_run_goes_on_after_a_cut(tmp_path: Path) -> None:
     assert again.outcome.done == ["probe"] and len(host.requests) == 1
 
 
-def test_the_docs_are_drawn_from_what_a_plan_leaves(tmp_path: Path) -> None:
+def test_docs_are_generated_from_a_plans_results(tmp_path: Path) -> None:
     run(FIRST, tmp_path, {FIRST.stages[2].tasks[0].name: "hangs", "puzzle trainer": "fails"})
     result = sample_result()
     record = {"time": "2026-01-01", "commit": "abc"} | run_record(torch.device("cpu"), "abc")
@@ -342,12 +342,12 @@ def test_plans_are_sound() -> None:
         for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"^(pytestmark = |@)pytest\.mark\.gpu", path.read_text(), re.MULTILINE)
     }
-    assert marked and marked <= set(TEST_FILES), "tests that only a GPU can run"
+    assert marked and marked <= set(TEST_FILES), "every test that needs a GPU is in the plan"
     assert all((ROOT / name).is_file() for name in TEST_FILES)
     assert FIRST.wall <= 470 and PLANS["second"].wall <= 240
 
 
-def test_a_case_goes_on_without_candidates_alone() -> None:
+def test_only_candidates_are_excludable() -> None:
     shipped = FIRST.stages[2].tasks[0]
     assert excludable(shipped, "triton+graph")
     assert not any(excludable(shipped, step) for step in ("eager", "float64", "timing eager, triton"))
@@ -379,12 +379,12 @@ emit(event="end", task=name, seconds=0.0)
 """
 
 
-def test_processes_are_ended_with_all_that_they_started(tmp_path: Path) -> None:
+def test_processes_are_killed_with_their_children(tmp_path: Path) -> None:
     script = tmp_path / "child.py"
     script.write_text(_CHILD)
     tasks = tuple(Task(name, "any", {}, 30.0, 0.0) for name in ("well", "hangs", "dies", "garbage"))
     plan = Plan((Stage("all", 50.0, tasks, processes=4, alone=True),), 60.0)
-    # The prefix runs a module whose name follows; the script takes that name for an argument.
+    # The prefix runs a module by name; this script takes the name as an argument.
     supervisor = Supervisor(plan, tmp_path, "abc", Processes([sys.executable, str(script)]), lambda _: None)
     assert supervisor.run() == 1
     assert sorted(supervisor.outcome.done) == ["garbage", "well"]
@@ -393,7 +393,7 @@ def test_processes_are_ended_with_all_that_they_started(tmp_path: Path) -> None:
     pids = next(line["pids"] for line in lines(tmp_path) if line["name"] == "pids")
     deadline = time.monotonic() + 10
     while any(_runs(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a process outlives the plan"
+        assert time.monotonic() < deadline, "a process outlived the plan"
         time.sleep(0.05)
 
 
@@ -411,11 +411,11 @@ def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif("os.path.exists('/dev/nvidia0')", reason="there is a GPU")
-def test_the_command_without_a_gpu_says_so(tmp_path: Path) -> None:
+def test_command_without_a_gpu_fails(tmp_path: Path) -> None:
     done = _command("--out", str(tmp_path), "--commit", "abc", "--cache", "missing.tar.xz")
     assert done.returncode == 2
     assert "needs a CUDA GPU" in done.stdout
-    assert "no cache: missing.tar.xz is no cache that bench.precompile packed" in done.stdout
+    assert "no cache: missing.tar.xz is not a cache packed by bench.precompile" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_the_command_without_a_gpu_says_so(tmp_path: Path) -> None:
         (("--wall", "nan"), "--wall"),
         (("--wall", "1"), "--wall"),
         (("--plan", "third"), "third"),
-        (("--out", "README.md"), "--out README.md cannot be a folder"),
+        (("--out", "README.md"), "--out README.md cannot be created"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

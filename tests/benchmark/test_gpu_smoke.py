@@ -1,4 +1,4 @@
-"""The smoke test of ``python -m bench.gpu``: green on right kernels, red on wrong ones."""
+"""Tests that the smoke test of ``python -m bench.gpu`` passes correct kernels and fails wrong ones."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def setting(device: str) -> Setting:
 
 @pytest.mark.filterwarnings("ignore:running without a CUDA graph")
 @pytest.mark.parametrize("name", CHECKS)
-def test_right_kernels_are_green(name: str, setting: Setting) -> None:
+def test_correct_kernels_pass(name: str, setting: Setting) -> None:
     assert CHECKS[name](setting)
 
 
 def replace_recursion(monkeypatch: pytest.MonkeyPatch, deep_recursion: Any) -> None:
-    """Everywhere that checks call one, latent recursions included."""
+    """Replace it everywhere that checks call it, including latent recursions."""
     for place in (smoke, recursion):
         monkeypatch.setattr(place, "deep_recursion", deep_recursion)
 
 
 def _spoilt(function: Any, spoil: Any) -> Any:
-    """``function`` with its tensors spoilt."""
+    """``function`` with modified tensors."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return tuple(spoil(t) if isinstance(t, Tensor) else t for t in function(*args, **kwargs))
@@ -43,7 +43,7 @@ def _spoilt(function: Any, spoil: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["seed", "inference", "fp8"])
-def test_a_result_that_is_off_is_red(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_result_fails(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(real: Any) -> Any:
         spoilt = _spoilt(real, lambda tensor: tensor * 1.05)
 
@@ -60,7 +60,7 @@ def test_a_result_that_is_off_is_red(name: str, setting: Setting, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["graph", "repeats", "dropout"])
 @pytest.mark.filterwarnings("ignore:running without a CUDA graph")
-def test_a_result_that_moves_is_red(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_deterministic_result_fails(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = smoke.deep_recursion, [0]
 
     def moving(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def test_a_result_that_moves_is_red(name: str, setting: Setting, monkeypatch: py
         CHECKS[name](setting)
 
 
-def test_a_missing_gradient_is_red(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gradient_fails(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     real = smoke.deep_recursion
 
     def cut(net: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Other implementations: those of the same function compute it, the others say what they compute."""
+"""Tests of other implementations: they compute the same function, or report what they compute."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_official_model_computes_the_papers_recursion(dtype: str) -> None:
     assert not accuracy.broken_rules(getattr(torch, dtype), theirs, eager)
 
 
-def test_official_model_is_the_one_that_is_patched() -> None:
+def test_official_model_matches_the_patched_model() -> None:
     config = as_published.Config(hidden_size=32, num_heads=4, seq_len=9, puzzle_emb_len=0)
     level = as_published.ReasoningModule([as_published.Block(config) for _ in range(2)])
     rotary = as_published.RotaryEmbedding(8, 9, config.rope_theta)
@@ -57,7 +57,7 @@ def test_official_model_is_the_one_that_is_patched() -> None:
 
 
 class _Product:
-    """Stands for liger-kernel's functions, which need a GPU."""
+    """Replaces liger-kernel's functions, which need a GPU."""
 
     calls: list[str]
 
@@ -88,7 +88,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("family", "calls"), [("seed", ["norm"] * 2), ("scratch", ["norm", "norm", "silu"]), ("paper", None)]
 )
-def test_liger_kernels_stand_where_the_family_has_them(
+def test_liger_kernels_replace_modules_of_the_family(
     family: str, calls: list[str] | None, liger: list[str]
 ) -> None:
     case = Case("forward", 32, 9, layers=1, heads=4, family=family)
@@ -100,7 +100,7 @@ def test_liger_kernels_stand_where_the_family_has_them(
     assert liger == (calls or ["norm", "silu", "norm"])
 
 
-def test_package_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     for name in ("tiny-recursive-model", "tiny-recursive-model+compile"):
         reason = unavailable(name, "cpu")
@@ -125,7 +125,7 @@ class _Mixer(nn.Module):
 
 
 class _Model(nn.Module):
-    """Stands for the package's model where it is not installed: the same methods."""
+    """Replaces the package's model, which may not be installed, with the same methods."""
 
     def __init__(
         self, *, dim: int, num_tokens: int, network: nn.Module, num_refinement_blocks: int, **options: int

@@ -1,4 +1,4 @@
-"""The original trainer, restated: the same function and gradients as ``SequenceTRM``, the same training."""
+"""Tests that the reimplemented original trainer has the function, gradients and training of ours."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LENGTHS = (5, 2, 4)
 
 def models() -> tuple[SequenceTRM, PlainSequenceTRM]:
     ours = SequenceTRM.from_config(CONFIG, backend="eager")
-    for parameter in ours.parameters():  # fresh norms and biases hide errors
+    for parameter in ours.parameters():  # initial norms and biases would hide errors
         torch.nn.init.normal_(parameter, std=0.3)
     plain = PlainSequenceTRM(CONFIG)
     plain.load_state_dict(ours.state_dict())
     return ours, plain
 
 
-def test_outputs_and_gradients_are_those_of_the_drop_in() -> None:
+def test_outputs_and_gradients_equal_the_drop_in() -> None:
     ours, plain = models()
     x = torch.randn(3, 5, 16)
     mask = (torch.arange(5) < torch.tensor(LENGTHS)[:, None]).float()
@@ -90,7 +90,7 @@ def test_a_batch_is_trained_on_as_by_hand() -> None:
         torch.testing.assert_close(own, other)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+def test_non_finite_loss_changes_nothing() -> None:
     _, plain = models()
     before = copy.deepcopy(plain.state_dict())
     trainer = PlainTrainer(plain, supervision_steps=1)

@@ -1,4 +1,4 @@
-"""The pretended GPU: a plan runs on it from end to end, and finds every kernel in the cache it was given."""
+"""Tests of the simulated GPU: a plan runs to completion, and finds every kernel in its cache."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FIRST_CASE = Case("forward", 256, 256, dtype="bfloat16")
 
 @pytest.fixture(autouse=True)
 def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children compile; this process keeps the interpreter."""
+    """Child processes compile; this process keeps the interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(ROOT)
 
 
 def _carried(plan: Plan, folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """Fill a cache, carry it, run the plan again: what the second run says of itself."""
+    """Fill and copy a cache, run the plan again, and return the second run's summary."""
     first = fill(plan, folder, tmp_path / "one")
     assert not first.outcome.red and not first.outcome.left_out
     assert first.compiled["gemm_kernel"] > 0
@@ -53,7 +53,7 @@ def _carried(plan: Plan, folder: Path, tmp_path: Path) -> dict[str, Any]:
     return summary
 
 
-def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
+def test_plan_hits_the_copied_cache(tmp_path: Path) -> None:
     small = replace(FIRST_CASE, hidden_size=64, latents=32, heads=2, layers=1)
     check = next(task for task in FIRST.tasks if task.name == "smoke: graph")
     names = ("eager", "compile", "triton", "triton+graph", "triton-fp8+graph", "native")
@@ -65,13 +65,13 @@ def test_a_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
     statuses = {row["backend"]: row["status"] for row in line["rows"]}
     assert statuses == dict.fromkeys(names, "ok") | {"native": "not run"}
     rows = [row["backend"] for row in read(tmp_path / "two" / "rows.jsonl")]
-    assert rows.count("triton+graph") == 3, "checked, timed before anything compiles, and timed beside all"
+    assert rows.count("triton+graph") == 3, "checked, timed before compilation, and timed with all"
     assert rows.count("compile") == 2
 
 
 @pytest.mark.slow
-def test_the_first_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
-    """All of it at its own sizes, tuning included: eight minutes of two cores."""
+def test_first_plan_hits_the_copied_cache(tmp_path: Path) -> None:
+    """The complete plan at full size with tuning, which takes eight minutes on two cores."""
     plan = unhurried(FIRST, processes=os.cpu_count() or 1)
     summary = _carried(plan, tmp_path / "triton", tmp_path)
     assert set(summary["done"]) == {task.name for task in plan.tasks}
@@ -86,7 +86,7 @@ def test_the_first_plan_hits_the_cache_that_was_carried(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_second_plan_runs_to_its_end(tmp_path: Path) -> None:
-    """But for the device tests, which are no pretence's, and the cases of the benchmark."""
+    """Except the device tests, which need a real GPU, and the cases of the benchmark."""
     plan = unhurried(SECOND, ("tests", "rest"))
     supervisor = fill(plan, tmp_path / "triton", tmp_path / "out")
     assert supervisor.outcome.done == [task.name for task in plan.tasks]
@@ -97,7 +97,7 @@ def test_device_tests_are_reported_by_name(tmp_path: Path) -> None:
     source += (
         "def test_good() -> None:\n    pass\n\n\ndef test_bad() -> None:\n    raise RuntimeError('wrong')\n"
     )
-    # Below tests/, whose names are looked for.
+    # In tests/, where pytest looks for names.
     place = ROOT / "tests" / f"test_made_up_{os.getpid()}.py"
     events: list[Event] = []
     task = Task("tests", "tests", {"files": [str(place.relative_to(ROOT))]}, 100.0, 1.0)
@@ -113,7 +113,7 @@ def test_device_tests_are_reported_by_name(tmp_path: Path) -> None:
     assert "wrong" in (tmp_path / "gpu-tests.txt").read_text()
 
 
-def test_a_cache_of_another_machine_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_another_machine_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "triton"
     folder.mkdir()
     (folder / "kernel.json").write_text("{}")
@@ -125,16 +125,16 @@ def test_a_cache_of_another_machine_says_so(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_what_is_no_cache_is_refused(content: bytes | None, tmp_path: Path) -> None:
+def test_invalid_cache_is_rejected(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "cache.tar.xz").write_bytes(content)
-    with pytest.raises(ValueError, match="is no cache that"):
+    with pytest.raises(ValueError, match="is not a cache packed by"):
         unpack(tmp_path / "cache.tar.xz")
     assert FOLDER.is_absolute()
 
 
-def test_the_shape_of_smollm3_runs_where_it_is_small() -> None:
-    """Its numbers are real here: on the pretended GPU the recursion is left out."""
+def test_smollm3_runs_at_a_small_size() -> None:
+    """The results are real here; the simulated GPU skips the recursion."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 300}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
     begun: list[str] = []

@@ -1,4 +1,4 @@
-"""How candidates are timed: in turns, within a budget, and a failure costs its candidate alone."""
+"""Tests of timing candidates: interleaved, within a budget, and robust to failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm_trm.benchmark.runner import Budget
 
 
 class FakeMachine:
-    """A clock that candidates advance; ``pace`` makes the machine slower as time goes by."""
+    """A clock that candidates advance; with ``pace`` the machine becomes slower over time."""
 
     def __init__(self, pace: float = 0.0) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ def test_candidates_take_turns_and_the_first_place_rotates() -> None:
     }
 
 
-def test_drift_of_the_machine_falls_on_all_candidates_alike() -> None:
+def test_drift_of_the_machine_affects_all_candidates() -> None:
     machine = FakeMachine(pace=0.02)  # three times slower at the end than at the start
     calls = {name: machine.candidate(name, 1.0) for name in ("a", "b")}
     timings, _ = interleave(calls, machine.timer, {"a": 1.0, "b": 1.0}, budget=100.0, clock=machine.clock)
@@ -82,7 +82,7 @@ def test_inputs_rotate_through_all_rounds() -> None:
     assert seen == list(range(MIN_ROUNDS))
 
 
-def test_candidate_that_fails_while_timed_leaves_the_others() -> None:
+def test_candidate_that_fails_in_timing_does_not_affect_others() -> None:
     machine = FakeMachine()
 
     def fails(i: int) -> None:
@@ -107,7 +107,7 @@ def test_quantiles() -> None:
     assert Timing((7.0,)).p80 == 7.0
 
 
-def test_budget_refuses_what_does_not_fit() -> None:
+def test_budget_rejects_work_that_does_not_fit() -> None:
     now = [0.0]
     budget = Budget(100.0, 5.0, clock=lambda: now[0])
     assert budget.refuses(99.0) is None

@@ -1,4 +1,4 @@
-"""``bench/puzzle.py`` and ``bench/puzzle_training.py``: they compare like with like, and say so if not."""
+"""Tests of ``bench/puzzle.py`` and ``bench/puzzle_training.py``, and of their checks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_disagreement_withholds_the_times(tmp_path: Path, monkeypatch: pytest.
         run_case(quick(CASES["cpu"][0]), CPU, 0.1, compiled=False)
 
 
-def test_a_case_says_times_hours_and_ratio() -> None:
+def test_case_reports_times_hours_and_ratio() -> None:
     line = run_case(quick(CASES["cpu"][0]), CPU, 0.1, compiled=False)
     times = {name: figures["median_ms"] for name, figures in line["trainers"].items()}
     assert line["ratio"] == {PLAIN: pytest.approx(times[PLAIN] / times[OURS])}
@@ -45,7 +45,7 @@ def test_a_case_says_times_hours_and_ratio() -> None:
 
 
 def test_the_paper_step_has_the_operations_of_the_issue(tmp_path: Path) -> None:
-    # 32.8 TFLOP a step at L 97 with mlp_t, batch 768; counted here at batch 4.
+    # 32.8 TFLOP per step at L 97 with mlp_t and batch 768; counted here at batch 4.
     trainer = puzzle.ours(PuzzleCase("paper", 9, 4), tmp_path, CPU)
     assert 768 / 4 * puzzle.flops(trainer) * 1e-12 == pytest.approx(32.8, rel=0.02)
 
@@ -70,5 +70,5 @@ def test_a_training_run_and_its_report(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
-def test_nothing_measured_is_said(tmp_path: Path) -> None:
+def test_missing_measurements_are_reported(tmp_path: Path) -> None:
     assert puzzle_report.text(tmp_path).count("Not measured yet.") == 2

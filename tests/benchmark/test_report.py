@@ -1,4 +1,4 @@
-"""Tables, files of results, and the documents drawn from them."""
+"""Tests of tables, results files, and the documents generated from them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.benchmark.sample import sample_result
 CPU = torch.device("cpu")
 
 
-def test_ratios_are_of_medians() -> None:
+def test_ratios_use_medians() -> None:
     original, eager, wrong, _ = sample_result().rows
     assert original.speedup == {"eager": 0.5}
     assert eager.speedup == {"original": 2.0}
     assert wrong.speedup == {}
 
 
-def test_table_withholds_the_speed_of_a_wrongsample_result() -> None:
+def test_table_withholds_the_speed_of_a_wrong_result() -> None:
     lines = markdown_table(sample_result()).splitlines()
     cells = {line.split(" | ")[0].strip("| "): line for line in lines}
     assert "WRONG" in cells["native"]
@@ -39,7 +39,7 @@ def test_table_withholds_the_speed_of_a_wrongsample_result() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_results_round_trip_through_a_file_that_was_cut(tmp_path: Path) -> None:
+def test_results_round_trip_through_a_truncated_file(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     result = sample_result()
     append(file, {"commit": "abc"} | result.to_json())
@@ -89,7 +89,7 @@ def test_report_draws_the_latest_results_between_the_markers(tmp_path: Path) -> 
     assert (tmp_path / "docs" / "benchmarks-abacus.png").exists()
 
 
-def test_row_of_another_function_says_so() -> None:
+def test_row_of_another_function_is_marked() -> None:
     result = sample_result()
     result.rows.append(
         Row("mixer", "ok", None, 1.0, 0.9, 1.1, 9, 1.0, differs="no attention", flops=2 * 10**9)
@@ -101,7 +101,7 @@ def test_row_of_another_function_says_so() -> None:
         assert words in note
 
 
-def test_row_that_the_rule_does_not_bind_says_why() -> None:
+def test_row_without_tolerance_rule_gives_the_reason() -> None:
     result = sample_result()
     result.rows.append(Row("fp8", "ok", None, 1.0, coarser="e4m3 operands", errors={"output": 0.03}))
     assert "fp8: not held to the tolerance rule: e4m3 operands" in footnotes(result)
@@ -150,7 +150,7 @@ def test_scaling_results_are_curves_and_one_table(tmp_path: Path) -> None:
     assert (tmp_path / "nothing.png").exists()
 
 
-def test_what_a_run_of_the_arithmetic_world_found(tmp_path: Path) -> None:
+def test_results_of_an_arithmetic_world_run(tmp_path: Path) -> None:
     shares = {"no-think": 0.25, "think": 1.0, "latent": 0.85}
 
     def modes(scale: float) -> dict[str, dict[str, object]]:

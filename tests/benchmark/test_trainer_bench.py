@@ -1,4 +1,4 @@
-"""``python -m bench.training`` at tiny sizes: it runs, it holds the trainers to each other, it refuses."""
+"""Tests of ``python -m bench.training`` at tiny sizes: its run, its comparison and its errors."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_both_train_on_the_same_samples(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(seen["plain"]) == TINY.samples * line["trainers"]["plain"]["rounds"]
 
 
-def test_lengths_lie_between_a_third_and_the_whole(tmp_path: Path) -> None:
+def test_lengths_are_between_a_third_and_the_maximum(tmp_path: Path) -> None:
     lengths = OurTrainer(TrainingCase(16, 24, 20), tmp_path, CPU).trainer.inputs.contexts.lengths
     assert min(lengths) == 8
     assert max(lengths) == 24
@@ -118,7 +118,7 @@ def test_command_appends_a_line(
     main(["--quick", "--device", "cpu", "--out", str(out), "--commit", "abc"])
     (line,) = read(out)
     assert line["commit"] == "abc"
-    assert "rows" not in line  # or bench.report would take it for a case of the kernels
+    assert "rows" not in line  # otherwise bench.report would read it as a case of the kernels
     case = TrainingCase(**line["case"])
     assert case == TINY
     for figures in line["trainers"].values():

@@ -1,4 +1,4 @@
-"""Whole training steps: every way to run one takes the same step."""
+"""Tests that all implementations of a training step compute the same step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_step_has_the_gradients_of_float64(kind: str, family: str, dtype: str) -
         assert pool.error < bound, name
 
 
-def test_three_ways_update_parameters_and_average_alike(inputs: Inputs) -> None:
+def test_three_implementations_update_parameters_equally(inputs: Inputs) -> None:
     state = make_state(CASE, CPU)
     after: dict[str, list[torch.Tensor]] = {}
     for kind, make in KINDS.items():
@@ -63,7 +63,7 @@ def test_three_ways_update_parameters_and_average_alike(inputs: Inputs) -> None:
     assert all(not torch.equal(now, then) for now, then in zip(after["loop"], before, strict=False))
     for kind in ("device loop", "library"):
         for ours_, loop in zip(after[kind], after["loop"], strict=True):
-            # AdamW's first updates have the sign of the gradient: where that is rounding, they differ.
+            # AdamW's first updates have the sign of the gradient, so they differ where it is only rounding.
             assert (ours_ - loop).norm() < 1e-3 * loop.norm()
 
 
@@ -98,7 +98,7 @@ def test_clipping_binds(inputs: Inputs) -> None:
     assert total == pytest.approx(1.0, rel=1e-5)
 
 
-def test_step_that_leaves_a_parameter_as_it_was_is_refused(inputs: Inputs) -> None:
+def test_step_that_does_not_change_a_parameter_is_rejected(inputs: Inputs) -> None:
     step = LoopStep(CASE, ours("eager")(CASE, make_state(CASE, CPU)), inputs)
     step.prepare()
     step.optimizer.param_groups[0]["lr"] = 0.0
@@ -106,10 +106,8 @@ def test_step_that_leaves_a_parameter_as_it_was_is_refused(inputs: Inputs) -> No
         step.check()
 
 
-def test_library_step_that_was_not_captured_is_no_result(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_internals, "_WARNED", set())  # of each reason once a process
+def test_uncaptured_library_step_gives_no_result(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_internals, "_WARNED", set())  # one warning per reason and process
     step = LibraryStep(CASE, ours("eager")(CASE, make_state(CASE, CPU)), inputs, capture=True)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="not captured"):
         step.prepare()

@@ -1,4 +1,4 @@
-"""``python -m bench.weights``: what it measures, and the table that is drawn from it."""
+"""Tests of ``python -m bench.weights`` and its table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_it_times_every_candidate_and_draws_them(tmp_path: Path, capsys: pytest.
     assert weights.text(tmp_path) in capsys.readouterr().out
 
 
-def test_shares_are_of_eager_and_noise_is_said(tmp_path: Path) -> None:
+def test_ratios_are_relative_to_eager_and_noise_is_reported(tmp_path: Path) -> None:
     medians = {"eager": 2.0, "native": 1.0, "frozen": 0.5, "changed": None}
     line = {"time": "2026", "name": "weights threads1", "device": "a CPU", "threads": 1}
     line["ms"] = {"64": {kind: medians for kind in weights.KINDS}}

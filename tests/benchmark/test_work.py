@@ -1,4 +1,4 @@
-"""What is counted: operations, bytes, memory; and what the suites hold."""
+"""Tests of the counts of operations, bytes and memory, and of the suites."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_flops_are_those_that_pytorch_counts(mode: Any, family: str) -> None:
     # The counter does not know the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(0)
-    # Nothing before the paper's first projection needs a gradient, so that autograd leaves that product out.
+    # Nothing before the paper's first projection needs a gradient, so autograd skips that product.
     left_out = 6 * 3 * 12 * 32 * 32 if (mode, family) == ("step", "paper") else 0
     assert case.flops == counter.get_total_flops() + left_out
 
@@ -54,7 +54,7 @@ def test_floor_is_the_longer_of_arithmetic_and_traffic() -> None:
     assert Limits(1e30, 1e9, 0).floor(case) == pytest.approx(case.bytes_moved(0) / 1e9)
 
 
-def test_peak_memory_counts_what_is_held_at_once() -> None:
+def test_peak_memory_counts_simultaneous_allocations() -> None:
     def call() -> torch.Tensor:
         a = torch.empty(1000, dtype=torch.float32)
         del a
@@ -77,7 +77,7 @@ def test_suites_hold_valid_distinct_cases(name: str, device: str) -> None:
         assert case.bytes_moved(0) > case.bytes_moved(2**40) > 0
 
 
-def test_mode_is_what_a_suite_is_about_unless_it_is_asked_for() -> None:
+def test_suite_has_default_modes_unless_requested() -> None:
     assert {case.mode for case in suite("train", "cuda", "float32")} == {"step"}
     assert {case.mode for case in suite("peers", "cuda", "float32")} == {"forward", "train", "step"}
     assert {case.mode for case in suite("paper", "cuda", "float32")} == {"forward", "train"}
@@ -87,7 +87,7 @@ def test_mode_is_what_a_suite_is_about_unless_it_is_asked_for() -> None:
     assert not suite("train", "cuda", "float16")
 
 
-def test_train_suite_is_the_shapes_that_the_targets_name() -> None:
+def test_train_suite_has_the_target_shapes() -> None:
     cases = suite("train", "cuda", "bfloat16")
     assert [(case.family, case.hidden_size, case.latents, case.batch) for case in cases] == [
         ("seed", 256, 256, 8),
@@ -106,7 +106,7 @@ def test_scaling_varies_one_axis_at_a_time() -> None:
     assert axes["batch"].value(replace(cases[0], layers=3)) is None
 
 
-def test_scaling_on_a_cpu_names_what_it_leaves_out() -> None:
+def test_scaling_on_a_cpu_lists_omitted_points() -> None:
     note = left_out("scaling", "cpu")
     assert note is not None
     assert "batch size 256, batch size 1024" in note

@@ -1,4 +1,4 @@
-"""Tokenizers with the chat templates of known models, as far as these say where thinking begins and ends."""
+"""Tokenizers with the thinking-related parts of known models' chat templates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.causal.tiny import tiny_decoder
 
-#: The system prompt tells of the tags, which are tokens; ``enable_thinking=False`` leaves an empty thought.
+#: The system prompt mentions the tags, which are tokens; ``enable_thinking=False`` gives an empty thought.
 SMOLLM3 = """\
 {%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
 {{- '<|im_start|>system\\nToday Date: ' ~ strftime_now('%d %B %Y') ~ '\\n' -}}
@@ -37,7 +37,7 @@ QWEN3 = """\
 {%- endif -%}
 {%- endif -%}"""
 
-#: Every prompt opens a thought; nothing turns that off.
+#: Every prompt opens a thought, which cannot be turned off.
 R1 = """\
 {{- '<s>' -}}
 {%- for message in messages -%}
@@ -54,7 +54,7 @@ GLM = R1.replace(
     "{{- '<|Assistant|><think>\\n' + ('\\n</think>\\n\\n' if enable_thinking is false else '') -}}",
 )
 
-#: Begins every text with ``<s>``, which the tokenizer adds, too, and strips the question.
+#: Starts every text with ``<s>``, which the tokenizer also adds, and strips the question.
 LLAMA3 = """\
 {{- '<s>' -}}
 {%- for message in messages -%}
@@ -63,7 +63,7 @@ LLAMA3 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"""
 
-#: No model's: what must not pass.
+#: Invalid templates, which must be rejected.
 DROPS = "{{- '<|User|>Say something.<|Assistant|>' -}}"
 REPEATS = "{{- '<|User|>' + messages[0].content + ' Again: ' + messages[0].content + '<|Assistant|>' -}}"
 SHOUTS = "{{- '<|User|>' + messages[0].content | upper + '<|Assistant|>' -}}"
@@ -80,11 +80,11 @@ _SPECIAL = (
 def chat_tokenizer(
     template: str | None, *, begins: bool = False, ends: bool = False, thinks: bool = True
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, control tokens, and ``COVID-19``, a word of its own.
+    """A tokenizer with one token per byte, control tokens, and the added word ``COVID-19``.
 
     Args:
         template: One of the above.
-        begins, ends: Whether the tokenizer puts ``<s>`` before a text, and ``</s>`` behind it.
+        begins, ends: Whether the tokenizer adds ``<s>`` before a text, and ``</s>`` after it.
         thinks: Whether the tags are tokens.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -106,7 +106,7 @@ def chat_tokenizer(
 
 
 def save_chat_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny random language model with this tokenizer."""
+    """Save a tiny random language model with this tokenizer."""
     decoder = tiny_decoder(
         "llama",
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""A language model of one layer, problems of one operation, and settings of a run that takes a second."""
+"""A language model with one layer, problems, and settings of a run that takes a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = {"supervision_steps": 2, "n_latent_steps": 1, "n_deep_recursions": 1, "n
 
 
 def write_language_model(folder: Path, *, thinks: bool = True, tied: bool = True) -> Path:
-    """A random language model; ``thinks``: its tokenizer has the tags, and a chat template."""
+    """Save a random language model; with ``thinks`` its tokenizer has the tags and a chat template."""
     tokenizer = tiny_tokenizer() if thinks else plain_tokenizer()
     config = SmolLM3Config(
         vocab_size=len(tokenizer),
@@ -33,7 +33,7 @@ def write_language_model(folder: Path, *, thinks: bool = True, tied: bool = True
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        # Large weights: with the default of 0.02 a random model hardly looks at its context.
+        # Large weights, because with the default of 0.02 a random model hardly depends on its context.
         initializer_range=0.2,
     )
     torch.manual_seed(1)
@@ -43,7 +43,7 @@ def write_language_model(folder: Path, *, thinks: bool = True, tied: bool = True
 
 
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, without ``<think>``, without a template."""
+    """A tokenizer with one token per byte, without ``<think>`` and without a template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -53,14 +53,14 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
-    """Rows as JSON lines, by default 48 problems of up to three operations."""
+    """Write rows as JSON lines, by default 48 problems of up to three operations."""
     rows = rows or [problem.record() for problem in World(1, 3).problems(48)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def settings(folder: Path, **changes: Any) -> LoraTrainingConfig:
-    """A run on what lies in ``folder``: ``lm`` and ``problems.jsonl``."""
+    """Settings of a run on ``lm`` and ``problems.jsonl`` in ``folder``."""
     given: dict[str, Any] = {
         "data": str(folder / "problems.jsonl"),
         "model": str(folder / "lm"),

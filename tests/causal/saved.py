@@ -1,4 +1,4 @@
-"""Models around the arithmetic model, saved as ``llm-trm train lora`` leaves them."""
+"""Models around the arithmetic model, saved as by ``llm-trm train lora``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIZES = {
 
 
 def latent_model(**settings: Any) -> Any:
-    """Within adapters that do something, if only a little: it still begins with ``<think>``."""
+    """A model with adapters that have a small effect; it still starts with ``<think>``."""
     torch.manual_seed(3)
     model = create_smollm_trm_model("arithmetic", True, 4, trm_kwargs={**_SIZES, **settings}, device="cpu")
     with torch.no_grad():
@@ -35,6 +35,6 @@ def latent_model(**settings: Any) -> Any:
 
 
 def save(model: Any, folder: Path, **facts: Any) -> Path:
-    """Write ``model``, as training does."""
+    """Save ``model`` as training does."""
     save_latent_model(model, model.tokenizer, folder, base="arithmetic", prompt_form="chat", **facts)
     return folder

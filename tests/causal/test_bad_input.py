@@ -1,4 +1,4 @@
-"""What a user can get wrong: it works, or one clear line says what to do."""
+"""Tests of unusual and bad input: it works, or one clear line says what to do."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_adapters_keep_the_rows_of_new_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_rows_that_are_there_already(caplog: pytest.LogCaptureFixture) -> None:
+def test_existing_rows_are_reused(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_trm(decoder=tiny_decoder(vocab_size=300), think_token_id=None, end_think_token_id=None)
     tokenizer = plain_tokenizer()
     assert add_think_tokens(tokenizer, model) == ["<think>", "</think>"]
@@ -106,7 +106,7 @@ def test_empty_answers(reasoner: str) -> None:
     loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     loss.backward()
     assert loss.isfinite()
-    # Nothing behind <think> is labelled, and nothing of it is learned from.
+    # Nothing after <think> is labelled, so nothing is learned from it.
     labels[:] = -100
     labels[:, 1] = ids[:, 1]
     assert model(input_ids=ids, attention_mask=mask, labels=labels).loss.isfinite()
@@ -125,7 +125,7 @@ def test_batches_with_and_without_think(reasoner: str) -> None:
     gradients = [weight.grad.clone() for weight in trained]
     model.zero_grad()
     alone = torch.tensor(rows[:1])
-    # The others have no part in what the reasoner learns; the loss is a mean over 4 of 12 labels.
+    # The other samples do not affect the reasoner's gradient; the loss is a mean over 4 of 12 labels.
     model(input_ids=alone, labels=alone, num_items_in_batch=12).loss.backward()
     for gradient, weight in zip(gradients, trained, strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-3, atol=1e-5)

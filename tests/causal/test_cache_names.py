@@ -1,4 +1,4 @@
-"""The cache goes by two names, on every transformers, and without a warning from it."""
+"""Tests that the cache has both names with every transformers version, without warnings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(autouse=True)
 def _transformers_says_nothing(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    # Its loggers do not propagate, and warn once a message.
+    # Its loggers do not propagate, and warn once per message.
     logger = logging.getLogger("transformers")
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     logger.addHandler(caplog.handler)
@@ -35,7 +35,7 @@ def _transformers_says_nothing(caplog: pytest.LogCaptureFixture) -> Iterator[Non
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_forward_goes_on_with_a_cache_of_either_name(name: str) -> None:
+def test_forward_continues_with_cache_under_either_name(name: str) -> None:
     model = tiny_trm()
     whole = model(IDS).logits
     for part in (model, model.model):
@@ -47,7 +47,7 @@ def test_forward_goes_on_with_a_cache_of_either_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_outputs_have_it_under_either_name(name: str) -> None:
+def test_outputs_have_the_cache_under_either_name(name: str) -> None:
     model = tiny_trm()
     for use_trm in (True, False):
         output = model(IDS, use_cache=True, use_trm=use_trm)
@@ -69,7 +69,7 @@ def test_positional_arguments_keep_their_places() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_goes_on_with_a_cache_of_either_name(name: str) -> None:
+def test_generate_continues_with_cache_under_either_name(name: str) -> None:
     model = tiny_trm()
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     first = model.generate(IDS, **options)

@@ -1,4 +1,4 @@
-"""Model cards: what they say, whether their code runs, and that they reach the hub."""
+"""Tests of model cards: their content, their code, and their upload to the hub."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def readme(folder: Path) -> str:
 
 
 def run_the_code(folder: Path) -> str:
-    """What the Python of the card prints."""
+    """The output of the card's Python code."""
     (code,) = re.findall(r"```python\n(.*?)```", readme(folder), re.DOTALL)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -74,7 +74,7 @@ def test_the_card_is_ours_and_its_code_runs(form: str, tmp_path: Path) -> None:
     metadata = ModelCard(text).data.to_dict()
     assert metadata["library_name"] == "llm-trm" and metadata["pipeline_tag"] == "text-generation"
     assert ("lora" in metadata["tags"]) == (form == "adapters") == ("| LoRA | r 4" in text)
-    assert "base_model" not in metadata, "arithmetic is no model of the hub"
+    assert "base_model" not in metadata, "arithmetic is not a model on the hub"
     assert "| d_compressed | 16 |" in text and "num_latents" not in text and "| steps | 7 |" in text
     assert "Nothing yet" in text and "More Information Needed" not in text
     loaded = load_latent_model(out)
@@ -83,7 +83,7 @@ def test_the_card_is_ours_and_its_code_runs(form: str, tmp_path: Path) -> None:
     assert printed.startswith("<think>") and printed.count("\n") == 1
 
 
-def test_the_base_is_named_where_the_hub_can_find_it(tmp_path: Path) -> None:
+def test_base_is_named_if_it_is_on_the_hub(tmp_path: Path) -> None:
     model = latent_model()
     save_latent_model(model, model.tokenizer, tmp_path, base="HuggingFaceTB/SmolLM3-3B", prompt_form="chat")
     assert ModelCard(readme(tmp_path)).data.to_dict()["base_model"] == "HuggingFaceTB/SmolLM3-3B"
@@ -98,7 +98,7 @@ def test_peft_alone_writes_a_folder_that_loads(tmp_path: Path) -> None:
     assert fingerprint(load_latent_model(tmp_path).model) == fingerprint(model)
 
 
-def test_figures_stay_with_the_weights_that_they_are_of(folder: Path, tmp_path: Path) -> None:
+def test_evaluation_belongs_to_its_weights(folder: Path, tmp_path: Path) -> None:
     model = load_latent_model(folder).model
     assert write_evaluation(model, folder, RECORD)
     for words in (
@@ -126,7 +126,7 @@ def test_figures_stay_with_the_weights_that_they_are_of(folder: Path, tmp_path: 
     assert "Nothing yet" in readme(folder) and not (folder / EVALUATION_FILE).exists()
 
 
-def test_figures_are_not_taken_into_training(folder: Path) -> None:
+def test_evaluation_is_dropped_for_training(folder: Path) -> None:
     write_evaluation(load_latent_model(folder).model, folder, RECORD)
     assert load_latent_model(folder, trainable=True).model.about.evaluation is None
 
@@ -161,7 +161,7 @@ def test_a_trainers_card_does_not_stay(folder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Files of a repository, by name, that texts are uploaded to."""
+    """A simulated repository: uploaded texts by file name."""
     files: dict[str, str] = {}
 
     class Repository:
@@ -201,7 +201,7 @@ def test_the_hub_gets_our_card(merge: bool, folder: Path, tmp_path: Path, hub: d
     wanted = "model.safetensors" if merge else "adapter_model.safetensors"
     assert {wanted, "latent.json", EVALUATION_FILE, "tokenizer.json"} <= hub.keys()
 
-    # Ours is written anew, somebody's own is not.
+    # Our card is overwritten, one edited by hand is not.
     hub["README.md"] = text.replace("closes 71.4%", "closes 99.9%")
     latent.model.push_to_hub("me/thinker")
     assert "closes 71.4%" in hub["README.md"]

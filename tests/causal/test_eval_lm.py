@@ -1,4 +1,4 @@
-"""``llm-trm eval lm``: what is compared, how it is counted and timed, and what is refused."""
+"""Tests of ``llm-trm eval lm``: comparison, counts, timing and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Scripted:
-    """Says what it was told to, batches of two in so many seconds each."""
+    """Gives prepared answers in batches of two that take the given seconds each."""
 
     mode: Mode
     says: list[str]
@@ -78,7 +78,7 @@ def test_counts_times_and_ratios() -> None:
     assert latent.accuracy == 0.6 and latent.interval == wilson(3, 5) and latent.cut == 0.2
     assert (latent.steps, latent.thoughts, latent.soft_tokens) == (3.0, 2.0, 6.0)
     assert think.tokens == (4 + 3 + 4 + 1 + 2) / 5 and think.steps == 0
-    # Three batches of 2, 2 and 1; the time of a batch is shared by its problems.
+    # Three batches of 2, 2 and 1; the time of a batch is divided by its problems.
     assert (latent.seconds, think.seconds) == (1.0, 2.0), "medians of 0.5, 1, 1.5 and of 2, 4, 2"
     assert think.spread == pytest.approx((2.0, 3.2))
     assert found.batch_seconds["think"] == [4.0, 8.0, 2.0]
@@ -91,7 +91,7 @@ def test_counts_times_and_ratios() -> None:
     assert {label: group["latent"].problems for label, group in found.groups.items()} == {"1": 2, "2": 3}
     assert [group["think"].correct for group in found.groups.values()] == [2, 2]
     assert found.groups["1"]["latent"].seconds is None
-    # Warm-up of few tokens, then the same batch for all, each begun by another.
+    # A warm-up of few tokens, then the same batches for all modes in a rotating order.
     assert calls[:3] == [("no-think", 2, 16), ("think", 2, 16), ("latent", 2, 16)]
     assert [mode for mode, *_ in calls[3:]] == [
         *("no-think", "think", "latent"),
@@ -124,7 +124,7 @@ def test_gap_with_an_interval_and_without_a_gap() -> None:
     assert evaluate_language_model(alone, questions, Decoding()).ratios is None
 
 
-def test_where_an_answer_begins_and_ends() -> None:
+def test_start_and_end_of_an_answer() -> None:
     assert written_length([5, 2, 2, 0], {2}) == (2, True)
     assert written_length([5, 6], {2}) == (2, False)
     tags = (30, 31)
@@ -163,7 +163,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     found = json.loads(output.read_text())
-    # Another way to the same figures: the plain model by itself, exact texts.
+    # Compute the same metrics with the plain model and exact texts.
     plain = load_thinking_model("arithmetic")
     problems = list(World(1, 3, max_operand=2).problems(40, "test"))
     for mode, thinking in (("no-think", False), ("think", True)):
@@ -190,7 +190,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert share in row and load_latent_model(folder).model.about.evaluation["modes"] == found["modes"]
 
 
-def test_a_file_in_the_words_of_gsm8k(folder: Path, tmp_path: Path) -> None:
+def test_file_in_gsm8k_format(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     records: list[dict[str, Any]] = [
         {"question": "3+4*2", "answer": "3+4=7\n7*2=4\n#### 4.0", "kind": "a"},
@@ -211,7 +211,7 @@ def test_a_file_in_the_words_of_gsm8k(folder: Path, tmp_path: Path) -> None:
     assert found["ratios"] is None and found["max_new_tokens"] == 2048
 
 
-def test_problems_of_the_training_are_not_passed_off_as_others(tmp_path: Path) -> None:
+def test_training_problems_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text('{"question": "1+1", "answer": "2"}\n')
     model = latent_model()
@@ -224,7 +224,7 @@ def test_problems_of_the_training_are_not_passed_off_as_others(tmp_path: Path) -
         assert result.exit_code == 0 and ("what the model was trained on" in result.stderr) is told
 
 
-def test_problems_of_training_are_told_under_another_name(tmp_path: Path) -> None:
+def test_training_problems_are_reported_under_another_name(tmp_path: Path) -> None:
     learned, copy, other = (tmp_path / f"{name}.jsonl" for name in ("learned", "copy", "other"))
     learned.write_text("".join(f'{{"question": "{n}+1", "answer": "{n + 1}"}}\n' for n in range(4)))
     copy.write_text("".join(reversed(learned.read_text().splitlines(keepends=True)[1:])))
@@ -241,7 +241,7 @@ def test_problems_of_training_are_told_under_another_name(tmp_path: Path) -> Non
     assert "trained on" not in run(*common, str(copy)).stderr
 
 
-def test_blanks_hide_no_problem_of_training(tmp_path: Path) -> None:
+def test_whitespace_does_not_hide_training_problems(tmp_path: Path) -> None:
     learned, copy = tmp_path / "learned.jsonl", tmp_path / "copy.jsonl"
     learned.write_text('{"question": "What is 1+1?", "answer": "2"}\n{"question": "2+2", "answer": "4"}\n')
     questions = ["What is  1+1? ", " 2+2", "2+\t2"]
@@ -252,7 +252,7 @@ def test_blanks_hide_no_problem_of_training(tmp_path: Path) -> None:
     assert f"2 of the 3 problems are in {learned}" in result.stderr, result.output
 
 
-def test_modes_that_cannot_run_say_why(folder: Path, tmp_path: Path) -> None:
+def test_modes_that_cannot_run_give_a_reason(folder: Path, tmp_path: Path) -> None:
     decoder = tiny_decoder(vocab_size=262)
     tokenizer = tiny_tokenizer()
     for name, template in (("none", None), ("fixed", "{{ messages[0].content }}")):
@@ -310,7 +310,7 @@ def test_nonsense_gets_one_line_and_exit_code_2(
         result = run(*arguments)
         assert result.exit_code == 2, (arguments, result.output)
         assert result.stdout == "", (arguments, result.output)
-        # Before the last line, modes may be named that were left out.
+        # Earlier lines may name modes that were skipped.
         assert sum("error" in line for line in result.stderr.splitlines()) == 1
         for word in words:
             assert word in result.stderr.splitlines()[-1], (arguments, result.stderr)

@@ -1,4 +1,4 @@
-"""Python files that come with a model run when somebody says so, and never by a line of standard input."""
+"""Tests that a model's Python files run only on request, and never because of a line of standard input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def marker(tmp_path: Path) -> Path:
 
 
 def make_foreign(folder: Path, marker: Path) -> Path:
-    """Let ``folder`` need a Python file beside it, which leaves ``marker`` where it runs."""
+    """Make the model in ``folder`` need a Python file that creates ``marker`` when it runs."""
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignForCausalLM"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": auto_map}))
@@ -70,7 +70,7 @@ def make_foreign(folder: Path, marker: Path) -> Path:
 def foreign(tmp_path: Path, marker: Path) -> Path:
     write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "text.txt").write_text("\n\n".join(f"{n}+{n}" for n in range(60)))
-    # A name of its own for each test: transformers remembers code by the folder's name.
+    # A unique name for each test, because transformers caches code by folder name.
     return make_foreign(write_language_model(tmp_path / f"model_{tmp_path.name}"), marker)
 
 
@@ -90,7 +90,7 @@ def test_code_of_a_model_runs_for_the_flag_alone(command: str, foreign: Path, ma
     assert marker.exists() and trusted.exit_code == 0, trusted.output
 
 
-def test_heads_that_eval_phase2_reads(foreign: Path, marker: Path) -> None:
+def test_head_for_eval_phase2(foreign: Path, marker: Path) -> None:
     with pytest.raises(InputError, match="comes with Python code"):
         load_thinking_model(str(foreign))
     assert not marker.exists()
@@ -132,12 +132,12 @@ def test_base_of_adapters(foreign: Path, marker: Path, tmp_path: Path) -> None:
     assert not marker.exists()
     trusted = run(*rewarded, *sizes, "--trust-remote-code", "--overwrite")
     assert trusted.exit_code == 0, trusted.output
-    # A whole model would have nothing to be loaded by.
+    # A complete model could not be loaded.
     whole = run("train", "lora", "--data", "rows.jsonl", "--model", foreign, "--merge", "--trust-remote-code")
     assert whole.exit_code == 2 and "without --merge and --no-lora" in whole.stderr
 
 
-def test_modules_that_adapters_name(marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_named_by_adapters(marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = save(latent_model(), tmp_path / "adapters")
     described = adapters / "adapter_config.json"
     named = {"megatron_config": {"a": 1}, "megatron_core": "megatron.core.foreign"}
@@ -151,7 +151,7 @@ def test_modules_that_adapters_name(marker: Path, tmp_path: Path, monkeypatch: p
     assert not marker.exists()
 
 
-def test_code_beside_a_model_of_this_project(marker: Path, tmp_path: Path) -> None:
+def test_code_in_the_folder_of_our_model(marker: Path, tmp_path: Path) -> None:
     model = latent_model().merge_and_unload()
     model.tokenizer = load_thinking_model("arithmetic").tokenizer
     whole = tmp_path / f"whole_{tmp_path.name}"
@@ -176,7 +176,7 @@ def test_scripts_of_data_sets(marker: Path) -> None:
     assert not marker.exists()
 
 
-#: Kernels on the hub, in config.json as transformers reads them.
+#: Kernels on the hub in config.json, as transformers reads them.
 KERNELS: list[dict[str, Any]] = [
     {"attn_implementation": "evil/kernel"},
     {"_attn_implementation": "evil/kernel@v1:attend"},
@@ -201,7 +201,7 @@ def test_kernels_of_the_hub(entries: dict[str, Any], tmp_path: Path) -> None:
     assert "evil/kernel" in refused.stderr
 
 
-def test_kernels_that_other_files_name(tmp_path: Path) -> None:
+def test_kernels_named_in_other_files(tmp_path: Path) -> None:
     adapters = save(latent_model(), tmp_path / "adapters")
     settings = json.loads((adapters / FACTS_FILE).read_text())["settings"]
     changed(adapters / FACTS_FILE, settings={**settings, "attn_implementation": "evil/kernel"})
@@ -248,7 +248,7 @@ def test_decoding_of_the_hub(
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
     ],
 )
-def test_packages_that_are_not_here(
+def test_missing_packages(
     entries: dict[str, Any], package: str, trusted: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = write_language_model(tmp_path / "lm")

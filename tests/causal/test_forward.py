@@ -1,4 +1,4 @@
-"""The recursion inside a forward pass: where it stands, what depends on it, what it is trained by."""
+"""Tests of the recursion in a forward pass: its position, its effect and its gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_with_cache_as_without(reasoner: str) -> None:
     torch.testing.assert_close(cached.logits, recomputed, **EXACT)
 
 
-def test_is_what_the_decoder_makes_of_prefix_soft_tokens_and_continuation() -> None:
+def test_equals_the_decoder_on_prefix_soft_tokens_and_continuation() -> None:
     decoder = tiny_decoder()
     model = tiny_trm(decoder=decoder)
     before, behind = [5, 6, 7], [9, 10]
@@ -54,7 +54,7 @@ def test_is_what_the_decoder_makes_of_prefix_soft_tokens_and_continuation() -> N
         parts = [embed(torch.tensor([[*before, THINK]])), thought.soft_tokens, embed(torch.tensor([behind]))]
         expected = decoder(inputs_embeds=torch.cat(parts, 1)).logits
         found = model(input_ids=torch.tensor([[*before, THINK, *behind]])).logits
-    # The states of <think> itself and of all soft tokens but the last are read by nobody.
+    # The states of <think> itself and of all soft tokens except the last are unused.
     torch.testing.assert_close(found, expected[:, [0, 1, 2, 6, 7, 8]], **EXACT)
 
 
@@ -75,12 +75,12 @@ def test_labels_reach_every_weight_of_the_reasoner(reasoner: str, checkpointing:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, mask = padded(ROWS)
-    # Behind the first <think> only: before it nothing can depend on the reasoner.
+    # Only after the first <think>: before it, nothing can depend on the reasoner.
     labels = ids.masked_fill(((ids == THINK).cumsum(1) == 0) | (ids == THINK) | (mask == 0), -100)
     model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-        # A share of the weights of 1e-6 would be no training.
+        # A gradient of 1e-6 of the weights would not train anything.
         assert parameter.grad.norm() > 1e-5 * parameter.norm(), name
 
 
@@ -97,7 +97,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("reasoner", REASONERS)
-def test_only_what_stands_behind_think_depends_on_the_recursion(reasoner: str) -> None:
+def test_only_positions_after_think_depend_on_the_recursion(reasoner: str) -> None:
     model = tiny_trm(reasoner=reasoner)
     ids, mask = padded(ROWS)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_the_second_thought_reads_the_first() -> None:
     assert seen == [2, 9]
 
 
-def test_positions_count_what_is_there() -> None:
+def test_positions_count_tokens_and_soft_tokens() -> None:
     model = tiny_trm()
     positions: list[torch.Tensor] = []
     model.model.decoder.register_forward_pre_hook(
@@ -147,11 +147,11 @@ def test_loss_is_shifted_and_divided_as_asked() -> None:
 
 def test_halting_loss_knows_which_answers_were_right() -> None:
     model = tiny_trm(halting_loss_weight=0.5)
-    # Logits that differ, so that it matters which is which.
+    # Different logits, so that mixing them up has an effect.
     torch.nn.init.normal_(model.model.reasoner.trm.halt_head.weight)
     ids = torch.tensor([[5, THINK, 6, 7, THINK, 8]])
     logits = model(input_ids=ids).logits
-    # Right behind the second <think>, wrong behind the first.
+    # Correct after the second <think>, wrong after the first.
     right = int(logits[0, 4].argmax())
     labels = torch.tensor([[-100, -100, (int(logits[0, 1].argmax()) + 1) % 32, -100, -100, right]])
     out = model(input_ids=ids, labels=labels)
@@ -159,7 +159,7 @@ def test_halting_loss_knows_which_answers_were_right() -> None:
     torch.testing.assert_close(out.halting_loss, wanted)
     plain = F.cross_entropy(out.logits[0, [1, 4]], labels[0, [2, 5]])
     torch.testing.assert_close(out.loss, plain + 0.5 * wanted)
-    # Of four labels in an accumulated batch, two are here.
+    # Two of the four labels of an accumulated batch are here.
     counted = model(input_ids=ids, labels=labels, num_items_in_batch=4)
     torch.testing.assert_close(counted.loss, out.loss / 2)
 
@@ -171,7 +171,7 @@ def test_samples_halt_alone_and_in_training_as_in_inference() -> None:
     with torch.no_grad():
         head = model.model.reasoner.trm.halt_head
         head.weight.normal_()
-        # Between the samples' logits at the first step, so that they part there.
+        # Between the samples' logits at the first step, so that only one of them halts there.
         model.model.reasoner.trm.n_supervision_steps = 1
         logits = model(input_ids=ids, attention_mask=mask).halt_logits
         head.bias.sub_(logits.flatten().sort().values[1:].mean())
@@ -186,7 +186,7 @@ def test_samples_halt_alone_and_in_training_as_in_inference() -> None:
         assert alone.trm_steps[0, 0] == cached.trm_steps[number, 0]
 
 
-def test_the_dimension_compressor_reports_what_it_lost() -> None:
+def test_dimension_compressor_reports_its_reconstruction_error() -> None:
     model = tiny_trm(reasoner="sequence")
     ids = torch.tensor([[5, 6, 7, THINK, 8]])
     out = model(input_ids=ids, output_hidden_states=True)
@@ -197,7 +197,7 @@ def test_the_dimension_compressor_reports_what_it_lost() -> None:
     assert all(states.shape == (1, 5, 32) for states in out.hidden_states)
 
 
-def test_latents_report_what_no_mixture_of_them_gives() -> None:
+def test_latents_report_their_reconstruction_error() -> None:
     reasoner = tiny_trm(reasoner="latents", num_latents=4).model.reasoner
     context = torch.randn(2, 9, 32)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -278,7 +278,7 @@ def test_refusals() -> None:
         model(input_ids=ids)
 
 
-def test_refuses_decoders_that_it_cannot_wrap() -> None:
+def test_rejects_unsupported_decoders() -> None:
     with pytest.raises(InputError, match="scales or caps"):
         tiny_trm(decoder=tiny_decoder("granite", logits_scaling=2.0))
     with pytest.raises(InputError, match="heads"):

@@ -1,4 +1,4 @@
-"""``llm-trm generate``: one question, many, and a conversation."""
+"""Tests of ``llm-trm generate``: one question, many, and a conversation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_batch_writes_what_its_questions_write_alone(folder: Path, mode: Mode) -> None:
+def test_batched_answers_equal_single_answers(folder: Path, mode: Mode) -> None:
     responder = load_responders([mode], folder, None)[0][mode]
     prompts = [responder.encode(question) for question in QUESTIONS]
     together, _ = responder.reply(prompts, Decoding(40))
@@ -54,7 +54,7 @@ def test_plain_modes_are_the_base_without_adapters_and_recursion(folder: Path) -
     assert not torch.allclose(adapted, plain, atol=1e-2)
 
 
-def test_what_is_written_depends_on_the_recursion(folder: Path) -> None:
+def test_generated_text_depends_on_the_recursion(folder: Path) -> None:
     responder = load_responders(["latent"], folder, None)[0]["latent"]
     prompts = [responder.encode(question) for question in QUESTIONS]
     before, _ = responder.reply(prompts, Decoding(40))
@@ -98,12 +98,12 @@ def test_plain_model_thinks_by_default() -> None:
     assert run("3+4*2", "--model", "arithmetic").stdout == "4\n"
 
 
-def test_what_does_not_end_has_no_answer_and_says_so() -> None:
+def test_unfinished_reply_has_no_answer_and_is_reported() -> None:
     result = run("3+4*2", "--model", "arithmetic", "--max-new-tokens", "8")
     assert result.stdout == "\n" and "did not end within 8 tokens" in result.stderr
 
 
-def test_an_answer_ends_where_answers_ended_in_training() -> None:
+def test_answer_ends_with_the_training_end_token() -> None:
     responder = load_responders(["think"], None, "arithmetic")[0]["think"]
     wanted = responder.reply([responder.encode("3+4*2")], Decoding(40))[0]
     for others in (5, [5, 6], None):
@@ -111,7 +111,7 @@ def test_an_answer_ends_where_answers_ended_in_training() -> None:
         assert responder.reply([responder.encode("3+4*2")], Decoding(40))[0] == wanted
 
 
-def test_a_question_that_is_too_long_costs_no_earlier_answers(folder: Path, tmp_path: Path) -> None:
+def test_too_long_question_keeps_earlier_answers(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("1+1\n" + "1+" * 2500)
     output = tmp_path / "answers.jsonl"
     output.write_text("mine")
@@ -132,7 +132,7 @@ def test_files_and_standard_input(tmp_path: Path) -> None:
     assert run("--file", "-", "--model", "arithmetic", stdin=lines).stdout == expected
 
 
-def test_draws_are_those_of_the_seed() -> None:
+def test_sampling_depends_on_the_seed() -> None:
     def drawn(seed: int) -> str:
         options = (
             "--model",

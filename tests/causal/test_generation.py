@@ -1,4 +1,4 @@
-"""Generation: soft tokens in the cache, and what transformers' generate does around it."""
+"""Tests of generation with transformers' generate: soft tokens in the cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class Script(LogitsProcessor):
-    """Makes samples write what stands in ``tokens`` [B, n], then whatever they like but the end token."""
+    """Makes samples write ``tokens`` [B, n], then any tokens except the end token."""
 
     def __init__(self, prompt: int, tokens: list[list[int]]) -> None:
         self.prompt, self.tokens = prompt, torch.tensor(tokens)
@@ -49,7 +49,7 @@ def generate(model: TRMForCausalLM, ids: Tensor, mask: Tensor | None = None, **o
 def test_logits_are_those_of_the_training_forward(kind: str, reasoner: str) -> None:
     model = tiny_trm(kind, reasoner)
     ids, mask = padded(ROWS, "left")
-    # Written: one <think> for some, two for others, none for the last, at different places.
+    # Some samples write one <think>, some two and the last none, at different positions.
     script = [[9, THINK, 7], [THINK, 8, THINK], [3, 4, 5], [THINK, THINK, 6], [9, 9, 9]]
     made = generate(model, ids, mask, script=script)
     mask = torch.cat((mask, torch.ones(len(ids), 6, dtype=torch.long)), 1)
@@ -57,11 +57,11 @@ def test_logits_are_those_of_the_training_forward(kind: str, reasoner: str) -> N
     written = torch.stack(made.logits, 1)
     torch.testing.assert_close(trained.logits[:, ids.shape[1] - 1 : -1], written, **EXACT)
     steps = cache_of(made).steps
-    # The token written last is not read any more; those that no script gave may be <think> too.
+    # The last token is not read. Unscripted tokens may be <think> as well.
     assert torch.equal((steps > 0).sum(1), (made.sequences[:, :-1] == THINK).sum(1))
 
 
-def test_a_batch_writes_what_its_samples_write_alone() -> None:
+def test_batched_generation_equals_single_generation() -> None:
     model = tiny_trm()
     ids, mask = padded(ROWS, "left")
     together = generate(model, ids, mask).sequences[:, ids.shape[1] :]
@@ -111,7 +111,7 @@ def test_ways_of_generating_agree(options: dict[str, Any]) -> None:
     beams = {"num_beams": 3} if "num_beams" in options else {}
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **beams)
     if beams:
-        # Beams that think at different tokens: <think> is likely everywhere.
+        # Beams think at different tokens, because <think> is likely everywhere.
         with torch.no_grad():
             model.lm_head.weight[THINK] = model.lm_head.weight[expected[:, -1]].mean(0) * 1.5
         expected = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **beams)
@@ -129,7 +129,7 @@ def test_several_answers_to_one_prompt() -> None:
     assert made.shape == (4, len(ROWS[0]) + 4)
 
 
-def test_a_conversation_goes_on_with_its_cache() -> None:
+def test_conversation_continues_with_its_cache() -> None:
     model = tiny_trm()
     first = generate(model, torch.tensor([ROWS[0]]), max_new_tokens=3)
     longer = torch.cat((first.sequences, torch.tensor([[9, THINK, 4]])), 1)
@@ -141,7 +141,7 @@ def test_a_conversation_goes_on_with_its_cache() -> None:
     assert cache_of(found).get_seq_length() == longer.shape[1] + 5
 
 
-def test_a_cache_moves_with_its_samples() -> None:
+def test_cache_follows_its_samples() -> None:
     model = tiny_trm()
     ids, mask = padded(ROWS, "left")
     order = torch.tensor([3, 0, 1])

@@ -1,4 +1,4 @@
-"""Questions and what is to be written, as tokens and labels."""
+"""Tests of prompts and training examples as tokens and labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_prompts() -> None:
         ("plain", "1,2", "<think> 1,2 2<|end|>"),
     ],
 )
-def test_lessons_label_what_is_to_be_written(form: str, thinking: str, written: str) -> None:
+def test_lessons_label_the_target(form: str, thinking: str, written: str) -> None:
     tokenizer = tiny_tokenizer()
     assert response(tokenizer, "2", form, thinking=thinking) == written  # type: ignore[arg-type]
     found = lesson(tokenizer, "1+1?", "2", form, thinking=thinking)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def test_a_tokenizer_without_an_end_token() -> None:
     assert response(tokenizer, "2", "plain") == "<think> 2"
 
 
-def test_a_beginning_is_added_once() -> None:
+def test_beginning_of_text_is_added_once() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -77,7 +77,7 @@ def test_a_beginning_is_added_once() -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|user|> $A", special_tokens=[("<|user|>", user)]
     )
-    # A template has written it; the plain form has not.
+    # A template already writes it; the plain form does not.
     for form in ("chat", "plain"):
         ids = lesson(tokenizer, "1?", "1", form)["input_ids"]  # type: ignore[arg-type]
         assert ids[0] == user and ids.count(user) == 1

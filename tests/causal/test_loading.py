@@ -1,4 +1,4 @@
-"""Models with a recursion in folders: whole, as adapters, merged; and what phase 2 left."""
+"""Tests of saved models with a recursion (complete, adapters, merged), and of starts from phase 2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LATENTS = {"n_heads": 4, "compression_heads": 4, **SMALL}
 
 
 def trained(source: str | Path, use_lora: bool, settings: dict[str, Any]) -> Any:
-    """A model that is not as it was made."""
+    """A model with modified weights."""
     torch.manual_seed(0)
     model = create_smollm_trm_model(str(source), use_lora, 2, 3, settings, device="cpu")
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
 def test_adapters_of_another_language_model(tmp_path: Path) -> None:
     model = trained(write_language_model(tmp_path / "base"), True, SEQUENCE)
     folder = tmp_path / "adapters"
-    # Of width 128, and not 32.
+    # Width 128 instead of 32.
     save_latent_model(model, model.tokenizer, folder, base="arithmetic", prompt_form="chat")
     with pytest.raises(InputError, match="does not fit the language model arithmetic") as refused:
         load_latent_model(folder)
@@ -132,7 +132,7 @@ def test_starts_from_phase2(use_lora: bool, tmp_path: Path) -> None:
         model = add_lora(model, r=2)
     start.load_into(model)
     reasoner = inner.model.reasoner
-    # What is trained and read, not the original that peft keeps.
+    # The trained copy, not the original that peft keeps.
     reasoner = reasoner.modules_to_save["default"] if use_lora else reasoner
     for part, given in ((reasoner.trm, start.trm), (reasoner.compressor, start.compressor)):
         assert all(

@@ -1,4 +1,4 @@
-"""Long contexts: prefixes that are read in portions, and the memory that they take."""
+"""Tests of long contexts: prefixes read in portions, and their memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.causal.test_generation import generate
 from tests.causal.tiny import KINDS, REASONERS, ROWS, THINK, padded, tiny_decoder, tiny_trm
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
-#: Several thoughts, so that the window of the next no longer holds what the last one read.
+#: Several thoughts, so that the window of the next excludes what the last one read.
 SEVERAL = [
     [5, 6, 7, 8, THINK, 9, 10, 11, THINK, 12, 13, THINK, 14],
     [16, 17, 18, 19, THINK, 20, 21, 22, THINK, 23],
@@ -49,8 +49,8 @@ print(json.dumps({"megabytes": peak() - before, "thoughts": thoughts}))
 
 
 def test_memory_of_64k_tokens() -> None:
-    # Above what a prompt of 2,000 takes. Measured: 282 MB, of which 268 are the mask of a portion, 1,024 x
-    # 65,536 numbers. Read at once it is 1,557 MB, and the logits of the whole prompt would be 537.
+    # Above the memory of a prompt of 2,000 tokens. Measured: 282 MB, of which 268 are the mask of a portion,
+    # 1,024 x 65,536 values. In one pass it is 1,557 MB, and the logits of the whole prompt would be 537.
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED],
         capture_output=True,
@@ -76,7 +76,7 @@ def both_ways(model: TRMForCausalLM, chunk: int, **inputs: Any) -> tuple[Any, An
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("reasoner", REASONERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_portions_are_the_whole(kind: str, reasoner: str, side: str) -> None:
+def test_portions_equal_one_pass(kind: str, reasoner: str, side: str) -> None:
     ids, mask = padded(ROWS, side)
     whole, portions = both_ways(tiny_trm(kind, reasoner), 3, input_ids=ids, attention_mask=mask)
     real = mask != 0
@@ -103,7 +103,7 @@ def test_windows(window: str, side: str) -> None:
     whole, portions = both_ways(model, 2, input_ids=ids, attention_mask=mask)
     real = mask != 0
     torch.testing.assert_close(portions.logits[real], whole.logits[real], **EXACT)
-    # With a gradient nothing is cached, and no state is left out.
+    # With gradients there is no cache, and no state is discarded.
     trained = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(portions.logits[real], trained[real], **EXACT)
 
@@ -150,7 +150,7 @@ def test_logits_to_keep(use_trm: bool, keep: int | Tensor) -> None:
 
 
 def widths(model: TRMForCausalLM) -> list[int]:
-    """Columns of each pass of the decoder, from now on."""
+    """Record the number of columns of each later pass of the decoder."""
     found: list[int] = []
 
     def note(_: Any, args: Any, options: dict[str, Any]) -> None:
@@ -167,17 +167,17 @@ def test_no_pass_reads_more_than_a_portion() -> None:
     ids = torch.tensor([[*range(3, 12), THINK, *range(12, 20)]])
     with torch.no_grad():
         cache = model(input_ids=ids).past_key_values
-    # Three soft tokens stand before a portion of their own.
+    # Three soft tokens precede a separate portion.
     assert found == [4, 4, 2, 7, 4]
     assert [states.shape[1] for states in cache.past.states] == [10, 11]
 
 
-def test_states_out_of_reach_are_let_go() -> None:
+def test_unreachable_states_are_released() -> None:
     model = tiny_trm(decoder=tiny_decoder(max_position_embeddings=10))
     ids = torch.tensor([[5, 6, 7, 8, THINK, 9, 10, 11, THINK, 12]])
     with torch.no_grad():
         past = model(input_ids=ids).past_key_values.past
-    # The second <think> is the twelfth of sixteen positions, and sees the ten up to itself.
+    # The second <think> is at position 12 of 16, and sees ten positions including itself.
     assert past.gone == 2
     assert sum(states.shape[1] for states in past.states) == past.columns - past.gone == 14
 
@@ -204,4 +204,4 @@ def test_when_everything_is_read_at_once() -> None:
     found = widths(model)
     with torch.no_grad():
         model(input_ids=ids)
-    assert found == [10], "frequencies that change with the length"
+    assert found == [10], "frequencies that depend on the length"

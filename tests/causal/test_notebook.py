@@ -1,7 +1,7 @@
 """The notebook, run on the tiny model.
 
-Its code cells are executed here, one after the other, as a kernel does. Jupyter itself would add some thirty
-packages to what the tests need, and a second process that imports torch, to run the same Python.
+The test executes its code cells in order, as a kernel does. Jupyter itself would add about thirty packages to
+the test dependencies and a second process that imports torch, to run the same Python.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_is_a_notebook_without_outputs() -> None:
         assert cell["metadata"] == {} and cell["cell_type"] in ("code", "markdown")
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
-            # Nothing that Python alone does not understand, and no class: those are imported.
+            # Plain Python only, and no classes, which are imported instead.
             assert not any(
                 isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse("".join(cell["source"])))
             )
@@ -55,7 +55,7 @@ def test_runs_on_the_tiny_model(
     assert len(names["problems"]) == 10 and len(names["answers"]) == 3
     assert names["losses"][-1] < names["losses"][0]
     assert names["trained"].has_adapters and not names["merged"].has_adapters
-    # What was learned: to begin with <think>, in whose place the recursion runs.
+    # The model learned to start with <think>, where the recursion runs.
     assert all(answer.startswith("<think>") for answer in names["answers"])
     assert names["trm_steps"].tolist() == [[2], [2], [2]]
 

@@ -1,4 +1,4 @@
-"""GRPO on the recursion: TRL's trainer on tiny models."""
+"""Tests of GRPO on the recursion: TRL's trainer on tiny models."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from llm_trm.errors import InputError
 from llm_trm.models.causal import TRMForCausalLM, add_lora
 from llm_trm.models.causal.loading import load_latent_model, save_latent_model
 from llm_trm.models.tiny import tiny_tokenizer
+from llm_trm.train.phase3.arguments import grpo_arguments
 from llm_trm.train.phase3.config import Phase3Config
-from llm_trm.train.phase3.report import Phase3Report, Problems
-from llm_trm.train.phase3.train import grpo_arguments, load_problems, make_trainer, train_phase3
+from llm_trm.train.phase3.inputs import Problems, load_problems
+from llm_trm.train.phase3.train import make_trainer, train_phase3
 from llm_trm.train.phase3.trainer import LatentGRPOTrainer, active_reasoner
+from llm_trm.train.run.report import Report
 from tests.causal.tiny import tiny_decoder
 
 TOKENIZER = tiny_tokenizer()
@@ -45,13 +47,13 @@ SETTINGS: dict[str, Any] = {
     "n_latent_steps": 2,
     "n_deep_recursions": 2,
     "supervision_steps": 2,
-    # All that draws at random in training must be switched off.
+    # All randomness of training must be turned off.
     "dropout": 0.3,
 }
 
 
 def written(folder: Path, reasoner: str, adapters: bool) -> str:
-    """A tiny model with a recursion in ``folder``, its language model beside it."""
+    """Save a tiny model with a recursion in ``folder``, together with its language model."""
     base = folder / "base"
     decoder = tiny_decoder(
         "llama",
@@ -71,7 +73,7 @@ def written(folder: Path, reasoner: str, adapters: bool) -> str:
     with torch.no_grad():
         model.model.reasoner.entry.projection.weight.mul_(3)
         if adapters:
-            # As for a tokenizer that lacked the tags: embeddings and output head are wrapped by peft, too.
+            # As for a tokenizer without the tags: peft also wraps embeddings and output head.
             model = add_lora(model, r=2, dropout=0.3, tokens=tags)
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
@@ -109,20 +111,20 @@ def config_of(checkpoint: str, output: Path, **settings: Any) -> Phase3Config:
 
 
 def parity(*, completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """A reward that random completions differ in."""
+    """A reward that differs between random completions."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 def trainer_of(config: Phase3Config) -> LatentGRPOTrainer:
     latent = load_latent_model(config.checkpoint, trainable=True)
-    trainer = make_trainer(config, grpo_arguments(config), latent, load_problems(config, 2), [])
+    trainer = make_trainer(config, grpo_arguments(config), latent, load_problems(config, 2))
     trainer.reward_funcs = [parity, trainer.reward_funcs[1]]
     trainer.model.train()
     return trainer
 
 
 def batch_of(trainer: LatentGRPOTrainer) -> list[dict[str, Any]]:
-    """Two problems, four times each; their prompts differ in length."""
+    """Two problems with prompts of different lengths, four times each."""
     rows = sorted(trainer.train_dataset, key=lambda row: len(row["prompt"]))  # type: ignore[arg-type]
     return [dict(row) for row in (rows[0], rows[-1]) for _ in range(4)]
 
@@ -171,8 +173,8 @@ def test_completions_are_scored_with_the_probabilities_they_were_sampled_with(
         keep = scored["completion_ids"].shape[1]
         return trainer._get_per_token_logps_and_entropies(scorer, ids, attention, keep)[0][mask].detach()
 
-    # What generate() hands out is rounded to float32, and no more than that. In float32 the two ways through
-    # the decoder, with a cache and without, differ by 2.1e-4 (Zen 3).
+    # generate() only rounds its output to float32. In float32 the decoder's results with and without a cache
+    # differ by 2.1e-4 (Zen 3).
     torch.testing.assert_close(score(model), sampled, atol=1e-5, rtol=0, check_dtype=False)
     with torch.no_grad():
         torch.testing.assert_close(score(model), sampled, atol=1e-5, rtol=0, check_dtype=False)
@@ -201,14 +203,14 @@ def test_a_training_step_of_trl_reaches_every_trained_tensor_and_no_frozen_one(
             assert weight.grad is not None and weight.grad.abs().max() > 0, name
         else:
             assert weight.grad is None, name
-    # A log-probability does not depend on the halting head, except on where it stops: it is left as it is.
+    # A log-probability depends on the halting head only through the stopping step, so the head is unchanged.
     assert all(not weight.requires_grad for weight in reasoner.trm.halt_head.parameters())  # type: ignore[union-attr]
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_equal_rewards_teach_nothing(kl: float, whole: str, tmp_path: Path) -> None:
+def test_equal_rewards_change_nothing(kl: float, whole: str, tmp_path: Path) -> None:
     config = config_of(whole, tmp_path, format_weight=0.3, kl=kl, group_size=8)
     trainer = trainer_of(config)
     trainer.reward_funcs = [lambda completions, **_: [1.0] * len(completions)] * 2
@@ -217,7 +219,7 @@ def test_equal_rewards_teach_nothing(kl: float, whole: str, tmp_path: Path) -> N
     before = snapshot(trainer.model)
     trainer.training_step(trainer.model, batch_of(trainer), None)
     optimizer.step()
-    # What is left is how differently model and reference round: AdamW's own epsilon of 1e-8 would let it move
+    # Only the rounding of model and reference differs. With AdamW's default epsilon of 1e-8, it could move
     # weights by more than half a step.
     allowed = 0.0 if kl == 0 else 0.05 * config.learning_rate
     for name, tensor in trainer.model.state_dict().items():
@@ -226,10 +228,10 @@ def test_equal_rewards_teach_nothing(kl: float, whole: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
 def test_a_decoder_in_bfloat16(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """As on a GPU: the reasoner alone is float32, and peft keeps a copy of it that is not."""
+    """As on a GPU: only the reasoner is float32, and peft keeps a copy of it that is not."""
     config = config_of(request.getfixturevalue(kind), tmp_path)
     latent = load_latent_model(config.checkpoint, dtype=torch.bfloat16, trainable=True)
-    trainer = make_trainer(config, grpo_arguments(config), latent, load_problems(config, 2), [])
+    trainer = make_trainer(config, grpo_arguments(config), latent, load_problems(config, 2))
     trainer.model.train()
     trainer.reward_funcs = [parity, trainer.reward_funcs[1]]
     trainer.current_gradient_accumulation_steps = 1
@@ -254,9 +256,7 @@ def test_checkpointed_activations_give_the_same_gradient(adapted: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
-def test_the_reference_is_the_model_as_it_was(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_reference_is_the_initial_model(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     trainer = trainer_of(config_of(request.getfixturevalue(kind), tmp_path, kl=0.1))
     rows = batch_of(trainer)
     scored = trainer._generate_and_score_completions(rows)
@@ -268,7 +268,7 @@ def test_the_reference_is_the_model_as_it_was(
         return trainer._get_per_token_logps_and_entropies(model, ids, attention, 5)[0]
 
     before = score(trainer.model)
-    # Not bit for bit: what a product rounds to depends on where its operands lie in memory.
+    # Not bitwise, because the rounding of a product depends on the memory alignment of its operands.
     near = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=0)
     near(scored["ref_per_token_logps"], before[:, -scored["completion_ids"].shape[1] :])
     near(score(trainer.ref_model), before)
@@ -277,10 +277,10 @@ def test_the_reference_is_the_model_as_it_was(
             weight.add_(torch.randn_like(weight) * 0.3)
     near(score(trainer.ref_model), before)
     assert (score(trainer.model) - before).abs().max() > 0.05
-    # Using it leaves nothing behind: neither another reasoner nor gradients for the adapters.
+    # Using it has no side effects: no other reasoner and no gradients for the adapters.
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert trained == trainer._trained and all("lora" not in name for name in trained)
-    # The divergence holds the model back.
+    # The divergence limits the change of the model.
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._prepare_inputs(rows)
     held = trainer._compute_loss(trainer.model, inputs)
@@ -324,7 +324,7 @@ def test_evaluation_is_greedy_and_counts_right_answers(
     assert found["eval_accuracy"] == pytest.approx(found["eval_correct"] / 11)
     assert trainer.model.training and trainer.generation_config.do_sample
 
-    # One by one, without TRL: 11 problems come in batches of 8, padded, the last one not full.
+    # One by one without TRL, which uses padded batches of 8 for 11 problems; the last batch is not full.
     latent = load_latent_model(adapted)
     for row, ids in zip(trainer.eval_dataset, asked, strict=False):
         prompt = TOKENIZER(row["prompt"], return_tensors="pt", add_special_tokens=False)
@@ -333,24 +333,23 @@ def test_evaluation_is_greedy_and_counts_right_answers(
     assert found["eval_tokens"] == pytest.approx(sum(map(len, asked[:11])) / 11)
 
 
-class Spy(Phase3Report):
+class Spy(Report):
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.steps: list[int] = []
-        self.ended = False
 
     def step(self, step: int) -> None:
         self.steps.append(step)
 
-    def record(self, record: Any) -> None:
-        self.records.append(dict(record))
+    def metrics(self, step: int, values: Any) -> None:
+        self.records.append({"step": step, **values})
 
-    def end(self) -> None:
-        self.ended = True
+    def evaluated(self, record: Any) -> None:
+        self.records.append(dict(record))
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
-def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
+def test_resumed_run_equals_uninterrupted_run(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     checkpoint = request.getfixturevalue(kind)
@@ -358,7 +357,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
     config = config_of(checkpoint, tmp_path / "run", track="jsonl")
     spy = Spy()
     result = train_phase3(config, spy)
-    assert spy.steps == [1, 2, 3, 4] and spy.ended
+    assert spy.steps == [1, 2, 3, 4]
     assert [record["step"] for record in spy.records if "eval_accuracy" in record] == [0, 2, 4]
     assert [record["step"] for record in spy.records if "reward" in record] == [1, 2, 3, 4]
     assert all(record["kl"] >= 0 for record in spy.records if "kl" in record)
@@ -372,7 +371,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
 
     ended = load_latent_model(config.output)
     assert ended.has_adapters == start.has_adapters and ended.base == start.base
-    assert "held_out_loss" not in ended.facts, "that of other weights"
+    assert "held_out_loss" not in ended.facts, "it belongs to other weights"
     assert ended.facts["known"] == 1 and ended.facts["phase3_accuracy_after"] == round(result.after.share, 4)
     assert ended.model.config.text_config.vocab_size == start.model.config.text_config.vocab_size
     assert (
@@ -399,13 +398,13 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
     ]
     lines = (config.output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
-    # The last update was made before: only what follows it is done again.
+    # The last update was done before; only what follows it is repeated.
     (config.output / "latent.json").unlink()
     spy = Spy()
     finished = train_phase3(replace(config, resume=True), spy)
     assert (finished.after, spy.steps) == (result.after, [])
     for name, weight in snapshot(load_latent_model(config.output).model).items():
-        # The original that peft keeps beside what is trained is drawn anew, and computes nothing.
+        # The original copy that peft keeps is initialised again, but unused.
         assert "original_module" in name or torch.equal(weight, weights[name]), name
     with pytest.raises(InputError, match="seed was 0 and is 1"):
         train_phase3(replace(config, resume=True, seed=1))
@@ -415,24 +414,24 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_cut_off(
         replace(config, resume=True, overwrite=True)
 
 
-def test_a_run_goes_on_with_its_own_problems(
+def test_run_resumes_only_with_its_own_problems(
     whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "problems.jsonl", ((f"{i}+1", str(i + 1)) for i in range(6)))
     monkeypatch.chdir(tmp_path)
     file = "problems.jsonl"
-    # Two steps an epoch: the run ends within one.
+    # Two steps per epoch: the run ends within an epoch.
     config = config_of(whole, tmp_path / "run", data=file, eval_samples=2, steps=3, save_every=3)
     train_phase3(config)
     known = load_latent_model(config.output).facts["phase3"]["data"]
-    assert known == str(tmp_path / file), "which is read from any directory"
+    assert known == str(tmp_path / file), "can be read from any directory"
     spy = Spy()
     train_phase3(replace(config, resume=True), spy)
     assert spy.steps == []
     write(Path(file), ((f"{i}+1", str(i + 1)) for i in range(1, 8)))
     with pytest.raises(InputError, match="holds other problems than when the run"):
         train_phase3(replace(config, resume=True))
-    # What cannot begin has replaced nothing.
+    # A run that cannot start has replaced nothing.
     with pytest.raises(InputError, match="cannot be read"):
         train_phase3(replace(config, data="nothing.jsonl", overwrite=True))
     assert load_latent_model(config.output) and (config.output / "checkpoint-3").exists()
@@ -446,7 +445,7 @@ def test_gradient_checkpointing_is_as_asked_for_without_a_warning(wanted: bool, 
     assert arguments.gradient_checkpointing is wanted
 
 
-def test_what_is_rewarded_becomes_likelier_on_problems_not_trained_on(whole: str, tmp_path: Path) -> None:
+def test_rewarded_answers_become_more_likely_on_held_out_problems(whole: str, tmp_path: Path) -> None:
     """From 37% to 68% when this was written."""
     config = config_of(whole, tmp_path, kl=0.0, group_size=16, batch_size=128, max_new_tokens=1, steps=12)
     trainer = trainer_of(config)
@@ -491,12 +490,12 @@ def test_prompts_have_the_tokens_of_training(adapted: str, tmp_path: Path) -> No
         (["--group-size", "1"], "group-size"),
     ],
 )
-def test_options_that_do_not_fit(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_options(arguments: list[str], message: str, tmp_path: Path) -> None:
     found = CliRunner().invoke(phase3, [*arguments, "-o", str(tmp_path / "run")])
     assert found.exit_code == 2 and message in found.output
 
 
-def test_the_default_model_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_model_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = CliRunner().invoke(phase3, [])
     assert isinstance(found.exception, InputError) and "there is no model in runs/lora" in str(
@@ -510,11 +509,11 @@ def write(path: Path, rows: Iterator[tuple[str, str]]) -> str:
     return str(path)
 
 
-def test_problems_held_out_are_not_trained_on(tmp_path: Path) -> None:
+def test_held_out_problems_are_not_trained_on(tmp_path: Path) -> None:
     rows = [(f"{i}+1", str(i + 1)) for i in range(20)]
     rows[3] = ("what is it", "first\nthen")
     rows[4] = rows[1]
-    # Blanks make no other problem of it.
+    # Whitespace does not make it a different problem.
     rows[19] = (" 1+1\n", "2")
     file = write(tmp_path / "problems.jsonl", iter(rows))
     config = config_of("none", tmp_path, data=file, eval_samples=5, steps=100)
@@ -537,7 +536,7 @@ def test_problems_held_out_are_not_trained_on(tmp_path: Path) -> None:
         ({"batch_size": 6}, "no multiple of --group-size 4"),
         ({"group_size": 1}, "at least 2"),
         ({"resume": True}, "no checkpoint to resume"),
-        ({"checkpoint": "no/such/model/here"}, "is no folder"),
+        ({"checkpoint": "no/such/model/here"}, "is not a folder"),
         ({"eval_samples": 1, "data": "nothing.jsonl"}, "cannot be read"),
     ],
 )
@@ -546,14 +545,14 @@ def test_bad_input(settings: dict[str, Any], message: str, whole: str, tmp_path:
         train_phase3(replace(config_of(whole, tmp_path / "run"), **settings))
 
 
-def test_a_folder_that_is_replaced_keeps_no_older_model(whole: str, adapted: str, tmp_path: Path) -> None:
+def test_replacing_a_folder_removes_the_older_model(whole: str, adapted: str, tmp_path: Path) -> None:
     config = config_of(whole, tmp_path / "run", steps=1, eval_samples=2, overwrite=True)
     shutil.copytree(adapted, config.output)
     train_phase3(config)
     assert not load_latent_model(config.output).has_adapters
     for name in ("latent.json", "checkpoint-1/trainer_state.json"):
         (config.output / name).unlink()
-    # Nothing whole is left.
+    # No complete model is left.
     again = replace(config, overwrite=False)
     with pytest.raises(InputError, match="no checkpoint to resume"):
         train_phase3(replace(again, resume=True))

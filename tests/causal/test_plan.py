@@ -1,4 +1,4 @@
-"""What is planned, against what is there."""
+"""Tests of memory plans against real models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_trm.models.causal import TRMConfig, add_lora
 from llm_trm.models.causal.plan import SMOLLM3, PlanSettings, cache_bytes, decoder_config, make_plan
 from tests.causal.tiny import KINDS, REASONERS, THINK, tiny_decoder, tiny_trm
 
-#: How far the estimate of activations may be from what a run allocates, either way.
+#: Maximum factor between the estimated and allocated activations, in either direction.
 FACTOR = 1.5
 
 
@@ -26,7 +26,7 @@ def count(model: Any, trained: bool = False) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reasoner", REASONERS)
-def test_parameters_are_those_of_the_model(kind: str, reasoner: str) -> None:
+def test_parameters_equal_the_models(kind: str, reasoner: str) -> None:
     decoder = tiny_decoder(kind, tie_word_embeddings=kind == "smollm3")
     model = tiny_trm(reasoner=reasoner, decoder=decoder)
     plan = make_plan(model.config, PlanSettings(16, lora_r=3))
@@ -63,7 +63,7 @@ def test_keys_and_values_are_those_of_a_cache(kind: str) -> None:
 
 
 def allocated(run: Any) -> int:
-    """Bytes at the worst moment of ``run``, above what there was."""
+    """Peak memory of ``run`` in bytes, above the memory in use before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -140,14 +140,14 @@ def test_smollm3_is_known_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.max_position_embeddings == 65536 and config.tie_word_embeddings
     found = plan_of("--inference", "--context", "65280", "--latents", "256")
     assert found["parameters"]["language model"] == 3_075_098_624
-    # Two, for keys and values, of 36 layers, 65,536 columns, 4 heads of 128 numbers, two bytes each.
+    # Keys and values (2) of 36 layers, 65,536 columns, and 4 heads of 128 elements, two bytes each.
     assert found["bytes"]["keys and values"] == 2 * 36 * 65536 * 4 * 128 * 2
     assert found["bytes"]["optimizer"] == 0
     parts = [size for name, size in found["bytes"].items() if name != "total"]
     assert found["bytes"]["total"] == sum(parts)
 
 
-def test_the_command_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a small GPU")
     properties = type("Properties", (), {"total_memory": 2**30})()

@@ -1,4 +1,4 @@
-"""Two processes that think at different places take the same passes, and compute what one would."""
+"""Tests that two processes that think at different positions run the same passes, with one's results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
 
-#: Of two processes: twice and once, and nowhere at all.
+#: Samples of two processes: with two and one ``<think>``, and with none.
 ROWS = (
     [[5, 6, THINK, 7, 8, THINK, 9, 10], [11, 12, 13, 14, 15, THINK, 16, 17]],
     [[18, 19, 20, 21, 22, 23, 24, 25], [26, 27, 28, 29, 3, 4, 5, 6]],
@@ -27,7 +27,7 @@ ROWS = (
 
 
 def gradients(model: nn.Module, rows: list[list[int]]) -> dict[str, Tensor]:
-    """Of the mean loss, by parameter name."""
+    """Gradients of the mean loss by parameter name."""
     ids = torch.tensor(rows)
     model(input_ids=ids, labels=ids).loss.backward()
     found = {name.removeprefix("module."): weight.grad for name, weight in model.named_parameters()}
@@ -44,7 +44,7 @@ def entry(rank: int, store: str) -> None:
             model = tiny_trm(reasoner=reasoner, halting="none").train()
             wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
             found = gradients(wrapped, ROWS[rank])
-            # Alone, a process has nobody to agree with: as many rounds as its own samples need.
+            # A single process runs only the rounds that its own samples need.
             model.model._rounds = lambda think, first: int(think.sum(1).max())
             expected = gradients(model, [row for rows in ROWS for row in rows])
             assert found.keys() == expected.keys()

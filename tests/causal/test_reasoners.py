@@ -1,4 +1,4 @@
-"""Reasoners alone, the recursion that they share, and where a batch's columns go."""
+"""Tests of reasoners, their recursion, and the layout of a batch."""
 
 from __future__ import annotations
 
@@ -82,18 +82,18 @@ def test_layout() -> None:
     think = torch.zeros(3, 5, dtype=torch.bool)
     think[0, 1] = think[1, 3] = think[1, 4] = True
     layout = lay_out(valid, think, soft_tokens=2)
-    # The third sample has no <think>, and fills what the others leave.
+    # The third sample has no <think>, and fills the columns of the others.
     assert [segment.tolist() for segment in layout.segments] == [
         [[0, 1, -1], [1, 2, 3], [0, 1, 2]],
         [[2], [4], [3]],
         [[3], [-1], [4]],
     ]
     assert [here.tolist() for here in layout.thinking] == [[True, True, False], [False, True, False]]
-    # Columns 3 and 4 are soft, 6 and 7 too.
+    # Columns 3, 4, 6 and 7 are soft tokens.
     assert layout.outputs.tolist() == [[0, 4, 5, 8, -1], [-1, 0, 1, 4, 7], [0, 1, 2, 5, 8]]
 
 
-def test_a_wrapped_model_begins_with_the_tokens_that_its_head_reads() -> None:
+def test_wrapped_model_starts_with_its_heads_tokens() -> None:
     decoder = tiny_decoder(tie_word_embeddings=False)
     model = TRMForCausalLM.wrap(decoder, reasoner="sequence", d_compressed=16)
     entry = model.model.reasoner.entry

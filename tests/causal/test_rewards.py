@@ -1,4 +1,4 @@
-"""Rewards of completions, called as TRL calls them."""
+"""Tests of rewards, called as TRL calls them."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def correctness(form: Any, prompt: str, completions: list[str], answers: list[st
 
 
 def format_of(form: Any, prompt: str, completion: str) -> float | None:
-    """The format's reward of one completion, its end token written out."""
+    """The format reward of one completion with its end token."""
     reward = format_reward(TOKENIZER, form, TAGS, ENDS)
     ids = ids_of(completion)
     return reward(prompts=[prompt], completions=["?"], completion_ids=[ids], answer=["1"])[0]
 
 
 @pytest.mark.parametrize("prompt", ["<|assistant|><think>", "<|assistant|>"])
-def test_correctness_reads_the_answer_behind_thinking_and_compares_numbers(prompt: str) -> None:
+def test_correctness_reads_the_answer_after_thinking(prompt: str) -> None:
     cases = [
         (f"</think>1,000.0{END}", "1000", 1.0),
         (f"7</think>8{END}", "7", 0.0),
         (f"8</think>7{END}", "7", 1.0),
         (f"</think>{END}", "7", 0.0),
-        (f"7{END}", "7", 0.0 if prompt.endswith("<think>") else 1.0),  # never closed, or never begun
+        (f"7{END}", "7", 0.0 if prompt.endswith("<think>") else 1.0),  # never closed, or never opened
         (f"</think>7<think>{END}", "7", 0.0),
         (f"</think>#### 7\n{END}", "so it is 7 #### 7", 1.0),
-        ("</think>7", "7", 0.0),  # cut off: 72 may have been meant
+        ("</think>7", "7", 0.0),  # truncated: the answer might have been 72
     ]
     completions, answers, wanted = (list(column) for column in zip(*cases, strict=True))
     assert correctness("chat", prompt, completions, answers) == wanted
@@ -59,7 +59,7 @@ def test_correctness_of_plain_text() -> None:
     assert correctness("plain", "Answer: <think>", completions, ["7"] * 5) == wanted
     completions = [f"<think>{text}" for text in completions]
     assert correctness("plain", "Answer: ", completions, ["7"] * 5) == wanted
-    # The answer to a question of its own is none to ours.
+    # The answer to the model's own question does not count.
     assert correctness("plain", "Answer: ", [f"<think> 7\nQuestion: 1+2\nAnswer: 3{END}"], ["3"]) == [0.0]
 
 
@@ -72,7 +72,7 @@ def test_an_answer_that_cannot_be_graded_has_no_reward() -> None:
     [
         (f"</think>6{END}", 1.0),
         (f"5+1=6</think>6{END}", 1.0),
-        ("</think>6", 0.0),  # cut off
+        ("</think>6", 0.0),  # truncated
         (f"6{END}", 0.0),
         (f"</think>{END}", 0.0),
         (f"</think> {END}", 0.0),
@@ -108,11 +108,11 @@ def test_format_of_plain_text(prompt: str, completion: str, wanted: float) -> No
     assert format_of("plain", prompt, completion) == wanted
 
 
-def test_an_empty_completion_is_of_no_form() -> None:
+def test_empty_completion_has_no_form() -> None:
     reward = format_reward(TOKENIZER, "chat", TAGS, ENDS)
     assert reward(prompts=["<think>"], completions=[""], completion_ids=[[]]) == [0.0]
 
 
-def test_rewards_have_the_names_that_trl_logs() -> None:
+def test_reward_names_match_trl_logs() -> None:
     rewards = [make(TOKENIZER, "chat", TAGS, ENDS) for make in (correctness_reward, format_reward)]
     assert [reward.__name__ for reward in rewards] == ["correctness", "format"]

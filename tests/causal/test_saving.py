@@ -1,4 +1,4 @@
-"""Files, tokenizers, adapters and the entry points by name."""
+"""Tests of files, tokenizers, adapters and named entry points."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def described(model: PreTrainedModel) -> dict[str, object]:
-    """The configuration, without what only a file or a dtype asked for adds to it."""
+    """The configuration without entries that only a file or a requested dtype adds."""
     found = model.config.to_dict()
     found["text_config"].pop("dtype")
     found.pop("_name_or_path")
@@ -39,9 +39,9 @@ def described(model: PreTrainedModel) -> dict[str, object]:
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with its weights at multiples of 64 bytes, as torch has them; in a file they lie anywhere.
+    """``model`` with weights aligned to 64 bytes, as torch allocates them; weights in a file are unaligned.
 
-    oneMKL's rounding depends on that (seen on Zen 3).
+    oneMKL's rounding depends on the alignment (observed on Zen 3).
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -68,19 +68,19 @@ def test_round_trip(kind: str, reasoner: str, tmp_path: Path) -> None:
     assert torch.equal(backbone(input_ids=ids)[0], model.model(input_ids=ids)[0])
 
 
-def test_a_new_model_from_its_configuration_is_initialised() -> None:
+def test_new_model_from_configuration_is_initialised() -> None:
     config = tiny_trm().config
     torch.manual_seed(0)
     model = TRMForCausalLM(config)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model.model.reasoner.trm.halt_head.bias.item() == -5.0
-    # What enters is as large as the embeddings are.
+    # The soft tokens have the scale of the embeddings.
     size = model.get_input_embeddings().weight.square().mean().sqrt()
     soft = model.model.reasoner.entry(torch.randn(64, 32))
     torch.testing.assert_close(soft.square().mean().sqrt(), size, rtol=0.2, atol=0)
 
 
-def test_refuses_files_that_do_not_fit(tmp_path: Path) -> None:
+def test_rejects_mismatched_files(tmp_path: Path) -> None:
     model = tiny_trm()
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the shapes of its weights"):
@@ -98,7 +98,7 @@ def test_refuses_files_that_do_not_fit(tmp_path: Path) -> None:
         TRMConfig({"model_type": "t5"})
 
 
-def test_adds_missing_tokens_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_adds_missing_tokens_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The configurations of docs/scale.md: accelerate reads them, and knows what they ask for."""
+"""Tests that accelerate reads and supports the configurations of docs/scale.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
 def read(snippet: str, folder: Path) -> Any:
     path = folder / "scale.yaml"
     path.write_text(snippet, encoding="utf-8")
-    # Refuses keys that it does not know.
+    # It rejects unknown keys.
     config = load_config_from_file(str(path))
     assert isinstance(config, ClusterConfig)
     return config
@@ -46,7 +46,7 @@ def test_fsdp_settings_reach_the_plugin(snippet: str, tmp_path: Path) -> None:
 
     assert hasattr(modeling_smollm3, layer)
     known = {f"fsdp_{name}" for name in FullyShardedDataParallelPlugin.__dataclass_fields__}
-    # Named otherwise in files than in the plugin.
+    # The names in files differ from the plugin's.
     assert set(settings) - {"fsdp_version", "fsdp_auto_wrap_policy", "fsdp_state_dict_type"} <= known
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=settings["fsdp_version"],

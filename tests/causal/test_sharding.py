@@ -1,10 +1,11 @@
-"""FSDP2 on two processes of a CPU: training gives what data parallelism gives, and goes on after a break.
+"""Tests of FSDP2 with two CPU processes: it equals data parallelism, and resumes after an interruption.
 
-accelerate shards on accelerators alone, though torch can on CPUs; so the processes here tell it to.
+accelerate only shards on accelerators, although torch supports CPUs, so the processes here override it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -18,8 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from llm_trm.train.lora.config import LoraTrainingConfig, ReasonerSettings
-from tests.causal.lora_world import SMALL, settings, write_language_model, write_rows
+from llm_trm.errors import Interrupted
+from llm_trm.train.lora.config import LoraTrainingConfig
+from tests.causal.lora_world import settings, write_language_model, write_rows
+from tests.train.signals import SignalAt
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +32,7 @@ pytestmark = [
 ]
 
 PROCESSES = 2
-#: AdamW's first steps are as long as the learning rate.
+#: AdamW's first steps are as large as the learning rate.
 RATE = 1e-2
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -42,7 +45,7 @@ SHARDED = {
 
 
 def shard_on_cpus() -> None:
-    """Make accelerate's state that of FSDP where it would be that of processes on CPUs."""
+    """Make accelerate use FSDP instead of plain CPU processes."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -57,7 +60,7 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = begin_sharded
 
 
-def entry(rank: int, config: LoraTrainingConfig, port: int, sharded: bool) -> None:
+def entry(rank: int, config: LoraTrainingConfig, port: int, sharded: bool, stop_at: int) -> None:
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
@@ -83,15 +86,20 @@ def entry(rank: int, config: LoraTrainingConfig, port: int, sharded: bool) -> No
         return trainer
 
     train.LatentTrainer = watched
-    train.train_lora(config)
+    with pytest.raises(Interrupted) if stop_at else contextlib.nullcontext():
+        train.train_lora(config, SignalAt(stop_at))
+    dist.destroy_process_group()  # gloo's threads may abort a process that exits with one
 
 
-def run(config: LoraTrainingConfig, *, sharded: bool) -> dict[str, torch.Tensor]:
-    """Train in two processes; what was saved."""
+def run(config: LoraTrainingConfig, *, sharded: bool, stop_at: int = 0) -> None:
+    """Train in two processes; the first one gets Ctrl-C at step ``stop_at``, if that is not 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(entry, args=(config, port, sharded), nprocs=PROCESSES)
+    mp.spawn(entry, args=(config, port, sharded, stop_at), nprocs=PROCESSES)
+
+
+def saved(config: LoraTrainingConfig) -> dict[str, torch.Tensor]:
     return load_file(config.output / "adapter_model.safetensors")
 
 
@@ -106,21 +114,32 @@ def test_sharded_training_is_data_parallel_training(
     config = settings(
         tmp_path,
         output=tmp_path / "parallel",
-        reasoner=ReasonerSettings(reasoner=reasoner, **size, **SMALL),
+        reasoner={"reasoner": reasoner, **size},
         steps=4,
         eval_every=2,
         learning_rate=RATE,
     )
-    expected = run(config, sharded=False)
+    run(config, sharded=False)
+    expected = saved(config)
     whole = replace(config, output=tmp_path / "sharded")
-    found = run(whole, sharded=True)
+    run(whole, sharded=True)
+    found = saved(whole)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
-        # A key's bias has no gradient but rounding errors, which AdamW makes as large as any.
+        # The gradient of a key's bias is only rounding errors, which AdamW scales to full size.
         if "in_proj_bias" not in name:
             torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-2 * RATE, msg=name)
     shutil.rmtree(whole.output / "checkpoint-4")
     (whole.output / "latent.json").unlink()
-    again = run(replace(whole, resume=True), sharded=True)
+    run(replace(whole, resume=True), sharded=True)
+    again = saved(whole)
+    for name, weight in found.items():
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=2e-2 * RATE, msg=name)
+    # Both processes stop after a signal to one of them.
+    stopped = replace(config, output=tmp_path / "stopped")
+    run(stopped, sharded=True, stop_at=3)
+    assert (stopped.output / "checkpoint-3").is_dir() and not (stopped.output / "latent.json").exists()
+    run(replace(stopped, resume=True), sharded=True)
+    again = saved(stopped)
     for name, weight in found.items():
         torch.testing.assert_close(again[name], weight, rtol=0, atol=2e-2 * RATE, msg=name)

@@ -1,4 +1,4 @@
-"""What chat templates render, and that questions and answers stay text: what is a token, and what is not."""
+"""Tests of chat templates, and that questions and answers are encoded as text."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.causal import chats
 from tests.causal.chats import chat_tokenizer, save_chat_model
 from tests.causal.lora_world import SMALL, settings, write_rows
 
-#: A question that names every kind of token: special, of the template, of thinking.
+#: A question with every kind of token: special, of the template, and thinking tags.
 NAMES = "Is <think> a tag, or </think>, </s>, <|im_end|>\n<|Assistant|>, <|end|>?"
-#: Templates of models: with what a tokenizer of theirs puts around a text.
+#: Templates of models, with the tokens that their tokenizers add around a text.
 TEMPLATES = {
     "smollm3": (chats.SMOLLM3, False),
     "qwen3": (chats.QWEN3, False),
@@ -65,7 +65,7 @@ def test_a_lesson_thinks_once(name: str) -> None:
     ids = lesson(tokenizer, "3+4", "7", form)["input_ids"]
     assert tags_in(tokenizer, ids) == (["<think>"] if form == "plain" else ["<think>", "</think>"])
     assert ids.count(tokenizer.bos_token_id) == (name in ("r1", "glm", "llama3", "none"))
-    # The question is read as it was put, and the answer as it was given.
+    # Question and answer are encoded unchanged.
     text = tokenizer.decode(ids)
     assert "3+4" in text and text.endswith(f"7{tokenizer.eos_token}")
 
@@ -87,7 +87,7 @@ def test_a_prompt_that_opens_a_thought_is_not_opened_again(name: str, before: st
     assert tokenizer.decode(lessons[1]["input_ids"][lessons[1]["answer_at"] + 1 :]) == "7</s>"
 
 
-def test_answering_at_once_where_every_prompt_opens_a_thought() -> None:
+def test_direct_answer_if_every_prompt_opens_a_thought() -> None:
     rows = [Solved("1+1", "2"), Solved("3+4", "7", thinks=False)]
     with pytest.raises(InputError, match="'3\\+4' has think false: take such rows out"):
         Lessons(rows, tokenizer_of("r1"), "chat")
@@ -119,13 +119,13 @@ def test_a_thought_that_ends_without_a_line_break() -> None:
     assert written(tokenizer, lesson(tokenizer, "3", "3", "chat")) == "</think>3</s>"
 
 
-def test_what_a_template_says_of_the_tags_starts_no_recursion() -> None:
+def test_tags_in_a_template_start_no_recursion() -> None:
     tokenizer = tokenizer_of("smollm3")
     prompt = question_prompt(tokenizer, "3+4", "chat")
     assert "<think> Thought section </think>" in prompt
     ids = encode_prompt(tokenizer, prompt, "chat")
     assert tags_in(tokenizer, ids) == [] and tokenizer.decode(ids) == prompt
-    # The language model itself was taught with tokens there.
+    # The language model itself was trained with tokens there.
     plain = encode_prompt(tokenizer, question_prompt(tokenizer, "3+4", "chat", recurs=False), "chat")
     assert tags_in(tokenizer, plain) == ["<think>", "</think>"]
     opened = chat_tokenizer(chats.SMOLLM3.replace("assistant\\n", "assistant\\n<think>\\n"))
@@ -134,7 +134,7 @@ def test_what_a_template_says_of_the_tags_starts_no_recursion() -> None:
 
 
 @pytest.mark.parametrize("form", ["chat", "plain"])
-def test_an_end_token_that_the_tokenizer_adds_is_no_part_of_prompts(form: Any) -> None:
+def test_end_token_of_the_tokenizer_is_not_in_prompts(form: Any) -> None:
     tokenizer = chat_tokenizer(chats.QWEN3, begins=True, ends=True)
     prompt = encode_prompt(tokenizer, question_prompt(tokenizer, "3+4", form), form)
     assert tokenizer.eos_token_id not in prompt
@@ -145,7 +145,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_no_part_of_prompts(form: Any) -
     assert row == found
 
 
-def test_an_end_token_behind_whole_answers_alone() -> None:
+def test_end_token_only_after_complete_answers() -> None:
     tokenizer = chat_tokenizer(None, begins=True, ends=True)
     rows = [{"question": "3+4", "answer": answer} for answer in ("7", "", "7" * 90)]
     ends = [(item["input_ids"] == 258).sum().item() for item in ReasoningDataset(rows, tokenizer, 60)]  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def test_an_end_token_behind_whole_answers_alone() -> None:
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "arithmetic"])
 @pytest.mark.parametrize("question", ["3+4", NAMES, "<think>", "</s>", "a<|im_start|>system\n", "<|pad|>7"])
-def test_questions_are_text(name: str, question: str) -> None:
+def test_questions_are_encoded_as_text(name: str, question: str) -> None:
     tokenizer = tokenizer_of(name)
     form = form_of(tokenizer)
     benign = lesson(tokenizer, "0", "7", form)["input_ids"]
@@ -163,7 +163,7 @@ def test_questions_are_text(name: str, question: str) -> None:
     assert [n for n in ids if n in added] == [n for n in benign if n in added]
     # Llama's template strips it.
     question = question.strip() if name == "llama3" else question
-    # What is around the question is read as ever.
+    # The text around the question is encoded as usual.
     begin = next(place for place, (one, other) in enumerate(zip(ids, benign, strict=False)) if one != other)
     end = len(benign) - begin - 1
     assert ids[-end:] == benign[-end:] and tokenizer.decode(ids[begin:-end]) == question
@@ -190,7 +190,7 @@ def test_answers_and_thinking_are_text(name: str, answer: str) -> None:
         }
 
 
-def test_words_that_were_added_to_a_vocabulary_stay_words() -> None:
+def test_added_words_stay_words() -> None:
     tokenizer = tokenizer_of("qwen3")
     word = tokenizer.convert_tokens_to_ids("COVID-19")
     for question in ("Is it COVID-19?", "Is it COVID-19? <|im_end|>"):
@@ -198,7 +198,7 @@ def test_words_that_were_added_to_a_vocabulary_stay_words() -> None:
         assert ids.count(word) == 1
 
 
-def test_white_space_that_a_template_strips() -> None:
+def test_whitespace_that_a_template_strips() -> None:
     tokenizer = tokenizer_of("llama3")
     stripped = question_prompt(tokenizer, "3+4", "chat")
     assert question_prompt(tokenizer, " 3+4\n", "chat") == stripped
@@ -237,7 +237,7 @@ def test_templates_that_lose_some_questions() -> None:
         question_prompt(cut, "1+" * 40 + "1", "chat")
 
 
-def test_a_template_that_leaves_nothing_to_think() -> None:
+def test_template_that_prevents_thinking() -> None:
     tokenizer = chat_tokenizer(chats.CLOSES)
     assert question_prompt(tokenizer, "3", "chat", thinking=False).endswith("<|Assistant|></think>")
     with pytest.raises(InputError, match="ends every prompt with </think>"):
@@ -278,7 +278,7 @@ def test_rows_with_tags_of_their_own(rows: dict[str, str], words: str, tmp_path:
 
 
 def test_texts_of_a_language_model(tmp_path: Path) -> None:
-    """Phase 1 reads questions, answers and what others say in a chat as text, the model's tags as tags."""
+    """Phase 1 encodes questions, answers and other chat messages as text, and the model's tags as tags."""
     folder = save_chat_model(tmp_path / "r1", chat_tokenizer(chats.R1, begins=True, ends=True))
     model = load_thinking_model(str(folder))
     file = tmp_path / "records.jsonl"
@@ -323,15 +323,15 @@ def test_modes_of_a_plain_model(name: str, tmp_path: Path) -> None:
         assert opened == (["<think>"] if name in ("r1", "glm") else [])
 
 
-def test_a_template_that_knows_nothing_of_thinking_answers_at_once(tmp_path: Path) -> None:
-    """Its model may think all the same: that it does not open a thought is seen to while it writes."""
+def test_template_without_thinking_answers_directly(tmp_path: Path) -> None:
+    """Its model might still think, so opening a thought is prevented during generation."""
     folder = save_chat_model(tmp_path, tokenizer_of("llama3"))
     responder = load_responders(["no-think"], None, str(folder))[0]["no-think"]
     tag = responder.tokenizer.convert_tokens_to_ids("<think>")
     responder.model.get_input_embeddings().weight.data[tag] *= 0
     responder.model.lm_head.weight.data[:] *= -1
     free = responder.model.lm_head.weight.data
-    # The tag is what the model would write everywhere.
+    # The model would write the tag everywhere.
     free[tag] = responder.model.model(torch_ids(responder.encode("3"))).last_hidden_state[0, -1] * 9
     (reply,), _ = responder.reply([responder.encode("3")], Decoding(1))
     assert reply.tokens == 1 and reply.text != "<think>"
@@ -390,7 +390,7 @@ def test_commands_refuse_templates_and_answers(tmp_path: Path) -> None:
 
 
 def test_a_run_from_training_to_evaluation(tmp_path: Path) -> None:
-    """A model whose prompts open the thought is trained, loaded, and asked as it was trained."""
+    """Train and load a model whose prompts open the thought, and use it with the same prompts."""
     pytest.importorskip("peft")
     from llm_trm.train.lora.train import train_lora
 
@@ -425,9 +425,10 @@ def test_questions_in_rewarded_training(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from llm_trm.models.causal import create_smollm_trm_model
     from llm_trm.models.causal.loading import save_latent_model
+    from llm_trm.train.phase3.arguments import grpo_arguments
     from llm_trm.train.phase3.config import Phase3Config
-    from llm_trm.train.phase3.report import Problems
-    from llm_trm.train.phase3.train import grpo_arguments, make_trainer
+    from llm_trm.train.phase3.inputs import Problems
+    from llm_trm.train.phase3.train import make_trainer
 
     save_chat_model(tmp_path / "lm", tokenizer_of("r1"))
     model = create_smollm_trm_model(
@@ -437,7 +438,7 @@ def test_questions_in_rewarded_training(tmp_path: Path) -> None:
     config = Phase3Config(str(tmp_path / "model"), tmp_path / "run", group_size=4, batch_size=8, steps=1)
     latent = load_latent_model(config.checkpoint, trainable=True)
     problems = Problems([Question("3+<think>", "7")] * 8, [Question(NAMES, "7")], 0)
-    trainer = make_trainer(config, grpo_arguments(config), latent, problems, [])
+    trainer = make_trainer(config, grpo_arguments(config), latent, problems)
     prompts = [trainer.train_dataset[0]["prompt"], trainer.eval_dataset[0]["prompt"]]
     assert all(prompt.endswith("<|Assistant|><think>\n") for prompt in prompts)
     for prompt, question in zip(prompts, ("3+<think>", NAMES), strict=True):
@@ -458,11 +459,11 @@ def test_questions_in_rewarded_training(tmp_path: Path) -> None:
         config = Phase3Config(
             config.checkpoint, tmp_path / "other", group_size=4, batch_size=8, think="model"
         )
-        make_trainer(config, grpo_arguments(config), latent, problems, [])
+        make_trainer(config, grpo_arguments(config), latent, problems)
 
 
-def test_what_a_model_was_trained_to_be_asked(tmp_path: Path) -> None:
-    """A saved model says which prompts it knows, and is not asked by others."""
+def test_prompts_of_a_trained_model(tmp_path: Path) -> None:
+    """A saved model records its prompts, and rejects others."""
     pytest.importorskip("peft")
     from tests.causal.saved import latent_model, save
 
@@ -479,7 +480,7 @@ def test_what_a_model_was_trained_to_be_asked(tmp_path: Path) -> None:
             load_latent_model(folder)
     tiny_tokenizer().save_pretrained(folder)
     assert load_latent_model(folder).prompt_form == "chat"
-    # Models of before did not say.
+    # Older models do not record them.
     facts.write_text(json.dumps({name: fact for name, fact in known.items() if name != "prompts"}))
     assert load_latent_model(folder).prompt_form == "chat"
     facts.write_text(json.dumps({**known, "prompt_form": "poem"}))
@@ -487,7 +488,7 @@ def test_what_a_model_was_trained_to_be_asked(tmp_path: Path) -> None:
         load_latent_model(folder)
 
 
-def test_pairs_are_not_replaced_where_a_question_cannot_be_asked(tmp_path: Path) -> None:
+def test_pairs_are_not_replaced_if_a_question_is_invalid(tmp_path: Path) -> None:
     cut = chats.QWEN3.replace("message.content", "(message.content | truncate(40, true))")
     model = str(save_chat_model(tmp_path / "lm", chat_tokenizer(cut)))
     short = write_rows(tmp_path / "short.jsonl", [{"question": "1+1"}])

@@ -1,4 +1,4 @@
-"""``llm-trm train lora``: runs of a few updates on a tiny model."""
+"""Tests of ``llm-trm train lora``: runs of a few updates on a tiny model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from llm_trm.train.lora.data import Collator, Lessons
 from llm_trm.train.lora.distillation import state_distance, states_at, teacher_states, without_adapters
 from llm_trm.train.lora.metrics import sample_measures, summary
 from llm_trm.train.lora.model import build_trainee
-from llm_trm.train.lora.train import LoraPlan, LoraReport, train_lora
+from llm_trm.train.lora.report import LoraPlan
+from llm_trm.train.lora.train import train_lora
+from llm_trm.train.run.report import Report
 from tests.causal.lora_world import settings, write_language_model, write_rows
 
 
@@ -41,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """The Trainer collects garbage at every start: 0.4 s among all that is imported here."""
+    """Speed up the Trainer's garbage collection at every start: 0.4 s with all modules imported here."""
     gc.collect()
     gc.freeze()
     yield
@@ -70,14 +72,14 @@ def logged(result: Any, name: str) -> list[float]:
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("reasoner", ["latents", "sequence"])
 @pytest.mark.parametrize("language_model", ["lm", "tied", "untied"])
-def test_gradients_in_all_that_is_trained_and_nothing_else(
+def test_exactly_the_trained_parameters_have_gradients(
     world: Path, lora: bool, reasoner: str, language_model: str
 ) -> None:
     config = settings(world, model=str(world / language_model), lora=lora, reasoner={"reasoner": reasoner})
     trainee = build_trainee(config)
     model = trainee.model.train()
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first, and with it the gradient of lora_A
+        if "lora_B" in name:  # zero at first, and so is the gradient of lora_A
             torch.nn.init.normal_(parameter, std=0.1)
     model(**fed(batch(config, trainee))).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -91,7 +93,7 @@ def test_gradients_in_all_that_is_trained_and_nothing_else(
     assert (language_model == "lm") == (not trainee.added)
 
 
-def test_a_halting_head_that_nothing_trains_stays_frozen(world: Path) -> None:
+def test_untrained_halting_head_stays_frozen(world: Path) -> None:
     model = build_trainee(settings(world, reasoner={"halting": "none"})).model
     for _ in range(2):
         heads = [weight for name, weight in model.named_parameters() if "halt_head" in name]
@@ -100,7 +102,7 @@ def test_a_halting_head_that_nothing_trains_stays_frozen(world: Path) -> None:
             pass
 
 
-def test_a_run_lowers_the_loss_and_writes_what_it_measured(world: Path, tmp_path: Path) -> None:
+def test_run_lowers_the_loss_and_writes_metrics(world: Path, tmp_path: Path) -> None:
     config = settings(world, output=tmp_path / "run", steps=24, eval_every=4, learning_rate=2e-2, keep=2)
     result = train_lora(config)
     losses = logged(result, "eval_loss")
@@ -161,7 +163,7 @@ def test_merged_and_without_adapters(world: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits["merged"], logits["apart"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits["bare"], logits["apart"], atol=1e-2)
     before, after = weights(world / "lm"), weights(tmp_path / "bare")
-    # Without adapters the language model stays as it was.
+    # Without adapters the language model is unchanged.
     assert torch.equal(before["model.embed_tokens.weight"], after["model.decoder.embed_tokens.weight"])
 
 
@@ -178,7 +180,7 @@ def test_merged_and_without_adapters(world: Path, tmp_path: Path) -> None:
 def test_resumed_training_ends_as_an_undisturbed_one(
     world: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    # 38 questions to train on: the sixth update is of the second epoch.
+    # With 38 training questions, the sixth update is in the second epoch.
     changes = {"steps": 8, "eval_every": 3, "track": "jsonl", **changes}
     whole = train_lora(settings(world, output=tmp_path / "whole", **changes))
     train_lora(settings(world, output=tmp_path / "parts", **changes))
@@ -187,7 +189,7 @@ def test_resumed_training_ends_as_an_undisturbed_one(
             shutil.rmtree(path)
         elif path.is_file() and path.name not in ("lora.json", "metrics.jsonl"):
             path.unlink()
-    # What a crash leaves of a checkpoint is passed over.
+    # Incomplete checkpoints of a crash are skipped.
     (tmp_path / "parts" / "checkpoint-6").mkdir()
     resumed = train_lora(settings(world, output=tmp_path / "parts", resume=True, **changes))
     assert resumed.best_step == whole.best_step
@@ -203,7 +205,7 @@ def test_resumed_training_ends_as_an_undisturbed_one(
         train_lora(settings(world, output=tmp_path / "parts", resume=True, seed=1, **changes))
 
 
-def test_a_finished_run_is_merged_later_and_elsewhere(
+def test_finished_run_can_be_merged_later_and_elsewhere(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((0.1, 0.2))
@@ -223,12 +225,12 @@ def test_a_finished_run_is_merged_later_and_elsewhere(
     assert not torch.allclose(found, other, atol=1e-3)
 
 
-class Heard(LoraReport):
+class Heard(Report):
     def begin(self, plan: LoraPlan) -> None:
         self.plan = plan
 
 
-def test_the_model_knows_its_questions_from_anywhere(
+def test_model_finds_its_questions_from_any_folder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data.jsonl")
@@ -237,7 +239,7 @@ def test_the_model_knows_its_questions_from_anywhere(
     assert load_latent_model(tmp_path / "run").facts["data"] == str(tmp_path / "data.jsonl")
 
 
-def test_what_is_held_out_is_not_trained_on(world: Path, tmp_path: Path) -> None:
+def test_held_out_data_is_not_trained_on(world: Path, tmp_path: Path) -> None:
     rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(12)]
     data = str(write_rows(tmp_path / "data.jsonl", [*rows, rows[3]]))
     val_data = write_rows(tmp_path / "val.jsonl", [{**row, "answer": "0"} for row in rows[2:5]])
@@ -250,7 +252,7 @@ def test_what_is_held_out_is_not_trained_on(world: Path, tmp_path: Path) -> None
     blanks = write_rows(tmp_path / "blanks.jsonl", [{"question": " 2+1 ", "answer": "3"}, rows[4]])
     train_lora(settings(world, output=tmp_path / "two", data=data, val_data=str(blanks), steps=2), heard)
     assert (heard.plan.training, heard.plan.held_out, heard.plan.shared) == (11, 2, 2)
-    # Files that change may hold out what has been trained on.
+    # If the files change, held-out questions may have been trained on.
     for path in (Path(data), val_data):
         before = path.read_text()
         write_rows(path, rows[:4])
@@ -260,14 +262,14 @@ def test_what_is_held_out_is_not_trained_on(world: Path, tmp_path: Path) -> None
     train_lora(replace(config, resume=True))
 
 
-def test_a_run_that_was_cut_off_early_begins_again(world: Path, tmp_path: Path) -> None:
+def test_run_interrupted_early_starts_again(world: Path, tmp_path: Path) -> None:
     config = settings(world, output=tmp_path / "run", steps=1)
     half = config.output / "checkpoint-7"
     half.mkdir(parents=True)
     (config.output / "lora.json").write_text("{}")
     train_lora(config)
     assert not half.exists()
-    # What is replaced is gone before the new run has anything to show.
+    # The old run is removed before the new one has any output.
     (config.output / "README.md").write_text("mine")
     with pytest.raises(InputError, match="every question"):
         train_lora(settings(world, output=config.output, overwrite=True, max_length=1))
@@ -279,7 +281,7 @@ def test_a_run_that_was_cut_off_early_begins_again(world: Path, tmp_path: Path) 
 
 
 def test_accumulated_batches_are_one_batch(world: Path, tmp_path: Path) -> None:
-    # Lengths differ by the written thinking; a mean of means would weigh tokens of short answers more.
+    # Lengths differ because of the written thinking. A mean of means would weight short answers more.
     norms = []
     for name, batch_size, accumulation in (("one", 8, 1), ("several", 2, 4)):
         config = settings(
@@ -297,7 +299,7 @@ def test_accumulated_batches_are_one_batch(world: Path, tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_checkpointed_activations_change_nothing(world: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(world: Path, tmp_path: Path) -> None:
     losses = []
     for name, changes in {"plain": {}, "again": {"gradient_checkpointing": True}}.items():
         config = settings(world, output=tmp_path / name, lora_dropout=0.0, **changes)
@@ -332,7 +334,7 @@ def test_new_tokens_are_trained_and_kept(
     assert latent.prompt_form == "plain" and latent.tokenizer.encode("<think>") == ids[:1]
     for part in (latent.model.get_input_embeddings(), latent.model.get_output_embeddings()):
         after = part.weight.detach()
-        # The output head alone is taught </think>, and only where it stands in the data; <think> is in all.
+        # Only the output head learns </think>, and only if the data contains it; all data contains <think>.
         changed = (after[:-2] != before[:-2]).any(1) if part is latent.model.get_input_embeddings() else None
         assert changed is None or not changed.any()
     assert not torch.allclose(latent.model.get_input_embeddings().weight[ids[0]], before[ids[0]], atol=1e-4)
@@ -400,7 +402,7 @@ def test_curriculum_and_distillation_change_the_training(world: Path, tmp_path: 
     assert first["taught"] == pytest.approx(first["plain"] + 2 * distance[0], rel=1e-4)
     assert len(distance) == 4
     assert not logged(runs["plain"], "distill_distance")
-    # Evaluations read no written thinking, whatever the training does.
+    # Evaluations never use written thinking.
     assert len({run.metrics["answer_loss"] for run in runs.values()}) == 3
 
 
@@ -432,7 +434,7 @@ def write_phase2(folder: Path, width: int) -> Path:
 
 def test_starts_from_phase2(world: Path, tmp_path: Path) -> None:
     started = build_trainee(settings(world, trm=write_phase2(tmp_path / "phase2", 32), reasoner={}))
-    # What is asked for beats what phase 2 had.
+    # Options take precedence over phase 2's settings.
     assert started.model.config.supervision_steps == 2 and started.model.config.d_compressed == 8
     found = load_file(tmp_path / "phase2" / "trm.safetensors")
     inside = dict(started.model.named_parameters())
@@ -442,7 +444,7 @@ def test_starts_from_phase2(world: Path, tmp_path: Path) -> None:
     half = build_trainee(settings(world, trm=tmp_path / "phase2", reasoner={}, precision="bf16"))
     inside = dict(half.model.named_parameters())
     own = next(value for key, value in inside.items() if key.endswith("default.trm.reasoning_token"))
-    assert torch.equal(own, found["reasoning_token"]), "rounded on the way"
+    assert torch.equal(own, found["reasoning_token"]), "must not be rounded"
     with pytest.raises(InputError, match="states of width 48"):
         build_trainee(settings(world, trm=write_phase2(tmp_path / "other", 48)))
     with pytest.raises(InputError, match="leave --reasoner latents out"):
@@ -450,7 +452,7 @@ def test_starts_from_phase2(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("asked", "share"), [(None, 0.1), (1e-2, 1.0), (3e-3, 0.3)])
-def test_what_phase2_trained_has_a_learning_rate_of_its_own(
+def test_weights_from_phase2_have_their_own_learning_rate(
     asked: float | None, share: float, world: Path, tmp_path: Path
 ) -> None:
     config = settings(
@@ -469,7 +471,7 @@ def test_what_phase2_trained_has_a_learning_rate_of_its_own(
     def moved(name: str) -> float:
         return float((after[name] - before[name]).abs().max())
 
-    # AdamW's first steps are as long as the learning rate.
+    # AdamW's first steps are as large as the learning rate.
     for name in ("compressor.compress.weight", "trm.reasoning_token", "trm.net.layers.0.mlp.0.weight"):
         assert moved(name) == pytest.approx(share * moved("entry.projection.weight"), rel=0.1), name
 

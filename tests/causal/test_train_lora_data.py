@@ -1,4 +1,4 @@
-"""What ``llm-trm train lora`` learns from, in which order, what it measures, and its command line."""
+"""Tests of ``llm-trm train lora``: its data, their order, its metrics and its command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from llm_trm.data.lessons import lesson
 from llm_trm.data.questions import Solved, load_solved
 from llm_trm.errors import InputError
 from llm_trm.models.tiny import tiny_tokenizer
+from llm_trm.train.lora.callbacks import FollowEpochs, KeepBest
 from llm_trm.train.lora.curriculum import StagedOrder, thinking_left, thinking_steps
 from llm_trm.train.lora.data import Collator, Lessons
 from llm_trm.train.lora.metrics import sample_measures, summary
-from llm_trm.train.lora.trainer import FollowEpochs, KeepBest, last_checkpoint
+from llm_trm.train.run.trainer_checkpoints import last_checkpoint
 from tests.causal.lora_world import write_language_model, write_rows
 
 GSM8K = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5.\nThen 1,000.\n#### 1,000"}
@@ -104,7 +105,7 @@ def test_order_covers_each_epoch_and_moves_through_the_stages() -> None:
         keys = list(order)
         assert sorted(key % 10 for key in keys) == list(range(10))
         seen += [key // 10 for key in keys]
-    # Three stages share the first half, and the last has the second.
+    # Three stages share the first half, and the last stage has the second half.
     assert seen == [0] * 7 + [1] * 7 + [2] * 6 + [3] * 20
     order.set_epoch(1)
     again = list(order)
@@ -119,7 +120,7 @@ def test_order_follows_the_training() -> None:
         SimpleNamespace(gradient_accumulation_steps=2),
         SimpleNamespace(max_steps=9, global_step=4),
     )
-    # Five batches are three updates; the fourth has been made.
+    # Five batches are three updates; the fourth batch is done.
     FollowEpochs(order).on_epoch_begin(arguments, state, None, train_dataloader=range(5))
     assert order.epoch == 1 and order.epochs == 3
 
@@ -151,7 +152,7 @@ def test_lessons(form: Any) -> None:
     assert [lessons.longest(index) for index in range(3)] == [
         max(len(lessons[index]["input_ids"]), len(lessons[index]["teacher_ids"])) for index in range(3)
     ]
-    # A tokenizer whose words begin with their space, as most do, has another token for the bare answer.
+    # A tokenizer whose words include the preceding space, like most, has another token for the bare answer.
     words = Tokenizer(models.WordLevel({"?": 0, "5": 1, "\u01205": 2, "\u0120": 3, "!": 4}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("!", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -181,7 +182,7 @@ def test_measures() -> None:
     batch = Collator(tokenizer.pad_token_id)([lessons[index] for index in range(4)])
     following = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].clamp(min=0)
     logits = 20 * F.one_hot(following, len(tokenizer)).float()
-    # The second writes another token for <think>, and gets a digit wrong; the fourth thinks needlessly.
+    # The second writes another token for <think> and a wrong digit; the fourth thinks unnecessarily.
     asked = [int((row != -100).nonzero()[0]) - 1 for row in batch["labels"]]
     logits[1, asked[1]] = 20 * F.one_hot(torch.tensor(65), len(tokenizer))
     logits[1, asked[1] + 3] = 20 * F.one_hot(torch.tensor(65), len(tokenizer))
@@ -229,7 +230,7 @@ def test_stops_after_evaluations_without_a_lower_loss() -> None:
     assert keeper.exhausted(history(0.5, 0.6, 0.6, 0.5), 100)
     assert not keeper.exhausted(history(0.5, 0.6, 0.6, 0.4), 100)
     assert not KeepBest(3, 0, 0.0).exhausted(history(*range(9)), 100)
-    # Before the curriculum's last stage nothing counts.
+    # Evaluations before the curriculum's last stage do not count.
     assert not KeepBest(3, 3, 0.5).exhausted(history(0.1, 0.5, 0.6, 0.6, 0.6, 0.7, 0.7), 100)
     assert KeepBest(3, 3, 0.5).exhausted(history(0.1, 0.5, 0.6, 0.6, 0.6, 0.7, 0.7, 0.7), 100)
     control = SimpleNamespace(should_training_stop=False)

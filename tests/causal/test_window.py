@@ -1,4 +1,4 @@
-"""The window: what a position still sees when there is more than the decoder's context holds."""
+"""Tests of the window: what a position sees when the decoder's context is exceeded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.causal.test_generation import generate
 from tests.causal.tiny import REASONERS, THINK, padded, tiny_decoder, tiny_trm
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
-#: With the soft tokens 17, 15 and 9 positions, in a context of 12.
+#: 17, 15 and 9 positions with soft tokens, in a context of 12.
 ROWS = [
     [5, 6, 7, 8, 9, THINK, 10, 11, THINK, 12, 13],
     [14, 15, 16, 17, 18, 19, 20, 21, 22, 23, THINK, 24],
@@ -25,7 +25,7 @@ def with_another(ids: torch.Tensor, place: int) -> torch.Tensor:
 @pytest.mark.parametrize("window", ["slide", "always"])
 @pytest.mark.parametrize("reasoner", REASONERS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_slides_alike_with_and_without_cache(window: str, reasoner: str, side: str) -> None:
+def test_slides_equally_with_and_without_cache(window: str, reasoner: str, side: str) -> None:
     rows = ROWS if window == "slide" else ROWS[:2]
     model = tiny_trm(decoder=tiny_decoder(max_position_embeddings=12), reasoner=reasoner, window=window)
     ids, mask = padded(rows, side)
@@ -40,7 +40,7 @@ def test_slides_alike_with_and_without_cache(window: str, reasoner: str, side: s
 
 @pytest.mark.parametrize("window", ["slide", "always"])
 def test_slides_token_by_token(window: str) -> None:
-    # 12 columns at the last pass of generation, 25 in the comparison: the same tokens must be out of sight.
+    # 12 columns in the last pass of generation, 25 in the comparison: the same tokens must be invisible.
     model = tiny_trm(decoder=tiny_decoder(max_position_embeddings=16), window=window)
     ids, mask = padded([[5, 6, 7, 8, THINK, 9], [10, 11, 12, 13, 14, 15]], "left")
     script = [[16, 17, 18, THINK, 19, 20, 21], [22, THINK, 23, 24, 25, 26, 27]]
@@ -49,10 +49,10 @@ def test_slides_token_by_token(window: str) -> None:
     torch.testing.assert_close(trained[:, 5:-1], torch.stack(made.logits, 1), **EXACT)
 
 
-def test_what_has_slid_out_is_not_seen() -> None:
+def test_positions_outside_the_window_are_not_seen() -> None:
     decoder = tiny_decoder(max_position_embeddings=8, num_hidden_layers=1)
     model = tiny_trm(decoder=decoder)
-    # Ten positions with the soft tokens: the last sees positions 2 to 9, the one before it 1 to 8.
+    # Ten positions with soft tokens: the last sees positions 2 to 9, the one before it sees 1 to 8.
     first = torch.tensor([[5, 6, 7, 8, THINK, 9, 10]])
     with torch.no_grad():
         model.model.reasoner.entry.projection.weight.zero_()
@@ -76,7 +76,7 @@ def test_always_drops_as_many_as_it_appends() -> None:
         model(input_ids=ids[:, 1:])
 
 
-def test_refuses_positions_that_cannot_slide() -> None:
+def test_rejects_positions_that_cannot_slide() -> None:
     decoder = tiny_decoder(
         max_position_embeddings=12,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},

@@ -1,4 +1,4 @@
-"""Language models of a few thousand weights, with a recursion."""
+"""Language models with a few thousand weights and a recursion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny_decoder(kind: str = "llama", **settings: Any) -> PreTrainedModel:
         "pad_token_id": PAD,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        # Large weights: with the default of 0.02 a random model hardly looks at its context.
+        # Large weights, because with the default of 0.02 a random model hardly depends on its context.
         "initializer_range": 0.3,
     }
     config = AutoConfig.for_model(kind, **{**sizes, **settings})
@@ -54,7 +54,7 @@ def tiny_trm(kind: str = "llama", reasoner: str = "latents", **settings: Any) ->
     }
     torch.manual_seed(2)
     model = TRMForCausalLM.wrap(decoder, reasoner=reasoner, **{**sizes, **settings})
-    # As large as what the decoder computes, so that no test passes because soft tokens hardly matter.
+    # The scale of the decoder's states, so that soft tokens have an effect in every test.
     with torch.no_grad():
         model.model.reasoner.entry.projection.weight.mul_(3)
     return model.eval()

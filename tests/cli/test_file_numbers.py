@@ -24,11 +24,11 @@ from llm_trm.models.loading import load_thinking_model
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
 from llm_trm.models.sequence_trm import SequenceTRM, SequenceTRMConfig, load_sequence_trm, save_sequence_trm
-from llm_trm.train.lora.trainer import trainer_state
 from llm_trm.train.phase1.states import StateFiles
 from llm_trm.train.phase2.progress import Progress
 from llm_trm.train.puzzle.progress import PuzzleProgress
 from llm_trm.train.puzzle.trainer import PuzzleTrainer
+from llm_trm.train.run.trainer_checkpoints import trainer_state
 from llm_trm.train.run.training_state import read_progress
 from tests.causal.lora_world import write_language_model
 from tests.causal.saved import latent_model, save
@@ -91,7 +91,7 @@ def test_a_puzzle_model_that_its_weights_do_not_fill_is_not_built(
     save_puzzle_model(PuzzleTRM(SIZES), tmp_path)
     changed(tmp_path / "puzzle_trm.json", **sizes)
     monkeypatch.setattr(PuzzleTRM, "__init__", lambda *_, **__: pytest.fail("built"))
-    refused(lambda: load_puzzle_model(tmp_path), tmp_path / "puzzle_trm.json", "numbers")
+    refused(lambda: load_puzzle_model(tmp_path), tmp_path / "puzzle_trm.json", "parameters")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_recursion(field: str, value: Any, tmp_path: Path) -> None:
     assert model.config.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     save_sequence_trm(model, tmp_path)
     changed(tmp_path / "trm.json", **{field: value})
-    word = "numbers" if value == 2**20 else field
+    word = "parameters" if value == 2**20 else field
     refused(lambda: load_sequence_trm(tmp_path), tmp_path, word)
 
 
@@ -233,7 +233,7 @@ def test_a_recursion_that_fits_no_memory() -> None:
     sizes = {"reasoner": "sequence", "d_compressed": 96, "n_layers": 1024, "soft_tokens": 4000}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_memory", lambda *_: 100 << 20)
-        refused(lambda: latent_model(**sizes), "the recursion", "MiB are free", "fewer layers")
+        refused(lambda: latent_model(**sizes), "the recursion", "MiB is free", "fewer layers")
 
 
 @pytest.mark.parametrize(

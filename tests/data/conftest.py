@@ -1,4 +1,4 @@
-"""The tiny model that the tests of this folder share."""
+"""The tiny model for all tests in this folder."""
 
 from __future__ import annotations
 

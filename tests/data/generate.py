@@ -14,7 +14,7 @@ from llm_trm.data.sampling import Sampling
 
 
 def generate(output: Path, model: Path, **changes: Any) -> PairFiles:
-    """24 problems in shards of 3."""
+    """Generate 24 problems in shards of 3."""
     settings: dict[str, Any] = {
         "num_samples": 24,
         "shard_size": 3,
@@ -29,7 +29,7 @@ def generate(output: Path, model: Path, **changes: Any) -> PairFiles:
 
 
 def generate_counting(output: Path, model: Path, settled: Any) -> None:
-    """Run, and keep in ``settled``, a shared integer, how many problems this process has settled."""
+    """Run, and store the number of finished problems in ``settled``, a shared integer."""
 
     def count(progress: GenerationProgress) -> None:
         settled.value = progress.done - progress.resumed

@@ -1,4 +1,4 @@
-"""The arithmetic world: its problems, the command that writes them, and the language model that ships."""
+"""Tests of the arithmetic world: its problems, the command that writes them, and the bundled model."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from llm_trm.errors import InputError
 
 
 def evaluated(question: str, modulus: int) -> int:
-    """The answer, by other means: Python's own arithmetic, one operation after the other."""
+    """The answer computed independently, with Python's own arithmetic."""
     first, *rest = re.findall(r"\d+|[+*-]\d+", question)
     total = int(first)
     for step in rest:
@@ -62,7 +62,7 @@ def test_one_question_in_eight_is_held_out() -> None:
     "settings",
     [{"max_operations": 0}, {"min_operations": 4, "max_operations": 3}, {"modulus": 1}, {"max_operand": 10}],
 )
-def test_worlds_without_problems_are_refused(settings: dict[str, int]) -> None:
+def test_worlds_without_problems_are_rejected(settings: dict[str, int]) -> None:
     with pytest.raises(InputError):
         World(**settings)
 
@@ -89,7 +89,7 @@ def test_command_refuses_in_one_line(tmp_path) -> None:
         assert result.stderr.startswith("llm-trm: error: ") and result.stderr.count("\n") == 1
 
 
-def test_shipped_model_thinks_and_needs_to() -> None:
+def test_bundled_model_needs_to_think() -> None:
     pytest.importorskip("transformers")
     from llm_trm.evaluate.answers import accuracy
     from llm_trm.models import loading

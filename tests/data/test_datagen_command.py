@@ -1,4 +1,4 @@
-"""``llm-trm datagen``: what it prints, and what it refuses."""
+"""Tests of ``llm-trm datagen``: its output and its errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_summary(model_folder: Path, tmp_path: Path) -> None:
     assert again.stdout == result.stdout
 
 
-def test_run_without_a_pair_says_what_to_do(model_folder: Path, tmp_path: Path) -> None:
+def test_run_without_a_pair_explains_what_to_do(model_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "two.jsonl"
     file.write_text('{"question": "1+1"}\n{"question": "1+2"}\n')
     options = ("--dataset", file, "--num-samples", "5", "--max-prompt-tokens", "1", "-o", tmp_path / "pairs")
@@ -93,7 +93,7 @@ def test_model_without_thinking_tags_is_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "pairs").iterdir())
 
 
-def test_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_explains_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The decode loop against plain forward passes over what it wrote, and its ways to fail."""
+"""Tests of the decode loop against plain forward passes over its output, and of its failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMITS = Limits(prompt=100, thinking=30, answer=6)
 
 
 def _prompts(model: ThinkingModel) -> dict[int, list[int]]:
-    """Prompts of different lengths, under indices that do not begin at 0."""
+    """Prompts of different lengths, with indices that do not start at 0."""
     return {
         100 + i: model.tokenizer(model.prompt(f"{'9+' * (i % 7)}{i}"), add_special_tokens=False)["input_ids"]
         for i in range(PROBLEMS)
@@ -56,7 +56,7 @@ def _tokens(outcome: Outcome) -> Any:
     return outcome.preamble, outcome.thinking, outcome.next_token, outcome.response, outcome.complete
 
 
-def test_the_sample_has_what_the_tests_need(outcomes: dict[int, Outcome]) -> None:
+def test_sample_covers_all_outcomes(outcomes: dict[int, Outcome]) -> None:
     thoughts = _thoughts(outcomes).values()
     assert len(thoughts) >= 5
     assert any(thought.preamble for thought in thoughts)
@@ -66,7 +66,7 @@ def test_the_sample_has_what_the_tests_need(outcomes: dict[int, Outcome]) -> Non
     assert set(failures) == {decoding.NO_THINK, decoding.NO_END_THINK, decoding.STOPPED_THINKING}
 
 
-def test_states_are_those_of_a_plain_forward_pass(model: ThinkingModel, outcomes: dict[int, Outcome]) -> None:
+def test_states_equal_a_plain_forward_pass(model: ThinkingModel, outcomes: dict[int, Outcome]) -> None:
     prompts = _prompts(model)
     for index, thought in _thoughts(outcomes).items():
         context = prompts[index] + thought.preamble
@@ -97,9 +97,7 @@ def test_batch_size_does_not_change_samples(
         torch.testing.assert_close(other.hidden_post, thought.hidden_post, rtol=1e-4, atol=1e-4)
 
 
-def test_a_problem_alone_gives_the_sample_that_it_gives_among_others(
-    model: ThinkingModel, outcomes: dict[int, Outcome]
-) -> None:
+def test_sample_does_not_depend_on_other_problems(model: ThinkingModel, outcomes: dict[int, Outcome]) -> None:
     index = next(iter(_thoughts(outcomes)))
     alone = _decode(model, 8, prompts={index: _prompts(model)[index]})
     assert _tokens(alone[index]) == _tokens(outcomes[index])
@@ -129,7 +127,7 @@ def test_every_token_is_read_once_and_only_last_positions_reach_the_head(
             hook.remove()
     expected = Counter(len(prompt) for prompt in prompts.values())
     for thought in thoughts.values():
-        # With both tags; the last token of the response is not read, or its end token is not.
+        # Includes both tags, but not the last token of the response, which is never read.
         expected[1] += len(thought.preamble) + len(thought.thinking) + 2
         expected[1] += len(thought.response) - (not thought.complete)
     assert read == expected
@@ -154,12 +152,12 @@ def test_rows_leave_and_enter_the_batch(model: ThinkingModel) -> None:
     assert sum(length > 1 for _, length, _, _ in shapes) > PROBLEMS // 8
     for rows, past, mask in steps:
         assert mask.shape == (rows, past + 1)
-        assert (mask.sum(1) == past + 1).any(), "a column that is padding in every row"
+        assert (mask.sum(1) == past + 1).any(), "a column is padding in every row"
 
 
 @dataclass(frozen=True)
 class _Scripted(Sampling):
-    """Writes what it was told instead of drawing: a list of tokens by problem."""
+    """Returns a given list of tokens for each problem instead of sampling."""
 
     script: dict[int, list[int]] = field(default_factory=dict)
 
@@ -191,7 +189,7 @@ def test_reasons(model: ThinkingModel) -> None:
     assert outcomes[:3] == [decoding.NO_THINK] * 3
     assert outcomes[3:5] == [decoding.STOPPED_THINKING, decoding.NO_END_THINK]
     last = outcomes[5]
-    assert isinstance(last, Thought), "</think> as the last token allowed"
+    assert isinstance(last, Thought), "</think> is the last allowed token"
     assert (last.preamble, last.thinking, last.response) == ([word], [word, think], [])
 
 
@@ -220,7 +218,7 @@ def test_nothing_before_the_tag(model: ThinkingModel) -> None:
     assert _scripted(model, [model.end_think], prompt=[model.think]) == [decoding.EMPTY_CONTEXT]
 
 
-def test_long_prompts_fail_and_are_not_cut(model: ThinkingModel) -> None:
+def test_long_prompts_fail_and_are_not_truncated(model: ThinkingModel) -> None:
     script = [model.think, model.end_think]
     for length, limit, fits in ((20, 20, True), (21, 20, False), (510, 999, True), (512, 999, False)):
         (outcome,) = _scripted(model, script, prompt=[60] * length, limits=Limits(prompt=limit))
@@ -229,7 +227,7 @@ def test_long_prompts_fail_and_are_not_cut(model: ThinkingModel) -> None:
 
 
 def test_generation_stops_where_the_context_of_the_model_ends(model: ThinkingModel) -> None:
-    # Of 512 positions, 506 are the prompt's: six tokens can be read, of which </think> may be the last.
+    # The prompt takes 506 of 512 positions. Six more tokens can be read, and the last may be </think>.
     words = [50] * 600
     outcomes = _scripted(
         model,
@@ -247,22 +245,20 @@ def test_generation_stops_where_the_context_of_the_model_ends(model: ThinkingMod
     assert len(with_room.response) <= 3
 
 
-def test_states_that_are_not_finite_are_a_reason(
-    model: ThinkingModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_states_are_a_failure(model: ThinkingModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.model.base_model.norm, "forward", lambda states: states * torch.nan)
     assert set(_decode(model, 8).values()) == {decoding.NOT_FINITE}
 
 
 class _SmallMemory:
-    """A backbone that runs out of memory with more than so many rows."""
+    """A backbone that runs out of memory above a number of rows."""
 
     def __init__(self, backbone: Any, rows: int) -> None:
         self.backbone, self.rows, self.calls = backbone, rows, 0
 
     def __call__(self, **inputs: Any) -> Any:
         output = self.backbone(**inputs)
-        # Behind the call, whose cache has grown by then: and not in every call, so that some rows get far.
+        # Raise after the call, when the cache has grown, and only in some calls, so that some rows advance.
         self.calls += 1
         if inputs["input_ids"].shape[0] > self.rows and self.calls % 4 == 0:
             raise torch.OutOfMemoryError("fake")

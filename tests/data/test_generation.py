@@ -1,4 +1,4 @@
-"""What a run leaves on disk: whole, resumable, and the same however it came about."""
+"""Tests of a run's output: complete, resumable, and independent of interruptions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_original_entry_point_is_there() -> None:
 
 def test_finished_run(undisturbed: Path, model_folder: Path) -> None:
     pairs = open_pairs(undisturbed, 32)
-    assert {0, 3} <= {entry.samples for entry in pairs.entries}, "shards without a pair and full ones"
+    assert {0, 3} <= {entry.samples for entry in pairs.entries}, "needs shards without pairs and full ones"
     assert pairs.samples + sum(pairs.failures.values()) == 24
     assert [entry.file for entry in pairs.entries] == [f"shard-{i:05d}.safetensors" for i in range(8)]
     assert sorted(path.name for path in undisturbed.iterdir()) == sorted(
@@ -82,7 +82,7 @@ def test_finished_run(undisturbed: Path, model_folder: Path) -> None:
     assert pairs.settings["model"] == str(model_folder)
 
 
-def test_another_batch_size_is_no_other_run(folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_other_batch_size_is_the_same_run(folder: Path, model_folder: Path, tmp_path: Path) -> None:
     generate(tmp_path / "b", model_folder, batch_size=2)
     before, after = (
         [{**record} for record in open_pairs(path).records()] for path in (folder, tmp_path / "b")
@@ -91,7 +91,7 @@ def test_another_batch_size_is_no_other_run(folder: Path, model_folder: Path, tm
     assert (folder / "settings.json").read_bytes() == (tmp_path / "b" / "settings.json").read_bytes()
 
 
-def test_finished_run_is_left_as_it_is(folder: Path, model_folder: Path, no_model: None) -> None:
+def test_finished_run_is_not_changed(folder: Path, model_folder: Path, no_model: None) -> None:
     before = _contents(folder)
     generate(folder, model_folder)
     assert _contents(folder) == before
@@ -113,7 +113,7 @@ def _truncate(path: Path) -> None:
         lambda f: [path.unlink() for path in f.glob("shard-*")],
     ],
 )
-def test_what_is_missing_is_made_again(
+def test_missing_files_are_generated_again(
     folder: Path, undisturbed: Path, model_folder: Path, harm: Callable[[Path], Any]
 ) -> None:
     harm(folder)
@@ -121,7 +121,7 @@ def test_what_is_missing_is_made_again(
     assert _contents(folder) == _contents(undisturbed)
 
 
-def test_progress_counts_what_was_there_before(folder: Path, model_folder: Path) -> None:
+def test_progress_counts_existing_shards(folder: Path, model_folder: Path) -> None:
     (folder / "shard-00001.jsonl").unlink()
     (folder / "shard-00005.jsonl").unlink()
     seen: list[tuple[int, int]] = []
@@ -206,7 +206,7 @@ def test_other_settings_are_refused_by_name(
     assert _contents(folder) == before
 
 
-def test_problems_that_changed_in_their_file_are_noticed(model_folder: Path, tmp_path: Path) -> None:
+def test_changed_problem_files_are_detected(model_folder: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"question": "1+1"}\n')
     run: dict[str, Any] = {"dataset": str(problems), "num_samples": 1}
@@ -235,7 +235,7 @@ def test_fresh_keeps_the_pairs_if_the_model_cannot_be_loaded(folder: Path, tmp_p
     assert _contents(folder) == before
 
 
-def test_folder_of_something_else_is_refused(folder: Path, model_folder: Path, no_model: None) -> None:
+def test_folder_with_other_files_is_rejected(folder: Path, model_folder: Path, no_model: None) -> None:
     (folder / "settings.json").write_text('{"editor.fontSize": 12}')
     for fresh in (False, True):
         with pytest.raises(
@@ -261,7 +261,7 @@ def test_shard_without_a_pair(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_real_problems(model_folder: Path, tmp_path: Path) -> None:
-    """GSM8K goes through, whatever the tiny model answers."""
+    """GSM8K runs without errors, whatever the tiny model answers."""
     path = ROOT.parent / "shared/data/gsm8k_train.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")

@@ -1,4 +1,4 @@
-"""Answers are compared as what they mean."""
+"""Tests of comparing answers by value."""
 
 from __future__ import annotations
 

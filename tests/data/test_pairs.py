@@ -1,4 +1,4 @@
-"""Pair files come back as they were written, and broken ones are named."""
+"""Tests of writing and reading pair files, and of errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _pair(index: int, length: int) -> Pair:
 
 
 def _write(folder: Path, dtype: str = "float32") -> list[Pair]:
-    """Three shards: of 2, 0 and 1 pairs."""
+    """Write three shards with 2, 0 and 1 pairs."""
     pairs = [_pair(0, 4), _pair(2, 1), _pair(5, 3)]
     write_shard(folder, 0, pairs[:2], {"no_think": [1]}, WIDTH, dtype)
     write_shard(folder, 1, [], {"no_think": [3], "no_end_think": [4]}, WIDTH, dtype)
@@ -97,7 +97,7 @@ def test_records_load_with_datasets(tmp_path: Path) -> None:
     known.record.update(answer="8", correct=True)
     write_shard(tmp_path, 2, [known], {}, WIDTH, "float32")
     loaded = load(features=record_features())
-    assert loaded["correct"] == [None, None, True], "null in the whole first shard"
+    assert loaded["correct"] == [None, None, True], "the first shard has only nulls"
     assert loaded["answer"] == [None, None, "8"]
 
 
@@ -166,7 +166,7 @@ def test_other_hidden_size_is_refused(tmp_path: Path) -> None:
         open_pairs(tmp_path, 128)
 
 
-def test_no_index_over_a_shard_that_is_missing_or_of_another_type(tmp_path: Path) -> None:
+def test_index_rejects_missing_or_different_shards(tmp_path: Path) -> None:
     _write(tmp_path)
     with pytest.raises(InputError, match="shard-00003"):
         write_index(tmp_path, 4, model="m", seed=0, settings={})

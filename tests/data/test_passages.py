@@ -1,4 +1,4 @@
-"""Text in a passage is read as by a tokenizer with other control tokens, or refused."""
+"""Tests that text in a passage is encoded as if control tokens had other names, or rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("bytes", "metaspace", "prepended", "lower case", "words")
 
 
 def tokenizer_of(kind: str, *names: str) -> PreTrainedTokenizerFast:
-    """A trained tokenizer of one of KINDS, with control tokens of these names, and two that are words."""
+    """A trained tokenizer of one of KINDS, with control tokens of these names and two added words."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "prepended"))
     if kind == "bytes":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,7 +32,7 @@ def tokenizer_of(kind: str, *names: str) -> PreTrainedTokenizerFast:
     elif kind == "metaspace":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     elif kind == "prepended":
-        # Llama 2's way, which puts the mark before every piece between control tokens.
+        # As in Llama 2, which puts the mark before every piece between control tokens.
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
         )
@@ -48,7 +48,7 @@ def tokenizer_of(kind: str, *names: str) -> PreTrainedTokenizerFast:
     )
     backend.add_tokens(["COVID-19"])
     backend.add_special_tokens([AddedToken(name, special=True) for name in names[1:]])
-    # The tags of thinking are no special tokens; matched before or behind the normalizer.
+    # The thinking tags are not special tokens, and are matched before or after the normalizer.
     backend.add_tokens([AddedToken(names[0], special=False, normalized=kind == "lower case")])
     backend.add_tokens(["R2-D2"])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=names[1], unk_token="<unk>")
@@ -97,7 +97,7 @@ def test_control_tokens() -> None:
     tokenizer = tokenizer_of("bytes", "<think>", "</s>", "<|user|>")
     assert set(control_tokens(tokenizer).values()) == {"<unk>", "<think>", "</s>", "<|user|>"}
     assert encode(tokenizer, [text("R2-D2")]) == [[tokenizer.convert_tokens_to_ids("R2-D2")]]
-    # What a template writes, and what is added later, count; its variables do not.
+    # Literals of a template and tokens that are added later count; template variables do not.
     tokenizer.chat_template = "{{ 'COVID-19' }}{% if messages %}\n{% endif %}"
     tokenizer.add_tokens(["if", "\n"])
     assert set(control_tokens(tokenizer).values()) == {"<unk>", "<think>", "</s>", "<|user|>", "COVID-19"}
@@ -106,7 +106,7 @@ def test_control_tokens() -> None:
     assert "COVID-19" not in control_tokens(tokenizer).values()
 
 
-def test_words_that_cannot_be_written_out() -> None:
+def test_tokens_that_cannot_be_encoded_as_text() -> None:
     backend = Tokenizer(models.WordLevel({"?": 0, "a": 1, "</s>": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="</s>")
@@ -118,7 +118,7 @@ def test_words_that_cannot_be_written_out() -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_tokenizers_in_python_refuse() -> None:
+def test_python_tokenizers_reject_control_tokens() -> None:
     tokenizer = ByT5Tokenizer()
     assert encode(tokenizer, [joined(text("1+1"), "</s>")])[0][-1] == tokenizer.eos_token_id
     for said in ("1</s>", "</s>", "<extra_id_3> a"):
@@ -127,7 +127,7 @@ def test_tokenizers_in_python_refuse() -> None:
         assert said.strip("1 a") in str(refused.value)
 
 
-def test_what_a_tokenizer_puts_around_a_text() -> None:
+def test_tokens_that_a_tokenizer_adds_around_a_text() -> None:
     tokenizer: Any = tokenizer_of("bytes", "<think>", "</s>", "<|user|>")
     assert surroundings(tokenizer) == ([], [])
     begin, end = tokenizer.convert_tokens_to_ids(["<|user|>", "</s>"])

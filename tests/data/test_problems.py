@@ -1,4 +1,4 @@
-"""Questions come in a fixed order, from where they were asked for, or with a line that says what is wrong."""
+"""Tests of loading questions: their order, their sources, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _write(path: Path, *records: Any) -> str:
     return str(path)
 
 
-def test_arithmetic_is_the_world_that_was_named() -> None:
+def test_arithmetic_uses_the_given_world() -> None:
     world = World(2, 3, 10)
     questions = load_questions("arithmetic", 5, split="test", seed=4, world=world)
     assert questions == [Question(p.question, p.answer) for p in world.problems(5, "test", 4)]
@@ -36,13 +36,13 @@ def test_json_array(tmp_path: Path) -> None:
     assert load_questions(str(path), 10) == [Question("how?", None), Question("why?", None)]
 
 
-def test_mixture_takes_turns_and_the_first_named_get_what_is_left_over(tmp_path: Path) -> None:
+def test_mixture_alternates_and_the_first_sources_get_the_remainder(tmp_path: Path) -> None:
     a, b, c = (
         _write(tmp_path / f"{name}.jsonl", *({"question": f"{name}{i}"} for i in range(count)))
         for name, count in (("a", 9), ("b", 1), ("c", 9))
     )
     texts = [question.text for question in load_questions(f"{a}, {b},{c}", 8)]
-    assert texts == ["a0", "b0", "c0", "a1", "c1", "a2"], "shares 3, 3 and 2; b has only 1"
+    assert texts == ["a0", "b0", "c0", "a1", "c1", "a2"], "parts of 3, 3 and 2; b has only 1"
     assert texts[:3] == [question.text for question in load_questions(f"{a},{b},{c}", 3)]
 
 
@@ -98,7 +98,7 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["gsm9k", ",", "gsm8k.csv"])
-def test_unknown_name_is_refused_with_those_that_there_are(dataset: str) -> None:
+def test_unknown_name_is_rejected_with_the_valid_names(dataset: str) -> None:
     with pytest.raises(InputError, match=r"arithmetic, gsm8k, math"):
         load_questions(dataset, 1)
 
@@ -124,7 +124,7 @@ def test_hub_data_sets_are_streamed_and_worded(name: str, monkeypatch: pytest.Mo
     assert ("Python function" in questions[0].text) == (name in ("humaneval", "mbpp"))
 
 
-def test_hub_that_is_out_of_reach_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_gives_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def load_dataset(*_: Any, **__: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Noise is a function of seed, problem and position, and what it draws has the right frequencies."""
+"""Tests that noise is a function of seed, problem and position, and gives the right frequencies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NONE = torch.tensor([False])
 
 
 def _splitmix64(state: int) -> int:
-    """Steele, Lea and Flood's generator, in Python's integers: the output behind ``state``."""
+    """Steele, Lea and Flood's generator with Python integers: the output after ``state``."""
     z = (state + 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -28,7 +28,7 @@ def _column(*values: int) -> Tensor:
 
 
 def _draw_many(logits: list[float], sampling: Sampling, count: int) -> Tensor:
-    """How often each token is drawn, as a share."""
+    """The frequency of each token as a fraction."""
     drawn = sampling.draw(
         torch.tensor(logits).expand(count, -1),
         torch.full((count,), 3),
@@ -84,8 +84,8 @@ def test_frequencies_are_those_of_softmax(temperature: float) -> None:
     assert ((shares - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt()).all()
 
 
-def test_top_p_draws_from_the_fewest_tokens_that_reach_it() -> None:
-    # Probabilities 0.1, 0.4, 0.2, 0.3: the two likeliest have 0.7, the three likeliest 0.9.
+def test_top_p_samples_from_the_smallest_sufficient_set() -> None:
+    # Probabilities 0.1, 0.4, 0.2, 0.3: the two most likely have 0.7, the three most likely 0.9.
     logits, count = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().tolist(), 20_000
     shares = _draw_many(logits, Sampling(1.0, top_p=0.75, seed=1), count)
     expected = torch.tensor([0.0, 0.4, 0.2, 0.3]) / 0.9
@@ -94,7 +94,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it() -> None:
     assert _draw_many(logits, Sampling(1.0, top_p=0.01), 100)[1] == 1
 
 
-def test_temperature_0_and_greedy_rows_take_the_likeliest_token() -> None:
+def test_temperature_0_and_greedy_rows_take_the_most_likely_token() -> None:
     logits = torch.randn(64, 10)
     indices = torch.arange(64)
     greedy = indices % 2 == 0

@@ -1,4 +1,4 @@
-"""A language model that is small and untrained, and yet opens and closes its thinking now and then."""
+"""A small, untrained language model that still opens and closes its thinking now and then."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PRESET = {
 
 
 def save_tiny_model(folder: Path, *, likelier_tags: float = 3.0) -> Path:
-    """Write the model and its tokenizer to ``folder``; its logits depend on the text, and are not near 0.
+    """Write the model and its tokenizer to ``folder``. Its logits depend on the text and are not near 0.
 
     Args:
-        likelier_tags: How much larger than other tokens' the embeddings of the tags and of the end token are.
-            They are the output head, too, so that one half of the positions favours such a token.
+        likelier_tags: Scale of the embeddings of the tags and the end token relative to other tokens. They
+            are also the output head, so half of the positions favour such a token.
     """
     tokenizer = tiny_tokenizer()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Tiny folders of random pairs."""
+"""Writes tiny folders of random pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_pairs(
     model: str = "arithmetic",
     shard: int = 8,
 ) -> PairFiles:
-    """A folder of ``samples`` random pairs with contexts of 1 to 9 states and 1 to 3 operations."""
+    """Write ``samples`` random pairs with contexts of 1 to 9 states and 1 to 3 operations."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int) -> int:

@@ -1,4 +1,4 @@
-"""Baselines of phase 2: the ridge regression against least squares, streams against one shot."""
+"""Tests of phase 2 baselines: ridge regression against least squares, streaming against one pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 3
 
 
 def draw(count: int, seed: int = 0, noise: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
-    """Last states, means, and targets that depend linearly on both, far from zero."""
+    """Last states, means, and targets that depend linearly on both and are far from zero."""
     generator = torch.Generator().manual_seed(seed)
     last, mean, error = (torch.randn(count, WIDTH, generator=generator) for _ in range(3))
     generator.manual_seed(99)
@@ -77,7 +77,7 @@ def test_stream_equals_one_shot() -> None:
         torch.testing.assert_close(pieces[name](*pairs[:2]), baseline(*pairs[:2]))
 
 
-def test_baselines_predict_what_they_say() -> None:
+def test_baseline_predictions() -> None:
     last, mean, targets = draw(50, noise=0.0)
     fitted = fit_baselines([(last, mean, targets)])
     assert fitted[LAST_STATE](last, mean) is last
@@ -90,7 +90,7 @@ def test_baselines_predict_what_they_say() -> None:
 def test_strength_follows_the_held_out_pairs() -> None:
     clean = draw(40, noise=0.0)
     assert choose_strength(moments(clean), moments(draw(40, seed=1, noise=0.0))) == STRENGTHS[0]
-    # Targets without any relation to the features: the flattest map errs least.
+    # The targets are independent of the features, so the strongest regularisation has the lowest error.
     noise = [torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     assert choose_strength(moments(noise[:3]), moments(noise[3:])) == STRENGTHS[-1]
 

@@ -1,4 +1,4 @@
-"""``llm-trm eval phase2``: a whole evaluation, and what it refuses."""
+"""Tests of ``llm-trm eval phase2``: a complete evaluation, and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(*arguments: str) -> Result:
 
 
 class World:
-    """A language model that was not trained, pairs to train and to evaluate on, and a checkpoint."""
+    """An untrained language model, pairs to train and evaluate on, and a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-def test_table_file_and_words_say_the_same(shared: World, tmp_path: Path) -> None:
+def test_table_file_and_text_agree(shared: World, tmp_path: Path) -> None:
     output = tmp_path / "phase2.json"
     result = shared.evaluate("--by", "operations", "-o", str(output))
     assert result.exit_code == 0, result.stderr
@@ -89,7 +89,7 @@ def test_table_file_and_words_say_the_same(shared: World, tmp_path: Path) -> Non
     assert f"regularisation {found['ridge_strength']:g}" in result.stdout
 
 
-def test_figures_do_not_depend_on_the_batch_size(shared: World, tmp_path: Path) -> None:
+def test_metrics_do_not_depend_on_the_batch_size(shared: World, tmp_path: Path) -> None:
     found = []
     for size in ("1", "64"):
         assert shared.evaluate("--batch-size", size, "-o", str(tmp_path / size)).exit_code == 0
@@ -127,7 +127,7 @@ def test_training_data_is_refused_unless_allowed(shared: World, tmp_path: Path) 
     assert shared.evaluate("--allow-training-data", "-o", str(output), data=copy).exit_code == 0
 
 
-def test_baselines_are_not_fitted_on_what_is_evaluated(shared: World, tmp_path: Path) -> None:
+def test_baselines_are_not_fitted_on_evaluation_data(shared: World, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shared.test.folder, copy)
     for folder in (shared.test.folder, copy):
@@ -136,7 +136,7 @@ def test_baselines_are_not_fitted_on_what_is_evaluated(shared: World, tmp_path: 
     assert shared.evaluate("--train-data", str(copy), "--allow-training-data").exit_code == 0
 
 
-def test_training_data_is_known_by_its_fingerprint_where_it_is_gone(tmp_path: Path) -> None:
+def test_missing_training_data_is_recognised_by_fingerprint(tmp_path: Path) -> None:
     world = World(tmp_path)
     settings = world.train.settings | {"problems_sha256": "0123"}
     for folder, pairs in ((tmp_path / "copy", world.test), (world.train.folder, world.train)):

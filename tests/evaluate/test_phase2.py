@@ -1,4 +1,4 @@
-"""Figures of phase 2 against values worked out by hand, and the whole evaluation on tiny pairs."""
+"""Tests of phase 2 metrics against values computed by hand, and of the evaluation on tiny pairs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.evaluate.sample import D_COMPRESSED, VOCABULARY, D, write_pairs
 
 
 def axis_compressor() -> DimensionCompressor:
-    """Keeps the first two of three numbers."""
+    """Keeps the first two of three dimensions."""
     compressor = DimensionCompressor(3, 2)
     with torch.no_grad():
         compressor.compress.weight.copy_(torch.eye(3)[:2])
     return compressor
 
 
-def test_figures_of_a_pair_by_hand() -> None:
+def test_metrics_of_a_pair_computed_by_hand() -> None:
     figures = measure(
         torch.tensor([[3.0, 4.0], [0.0, 2.0]]),
         torch.tensor([[4.0, 3.0], [0.0, 1.0]]),
@@ -64,7 +64,7 @@ def test_broken_logits_rank_last() -> None:
     assert rank(logits, torch.tensor([0, 0, 1])).tolist() == [3, 2, 3]
 
 
-def test_scores_are_means_and_shares() -> None:
+def test_scores_are_means_and_fractions() -> None:
     figures = {
         "cosine": torch.tensor([0.5, 1.0, 0.75, 0.75]),
         "mse": torch.tensor([1.0, 0.0, 2.0, 1.0]),
@@ -89,7 +89,7 @@ def test_scores_are_means_and_shares() -> None:
 
 @pytest.mark.parametrize(
     ("successes", "total", "low", "high"),
-    # Published examples: Newcombe 1998, table I, and the limits of no and of all successes.
+    # Published examples (Newcombe 1998, table I), and the limits of no and only successes.
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (29, 29, 0.8830, 1.0)],
 )
 def test_wilson_interval(successes: int, total: int, low: float, high: float) -> None:
@@ -116,7 +116,7 @@ def test_few_values_are_groups_and_many_are_quartiles() -> None:
 
 
 class Setup:
-    """A recursion, a compressor and a head of tiny sizes, and two folders of pairs."""
+    """A tiny recursion, compressor and head, and two folders of pairs."""
 
     def __init__(self, folder: Path, samples: int = 13) -> None:
         self.trm = SequenceTRM(
@@ -178,7 +178,7 @@ def test_evaluation_equals_one_pair_at_a_time(tmp_path: Path) -> None:
     assert found.ridge_strength is not None
 
 
-def test_groups_part_the_pairs(tmp_path: Path) -> None:
+def test_groups_partition_the_pairs(tmp_path: Path) -> None:
     found = Setup(tmp_path).evaluate(by="operations")
     assert list(found.groups) == ["1", "2", "3"]
     whole = found.rows[TRM]
@@ -205,7 +205,7 @@ def test_without_halting_all_steps_are_taken(tmp_path: Path, halting: str) -> No
     assert setup.evaluate(halting=halting).rows[TRM].steps == 3.0
 
 
-def test_broken_weights_give_no_figures(tmp_path: Path) -> None:
+def test_invalid_weights_give_no_metrics(tmp_path: Path) -> None:
     setup = Setup(tmp_path)
     nn.init.constant_(setup.trm.output_norm.weight, float("nan"))
     found = setup.evaluate()
@@ -214,7 +214,7 @@ def test_broken_weights_give_no_figures(tmp_path: Path) -> None:
     assert found.to_json()["rows"][TRM]["mse"] is None
 
 
-def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
+def test_invalid_evaluations_are_rejected(tmp_path: Path) -> None:
     setup = Setup(tmp_path)
     with pytest.raises(InputError, match="--by colour"):
         setup.evaluate(by="colour")

@@ -53,7 +53,7 @@ class CastedLinear(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Returns tables [L, E] for as many positions as the model has."""
+    """Returns tables [L, E] for all positions of the model."""
 
     cos_cached: Tensor
     sin_cached: Tensor
@@ -144,7 +144,7 @@ class ReasoningModule(nn.Module):
 
 
 class Inner(nn.Module):
-    """Tokens [B, L] to logits [B, L, V]; the puzzle embedding is one learned row a position."""
+    """Maps tokens [B, L] to logits [B, L, V]; the puzzle embedding is one learned row per position."""
 
     H_init: Tensor
     L_init: Tensor

@@ -1,7 +1,7 @@
-"""The puzzle model of SamsungSAILMontreal/TinyRecursiveModels, restated from its published behaviour.
+"""A reimplementation of SamsungSAILMontreal/TinyRecursiveModels' puzzle model from its published behaviour.
 
-Names are the official ones, so that ``state_dict`` has the official keys. ``forward_dtype`` may be float64,
-and nothing is rounded to float32 then.
+Names are the official ones, so that ``state_dict`` has the official keys. If ``forward_dtype`` is float64,
+nothing is rounded to float32.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class CastedSparseEmbedding(nn.Module):
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("weights", torch.randn(rows, width) * 0.3)  # zeros officially, at first
+        self.register_buffer(
+            "weights", torch.randn(rows, width) * 0.3
+        )  # initially zeros in the official code
         self.register_buffer("local_weights", torch.zeros(2, width), persistent=False)
         self.register_buffer("local_ids", torch.zeros(2, dtype=torch.int32), persistent=False)
 
@@ -207,7 +209,7 @@ class LossHead(nn.Module):
 
 
 class Compiled(nn.Module):
-    """What is saved: the model in its wrappers. Calls give the answers after each supervision step."""
+    """The saved model in its wrappers. Calls return the answers after each supervision step."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model of dino65-dev/TRM-Tiny-Recursive-Model, with its RoPE mended and, to compare, as it was."""
+"""The model of dino65-dev/TRM-Tiny-Recursive-Model with a fixed RoPE and, for comparison, the original."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class InterleavedRotaryEmbedding(RotaryEmbedding):
-    """Tables in NeoX layout, rotation of neighbouring channels: the mixture of layouts of the original."""
+    """Tables in NeoX layout with rotation of neighbouring channels, the original's mixture of layouts."""
 
     def forward(self, x: Tensor, seq_len: int) -> Tensor:
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
@@ -47,7 +47,7 @@ class InterleavedRotaryEmbedding(RotaryEmbedding):
 
 
 class FaultyRotaryEmbedding(InterleavedRotaryEmbedding):
-    """As published: the tables [L, E] meet the heads of [B, L, H, E], which works only for L = H."""
+    """As published: applies the tables [L, E] to the heads of [B, L, H, E], which only works for L = H."""
 
     def forward(self, x: Tensor, seq_len: int) -> Tensor:
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
@@ -112,7 +112,7 @@ class TransformerBlock(nn.Module):
 
 
 class TinyRecursiveModel(nn.Module):
-    """Tokens [B, L] to logits [B, L, V] after one supervision step of two cycles."""
+    """Maps tokens [B, L] to logits [B, L, V] with one supervision step of two cycles."""
 
     def __init__(
         self,

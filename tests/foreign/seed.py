@@ -53,7 +53,7 @@ class RecursiveReasoningBase(nn.Module):
 
 
 class TRM(RecursiveReasoningBase):
-    """Tokens [B, L] to logits [B, L, V] after two supervision steps."""
+    """Maps tokens [B, L] to logits [B, L, V] with two supervision steps."""
 
     def __init__(
         self, vocab_size: int = 11, d_model: int = 32, n_heads: int = 4, dropout: float = 0.0
@@ -73,7 +73,7 @@ class TRM(RecursiveReasoningBase):
 
 
 class SequenceTRM(RecursiveReasoningBase):
-    """Context [B, L, D] to [B, L + 1, D], a reasoning token appended behind the padding."""
+    """Maps a context [B, L, D] to [B, L + 1, D], with a reasoning token appended after the padding."""
 
     def __init__(self, d_model: int = 32, n_heads: int = 4, dropout: float = 0.0) -> None:
         super().__init__()

@@ -172,7 +172,7 @@ def test_other_threads_run_while_the_kernels_do(native: ModuleType) -> None:
     assert turns >= 5
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="there is one instruction set")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="there is only one instruction set")
 def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
     """The linker could keep either copy of a function that is compiled for AVX-512 and for all machines."""
     compiler, nm = shutil.which("g++"), shutil.which("nm")

@@ -13,7 +13,7 @@ from trm_kernels import TinyRecursiveNetwork, native_module, reference
 from trm_kernels.backends import native
 
 #: Floats before and after each buffer; the first is a cache line, because torch aligns its allocations.
-BEFORE, BEHIND = 16, 48
+BEFORE, AFTER = 16, 48
 
 
 class Buffers:
@@ -30,7 +30,7 @@ class Buffers:
 
     def take(self, *shape: int) -> Tensor:
         size = math.prod(shape)
-        whole = torch.full((BEFORE + size + BEHIND,), self.canary)
+        whole = torch.full((BEFORE + size + AFTER,), self.canary)
         whole[BEFORE : BEFORE + size] = self.filling
         self.whole.append(whole)
         return whole[BEFORE : BEFORE + size].view(shape)
@@ -40,7 +40,7 @@ class Buffers:
 
     def check(self) -> None:
         for whole in self.whole:
-            around = torch.cat((whole[:BEFORE], whole[-BEHIND:]))
+            around = torch.cat((whole[:BEFORE], whole[-AFTER:]))
             assert torch.equal(around, torch.full_like(around, self.canary))
 
 
@@ -160,5 +160,5 @@ def test_buffers_are_as_large_as_the_sizes_say(family: str, name: str, size: str
         ]
         for key, value in results[0].items():
             assert value.isfinite().all(), key
-            assert torch.equal(value, results[1][key]), f"{key} depends on what was there before"
+            assert torch.equal(value, results[1][key]), f"{key} depends on uninitialised memory"
         assert torch.equal(results[0]["y False"], results[0]["y True"])

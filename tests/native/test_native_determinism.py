@@ -39,7 +39,7 @@ def test_runs_repeat_bit_for_bit(family: str, count: int, memory: str) -> None:
 @pytest.mark.parametrize("family", MIXERS)
 def test_recomputed_calls_change_no_bit(family: str, count: int, dropout: float) -> None:
     if dropout and family not in ("seed", "scratch"):
-        pytest.skip("dropout is of attention weights, and not in the paper's block")
+        pytest.skip("only attention weights have dropout, and the paper's block has none")
     norm = None if "paper" in family else nn.RMSNorm(40, eps=1e-6)
     net = network(family, 40, 2, layers=2, length=40, dropout=dropout).train()
     given, mask = states(7, 40, 40), mask_for(family)

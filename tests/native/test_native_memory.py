@@ -129,7 +129,7 @@ def test_hooks_may_keep_aliases_of_saved_tensors(alias: str) -> None:
     found = torch.autograd.grad(out, parameters)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     del out, found
-    assert ready() > 0, "and the memory comes back"
+    assert ready() > 0, "the memory returns to the pool"
 
 
 def test_a_buffer_returns_with_the_last_alias_of_its_memory() -> None:

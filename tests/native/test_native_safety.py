@@ -117,7 +117,7 @@ def test_a_sample_with_a_nonfinite_number_affects_no_other(family: str, value: f
         assert torch.equal(clean[others], spoiled[others])
     if value != 3e38:
         assert not found[1][0][1, :4].isfinite().all()
-    assert mask is None or not found[1][0][1, 4:].any(), "padding of the spoiled sample"
+    assert mask is None or not found[1][0][1, 4:].any(), "padding of the nonfinite sample"
 
 
 @pytest.mark.parametrize("family", MIXERS)

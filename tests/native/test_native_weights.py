@@ -114,7 +114,7 @@ def test_a_change_of_the_weights_is_seen(change: str, family: str, packs: list[i
         y, _ = latent_recursion(net, x, x, x, 1)
         net.backend = "eager"
         torch.testing.assert_close(y, latent_recursion(net, x, x, x, 1)[0], rtol=1e-4, atol=1e-4)
-    assert len(packs) == 2, "by networks and by recursions, once more"
+    assert len(packs) == 2, "packed once more, for networks and recursions"
 
 
 def test_an_optimizer_of_something_else_costs_no_packing(packs: list[int]) -> None:

@@ -151,7 +151,7 @@ def test_any_shape_and_mask(batch: int, length: int, heads: int, half: int, data
     torch.testing.assert_close(case.ours(qkv), case.eager(qkv.double()).float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 only in the interpreter")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_formula_passes_gradcheck(dropout: float) -> None:
     mask = torch.tensor([[True, False, True], [True, True, True]])
@@ -249,7 +249,7 @@ def test_packed_rows_are_rotated_by_their_position(device: str) -> None:
     torch.testing.assert_close(packing.unpack(found.qkv), leaf.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 only in the interpreter")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_bias_and_a_folded_norm(masked: bool, dropout: float) -> None:

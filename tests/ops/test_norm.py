@@ -77,7 +77,7 @@ def poison_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned)
 
 
-@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 only in the interpreter")
 def test_formula_passes_gradcheck() -> None:
     x, y, z = (torch.randn(2, 3, 8, dtype=FLOAT64, requires_grad=True) for _ in range(3))
     weight = torch.rand(8, dtype=FLOAT64, requires_grad=True)

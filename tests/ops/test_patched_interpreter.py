@@ -14,7 +14,7 @@ from trm_kernels import ops
 pytestmark = pytest.mark.interpreter
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-in_interpreter = pytest.mark.skipif(not ops.INTERPRET, reason="what the interpreter refuses")
+in_interpreter = pytest.mark.skipif(not ops.INTERPRET, reason="only the interpreter rejects these")
 
 #: All cases of rounding a significand: exact, below half, half to even in both directions, above half, with a
 #: carry into the exponent; then subnormals, both zeros, the largest numbers, infinity, and both kinds of NaN.

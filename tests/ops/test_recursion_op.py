@@ -30,7 +30,7 @@ from trm_kernels.ops.mlp import mlp
 from trm_kernels.ops.recursion import recursion
 
 pytestmark = pytest.mark.interpreter
-in_float64 = pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+in_float64 = pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 only in the interpreter")
 
 
 def problem(

@@ -75,7 +75,7 @@ def test_a_column_sum_over_launches(device: str) -> None:
     assert other.total.tolist() == [2.0] * 4
 
 
-@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 in the interpreter only")
+@pytest.mark.skipif(FLOAT64 is None, reason="kernels run in float64 only in the interpreter")
 @pytest.mark.parametrize(
     ("activation", "transposed", "packed"),
     [

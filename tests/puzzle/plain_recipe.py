@@ -1,4 +1,4 @@
-"""A training step of the official recipe, restated without any code of the package: the ground truth."""
+"""A reimplementation of the official training step without code of the package, as ground truth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 @dataclass
 class PlainCarry:
-    """Samples in flight, as the official code carries them."""
+    """The carry of the official code."""
 
     z_H: Tensor
     z_L: Tensor
@@ -83,8 +83,8 @@ def plain_step(
 
     Args:
         weights: Parameters and initial states by the package's names.
-        rows: Puzzle embeddings of the samples in flight [B, E].
-        min_steps: What exploration drew for each sample.
+        rows: Puzzle embeddings of the current samples [B, E].
+        min_steps: Exploration's random minimum steps for each sample.
     """
     halted = carry.halted
     data = {

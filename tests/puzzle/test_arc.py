@@ -1,4 +1,4 @@
-"""ARC: symmetries, tokens, files, splits, and the vote."""
+"""Tests of ARC: symmetries, tokens, files, splits and voting."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_eight_symmetries_are_numbered_as_in_the_official_code() -> None:
 @pytest.mark.parametrize(
     "wrong", [(8, tuple(range(10))), (-1, tuple(range(10))), (0, (0,) * 10), (0, (0, 1))]
 )
-def test_what_is_no_symmetry(wrong: tuple[int, tuple[int, ...]]) -> None:
+def test_invalid_symmetries(wrong: tuple[int, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="is not a symmetry"):
         Transform(*wrong)
 
@@ -80,14 +80,14 @@ def test_tokens_and_end_markers() -> None:
 
 
 @given(GRIDS)
-def test_crop_undoes_encode_whatever_lies_behind_the_end(colours: np.ndarray) -> None:
+def test_crop_inverts_encode_with_any_padding(colours: np.ndarray) -> None:
     canvas = canvas_of(colours)
     (found,) = crop(canvas[None])
     np.testing.assert_array_equal(found, colours)
     (flat,) = crop(canvas.reshape(1, 900).astype(np.int64))
     assert flat.dtype == np.uint8
     np.testing.assert_array_equal(flat, colours)
-    # Padding is never learned, so that anything may be predicted there; the end markers fence it off.
+    # Padding is never trained, so a model may predict anything there; the end markers delimit the grid.
     garbage = np.where(canvas == 0, np.uint8(7), canvas)
     np.testing.assert_array_equal(crop(garbage)[0], colours)
 
@@ -103,7 +103,7 @@ def test_crop_takes_the_largest_rectangle() -> None:
     high = full.copy()
     high[2, 1:] = 12
     shapes = [found.shape for found in crop(np.stack([full, touching, empty, broken, high]))]
-    # Of 29 x 30 and 30 x 29 the one with fewer rows.
+    # Of 29 x 30 and 30 x 29, the one with fewer rows.
     assert shapes == [(30, 30), (29, 30), (0, 0), (10, 2), (2, 30)]
     assert (crop(full)[0] == 3).all()
 
@@ -203,9 +203,9 @@ def test_broken_sources_are_refused(tmp_path: Path) -> None:
     write(solutions, [])
     refused(challenges, r"set_solutions\.json is not an object that maps names to tasks")
     other = ArcTask("flat", FLAT.train, RISE.test)
-    with pytest.raises(InputError, match=r"task flat of b differs from that of a"):
+    with pytest.raises(InputError, match=r"task flat of b differs from the one in a"):
         merged([(Path("a"), [FLAT]), (Path("b"), [other])])
-    # The order of pairs differs between the public sets, and makes no other task.
+    # The order of pairs differs between the public sets, but the tasks are the same.
     turned_round = ArcTask("rise", RISE.train[::-1], RISE.test[::-1])
     assert merged([(Path("a"), [RISE]), (Path("b"), [turned_round])]) == [RISE]
 
@@ -224,7 +224,7 @@ def test_symmetries_are_distinct_and_depend_on_the_task_alone() -> None:
     assert len(rise) == 51 == len({whole(RISE, transform) for transform in rise})
     assert all(transform.colours[0] == 0 for transform in rise)
     assert {transform.dihedral for transform in rise} == set(range(8))
-    # Black cells of 1 x 1 and 1 x 2 can only be turned once.
+    # Black grids of 1 x 1 and 1 x 2 have only one other rotation.
     assert len(flat) == 2
     assert plan_tasks([FLAT, RISE], [], 50, 0).transforms == (flat, rise)
     assert plan_tasks([RISE], [FLAT], 50, 1).transforms[0] != rise
@@ -300,7 +300,7 @@ def test_broken_keys_are_refused(content: Any, tmp_path: Path) -> None:
 def test_votes_count_first_and_probabilities_break_ties() -> None:
     one, two, three = grid("1"), grid("22"), grid("2 2")
     first, second = vote([(one, 0.99), (two, 0.1), (three, 0.4), (two, 0.3), (three, 0.2)])
-    # 2 votes at 0.3 on average, 2 at 0.2, and one that is surer; a grid and its transpose are two candidates.
+    # 2 votes with a mean of 0.3, 2 with 0.2, and 1 with more; a grid and its transpose are two candidates.
     np.testing.assert_array_equal(first, three)
     np.testing.assert_array_equal(second, two)
     first, second = vote([(one, 0.5)])
@@ -322,7 +322,7 @@ def test_ballot_brings_predictions_back() -> None:
     test = plan.splits()["test"]
     inputs, labels, puzzles = test.inputs.numpy(), test.labels.numpy().copy(), test.puzzles.numpy()
     rng = np.random.default_rng(0)
-    # Wrong in its colours, in four of ten predictions, but surer each time.
+    # Wrong colours in four of ten predictions, but with a higher probability each time.
     wrong = rng.random(len(labels)) < 0.4
     labels[wrong] = np.where(labels[wrong] > 2, 13 - labels[wrong], labels[wrong])
     ballot = ballot_of(plan)

@@ -1,4 +1,4 @@
-"""Augmented puzzles are puzzles, and every symmetry comes up."""
+"""Tests that augmented puzzles are valid, and that every symmetry occurs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_augmented_puzzles_keep_to_the_rules(size: int, dtype: torch.dtype, devi
     assert new_inputs.device == inputs.device
     assert not torch.equal(new_inputs, inputs)
     for puzzle, solution, old in zip(new_inputs.tolist(), new_labels.tolist(), inputs.tolist(), strict=True):
-        # Clues that contradict the solution would be a fault: both went through the same symmetry.
+        # Clues that contradict the solution would be a fault, since both get the same symmetry.
         assert solution_fault(tokens_grid(puzzle), tokens_grid(solution), shape) is None
         assert puzzle.count(1) == old.count(1)
         if size == 4:
@@ -64,7 +64,7 @@ def test_augmented_puzzles_keep_to_the_rules(size: int, dtype: torch.dtype, devi
 
 
 def deviation(counts: Counter[Any]) -> float:
-    """Pearson's chi-squared over its degrees of freedom: about 1 where all are as likely."""
+    """Pearson's chi-squared divided by its degrees of freedom: about 1 for a uniform distribution."""
     expected = counts.total() / len(counts)
     return sum((count - expected) ** 2 for count in counts.values()) / expected / (len(counts) - 1)
 
@@ -75,8 +75,8 @@ def test_every_spatial_symmetry_is_as_likely(size: int) -> None:
     augment = augmentation(info_of(size))
     assert augment is not None
     draws = 20 * len(symmetries(shape))
-    # Digits are relabelled, blanks are not: a batch of both for each bit of the cells' numbers shows where
-    # each cell goes, since the same seed draws the same symmetries.
+    # Digits are relabelled and blanks are not. One batch per bit of the cell indices, encoded as digits and
+    # blanks, shows where each cell goes, since the same seed gives the same symmetries.
     cells = torch.arange(shape.cells)
     arrangements = torch.zeros(draws, shape.cells, dtype=torch.uint8)
     for bit in range((shape.cells - 1).bit_length()):
@@ -133,7 +133,7 @@ def test_the_generator_of_torch_decides() -> None:
 
 
 def waits(call: Callable[[], object]) -> set[str]:
-    """The operations of a call whose result, or its shape, depends on values that a device holds."""
+    """The operations of a call whose result or shape depends on values on a device."""
     with torch.autograd.profiler.profile() as profile:
         call()
     return {event.name for event in profile.function_events} & {
@@ -145,7 +145,7 @@ def waits(call: Callable[[], object]) -> set[str]:
 
 
 @pytest.mark.parametrize("info", [info_of(4), info_of(9), PuzzleInfo("maze", 30, 30, 6)])
-def test_nothing_waits_for_the_device(info: PuzzleInfo) -> None:
+def test_does_not_synchronise_with_the_device(info: PuzzleInfo) -> None:
     augment = augmentation(info)
     assert augment is not None
     tokens = torch.ones(7, info.seq_len, dtype=torch.uint8)
@@ -184,7 +184,7 @@ def test_mazes_are_turned_and_flipped() -> None:
     assert len(images) == 8 and min(counts.values()) > 25
 
 
-def test_a_maze_that_is_not_square_keeps_its_shape() -> None:
+def test_non_square_maze_keeps_its_shape() -> None:
     augment = augmentation(PuzzleInfo("maze", 2, 3, 6))
     assert augment is not None
     torch.manual_seed(0)

@@ -73,7 +73,7 @@ def test_mazes_of_a_file_are_held_out_once(tmp_path: Path) -> None:
         split: [format_maze(each) for each, _ in grids(tmp_path / "a", split)] for split in ("train", "test")
     }
     assert (len(texts["train"]), len(texts["test"])) == (8, 4)
-    # The repeated row is in one split, once.
+    # The repeated row is in only one split, once.
     assert len({*texts["train"], *texts["test"]}) == 12
     few = ("--input", path, "--test-samples", 4, "--num-samples", 5, "--seed", 1, "-o", tmp_path / "b")
     run(maze, *few)
@@ -111,7 +111,7 @@ def test_mazes_of_the_hub_keep_their_splits(tmp_path: Path, monkeypatch: pytest.
         (("--size", "2"), "must be at least 3, not 2"),
     ],
 )
-def test_options_that_do_not_go_together(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_incompatible_options(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     result = run(maze, *arguments, "-o", tmp_path / "a")
     assert result.exit_code == 2 and message in " ".join(result.output.split())
     assert not (tmp_path / "a").exists()
@@ -141,7 +141,7 @@ def test_arc_tasks_fill_a_folder(tmp_path: Path) -> None:
     result = run(arc, learned, "--evaluation", tested, "--augment", 4, "-o", output)
     assert result.exit_code == 0, result.output
     assert "held out, since --evaluation has them too: 1 of PATH" in result.output
-    # a: two pairs; both and b: one each to learn from, and two and one to be tested with; 5 symmetries.
+    # a: two pairs; both and b: one training pair each, and two and one test pairs; 5 symmetries.
     assert "tasks: 3, with their symmetries 15; 20 pairs to train on, 15 held out; 0.0 GB" in result.output
     info, key = read_info(output), read_arc(output)
     assert (info.task, info.vocab_size, info.num_puzzles, info.seq_len) == ("arc", 12, 16, 900)
@@ -151,7 +151,7 @@ def test_arc_tasks_fill_a_folder(tmp_path: Path) -> None:
     assert (len(trained), len(held_out)) == (20, 15)
     names = {key.identifiers[number][0] for number in held_out.puzzles.tolist()}
     assert names == {"b", "both"}
-    # What the test asks is never learned from: the colours 5 and 6 of "both" under the identity.
+    # The test questions are never trained on: the colours 5 and 6 of "both" under the identity.
     (identity,) = (
         number
         for number, entry in enumerate(key.identifiers)
@@ -169,13 +169,13 @@ def test_arc_without_evaluation_holds_out_the_tests_of_all(tmp_path: Path) -> No
 
 
 def learned_questions(folder: Path) -> set[int]:
-    """Which numbers of :func:`task` are learned, of tasks without symmetries."""
+    """The numbers of :func:`task` in the training data, for tasks without symmetries."""
     found = read_split(folder, "train").inputs
     return {number for number in range(2, 10) if bool((found == number + FIRST_COLOUR).any())}
 
 
 def shuffled(content: dict[str, Any]) -> dict[str, Any]:
-    """The same task with a test in front, and a demonstration among the tests."""
+    """The same task with a test pair among the demonstrations, and a demonstration among the tests."""
     pairs = [*content["train"], *content["test"]]
     return {"train": pairs[-1:], "test": pairs[:-1]}
 
@@ -185,7 +185,7 @@ def shuffled(content: dict[str, Any]) -> dict[str, Any]:
     [
         lambda content: content,
         shuffled,
-        # Its tests are others: it is the task that is held out all the same.
+        # Its tests differ, but it is still the held-out task.
         lambda content: {**content, "test": task(9, 9)["test"]},
         # It has one test in common with it.
         lambda content: {**task(9, 9), "test": content["test"][-1:]},
@@ -207,7 +207,7 @@ def test_arc_holds_out_a_task_under_another_name(twin: Any, solved: bool, tmp_pa
     assert {entry[0] for entry in read_arc(tmp_path / "out").identifiers if entry} == {"a", "original"}
 
 
-def test_arc_shows_no_test_of_another_task(tmp_path: Path) -> None:
+def test_arc_trains_on_no_test_of_another_task(tmp_path: Path) -> None:
     folder = tasks(tmp_path / "tasks", a=task(2, 3), b=shuffled(task(2, 3)), c=task(7, 8))
     result = run(arc, folder, "--augment", 0, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -217,7 +217,7 @@ def test_arc_shows_no_test_of_another_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("solved", [True, False])
-def test_arc_shows_no_test_of_its_own_task(solved: bool, tmp_path: Path) -> None:
+def test_arc_trains_on_no_test_of_the_same_task(solved: bool, tmp_path: Path) -> None:
     own = task(2, 2, 3)
     if not solved:
         own["test"] = [{"input": pair["input"]} for pair in own["test"]]
@@ -261,7 +261,7 @@ def test_mazes_of_a_data_set_that_are_held_out_are_not_trained_on(
         run(maze, "--dataset", "some/mazes", "-o", tmp_path / "other")
 
 
-def test_arc_says_what_is_missing(tmp_path: Path) -> None:
+def test_arc_reports_missing_augmentations(tmp_path: Path) -> None:
     folder = tasks(tmp_path / "tasks", a=task(2, 3, solved=False))
     black = {"input": [[0]], "output": [[0]]}
     flat = tasks(tmp_path / "flat", flat={"train": [black], "test": [black]})

@@ -79,7 +79,7 @@ def test_from_the_hub(tmp_path: Path, csv_file: Path, monkeypatch: pytest.Monkey
     datasets = pytest.importorskip("datasets")
     rows = [line.split(",") for line in csv_file.read_text().split()[1:]]
     columns = [dict(zip(("question", "answer", "rating"), row, strict=True)) for row in rows]
-    # One of the test split is a training puzzle too.
+    # One puzzle of the test split is also a training puzzle.
     splits = datasets.DatasetDict(
         train=datasets.Dataset.from_list(columns[:20]), test=datasets.Dataset.from_list(columns[19:])
     )

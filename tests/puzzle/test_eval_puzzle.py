@@ -1,4 +1,4 @@
-"""``llm-trm eval puzzle``: what it counts, what it asks the model, and what it refuses."""
+"""Tests of ``llm-trm eval puzzle``: its counts, its calls of the model, and its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llm_trm.models.puzzle.paper import Prediction, PuzzleTRM, PuzzleTRMConfig, 
 from tests.puzzle.toy import drawn_alike
 
 PUZZLES, MAX_STEPS = 12, 4
-#: Of 9 solved puzzles in 12, as R's prop.test(9, 12, correct = FALSE) gives it.
+#: For 9 solved puzzles of 12, from R's prop.test(9, 12, correct = FALSE).
 INTERVAL_9_OF_12 = (0.4676947, 0.9110583)
 
 
@@ -80,7 +80,7 @@ Answer = Callable[[Tensor, dict[str, Any]], Prediction]
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[dict[str, Any]]:
-    """Make models answer so; gives the options of every call, with the number of puzzles, to come."""
+    """Replace the models' answers. Returns a list that records the options and puzzles of every call."""
     calls: list[dict[str, Any]] = []
 
     def predict(self: PuzzleTRM, tokens: Tensor, puzzles: Tensor, **options: Any) -> Prediction:
@@ -110,7 +110,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def nine_of_twelve(split: PuzzleSplit) -> Answer:
-    """Three puzzles get a wrong last cell; the head knows of one of them."""
+    """Three puzzles get a wrong last cell; the halting head detects one of them."""
     solve = solutions_of(split)
     order = {bytes(row.tolist()): place for place, row in enumerate(split.inputs)}
 
@@ -124,7 +124,7 @@ def nine_of_twelve(split: PuzzleSplit) -> Answer:
     return answer
 
 
-def test_table_and_file_say_the_same(
+def test_table_and_file_agree(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
     answering(monkeypatch, nine_of_twelve(read_split(data, "test")))
@@ -172,7 +172,7 @@ def test_one_mode_alone(checkpoint: Path, tmp_path: Path, option: str) -> None:
     assert found["speedup"] is None
 
 
-def test_tries_are_noisy_but_for_the_first_and_the_surest_counts(
+def test_all_attempts_except_the_first_have_noise(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
     solve = solutions_of(read_split(data, "test"))
@@ -180,7 +180,7 @@ def test_tries_are_noisy_but_for_the_first_and_the_surest_counts(
 
     def answer(tokens: Tensor, options: dict[str, Any]) -> Prediction:
         number = tried[len(tokens)] = tried.get(len(tokens), 0) + 1
-        # Of three tries, the second is right and sure; the first call warms up.
+        # The second of three attempts is right and confident; the first call is a warm-up.
         is_right = number == 3
         found = solve(tokens) if is_right else torch.ones_like(tokens).long()
         logits = torch.full((len(tokens),), 3.0 if is_right else -number)
@@ -216,7 +216,7 @@ def test_samples_are_drawn_with_the_seed(data: Path) -> None:
     assert len(draw_puzzles(split, 100, seed=0)) == PUZZLES
 
 
-def test_samples_limit_what_is_asked(checkpoint: Path, tmp_path: Path) -> None:
+def test_samples_limit_the_puzzles(checkpoint: Path, tmp_path: Path) -> None:
     found = figures(tmp_path, "--checkpoint", checkpoint, "--halting", "--samples", "5")
     assert found["puzzles"] == found["modes"][0]["puzzles"] == 5
 
@@ -228,7 +228,7 @@ def test_puzzles_without_answers_do_not_count(data: Path) -> None:
 
 
 class Arc:
-    """Three tasks of two tests each, under three symmetries besides their own, and a model for them."""
+    """Three tasks with two tests each, under three more symmetries, and a model for them."""
 
     def __init__(self, folder: Path) -> None:
         rng = random.Random(0)
@@ -249,11 +249,11 @@ class Arc:
         self.checkpoint = save(network, folder / "run", **facts)
 
     def answer(self, tokens: Tensor, options: dict[str, Any]) -> Prediction:
-        """Task a: right in half of the copies, unlike each other in the rest. b: right once. c: never."""
+        """Task a: right in half of the copies, and different answers in the rest. b: right once. c: never."""
         found = solutions_of(self.split)(tokens)
         for row, puzzle in enumerate(options["ids"].tolist()):
             name, copy = self.plan.identifiers()[puzzle][0], (puzzle - 1) % 4
-            # A wrong answer of so many cells of a colour that is in no answer's place.
+            # A wrong answer with this many cells of a colour that no answer has there.
             if (name, copy) not in (("a", 0), ("a", 1), ("b", 3)):
                 found[row] = 0
                 found[row, : 1 if name == "b" else copy + 1] = 2
@@ -270,7 +270,7 @@ def test_copies_of_arc_tasks_vote(monkeypatch: pytest.MonkeyPatch, arc: Arc, tmp
     found = figures(tmp_path, "--checkpoint", arc.checkpoint, "--halting", "--batch-size", "7")
     assert sum(call["puzzles"] for call in calls) == 3 * 2 * 4
     (mode,) = found["modes"]
-    # Of b, three copies agree on a wrong black cell, and the right answer is the second attempt.
+    # For b, three copies agree on a wrong black cell, and the right answer is the second attempt.
     assert mode["arc"] == {"inputs": pytest.approx(2 / 3), "tasks": pytest.approx(2 / 3), "scored": 6}
     assert mode["exact"] == pytest.approx(3 / 12)
     result = run("--checkpoint", arc.checkpoint, "--halting")
@@ -322,7 +322,7 @@ def test_refuses_a_folder_without_answers(checkpoint: Path, data: Path, tmp_path
     refused(run("--checkpoint", checkpoint, "--data", tmp_path / "blank"), "no test puzzles with answers")
 
 
-def test_refuses_arc_identifiers_that_nothing_explains(arc: Arc, tmp_path: Path) -> None:
+def test_rejects_unknown_arc_identifiers(arc: Arc, tmp_path: Path) -> None:
     folder = Arc(tmp_path).data
     content = json.loads((folder / "arc.json").read_text())
     del content["tests"]["b"]

@@ -1,4 +1,4 @@
-"""The order in which training goes through its puzzles."""
+"""Tests of the order of training puzzles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLES = 24
 
 
 def feed(puzzles: Tensor, batch_size: int, seed: int = 0) -> Feed:
-    """Grids of one cell, which says which sample it is."""
+    """Grids of one cell, which identifies the sample."""
     cells = torch.arange(len(puzzles), dtype=torch.uint8)[:, None]
     return Feed(PuzzleSplit(cells, cells, puzzles.int()), batch_size, seed, None)
 

@@ -1,4 +1,4 @@
-"""Mazes: generation, shortest paths, what is wrong with an answer, and files."""
+"""Tests of mazes: generation, shortest paths, faults of answers, and files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ANSWER = "So#\n o#\n#oG"
 
 
 def paths_by_enumeration(maze: np.ndarray) -> list[int]:
-    """Steps of every path that visits no cell twice: an independent ground truth for small mazes."""
+    """Lengths of all paths that visit no cell twice, as independent ground truth for small mazes."""
     goal, found = tuple(np.argwhere(maze == GOAL)[0]), []
 
     def walk(row: int, column: int, visited: frozenset[tuple[int, int]]) -> None:
@@ -86,13 +86,13 @@ def test_generated_mazes_have_one_shortest_path_which_is_the_answer(
 def test_hard_mazes_take_more_than_110_steps() -> None:
     mazes = generate_mazes(30, 30, {"train": 4}, min_path=default_min_path(30, 30))["train"]
     assert all(shortest_path(maze) > 110 and solution_fault(maze, answer) is None for maze, answer in mazes)
-    # Some have loops: were all of them trees, one could not tell a shortest path from any.
+    # Some have loops; in a tree every path would be a shortest path.
     cells = [maze != WALL for maze, _ in mazes]
     edges = [(open_[1:] & open_[:-1]).sum() + (open_[:, 1:] & open_[:, :-1]).sum() for open_ in cells]
     assert any(edge >= open_.sum() for edge, open_ in zip(edges, cells, strict=True))
 
 
-def test_no_maze_is_another_one_turned_and_the_seed_decides() -> None:
+def test_mazes_are_distinct_under_symmetries_and_follow_the_seed() -> None:
     def drawn(train: int, seed: int) -> dict[str, list[Any]]:
         return generate_mazes(5, 5, {"test": 40, "train": train}, min_path=4, seed=seed)
 
@@ -100,13 +100,13 @@ def test_no_maze_is_another_one_turned_and_the_seed_decides() -> None:
     classes = [symmetry_class(maze) for mazes in first.values() for maze, _ in mazes]
     assert len(set(classes)) == len(classes) == 240
     again, other = drawn(60, 0), drawn(60, 1)
-    # Neither the held-out mazes nor the first training ones depend on how many are trained on.
+    # Neither the held-out mazes nor the first training mazes depend on the number of training mazes.
     np.testing.assert_array_equal(again["test"], first["test"])
     np.testing.assert_array_equal(again["train"], first["train"][:60])
     assert not np.array_equal(other["test"], first["test"])
 
 
-def test_symmetry_classes_and_what_is_distinct() -> None:
+def test_symmetry_classes_and_distinct_mazes() -> None:
     maze = parse_maze("S  #\n  G#")
     turned = [np.rot90(grid, quarter) for grid in (maze, np.fliplr(maze)) for quarter in range(4)]
     assert {symmetry_class(grid) for grid in turned} == {symmetry_class(maze)}
@@ -151,7 +151,7 @@ def test_faults_of_answers(answer: str, fault: str | None) -> None:
     assert (found is None) if fault is None else (found is not None and found.startswith(fault))
 
 
-def test_a_detour_is_no_shortest_path() -> None:
+def test_detour_is_not_a_shortest_path() -> None:
     maze, detour = parse_maze("S G\n   "), parse_maze("S G\nooo")
     assert solution_fault(maze, detour) == "the path is not a shortest one: it takes 4"
 
@@ -247,7 +247,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_hub_data_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    # Its own reading of the file format, cells that are spaces included; only the download is left out.
+    # Uses the real file reader, including cells that are spaces; only the download is replaced.
     cache = str(tmp_path / "cache")
     path = write_csv(
         tmp_path / "test.csv", [(as_line(MAZE), as_line(ANSWER)), ("   \n   \nS G", "   \n   \nSoG")]
@@ -263,7 +263,7 @@ def test_hub_data_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.M
     assert [format_maze(answer) for _, answer in mazes] == [ANSWER, "   \n   \nSoG"]
 
 
-def test_hub_data_that_is_out_of_reach_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_or_invalid_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def unreachable(*_: Any, **__: Any) -> Any:

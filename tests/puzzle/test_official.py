@@ -1,4 +1,4 @@
-"""Official checkpoints: the same function, every bit both ways, and what is refused."""
+"""Tests of official checkpoints: the same function, lossless conversion, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def options(config: Config) -> dict[str, Any]:
-    """What the tensors of a checkpoint may not tell."""
+    """The options that a checkpoint's tensors may not determine."""
     return {
         "positions": "none" if config.mlp_t else config.pos_encodings,
         "heads": config.num_heads,
@@ -114,7 +114,7 @@ def test_official_to_ours_and_back_keeps_every_bit(kind: str, prefix: str, tmp_p
         tmp_path / "step_7",
         lambda content: {prefix + name.removeprefix(PREFIX): tensor for name, tensor in content.items()},
     )
-    # Another stream than in training, and through a folder: neither may cost what the file had.
+    # Neither another stream dtype than in training nor saving to a folder may lose precision.
     for dtype in ("bfloat16", "float32"):
         model, facts = read_official(path, **options(KINDS[kind]), dtype=dtype)
         folder = tmp_path / dtype
@@ -129,7 +129,7 @@ def test_official_to_ours_and_back_keeps_every_bit(kind: str, prefix: str, tmp_p
 
 
 def test_unusual_dtypes_come_back(tmp_path: Path) -> None:
-    """A checkpoint that someone halved."""
+    """A checkpoint that was converted to half precision."""
     path = saved(
         Config(), tmp_path / "half", lambda content: {name: tensor.half() for name, tensor in content.items()}
     )
@@ -159,7 +159,7 @@ def test_ours_to_official_and_back_keeps_every_bit(mixer: Any, dtype: Any, tmp_p
     )
     model = PuzzleTRM(config)
     model.puzzle_emb.weights.normal_()
-    # Rows of a larger storage, of which torch.save would write the whole.
+    # Rows of a larger storage, which torch.save would write completely.
     larger = torch.zeros(100_000, 16)
     larger[:6] = model.lm_head.weight.detach()
     model.lm_head.weight.data = larger[:6]
@@ -167,7 +167,7 @@ def test_ours_to_official_and_back_keeps_every_bit(mixer: Any, dtype: Any, tmp_p
     wide = write_official(model, path)
     content = load(path)
     states = {content[f"{PREFIX}{name}"].dtype for name in ("H_init", "L_init")}
-    # bfloat16 where that is lossless; float32 otherwise, rather than other bits.
+    # bfloat16 if that is lossless, otherwise float32.
     assert states == ({torch.float32} if wide or dtype == "float32" else {torch.bfloat16})
     assert path.stat().st_size < 1.5 * sum(tensor.nbytes for tensor in content.values()) + 20_000
 
@@ -186,7 +186,7 @@ def test_ours_to_official_and_back_keeps_every_bit(mixer: Any, dtype: Any, tmp_p
     assert same_bits(back.state_dict(), model.state_dict())
 
 
-def test_states_that_do_not_fit_are_written_wide(tmp_path: Path) -> None:
+def test_lossy_states_are_written_in_float32(tmp_path: Path) -> None:
     model = PuzzleTRM(PuzzleTRMConfig(6, 16, d_model=16, n_heads=2, puzzle_dim=16, dtype="bfloat16"))
     model.y_init.fill_(1.0 / 3.0)
     model.z_init.fill_(0.25)
@@ -255,7 +255,7 @@ def test_refused_checkpoints(change: Callable[[dict[str, Tensor]], Any], said: s
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("step")
     empty = tmp_path / "empty"
@@ -301,7 +301,7 @@ def test_refused_options(kind: str, changed: dict[str, Any], said: str, tmp_path
 
 
 def write_yaml(folder: Path, **changed: Any) -> None:
-    """As the official code does, of the first kind of model."""
+    """Save the first kind of model as the official code does."""
     arch = {
         "name": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1",
         "loss": {"name": "losses@ACTLossHead", "loss_type": "stablemax_cross_entropy"},
@@ -327,7 +327,7 @@ def write_yaml(folder: Path, **changed: Any) -> None:
     (folder / "all_config.yaml").write_text(json.dumps(content))
 
 
-def test_configuration_beside_the_checkpoint(tmp_path: Path) -> None:
+def test_configuration_next_to_the_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     path = saved(Config(), tmp_path / "step_7")
     write_yaml(tmp_path)
@@ -338,7 +338,7 @@ def test_configuration_beside_the_checkpoint(tmp_path: Path) -> None:
     assert facts["origins"]["n_heads"] == "all_config.yaml"
     assert facts["origins"]["d_model"] == "its tensors"
     assert facts["origins"]["seq_len"] == "--seq-len"
-    # The caller wins.
+    # The caller's value takes precedence.
     model, facts = read_official(path, seq_len=9, max_steps=5, heads=2)
     assert (model.config.max_steps, model.config.n_heads) == (5, 2)
     assert facts["origins"]["max_steps"] == "--max-steps"
@@ -404,10 +404,10 @@ def test_commands_there_and_back(tmp_path: Path) -> None:
     result = run("export", "official", tmp_path / "model", "-o", back)
     assert result.exit_code == 0, result.stderr
     assert same_bits(load(back), load(path))
-    # A second one finds the configuration that the first one wrote.
+    # A second export finds the configuration of the first.
     assert run("export", "official", tmp_path / "model", "-o", tmp_path / "out" / "step_8").exit_code == 0
 
-    # What was exported says all that an import needs.
+    # An export contains everything that an import needs.
     pytest.importorskip("yaml")
     result = run("import", "official", back, "-o", tmp_path / "again")
     assert result.exit_code == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The optimizers of the paper's recipe against plain loops, and inside the training step."""
+"""Tests of the paper's optimizers against plain loops, and in the training step."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plain_adam_atan2(
     a: float,
     b: float,
 ) -> float:
-    """One number's way through the steps."""
+    """The values of one parameter over the steps."""
     m = v = 0.0
     for t, gradient in enumerate(gradients, start=1):
         m = betas[0] * m + (1 - betas[0]) * gradient
@@ -106,7 +106,7 @@ def test_adam_atan2_equals_a_plain_loop(lr_is_tensor: bool) -> None:
         assert not torch.equal(parameter.detach(), first)
 
 
-def test_the_defaults_are_those_of_the_paper() -> None:
+def test_defaults_match_the_paper() -> None:
     (group,) = AdamATan2(some_parameters()).param_groups
     assert (group["betas"], group["a"], group["b"]) == ((0.9, 0.95), 1.0, 1.0)
 
@@ -155,7 +155,7 @@ def test_parameters_without_gradient_stay_and_do_not_count() -> None:
     give_gradients([one, two], 1)
     optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in (one, two)] == [2, 1]
-    # Its first step with a gradient moves a parameter by lr * pi / 4, whatever the gradient is.
+    # The first step with a gradient moves a parameter by lr * pi / 4, for any gradient.
     assert two.grad is not None
     expected = 0.999 - 0.1 * math.pi / 4 * two.grad.sign()
     torch.testing.assert_close(two.detach(), expected)
@@ -225,7 +225,7 @@ def filled(batch_size: int, rows: int = PUZZLES, width: int = 3) -> SparseEmbedd
     return embedding
 
 
-def test_the_embedding_is_a_table_of_zeros_that_is_no_parameter() -> None:
+def test_embedding_is_a_zero_buffer() -> None:
     embedding = SparseEmbedding(5, 3)
     embedding.allocate(2)
     assert not list(embedding.parameters())
@@ -281,7 +281,7 @@ def test_sign_sgd_equals_a_plain_loop(lr_is_tensor: bool) -> None:
         scale = torch.randn_like(out)
         scale[0, 0] = 0.0
         if ids[0] == 3:
-            # Sums that are zero, and sums whose sign is not that of their parts.
+            # Sums that are zero, and sums whose sign differs from their parts.
             scale[[0, 2, 5], 1] = torch.tensor([1.0, -0.5, -0.5])
             scale[[0, 2, 5], 2] = torch.tensor([1.0, 1.0, -3.0])
         (out * scale).sum().backward()
@@ -322,7 +322,7 @@ def test_the_sum_of_near_opposites_has_the_right_sign() -> None:
     assert embedding.weights.item() == 1.0
 
 
-def test_rows_allocated_anew_need_a_new_optimizer() -> None:
+def test_reallocated_rows_need_a_new_optimizer() -> None:
     embedding = SparseEmbedding(4, 2)
     with pytest.raises(ValueError, match="allocate"):
         SparseSignSGD([embedding])
@@ -339,7 +339,7 @@ def test_rows_allocated_anew_need_a_new_optimizer() -> None:
 
 
 class Puzzler(nn.Module):
-    """Names the puzzle at every position, which the puzzle's embedding alone can tell."""
+    """The answer is the puzzle's identifier at every position, which only its embedding encodes."""
 
     def __init__(self, batch: int = BATCH) -> None:
         super().__init__()
@@ -363,7 +363,7 @@ def batches(device: str = "cpu") -> Iterator[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(1)
     while True:
         tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
-        # Of 7 puzzles the last two are never seen; with 5 for 4 slots, some come twice.
+        # The last two of 7 puzzles are never seen; some of the other 5 occur twice in 4 slots.
         ids = torch.randint(PUZZLES - 2, (BATCH,), generator=generator, dtype=torch.int32)
         labels = ids.long()[:, None].repeat(1, LENGTH)
         yield tokens.to(device), labels.to(device), ids.to(device)
@@ -408,7 +408,7 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_steps_with_both_optimizers_equal_a_loop_with_the_whole_table(captured: bool) -> None:
-    """One deep recursion a batch; the table gets a dense gradient, and used rows a plain update."""
+    """One deep recursion per batch; the table gets a dense gradient, and used rows a plain update."""
     model = Puzzler()
     other = copy.deepcopy(model)
     table = torch.zeros(PUZZLES, WIDTH, requires_grad=True)
@@ -432,7 +432,7 @@ def test_steps_with_both_optimizers_equal_a_loop_with_the_whole_table(captured: 
     cache = recorded() if captured else GraphCache()
     before = copy.deepcopy(model)
     losses = train(step_of(model, joint(model), max_steps=1, cache=cache, capture=captured), 12)
-    # The learning rate is a number there and a float32 tensor here.
+    # The learning rate is a Python float there and a float32 tensor here.
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -465,7 +465,7 @@ def test_captured_steps_are_the_plain_ones() -> None:
     assert status.fallbacks == {"warming up for a capture": 3}
 
 
-def test_nothing_but_the_device_keeps_the_pair_from_a_capture() -> None:
+def test_only_the_device_prevents_a_capture() -> None:
     model = Puzzler()
     optimizer = joint(model)
     assert capturable.refusal(optimizer) is None
@@ -494,7 +494,7 @@ def _not_capturable(optimizer: JointOptimizer) -> None:
         (_not_capturable, "without capturable"),
     ],
 )
-def test_what_keeps_a_part_keeps_the_joint_optimizer(
+def test_joint_optimizer_follows_the_parts_restrictions(
     spoil: Callable[[JointOptimizer], None], reason: str
 ) -> None:
     optimizer = joint(Puzzler())
@@ -559,7 +559,7 @@ def test_a_flag_that_is_not_set_changes_nothing() -> None:
     assert_same(model, other)
 
 
-def test_steps_read_nothing_on_the_host() -> None:
+def test_steps_do_not_synchronise_with_the_host() -> None:
     model = Puzzler()
     step = step_of(model, joint(model), skip_nonfinite=True, supervision_steps=2, capture=False)
     data = next(batches())
@@ -681,7 +681,7 @@ def test_gpu_captured_steps_are_the_plain_ones(options: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("flagged", [False, True])
-def test_gpu_optimizers_wait_for_nothing(flagged: bool) -> None:
+def test_gpu_optimizers_do_not_synchronise(flagged: bool) -> None:
     model = Puzzler().cuda()
     optimizer = joint(model)
     if flagged:

@@ -1,4 +1,4 @@
-"""The paper's model: its size, its predictions, its files."""
+"""Tests of the paper's model: its size, its predictions, its files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(bias: float = 0.0, **options: Any) -> PuzzleTRM:
         "n_deep_recursions": 1,
         "max_steps": 5,
     }
-    # Of seeds 0 to 11 the one with samples that halt at each of the five steps.
+    # The only one of seeds 0 to 11 with samples that halt at each of the five steps.
     model = drawn_alike(PuzzleTRM(PuzzleTRMConfig(VOCABULARY, CELLS, 3, **sizes | options)).eval(), seed=7)
     with torch.no_grad():
         model.q_head.weight.normal_()
@@ -56,7 +56,7 @@ def test_compaction_changes_neither_predictions_nor_exit_steps() -> None:
     torch.testing.assert_close(compact.halt_logits, whole.halt_logits)
 
 
-def test_a_sample_halts_for_itself_and_keeps_that_answer() -> None:
+def test_sample_halts_on_its_own_and_keeps_its_answer() -> None:
     model, (tokens, puzzles) = build(bias=-1.5), batch()
     found = model.predict(tokens, puzzles)
     steps = list(islice(model.trace(tokens, puzzles), model.config.max_steps))
@@ -103,7 +103,7 @@ def test_the_surest_of_several_tries_counts() -> None:
     assert len(set(logits.argmax(0).tolist())) > 1
 
 
-def test_scores_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (tokens, puzzles) = build(bias=-1.5), batch(20)
     answers = model.predict(tokens, puzzles).tokens.clamp_min(1).to(torch.uint8)
     answers[:7] = torch.randint(1, VOCABULARY, (7, CELLS))
@@ -164,6 +164,6 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"puzzle_dim": 17}, {"mixer": "tokens"}, {"max_steps": 0}, {"n_latent_steps": 0}]
 )
-def test_sizes_that_make_no_model(options: dict[str, Any]) -> None:
+def test_invalid_sizes(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be|does not fit"):
         build(**options)

@@ -1,4 +1,4 @@
-"""Data that a model was trained on is known by its content: what changed since is refused, or said."""
+"""Tests that changed training data is detected by its content, and rejected or reported."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from llm_trm.train.run.checkpoints import Checkpoints
 from tests.puzzle.toy import toy_config, write_toy
 
-#: A model without embeddings of puzzles.
+#: A model without puzzle embeddings.
 PLAIN = {"puzzle_dim": 0, "puzzle_len": 0}
 
 
 def rewrite(folder: Path, change: Callable[[PuzzleSplit], PuzzleSplit]) -> None:
-    """Write the training puzzles of ``folder`` anew."""
+    """Rewrite the training puzzles of ``folder``."""
     splits = {"train": change(read_split(folder, "train")), "test": read_split(folder, "test")}
     write_puzzles(folder, read_info(folder), splits)
 
@@ -38,7 +38,7 @@ def renumbered(split: PuzzleSplit) -> PuzzleSplit:
 
 
 def swapped(split: PuzzleSplit) -> PuzzleSplit:
-    """Two cells of a question change places: other puzzles, with the count and the sum that they had."""
+    """Swap two cells of a question: different puzzles with the same count and sum."""
     inputs = split.inputs.clone()
     inputs[:, :2] = inputs[:, :2].flip(1)
     return PuzzleSplit(inputs, split.labels, split.puzzles)
@@ -65,13 +65,13 @@ def test_repeated_questions() -> None:
 
 
 def trained(folder: Path, **options: object) -> Path:
-    """A run of three steps on the toy in ``folder``."""
+    """Run three steps on the toy in ``folder``."""
     PuzzleTrainer(toy_config(folder, steps=3, eval_every=3, **options)).train()
     return folder / "run"
 
 
 def make_old(run: Path) -> None:
-    """Let the checkpoints of a run say as little of their data as they did before there were digests."""
+    """Remove the data digests from the checkpoints of a run, as in older checkpoints."""
     data = read_split(run.parent, "train")
     tokens = int(data.inputs.sum()) + int(data.labels.sum())
     folder = Checkpoints(run).last
@@ -83,7 +83,7 @@ def make_old(run: Path) -> None:
 
 
 @CHANGES
-def test_a_run_goes_on_with_its_own_data_alone(
+def test_run_resumes_only_with_its_own_data(
     change: Callable[[PuzzleSplit], PuzzleSplit], tmp_path: Path
 ) -> None:
     trained(write_toy(tmp_path))
@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_its_own_data_alone(
             PuzzleTrainer(config)
 
 
-def test_a_run_goes_on_with_its_own_tests(tmp_path: Path) -> None:
+def test_run_resumes_only_with_its_own_tests(tmp_path: Path) -> None:
     trained(write_toy(tmp_path))
     splits = {"train": read_split(tmp_path, "train"), "test": reordered(read_split(tmp_path, "test"))}
     write_puzzles(tmp_path, read_info(tmp_path), splits)
@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_its_own_tests(tmp_path: Path) -> None:
         PuzzleTrainer(toy_config(tmp_path, steps=3, eval_every=3, resume=True))
 
 
-def test_runs_of_before_are_begun_anew(tmp_path: Path) -> None:
+def test_older_runs_start_again(tmp_path: Path) -> None:
     make_old(trained(write_toy(tmp_path)))
     with pytest.raises(InputError, match=r"was begun before checkpoints said what .*--overwrite"):
         PuzzleTrainer(toy_config(tmp_path, steps=3, eval_every=3, resume=True))
@@ -122,7 +122,7 @@ def refused(result: Result, *words: str) -> None:
 
 
 def mazes(folder: Path) -> Path:
-    """The toy under the name of a kind that is evaluated without a key of its own, as ARC's is not."""
+    """The toy as a task that, unlike ARC, is evaluated without a key file."""
     info = replace(read_info(write_toy(folder)), task="maze")
     write_puzzles(folder, info, {name: read_split(folder, name) for name in ("train", "test")})
     return folder
@@ -147,14 +147,14 @@ def test_embeddings_belong_to_the_puzzles_of_training(
     refused(evaluate(run), "may have another order", "train it again")
 
 
-def test_puzzles_written_anew_may_be_those_of_training(tmp_path: Path) -> None:
+def test_rewritten_puzzles_may_be_training_puzzles(tmp_path: Path) -> None:
     data = mazes(tmp_path / "data")
     run = trained(data, **PLAIN)
     result = evaluate(run)
     assert result.exit_code == 0 and not result.stderr, result.output
     other = mazes(tmp_path / "other")
     learned = read_split(data, "train")
-    # Five puzzles and one of them again, and four that were not trained on.
+    # Five puzzles, one of them twice, and four that were not trained on.
     inputs = torch.cat((learned.inputs[:5], learned.inputs[:1], learned.inputs.flip(1)[5:9]))
     mixed = PuzzleSplit(inputs, learned.labels[:10], learned.puzzles[:10])
     write_puzzles(other, read_info(other), {"train": read_split(other, "test"), "test": mixed})
@@ -175,7 +175,7 @@ def test_puzzles_written_anew_may_be_those_of_training(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "no longer exists: these puzzles may have been" in result.stderr
 
 
-def test_training_says_which_tests_it_repeats(tmp_path: Path) -> None:
+def test_training_reports_repeated_test_puzzles(tmp_path: Path) -> None:
     data = mazes(tmp_path / "data")
     learned = read_split(data, "train")
     test = PuzzleSplit(learned.inputs[:4], learned.labels[:4], learned.puzzles[:4])

@@ -1,4 +1,4 @@
-"""A training step equals the official recipe, restated plainly, in float64."""
+"""Tests that a training step equals a plain reimplementation of the official recipe in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH, PUZZLES, VOCABULARY, CELLS = 6, 4, 5, 7
 
 
 class Recorder(SGD):
-    """Changes nothing, and keeps the gradients that it was given."""
+    """Changes nothing, and stores the gradients."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__(parameters, lr=0.0)
@@ -45,7 +45,7 @@ def build(**options: Any) -> PuzzleTRM:
     model = PuzzleTRM(config, backend="eager").double()
     model.dtype = torch.float64
     with torch.no_grad():
-        # As initialised all halting logits are -5, and all embeddings 0.
+        # Initially all halting logits are -5, and all embeddings are 0.
         model.q_head.weight.normal_()
         model.q_head.bias.zero_()
         if model.config.puzzle_dim:
@@ -150,13 +150,13 @@ def test_stablemax_and_its_gradient() -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_stablemax_gradient_is_finite_where_a_branch_has_its_pole() -> None:
+def test_stablemax_gradient_is_finite_at_poles() -> None:
     logits = torch.tensor([[[1.0, -1.0, 0.0, 1e30]]]).requires_grad_()
     stablemax_cross_entropy(logits, torch.tensor([[2]])).sum().backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
-def test_stablemax_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stablemax_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [widest(torch.device(kind)) for kind in ("cpu", "cuda")] == [torch.float64] * 2
     assert widest(torch.device("mps")) == torch.float32
     logits, labels = torch.randn(3, 9, 6), torch.randint(0, 6, (3, 9))

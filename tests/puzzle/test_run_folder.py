@@ -1,4 +1,4 @@
-"""A run's folder that is broken: the remedy names the command that would write a whole one."""
+"""Tests that the error for an invalid run folder names the command that writes a complete one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The from-scratch puzzle model and its trainer against plain loops over the original's blocks."""
+"""Tests of the from-scratch puzzle model and its trainer against plain loops over the original's blocks."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ VOCAB, WIDTH, HEADS, LENGTH = 7, 16, 2, 6
 
 
 class WideRotary(scratch.RotaryEmbedding):
-    """The mended RoPE with tables that are exact in float64."""
+    """The fixed RoPE with tables that are exact in float64."""
 
     def forward(self, x, seq_len):
         channel = torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1]
@@ -27,7 +27,7 @@ class WideRotary(scratch.RotaryEmbedding):
 
 
 class Original(nn.Module):
-    """The model of dino65-dev/TRM-Tiny-Recursive-Model (``trm.py``), restated with its RoPE mended."""
+    """A reimplementation of dino65-dev/TRM-Tiny-Recursive-Model (``trm.py``) with a fixed RoPE."""
 
     def __init__(self, n: int, cycles: int, length: int, tokens: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Original(nn.Module):
 
     @torch.no_grad()
     def predict(self, tokens, max_steps, threshold):
-        """The first answer of each sample with a probability above the threshold, or the last."""
+        """Each sample's first answer with a probability above the threshold, or its last answer."""
         found = self.steps(tokens, max_steps)
         answers, exits = [], []
         for b in range(len(tokens)):
@@ -153,7 +153,7 @@ def test_steps_losses_and_gradients_are_the_originals(mixer, cycles, last_only) 
     expected_loss.backward()
     for name, parameter in ours.named_parameters():
         gradient = original.get_parameter(name).grad
-        # With last_only the initial states are three steps away from any gradient.
+        # With last_only, three steps separate the initial states from any gradient.
         if name.startswith("init") and (cycles > 1 or last_only):
             assert parameter.grad is None and gradient is None
             continue
@@ -237,7 +237,7 @@ def test_predict_leaves_dropout_out_and_the_mode_alone() -> None:
 
 
 class PlainTrainer:
-    """``trm_trainer.py`` with one backward for all supervision steps, and warm-up from the first update."""
+    """``trm_trainer.py`` with one backward pass for all supervision steps, and warm-up from the start."""
 
     def __init__(self, model, lr, warmup, decay) -> None:
         self.model, self.lr, self.warmup, self.decay, self.count = model, lr, warmup, decay, 0
@@ -264,9 +264,9 @@ class PlainTrainer:
 @pytest.mark.parametrize("cycles", [1, 2])
 @pytest.mark.parametrize("mixer", ["attention", "tokens"])
 def test_training_is_the_originals(mixer, cycles) -> None:
-    """Gradients, weights, averages and metrics over five updates; a backward for each supervision step."""
+    """Gradients, weights, averages and metrics over five updates; one backward per supervision step."""
     ours, original = pair(mixer, cycles)
-    # Rates that float32 holds exactly, as the trainer's are float32 tensors.
+    # Rates that are exact in float32, because the trainer's are float32 tensors.
     trainer = TRMTrainer(ours, lr=2**-7, warmup_steps=4, ema_decay=0.9)
     plain = PlainTrainer(original, 2**-7, 4, 0.9)
     gradients = {}
@@ -326,7 +326,7 @@ def test_a_batch_is_learned(mixer) -> None:
 
 
 def test_an_update_that_is_not_finite_is_skipped_with_a_warning() -> None:
-    """The defaults of the original: n = 6, 3 cycles and 16 supervision steps end in NaN."""
+    """With the original's defaults, n = 6, 3 cycles and 16 supervision steps, the states become NaN."""
     ours = TinyRecursiveModel(VOCAB, WIDTH, 1, HEADS, LENGTH, use_mlp_mixer=True)
     trainer = TRMTrainer(ours)
     before = {name: value.clone() for name, value in ours.state_dict().items()}
@@ -340,7 +340,7 @@ def test_an_update_that_is_not_finite_is_skipped_with_a_warning() -> None:
     assert metrics["skipped"] == 0.0 and metrics["total_loss"] < 20
 
 
-def test_cells_that_count_for_nothing() -> None:
+def test_ignored_cells() -> None:
     ours, _ = pair()
     tokens, targets = batch()
     predictions, halt_probs, _ = ours.forward_with_deep_supervision(tokens, 2)

@@ -1,4 +1,4 @@
-"""The seed puzzle model against plain loops over ``nn.MultiheadAttention`` blocks."""
+"""Tests of the seed puzzle model against plain loops over ``nn.MultiheadAttention`` blocks."""
 
 from itertools import product
 
@@ -15,7 +15,7 @@ VOCAB, WIDTH, HEADS, LENGTH = 7, 16, 2, 6
 
 
 class Original(nn.Module):
-    """The model of anonx3247/llm-trm (``src/models/trm.py``), restated."""
+    """A reimplementation of anonx3247/llm-trm's model (``src/models/trm.py``)."""
 
     def __init__(self, n: int, cycles: int, supervision_steps: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Original(nn.Module):
             y, z = y.detach(), z.detach()
 
     def compute_loss(self, tokens, labels, use_act):
-        """Stops at the batch's mean, as the original does."""
+        """Halts by the batch's mean, as in the original."""
         total = 0.0
         for logits, halt in self.steps(tokens):
             total = total + F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))
@@ -66,7 +66,7 @@ def pair(cycles: int = 2, supervision_steps: int = 4, **options) -> tuple[TRM, O
         **options,
     ).double()
     with torch.no_grad():
-        # The states grow: the original's probabilities would round to 0 and 1, and its gradients to zero.
+        # The states grow, so the original's probabilities would round to 0 and 1, and its gradients to zero.
         ours.halt_head.weight.mul_(1e-3)
     original = Original(2, cycles, supervision_steps).double()
     original.load_state_dict(ours.state_dict())
@@ -78,7 +78,7 @@ def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread_exits(ours: TRM, original: Original, tokens: torch.Tensor) -> list[int]:
-    """Set the halting bias so that samples halt at different steps; gives those exits, counted from 1."""
+    """Set the halting bias so that samples halt at different steps. Returns these steps, from 1."""
     with torch.no_grad():
         ours.halt_head.bias.zero_()
         original.load_state_dict(ours.state_dict())
@@ -97,14 +97,14 @@ def spread_exits(ours: TRM, original: Original, tokens: torch.Tensor) -> list[in
 
 
 def halt_at(stop: int | None, ours: TRM, original: Original, tokens: torch.Tensor) -> None:
-    """Set the halting head so that the batch's mean passes one half at step ``stop`` first, or never."""
+    """Set the halting head so that the batch's mean first exceeds 0.5 at step ``stop``, or never."""
     with torch.no_grad():
         ours.halt_head.bias.zero_()
         original.load_state_dict(ours.state_dict())
         found = torch.stack([torch.logit(halt[:, 0]) for _, halt in original.steps(tokens)])  # [steps, B]
         near = float(found[:2].abs().max())
         biases = [-float(found.abs().max()) - 1.0, *torch.linspace(-near, near, 1000).tolist()]
-        # One of the two signs lets the second step pass before the first.
+        # With one of the two signs, the second step exceeds 0.5 before the first.
         for sign, bias in product((1.0, -1.0), biases):
             passed = (torch.sigmoid(sign * found + bias).mean(dim=1) > 0.5).tolist()
             if (passed.index(True) + 1 if any(passed) else None) == stop:
@@ -153,7 +153,7 @@ def test_training_forward_is_the_originals(cycles) -> None:
 @pytest.mark.parametrize("cycles", [1, 2])
 @pytest.mark.parametrize(("use_act", "stop"), [(True, 1), (True, 2), (True, None), (False, 1)])
 def test_loss_and_gradients_are_the_originals(cycles, use_act, stop) -> None:
-    """With the batch's mean, which ends the recursion at the first step, later or never."""
+    """With halting by the batch's mean at the first step, later or never."""
     ours, original = pair(cycles, halting="batch")
     tokens, labels = batch()
     halt_at(stop, ours, original, tokens)
@@ -169,7 +169,7 @@ def test_loss_and_gradients_are_the_originals(cycles, use_act, stop) -> None:
 
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
-    """With its own halting, the loss of a batch is the mean of the original's over batches of one."""
+    """With per-sample halting, the loss of a batch is the mean of the original's over single samples."""
     ours, original = pair()
     tokens, labels = batch()
     spread_exits(ours, original, tokens)
@@ -240,8 +240,8 @@ def test_without_halting_all_steps_are_taken() -> None:
     assert len(ours(tokens, return_all_steps=True)) == 4
 
 
-def test_cells_that_count_for_nothing() -> None:
-    """An ignored cell changes neither the loss nor whether an answer is right."""
+def test_ignored_cells() -> None:
+    """An ignored cell affects neither the loss nor the correctness of an answer."""
     ours, _ = pair(halting="none")
     tokens, labels = batch()
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_cells_that_count_for_nothing() -> None:
 
 
 def test_normalised_states_stay_bounded_at_the_default_numbers_of_steps() -> None:
-    """16 supervision steps of n = 6: the original's logits reach 1e28, and no gradient is of use."""
+    """After 16 supervision steps with n = 6, the original's logits reach 1e28, and gradients are useless."""
     ours = TRM(VOCAB, WIDTH, n_heads=HEADS, halting="none", output_norm=True)
     tokens, labels = batch()
     loss = ours.compute_loss(tokens, labels)
@@ -289,7 +289,7 @@ def test_tokens_of_a_byte_are_taken() -> None:
     torch.testing.assert_close(small, ours.compute_loss(tokens, labels))
 
 
-def test_settings_that_describe_no_model() -> None:
+def test_invalid_settings() -> None:
     with pytest.raises(ValueError, match="n_supervision_steps must be at least 1"):
         TRM(VOCAB, WIDTH, n_supervision_steps=0)
     with pytest.raises(ValueError, match="halting must be one of"):

@@ -1,4 +1,4 @@
-"""``llm-trm solve``: what it reads, shows and says, and what it refuses."""
+"""Tests of ``llm-trm solve``: its input, its output and its errors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, save_puzzle_
 
 MAX_STEPS = 4
 PUZZLE, SOLUTION = "1... ..3. .4.. ...2", "1324423124133142"
-#: Solves the same grid but for a cell that is no clue.
+#: Solves the same grid except for one cell that is not a clue.
 WRONG = SOLUTION[:-2] + "3" + SOLUTION[-1]
 MAZE, SOLVED_MAZE = "#####\n#S  #\n# #G#\n#####", "#####\n#Soo#\n# #G#\n#####"
-#: From S to G it is as far through the upper row as through the lower one.
+#: The paths from S to G through the upper and lower row have the same length.
 ROUND, OVER, UNDER = "  S\n # \nG  ", "ooS\no# \nG  ", "  S\n #o\nGoo"
 
 
@@ -64,12 +64,12 @@ def tokens(text: str) -> Tensor:
 
 
 def answer_tokens(text: str) -> Tensor:
-    """Of a Sudoku, or of a maze with its path."""
+    """Tokens of a Sudoku, or of a maze with its path."""
     return torch.from_numpy(parse_maze(text)).flatten().long() if "S" in text else tokens(text)
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, *tries: Sequence[tuple[str, float]]) -> list[float]:
-    """Make models give these answers and halting logits, step by step; gives the noise of tries to come."""
+    """Replace the models' answers and halting logits by step. Returns a list that records the noise."""
     noises: list[float] = []
 
     def trace(
@@ -176,7 +176,7 @@ def test_standard_input_and_the_default_checkpoint(monkeypatch: pytest.MonkeyPat
     answering(monkeypatch, [(SOLVED_MAZE, 1.0)])
     result = run("--file", "-", input=MAZE)
     assert result.exit_code == 0, result.output
-    # On a pipe a maze can be read again.
+    # In piped output, a maze can be read again.
     assert result.stdout.startswith(SOLVED_MAZE + "\nValid; step 1 of")
 
 
@@ -192,7 +192,7 @@ def test_any_shortest_path_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ("puzzle", "note"),
     [
         ("11" + "." * 14, "the puzzle has no solution: row 1 contains 1 twice"),
-        # No digit stands twice, but none is left for the end of row 1.
+        # No digit occurs twice, but none is left for the end of row 1.
         ("123...4.........", "the puzzle has no solution"),
         ("." * 16, "the puzzle has several solutions"),
         ("1234............", "the puzzle has several solutions"),
@@ -215,8 +215,8 @@ def test_a_puzzle_without_a_solution_is_tried(monkeypatch: pytest.MonkeyPatch, s
     assert result.stdout.startswith("Note: the puzzle has no solution: row 1 contains 1 twice.\n")
 
 
-def test_counting_solutions_gives_up() -> None:
-    """Of a puzzle whose search for a solution takes minutes."""
+def test_counting_solutions_gives_up_after_too_many_guesses() -> None:
+    """For a puzzle whose search for a solution takes minutes."""
     (question,) = read_questions(
         ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4.........", "test"
     )
@@ -228,7 +228,7 @@ def test_counting_solutions_gives_up() -> None:
 def test_the_animation(monkeypatch: pytest.MonkeyPatch, sudoku: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
-    # Two steps with one answer are two frames still, since the captions differ.
+    # Two steps with the same answer are still two frames, since the captions differ.
     answering(monkeypatch, [(WRONG, -1.0), (WRONG, -1.0), (SOLUTION, 2.0)])
     file = tmp_path / "solved.gif"
     file.write_text("an older file")
@@ -245,7 +245,7 @@ def test_the_animation(monkeypatch: pytest.MonkeyPatch, sudoku: Path, tmp_path: 
             frames.append(animation.convert("RGB"))
     assert durations == [200, 200, 200, 2500]
     assert {frame.size for frame in frames} == {(464, 496)}
-    # The middle of the cell before the last, left of its digit: white, filled in, the same, changed again.
+    # Left of the digit in the cell before the last: white, filled in, unchanged, changed again.
     colours = [frame.getpixel((16 + 2 * 108 + 12, 16 + 3 * 108 + 54)) for frame in frames]
     assert colours[0] == colours[2] != colours[1] == colours[3]
 
@@ -274,7 +274,7 @@ def test_an_animation_needs_pillow(monkeypatch: pytest.MonkeyPatch, sudoku: Path
 
 
 class Watched:
-    """What a terminal shows of an attempt."""
+    """The output of an attempt in a terminal."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, puzzle: str, attempt: Attempt, tries: int) -> None:
         self.slept: list[float] = []
@@ -314,7 +314,7 @@ def test_a_terminal_marks_what_contradicts_a_clue(monkeypatch: pytest.MonkeyPatc
 
 def test_a_terminal_shows_mazes_in_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Watched(monkeypatch, MAZE, attempt_of(SOLVED_MAZE, SOLVED_MAZE), tries=1)
-    # The path is marked as new, and then in its own colour.
+    # The path is marked as new at first, and then has its own colour.
     assert seen.text.count("\x1b[30;43moo\x1b[0m") == 2
     assert "\x1b[1;36moo\x1b[0m" in seen.text
     assert "\x1b[1;37;42mSS\x1b[0m" in seen.text
@@ -346,18 +346,18 @@ def refused(result: Result, *words: str) -> None:
         ("SoG\n###", ["cells other than"]),
     ],
 )
-def test_refuses_what_is_no_puzzle(sudoku: Path, puzzle: str, words: list[str]) -> None:
+def test_rejects_invalid_puzzles(sudoku: Path, puzzle: str, words: list[str]) -> None:
     refused(run(puzzle, "--checkpoint", sudoku), *words)
 
 
 def test_refuses_puzzles_of_another_kind(sudoku: Path, tmp_path: Path) -> None:
     refused(run("." * 81, "--checkpoint", sudoku), "is a sudoku of 9x9", "solves sudoku puzzles of 4x4")
     refused(run(MAZE, "--checkpoint", sudoku), "is a maze of 4x5", "sudoku puzzles of 4x4", "--checkpoint")
-    # Neither a file of two sizes ...
+    # A file with two sizes.
     file = tmp_path / "puzzles.txt"
     file.write_text(f"{PUZZLE}\n{'.' * 36}\n")
     refused(run("--file", file, "--checkpoint", sudoku), "is a sudoku of 6x6")
-    # ... nor what the cells alone would let pass.
+    # A puzzle that matches only in the number of cells.
     wide = save(tmp_path / "wide", 20, task="maze", rows=2, columns=10)
     refused(run(MAZE, "--checkpoint", wide), "maze puzzles of 2x10")
     arc = save(tmp_path / "arc", 900, task="arc", rows=30, columns=30)

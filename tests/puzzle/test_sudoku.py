@@ -1,4 +1,4 @@
-"""The rules, the solver, the generator, and which puzzles are the same."""
+"""Tests of Sudoku: the rules, the solver, the generator, and equivalent puzzles."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llm_trm.data.puzzles.sudoku_splits import generated_splits
 from llm_trm.errors import InputError
 
 FULL_4 = (1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1)
-# Arto Inkala's of 2012, known as one of the hardest.
+# Arto Inkala's puzzle of 2012, known as one of the hardest.
 HARD_9 = "8..........36......7..9.2...5...7.......457.....1...3...1....68..85...1..9....4.."
 HARD_9_SOLVED = "812753649943682175675491283154237896369845721287169534521974368438526917796318452"
 
@@ -47,7 +47,7 @@ def with_cells(grid: Grid, cells: dict[int, int]) -> Grid:
 
 
 def brute_force_count(grid: Grid) -> int:
-    """Solutions of a 4x4 grid: its rows are permutations, tried one by one."""
+    """Number of solutions of a 4x4 grid, by trying all permutations as rows."""
 
     def fits(rows: list[tuple[int, ...]]) -> bool:
         columns = list(zip(*rows, strict=True))
@@ -85,7 +85,7 @@ def test_counts_agree_with_brute_force() -> None:
 
 @pytest.mark.parametrize("size", [6, 9])
 def test_whatever_is_found_is_a_solution(size: int) -> None:
-    """Clues at random, as far as the rules allow: most of these puzzles contradict themselves further on."""
+    """Random clues within the rules; most of these puzzles have no solution."""
     shape = SHAPES[size]
     rng = random.Random(0)
     solved = 0
@@ -106,7 +106,7 @@ def test_a_hard_puzzle_is_solved_quickly() -> None:
     start = time.process_time()
     assert solve(puzzle) == digits(HARD_9_SOLVED)
     assert count_solutions(puzzle) == 1
-    # 20 ms or so on an idle core.
+    # About 20 ms on an idle core.
     assert time.process_time() - start < 1
 
 
@@ -123,7 +123,7 @@ def test_a_puzzle_without_a_solution(puzzle: Grid) -> None:
     assert count_solutions(puzzle) == 0
 
 
-def test_a_grid_of_no_known_size_is_refused() -> None:
+def test_grid_of_unknown_size_is_rejected() -> None:
     with pytest.raises(InputError, match="25 cells is not a Sudoku"):
         solve((0,) * 25)
 
@@ -137,15 +137,15 @@ def test_a_grid_of_no_known_size_is_refused() -> None:
         ({7: 5}, "cell (2, 4) is 5, which is not a digit from 1 to 4"),
     ],
 )
-def test_faults_in_words(cells: dict[int, int], fault: str) -> None:
+def test_descriptions_of_faults(cells: dict[int, int], fault: str) -> None:
     blank = (0,) * 16
     assert solution_fault(blank, with_cells(FULL_4, cells), SHAPES[4]) == fault
 
 
-def test_further_faults_in_words() -> None:
+def test_more_descriptions_of_faults() -> None:
     blank = (0,) * 16
     shape = SHAPES[4]
-    # Each row and each column of a cyclic square is right; its boxes are not.
+    # All rows and columns of a cyclic square are valid, but its boxes are not.
     cyclic = (1, 2, 3, 4, 2, 3, 4, 1, 3, 4, 1, 2, 4, 1, 2, 3)
     assert solution_fault(blank, cyclic, shape) == "box 1 contains 2 twice"
     clue = with_cells(blank, {7: 3})
@@ -178,7 +178,7 @@ def test_generated_puzzles(shape: Shape, clues: tuple[int, int]) -> None:
         assert clues[0] <= sum(map(bool, puzzle)) <= clues[1]
 
 
-def test_no_clue_of_a_minimal_puzzle_can_be_taken() -> None:
+def test_no_clue_of_a_minimal_puzzle_can_be_removed() -> None:
     for puzzle, _ in generate(SHAPES[6], 5, None, seed=0):
         for cell in range(36):
             if puzzle[cell]:
@@ -195,12 +195,12 @@ def test_digging_stops_at_the_wanted_number() -> None:
 @pytest.mark.parametrize(
     "clues, number, words",
     [
-        # Of 4x4 puzzles, 13 kinds have four clues, and 36 are minimal.
+        # There are 13 different 4x4 puzzles with four clues, and 36 minimal ones.
         ((4, 4), 13, "found only 13 of 14 different 4x4 puzzles with 4 to 4 clues"),
         (None, 36, "found only 36 of 37 different 4x4 puzzles with minimal clues"),
     ],
 )
-def test_no_more_puzzles_than_there_are(
+def test_too_many_puzzles_are_rejected(
     monkeypatch: pytest.MonkeyPatch, clues: tuple[int, int] | None, number: int, words: str
 ) -> None:
     monkeypatch.setattr("llm_trm.data.puzzles.sudoku._MAX_FAILURES", 300)

@@ -1,4 +1,4 @@
-"""Reading Sudokus of others: the forms they come in, and the refusals."""
+"""Tests of reading external Sudokus: their formats, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERT = Path(__file__).parents[3] / "shared/data/sudoku_expert.csv"
 
 PUZZLE = "1..2..3..4..3..."
 SOLUTION = "1342423124133124"
-# Turned upside down, it has the same symmetries and another look.
+# Upside down it is an equivalent but different puzzle.
 SECOND, SECOND_SOLUTION = PUZZLE[::-1], SOLUTION[::-1]
 
 
@@ -167,7 +167,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_sudoku_file(tmp_path / "binary.csv")
 
 
-def test_trust_leaves_out_the_search_and_nothing_else(tmp_path: Path) -> None:
+def test_trust_skips_only_the_search(tmp_path: Path) -> None:
     two = f"puzzle,solution\n1{'.' * 15},{SOLUTION}\n"
     rows = read_sudoku_file(written(tmp_path / "two.csv", two))
     assert text(verified(rows, trust=True).solutions[0]) == SOLUTION
@@ -198,7 +198,7 @@ def test_ratings(tmp_path: Path) -> None:
 def test_held_out_puzzles_of_a_file_are_not_trained_on(tmp_path: Path) -> None:
     shape = SHAPES[4]
     made = [text(puzzle) for puzzle, _ in generate(shape, 20, (4, 8), seed=0)]
-    # Each comes again upside down, and once more as it is.
+    # Each puzzle occurs again upside down and unchanged.
     lines = [line for grid in made for line in (grid, grid[::-1], grid)]
     rows = read_sudoku_file(written(tmp_path / "a.csv", "\n".join(lines) + "\n"))
 

@@ -1,4 +1,4 @@
-"""Puzzle training: what a run leaves, what resumes it, what it refuses."""
+"""Tests of puzzle training: its output, resuming, and errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_parameter_moves(toy: Path, tmp_path: Path) -> None:
         trainer.take_step()
         rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
     for name, parameter in trainer.model.named_parameters():
-        # The second output of the Q-head is read by nobody, but decays.
+        # The second output of the Q-head is unused, but decays.
         assert not torch.equal(parameter, before[name]), name
     assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 4])
 
@@ -131,7 +131,7 @@ def test_refusals(toy: Path, tmp_path: Path) -> None:
         toy_config(toy, resume=True, overwrite=True)
 
 
-def test_evaluates_on_puzzles_from_everywhere_that_have_answers(toy: Path, tmp_path: Path) -> None:
+def test_evaluates_on_puzzles_with_answers_from_the_whole_split(toy: Path, tmp_path: Path) -> None:
     split = read_split(toy, "test")
     split.labels[::2] = 0
     write_puzzles(tmp_path / "data", read_info(toy), {"train": read_split(toy, "train"), "test": split})
@@ -144,7 +144,7 @@ def test_evaluates_on_puzzles_from_everywhere_that_have_answers(toy: Path, tmp_p
     assert few.labels.any(-1).all()
 
 
-def test_a_loss_that_is_not_finite_is_said(toy: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_is_reported(toy: Path, tmp_path: Path) -> None:
     trainer = PuzzleTrainer(toy_config(toy, output=tmp_path, steps=4, eval_every=4, log_every=1))
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(float("nan"))
@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_is_said(toy: Path, tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_presets_fill_what_is_not_given(tmp_path: Path) -> None:
+def test_presets_give_defaults(tmp_path: Path) -> None:
     paper = configure("paper", "sudoku", data=tmp_path, output=tmp_path)
     assert (paper.mixer, paper.positions, paper.d_model, paper.batch_size) == ("tokens", "none", 512, 768)
     assert (paper.steps, paper.optimizer, paper.clip_norm) == (65_100, "adam-atan2", None)

@@ -1,4 +1,4 @@
-"""What the tiny preset reaches on a CPU, from nothing: ``pytest -m slow tests/puzzle``; minutes each."""
+"""Tests of the tiny preset's results on a CPU: ``pytest -m slow tests/puzzle``; minutes each."""
 
 from __future__ import annotations
 

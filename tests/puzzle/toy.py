@@ -1,4 +1,4 @@
-"""A toy of puzzle training: 3 x 3 grids whose answer is the question with every token raised by one."""
+"""A toy task: 3 x 3 grids whose answer is the question with every token increased by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY, PUZZLES = 7, 5
 
 
 def write_toy(folder: Path, count: int = 60) -> Path:
-    """Puzzles with identifiers, as ARC has; a cell of each counts for nothing."""
+    """Write puzzles with identifiers, as in ARC; one cell of each is ignored."""
     chance = torch.Generator().manual_seed(0)
 
     def split(number: int) -> PuzzleSplit:
@@ -59,9 +59,9 @@ def toy_config(folder: Path, **options: Any) -> PuzzleConfig:
 
 @torch.no_grad()
 def drawn_alike(model: PuzzleTRM, seed: int) -> PuzzleTRM:
-    """``model`` with the same weights and initial states on every torch: who halts when depends on them.
+    """``model`` with the same random weights and initial states on every torch, which determine the halting.
 
-    trunc_normal_ draws other numbers in torch 2.11 than in 2.13; normal_ draws the same.
+    trunc_normal_ gives different values in torch 2.11 and 2.13; normal_ gives the same.
     """
     torch.manual_seed(seed)
     for tensor in (*model.parameters(), model.y_init, model.z_init):
@@ -73,7 +73,7 @@ def drawn_alike(model: PuzzleTRM, seed: int) -> PuzzleTRM:
 
 
 def content_of(output: Path) -> dict[str, list[float]]:
-    """Every number of the last checkpoint of a run, but how long it took."""
+    """All values in the last checkpoint of a run, except its duration."""
     found = read_tensors(Checkpoints(output).last / "state.safetensors", "")
     found |= read_tensors(Checkpoints(output).last / "puzzle_trm.safetensors", "")
     return {name: tensor.double().flatten().tolist() for name, tensor in found.items()}

@@ -1,11 +1,11 @@
-"""Puzzle training in processes of its own; imported by a server that forks them."""
+"""Puzzle training in separate processes; imported by a server that forks them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# Here, so that it is imported before the fork: the first optimizer of a process imports it.
+# Imported here, before the fork, because the first optimizer of a process imports it.
 import torch
 import torch._dynamo
 
@@ -14,7 +14,7 @@ from tests.puzzle.toy import toy_config
 
 
 def run(folder: Path, output: Path, options: dict[str, Any]) -> None:
-    """Train, from the last checkpoint in ``output`` if there is one."""
+    """Train, resuming from the last checkpoint in ``output`` if there is one."""
     torch.set_num_threads(1)
     config = toy_config(folder, output=output, resume=(output / "index.json").exists(), **options)
     PuzzleTrainer(config).train()

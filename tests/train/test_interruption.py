@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner, Result
 
 from llm_trm.cli import main
-from llm_trm.cli.train import console
 from llm_trm.data.arithmetic import World
 from llm_trm.errors import Interrupted
 from llm_trm.files import read_tensors
@@ -25,18 +24,8 @@ from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from llm_trm.train.run.report import Report
 from tests.data.tiny import save_tiny_model
 from tests.puzzle import toy as puzzles
+from tests.train.signals import SignalAt, send_to_commands
 from tests.train.toy import content_of, toy_config, write_toy
-
-
-class SignalAt(Report):
-    """Sends this process a signal at a step."""
-
-    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
-        self.at, self.number = step, number
-
-    def step(self, step: int) -> None:
-        if step == self.at:
-            signal.raise_signal(self.number)
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +138,7 @@ def test_the_command_says_once_how_to_continue(
     def invoke(*arguments: object) -> Result:
         return CliRunner().invoke(main, ["train", "phase2", *map(str, arguments)], prog_name="llm-trm")
 
-    begin = console.ConsoleReport.step
-
-    def step(self: console.ConsoleReport, step: int) -> None:
-        begin(self, step)
-        if step == 2:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(console.ConsoleReport, "step", step)
+    send_to_commands(monkeypatch, 2, number)
     sizes = ("--layers", 1, "-n", 1, "-T", 1, "--supervision-steps", 1, "--batch-size", 8, "--epochs", 1)
     stopped = invoke(
         *("--data", toy / "pairs", "--compressor", toy / "compressor", "-o", run, "--device", "cpu", *sizes)

@@ -112,23 +112,23 @@ def run(module: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return _Call(module, x, 0, mask)(None, x, None)[0]
 
 
-def run_recursion(module: FusedModule, states: Sequence[Tensor], asked: Recursion) -> tuple[Tensor, Tensor]:
+def run_recursion(module: FusedModule, states: Sequence[Tensor], request: Recursion) -> tuple[Tensor, Tensor]:
     """Run T - 1 latent recursions without gradients and one with, on states [B, L, D] of one dtype."""
-    n, read = asked.n, asked.read
-    packing = Packing.of(asked.mask) if isinstance(asked.mask, Tensor) else asked.mask
+    n, read = request.n, request.read
+    packing = Packing.of(request.mask) if isinstance(request.mask, Tensor) else request.mask
     x, y, z = states
     given_z = z
     if packing is not None:
         x, y, z = packing.pack(x), packing.pack(y), packing.pack(z)
     network = _Call(module, y, n, packing=packing)
-    weight, output_eps = output_norm_of(asked)
+    weight, output_eps = output_norm_of(request)
 
     def records() -> bool:
         given = (x, y, z, weight, *network.parameters)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
     def recursion(y: Tensor, z: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        fp8 = asked.precision == "fp8-nograd" and not records()
+        fp8 = request.precision == "fp8-nograd" and not records()
         new_y, new_z = network(
             x if n > 0 else None,
             y,
@@ -136,15 +136,15 @@ def run_recursion(module: FusedModule, states: Sequence[Tensor], asked: Recursio
             weight,
             read=rows,
             output_eps=output_eps,
-            memory=asked.memory,
+            memory=request.memory,
             fp8=fp8,
         )
         return new_y, z if n == 0 else new_z
 
     with torch.no_grad():
-        for _ in range(asked.T - 1):
+        for _ in range(request.T - 1):
             y, z = recursion(y, z)
-    with torch.set_grad_enabled(asked.with_gradients and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(request.with_gradients and torch.is_grad_enabled()):
         if read is None or records():
             y, z = recursion(y, z)
             y = y if packing is None else packing.unpack(y)

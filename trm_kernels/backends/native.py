@@ -124,20 +124,20 @@ def run(net: FusedModule, x: Tensor, mask: Tensor | None) -> Tensor:
     return call.unpack(rows)
 
 
-def run_recursion(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> tuple[Tensor, Tensor]:
+def run_recursion(net: FusedModule, states: Sequence[Tensor], request: Recursion) -> tuple[Tensor, Tensor]:
     """Run T - 1 latent recursions without gradients and one with, on states [B, L, D] of one dtype."""
-    n, read = asked.n, asked.read
-    with_gradients = asked.with_gradients and torch.is_grad_enabled()
-    call = _Call(net, states, asked.mask, output_norm_of(asked), with_gradients)
+    n, read = request.n, request.read
+    with_gradients = request.with_gradients and torch.is_grad_enabled()
+    call = _Call(net, states, request.mask, output_norm_of(request), with_gradients)
     given_z = states[2]
     x, y, z = map(call.pack, states)
 
     def recursion(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        new_y, new_z = call.recursion(x if n > 0 else None, y, z, n, recompute=asked.memory == "small")
+        new_y, new_z = call.recursion(x if n > 0 else None, y, z, n, recompute=request.memory == "small")
         return new_y, z if new_z is None else new_z
 
     with torch.no_grad():
-        for _ in range(asked.T - 1):
+        for _ in range(request.T - 1):
             y, z = recursion(y, z)
     with torch.set_grad_enabled(with_gradients):
         y, z = recursion(y, z)

@@ -62,9 +62,9 @@ class SortedRows(Rows):
         return cls(batch, length, order[:rows], place.clamp_(max=rows - 1), mask, groups)
 
 
-def refuses(net: FusedModule, states: Sequence[Tensor], asked: Recursion) -> str | None:
+def refuses(net: FusedModule, states: Sequence[Tensor], request: Recursion) -> str | None:
     """Return why a recursion must run on the padded batch, or None."""
-    mask, valid = asked.mask, asked.valid
+    mask, valid = request.mask, request.valid
     if mask is None or valid is None:
         return "there is no padding"
     if torch.compiler.is_compiling():
@@ -101,14 +101,14 @@ def _lengths(mask: Tensor | Packing) -> Sequence[int] | None:
 
 
 def run_recursion(
-    net: FusedModule, states: Sequence[Tensor], asked: Recursion, *, run_part: RunRows = plain_rows
+    net: FusedModule, states: Sequence[Tensor], request: Recursion, *, run_part: RunRows = plain_rows
 ) -> tuple[Tensor, Tensor]:
     """Run T - 1 latent recursions without gradients and one with, on states [B, L, D] of one dtype.
 
     ``run_part`` runs the parts between two attentions.
     """
-    n, T, mask, output_norm, with_gradients, memory, _, read = asked
-    valid = asked.valid
+    n, T, mask, output_norm, with_gradients, memory, _, read = request
+    valid = request.valid
     assert mask is not None and valid is not None
     lengths = _lengths(mask)
     assert lengths is not None

@@ -26,7 +26,7 @@ def eighths(size: int) -> int:
 
 def multiple_of(step: int) -> Bucket:
     """Return a bucket that rounds up to a multiple of ``step``."""
-    arguments.whole("a bucket's step", step, 1)
+    arguments.integer("a bucket's step", step, 1)
 
     def bucket(size: int) -> int:
         return -(-size // step) * step

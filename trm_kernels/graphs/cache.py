@@ -80,9 +80,9 @@ class GraphCache:
     def __init__(
         self, max_graphs: int = 64, max_bytes: int | None = None, *, capturer: Capturer | None = None
     ) -> None:
-        arguments.whole("max_graphs", max_graphs, 1)
+        arguments.integer("max_graphs", max_graphs, 1)
         if max_bytes is not None:
-            arguments.whole("max_bytes", max_bytes, 0)
+            arguments.integer("max_bytes", max_bytes, 0)
         self.max_graphs = max_graphs
         self.max_bytes = max_bytes
         self.capturer: Capturer = CudaCapturer() if capturer is None else capturer

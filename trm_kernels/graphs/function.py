@@ -115,7 +115,7 @@ class GraphedFunction:
         warmup: int = 2,
     ) -> None:
         # Libraries initialise themselves in the first run.
-        arguments.whole("warmup", warmup, 1)
+        arguments.integer("warmup", warmup, 1)
         self.function = function
         self.cache = GraphCache(max_bytes=DEFAULT_MAX_BYTES) if cache is None else cache
         self.clone = clone

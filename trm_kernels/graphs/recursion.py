@@ -72,8 +72,8 @@ class GraphedRecursion:
             raise ValueError(
                 "this network accepts no mask, so padding would change its results: length must be None"
             )
-        arguments.whole("n", n, 0)
-        arguments.whole("T", T, 1)
+        arguments.integer("n", n, 0)
+        arguments.integer("T", T, 1)
         self.n, self.T = n, T
         buckets = {axis: bucket for axis, bucket in (("B", batch), ("L", length)) if bucket is not None}
         read = [module for module in (net, output_norm, *modules) if isinstance(module, nn.Module)]

@@ -375,12 +375,14 @@ def attention_backward(
     constants |= {"NORMED": sumsq is not None, "PARTS": parts, "PARTS_BLOCK": power_of_two(parts)}
     dots = None if sumsq is None else lse.new_empty((rows, 2 * n_heads))
     tiles_q, tiles_kv = (samples.batch * cdiv(samples.length, block) for block in (tile.m, tile.n))
-    of_q = of_kv = None
+    columns_q = columns_kv = None
     if heads.bias is not None:
-        of_q, of_kv = lse.new_empty((tiles_q, width)), lse.new_empty((tiles_kv, 2 * width))
+        columns_q, columns_kv = lse.new_empty((tiles_q, width)), lse.new_empty((tiles_kv, 2 * width))
     common = (qkv, grad, *heads.pointers, lse, delta, through, sumsq, grad_qkv, dots)
     scalars = (rows, *heads.scalars(width), eps)
-    launch(attention_backward_kv_kernel, (tiles_kv * n_heads,), *common, of_kv, *scalars, **constants)
-    launch(attention_backward_q_kernel, (tiles_q * n_heads,), *common, of_q, *scalars, **constants)
-    bias = None if of_q is None or of_kv is None else torch.cat((of_q.sum(0), of_kv.sum(0)))
+    launch(attention_backward_kv_kernel, (tiles_kv * n_heads,), *common, columns_kv, *scalars, **constants)
+    launch(attention_backward_q_kernel, (tiles_q * n_heads,), *common, columns_q, *scalars, **constants)
+    bias = (
+        None if columns_q is None or columns_kv is None else torch.cat((columns_q.sum(0), columns_kv.sum(0)))
+    )
     return ProjectionGradient(grad_qkv, dots, bias)

@@ -137,10 +137,10 @@ def network_call(
     mask = call.samples.mask
     for layer, block in enumerate(blocks):
         slot, mixer, mlp = slots[layer], block.mixer, block.mlp
-        of_mixer, of_mlp = _part(slot, "mixer"), _part(slot, "mlp")
+        mixer_slot, mlp_slot = _part(slot, "mixer"), _part(slot, "mlp")
         save = bool(slot)
         if mixer.layout.tokens:
-            inner = first_half(call, mixer, stream, of_mixer.get("pre"), save=save)
+            inner = first_half(call, mixer, stream, mixer_slot.get("pre"), save=save)
         else:
             qkv = first_half(call, mixer, stream, slot.get("qkv"), save=save)
             heads = call.heads(mixer, step * len(blocks) + layer)
@@ -148,17 +148,19 @@ def network_call(
             if read is not None and layer + 1 == len(blocks):
                 inner, stream = rows_of(inner, read), stream.rows(read)
                 call, mask, read = replace(call, samples=Samples(1, read.shape[0])), None, None
-        stream = second_half(call, mixer, inner, stream, of_mixer, mlp, slot, "middle")
-        inner = first_half(call, mlp, stream, of_mlp.get("pre"), save="pre" in of_mlp)
+        stream = second_half(call, mixer, inner, stream, mixer_slot, mlp, slot, "middle")
+        inner = first_half(call, mlp, stream, mlp_slot.get("pre"), save="pre" in mlp_slot)
         if layer + 1 < len(blocks):
             reader = blocks[layer + 1].mixer
-            stream = second_half(call, mlp, inner, stream, of_mlp, reader, slots[layer + 1], "in", mask=mask)
+            stream = second_half(
+                call, mlp, inner, stream, mlp_slot, reader, slots[layer + 1], "in", mask=mask
+            )
     out, following = last_half(
         call,
         blocks[-1].mlp,
         inner,
         stream,
-        of_mlp,
+        mlp_slot,
         addend=addend,
         keep=keep,
         mask=mask,

@@ -100,7 +100,7 @@ class _Sweep:
             }
             for block in blocks
         ]
-        self.of_output_norm: Tensor | None = None
+        self.grad_output_norm: Tensor | None = None
         # Each call writes an entry for the call before it, which may belong to the next chunk.
         self.copies = call.operand != call.residual
         self.entries = None
@@ -128,12 +128,12 @@ class _Sweep:
         norm = self.call.output_norm
         if norm is None:
             return Stream(grad)
-        back, of_weight, _ = rms_norm_backward(
+        back, grad_weight, _ = rms_norm_backward(
             grad, slot["mlp.sum"], norm.weight, None, eps=norm.eps, count=self.call.samples.count
         )
-        if of_weight is not None:
-            wide = of_weight.to(torch.promote_types(of_weight.dtype, torch.float32))
-            self.of_output_norm = wide if self.of_output_norm is None else self.of_output_norm + wide
+        if grad_weight is not None:
+            wide = grad_weight.to(torch.promote_types(grad_weight.dtype, torch.float32))
+            self.grad_output_norm = wide if self.grad_output_norm is None else self.grad_output_norm + wide
         return Stream(back)
 
     def network_call(self, grad: Stream, step: int, index: int, saved: Saved) -> Stream:
@@ -209,13 +209,13 @@ class _Sweep:
                 self.saved.stack(layer, "attention", first, last),
                 self.rows,
             )
-            of_output = None if self.entries is None else self.entries[first:last]
-            if layer + 1 < len(self.blocks) or of_output is None:
-                of_output = stacked(f"{layer}.mlp.grad")
+            grad_output = None if self.entries is None else self.entries[first:last]
+            if layer + 1 < len(self.blocks) or grad_output is None:
+                grad_output = stacked(f"{layer}.mlp.grad")
             gradients["mlp"].add(
                 stacked(f"{layer}.mlp.g"),
                 self.saved.stack(layer, "middle", first, last),
-                of_output,
+                grad_output,
                 stacked(f"{layer}.mlp.inner"),
                 self.rows,
             )
@@ -243,8 +243,8 @@ def recursion_backward(
     """
     sweep = _Sweep(call, blocks, saved, n, memory, needed)
     grad = Stream(grad_y)
-    of_pair: Tensor | None = None
-    of_y = grad_y
+    grad_pair: Tensor | None = None
+    grad_old_y = grad_y
     wide = torch.promote_types(call.residual, torch.float32)
     last = n + 1
     while last > 0:
@@ -254,27 +254,29 @@ def recursion_backward(
             back = sweep.network_call(grad, step, step - first, source)
             if step == n:
                 # A copy, because the next call overwrites this memory with its own gradient.
-                of_y = back.value.clone() if n > 0 else back.value
+                grad_old_y = back.value.clone() if n > 0 else back.value
                 if n > 0 and grad_z is not None:
                     back = Stream(back.value + grad_z)
             else:
-                of_pair = back.value.to(wide, copy=True) if of_pair is None else of_pair.add_(back.value)
+                grad_pair = (
+                    back.value.to(wide, copy=True) if grad_pair is None else grad_pair.add_(back.value)
+                )
             grad = back
         if needed and sweep.chunk > 1:
             sweep.flush(first, last)
         last = first
-    of_parameters = []
+    grad_parameters = []
     if needed:
-        of_parameters = [
+        grad_parameters = [
             total
             for gradients in sweep.gradients
             for gradient in gradients.values()
             for total in gradient.totals()
         ]
     if n == 0:
-        return RecursionGradient(None, of_y, None, sweep.of_output_norm, of_parameters)
-    assert of_pair is not None
-    of_x = of_pair.to(call.residual)
+        return RecursionGradient(None, grad_old_y, None, sweep.grad_output_norm, grad_parameters)
+    assert grad_pair is not None
+    grad_x = grad_pair.to(call.residual)
     return RecursionGradient(
-        of_x if pair else None, of_y + of_x, grad.value, sweep.of_output_norm, of_parameters
+        grad_x if pair else None, grad_old_y + grad_x, grad.value, sweep.grad_output_norm, grad_parameters
     )

@@ -358,8 +358,8 @@ class _Add3RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         grad_h, grad_weight = add3_rms_norm_backward(grad_sum, grad_out, h, weight, ctx.eps)
-        of_y, of_z = (grad_h if given else None for given in ctx.addends)
-        return grad_h, of_y, of_z, None if weight is None else grad_weight, None
+        grad_y, grad_z = (grad_h if given else None for given in ctx.addends)
+        return grad_h, grad_y, grad_z, None if weight is None else grad_weight, None
 
 
 add3_rms_norm_backward = define(

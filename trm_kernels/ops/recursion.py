@@ -183,11 +183,15 @@ def _recursion_backward(
         needed=needed,
     )
     nothing = grad_y.new_empty(0)
-    of_output = nothing
+    grad_output_weight = nothing
     if found.output_weight is not None and output_weight is not None:
-        of_output = found.output_weight.to(output_weight.dtype)
-    of_inputs = [nothing if grad is None else grad for grad in (found.x, found.y, found.z)]
-    return [*(grad.clone() if grad is nothing else grad for grad in of_inputs), of_output, *found.parameters]
+        grad_output_weight = found.output_weight.to(output_weight.dtype)
+    grad_inputs = [nothing if grad is None else grad for grad in (found.x, found.y, found.z)]
+    return [
+        *(grad.clone() if grad is nothing else grad for grad in grad_inputs),
+        grad_output_weight,
+        *found.parameters,
+    ]
 
 
 def _recursion_fake(
@@ -238,12 +242,12 @@ def _recursion_backward_fake(
     def like(there: bool) -> Tensor:
         return grad_y.new_empty(grad_y.shape if there else 0)
 
-    of_output = grad_y.new_empty(0)
+    grad_output_weight = grad_y.new_empty(0)
     if settings.output_eps is not None and output_weight is not None:
-        of_output = output_weight.new_empty(output_weight.shape)
+        grad_output_weight = output_weight.new_empty(output_weight.shape)
     # Contiguous, whatever the strides of the parameters.
-    of_parameters = [parameter.new_empty(parameter.shape) for parameter in parameters] if needed else []
-    return [like(pair and steps), like(True), like(steps), of_output, *of_parameters]
+    grad_parameters = [parameter.new_empty(parameter.shape) for parameter in parameters] if needed else []
+    return [like(pair and steps), like(True), like(steps), grad_output_weight, *grad_parameters]
 
 
 class _Recursion(torch.autograd.Function):
@@ -259,9 +263,9 @@ class _Recursion(torch.autograd.Function):
         counts: tuple[int, int],
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
-        of_parameters, of_matrices = counts
-        parameters, rest = list(rest[:of_parameters]), rest[of_parameters:]
-        matrices, rest = list(rest[:of_matrices]), rest[of_matrices:]
+        n_parameters, n_matrices = counts
+        parameters, rest = list(rest[:n_parameters]), rest[n_parameters:]
+        matrices, rest = list(rest[:n_matrices]), rest[n_matrices:]
         tensors, settings = _split(rest)
         out, new_z, saved = recursion_saving(x, y, z, parameters, matrices, output_weight, *rest)
         ctx.save_for_backward(output_weight, *tensors, *parameters, *matrices, *saved)
@@ -275,32 +279,32 @@ class _Recursion(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_parameters, of_matrices = ctx.counts
+        n_parameters, n_matrices = ctx.counts
         output_weight, *found = ctx.saved_tensors
         static, found = found[: len(AuxiliaryTensors._fields)], found[len(AuxiliaryTensors._fields) :]
-        parameters, found = found[:of_parameters], found[of_parameters:]
-        matrices, saved = found[:of_matrices], found[of_matrices:]
+        parameters, found = found[:n_parameters], found[n_parameters:]
+        matrices, saved = found[:n_matrices], found[n_matrices:]
         pair, has_z = ctx.given
-        needed = any(ctx.needs_input_grad[_LEADING : _LEADING + of_parameters])
+        needed = any(ctx.needs_input_grad[_LEADING : _LEADING + n_parameters])
         if ctx.settings.n == 0:
             grad_z = None
         if grad_y is None:
             if grad_z is None:
                 return (None,) * len(ctx.needs_input_grad)
             grad_y = torch.zeros_like(grad_z)
-        of_x, of_y, of_z, of_output, *gradients = recursion_gradient(
+        grad_x, grad_old_y, grad_old_z, grad_output_weight, *gradients = recursion_gradient(
             grad_y, grad_z, saved, pair, needed, parameters, matrices, output_weight, *static, *ctx.settings
         )
         if ctx.settings.n == 0:
-            of_x, of_z = None, of_y if has_z else None
+            grad_x, grad_old_z = None, grad_old_y if has_z else None
         return (
-            of_x if pair else None,
-            of_y,
-            of_z if has_z else None,
-            of_output if output_weight is not None else None,
+            grad_x if pair else None,
+            grad_old_y,
+            grad_old_z if has_z else None,
+            grad_output_weight if output_weight is not None else None,
             None,
-            *(gradients if needed else [None] * of_parameters),
-            *[None] * (of_matrices + _STATIC),
+            *(gradients if needed else [None] * n_parameters),
+            *[None] * (n_matrices + _STATIC),
         )
 
 

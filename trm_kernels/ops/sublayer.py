@@ -101,8 +101,8 @@ def _quantised(
     """Return the left operand of a GEMM and, if the matrix is in fp8, the scales of both operands."""
     if scales is None:
         return rows, None
-    quantised, of_rows = quantise_rows(rows, eps=eps, count=call.samples.count)
-    return quantised, (of_rows, scales)
+    quantised, row_scales = quantise_rows(rows, eps=eps, count=call.samples.count)
+    return quantised, (row_scales, scales)
 
 
 def _first_operand(

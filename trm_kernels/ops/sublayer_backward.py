@@ -55,17 +55,17 @@ class SublayerGradient:
         """
         tokens = self.sublayer.layout.tokens
 
-        def of_rows(matrix: Tensor) -> Tensor:
+        def by_step(matrix: Tensor) -> Tensor:
             return matrix if tokens else matrix.reshape(-1, rows, matrix.shape[-1])
 
-        self.first.add(of_rows(g), of_rows(a), transposed=tokens)
-        self.second.add(of_rows(grad), of_rows(inner), transposed=tokens)
+        self.first.add(by_step(g), by_step(a), transposed=tokens)
+        self.second.add(by_step(grad), by_step(inner), transposed=tokens)
         if self.sublayer.second_bias is None:
             return
         if tokens:
             self.second_bias.add_total(grad.sum((0, 2), dtype=torch.promote_types(grad.dtype, torch.float32)))
         else:
-            self.second_bias.add(of_rows(grad))
+            self.second_bias.add(by_step(grad))
 
     def totals(self) -> list[Tensor]:
         """Return gradients in the order of the sublayer's flat parameter list, in the parameters' dtypes."""
@@ -214,9 +214,9 @@ def sublayer_backward(
         )
         grad = Stream(value)
     operand = grad.operand.to(call.operand)
-    g, dots, inner, of_bias = back_second(call, sublayer, operand, heads_call, slot, stream, allocate)
-    if of_bias is not None:
-        gradient.first_bias.add_total(of_bias)
+    g, dots, inner, grad_bias = back_second(call, sublayer, operand, heads_call, slot, stream, allocate)
+    if grad_bias is not None:
+        gradient.first_bias.add_total(grad_bias)
     if sublayer.folded:
         assert dots is not None and stream.sumsq is not None
         product = gemm(
@@ -235,7 +235,7 @@ def sublayer_backward(
         grad_h = torch.add(value, back, out=out) if out is not None else value + back
         a = stream.value.to(call.operand)
     else:
-        grad_h, of_norm, normed = rms_norm_backward(
+        grad_h, grad_norm, normed = rms_norm_backward(
             back,
             stream.value,
             sublayer.norm,
@@ -245,9 +245,9 @@ def sublayer_backward(
             normed_dtype=call.operand,
             grad_h=out,
         )
-        assert normed is not None and of_norm is not None
+        assert normed is not None and grad_norm is not None
         a = normed
-        gradient.add_norm(of_norm)
+        gradient.add_norm(grad_norm)
     return Stream(grad_h), Products(g, a, operand, inner)
 
 

@@ -45,8 +45,8 @@ class SparseEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, width: int) -> None:
         super().__init__()
-        arguments.whole("num_embeddings", num_embeddings, 1)
-        arguments.whole("width", width, 1)
+        arguments.integer("num_embeddings", num_embeddings, 1)
+        arguments.integer("width", width, 1)
         self.register_buffer("weights", torch.zeros(num_embeddings, width, dtype=torch.float32))
         self.register_buffer("ids", None, persistent=False)
         # Not a buffer: modules move buffers between devices with operations that autograd would record.

@@ -15,37 +15,42 @@ from llm_trm.train.lm.config import LanguageModelConfig
 def lm(given: dict[str, Any]) -> None:
     """Train a SmolLM3-architecture language model of 0.8 M parameters on the arithmetic world.
 
-    It learns to write a worked trace between <think> and </think> and then the answer, and, from samples
-    with an empty trace, to answer at once. At the end both ways are measured on held-out problems. The
-    model that ships with the package, `--model arithmetic` of the other commands, was made by this command
-    with its defaults.
+    The model learns to write a worked trace between <think> and </think> and then the answer; samples with an
+    empty trace teach it to answer at once. At the end, both modes are measured on held-out problems. This
+    command with its defaults made the model that ships with the package, `--model arithmetic` of the other
+    commands. Ctrl-C writes a checkpoint and stops.
 
     \b
     Examples:
       llm-trm train lm                             the model that ships, in runs/lm
       llm-trm train lm --operations 3 --steps 600  an easier world
+      llm-trm train lm --resume                    continue from the last checkpoint
       llm-trm datagen --model runs/lm              its states before and after thinking
     """
     from llm_trm.extras import require
 
     require("train", "transformers", "accelerate")
-    from dataclasses import replace
-
+    from llm_trm.cli.train.lm_progress import ConsoleReport
     from llm_trm.data.problems import require_problems
-    from llm_trm.evaluate.answers import accuracy
-    from llm_trm.files import writable_folder
+    from llm_trm.data.processes import launched_processes
     from llm_trm.memory import require_memory
     from llm_trm.train.lm.train import train_language_model
 
     config = LanguageModelConfig(**given)
-    if not config.resume and (config.output / "config.json").exists():
-        raise click.UsageError(f"--output: {config.output} holds a model; choose another folder, or --resume")
     # The problems at the end, and the order of all samples, which is drawn at once.
     require_problems(config.eval_samples)
     samples = config.steps * config.batch_size
     require_memory(8 * samples, f"{samples:,} samples", "choose fewer --steps")
-    writable_folder(config.output)
-    model, tokenizer = train_language_model(config)
+    with ConsoleReport() as report:
+        model, tokenizer = train_language_model(config, report)
+    if launched_processes().is_main:
+        _summarise(config, model, tokenizer)
+
+
+def _summarise(config: LanguageModelConfig, model: Any, tokenizer: Any) -> None:
+    from dataclasses import replace
+
+    from llm_trm.evaluate.answers import accuracy
 
     hardest = replace(config.world, min_operations=config.world.max_operations)
     problems = list(hardest.problems(config.eval_samples, "test", config.seed))

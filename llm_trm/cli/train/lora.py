@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,9 +10,7 @@ from llm_trm.cli.options.settings import settings_options
 from llm_trm.train.lora.config import LoraTrainingConfig
 
 if TYPE_CHECKING:
-    from llm_trm.train.lora.train import LoraResult
-
-_CURVES = "curves.png"
+    from llm_trm.train.lora.report import LoraResult
 
 
 @click.command(short_help="Teach a language model to recur at <think> and answer.")
@@ -21,12 +18,12 @@ _CURVES = "curves.png"
 def lora(given: dict[str, Any]) -> None:
     """Teach a language model to write <think>, recur there in latent space, and answer.
 
-    The language model stays as it is but for small adapters (LoRA) on its attention; the recursion, its
-    compressor and the projection into the language model are trained with them. What is learned is to write
-    <think> and the answer: written thinking that the data holds (a column thinking, or what stands before
-    ####) is what the recursion replaces. Rows with "think": false teach to answer at once. Each evaluation on
-    held-out questions says how often the model writes <think> by itself, and how many answers are right,
-    token by token; the best model ends up in --output.
+    The language model stays frozen except for small adapters (LoRA) on its attention. They are trained
+    together with the recursion, its compressor and the projection into the language model. The model learns
+    to write <think> and the answer; the recursion replaces the written thinking in the data (a column
+    thinking, or the text before ####). Rows with "think": false teach it to answer at once. Each evaluation
+    on held-out questions measures how often the model writes <think> by itself, and how many answers are
+    right in every token. The best model is written to --output. Ctrl-C writes a checkpoint and stops.
 
     \b
     On the arithmetic world, on a CPU:
@@ -41,41 +38,41 @@ def lora(given: dict[str, Any]) -> None:
 
     \b
     Variants:
-      llm-trm train lora --data gsm8k --curriculum 3    written thinking goes step by step
-      llm-trm train lora --data gsm8k --distill 1       hidden states of the run with written thinking teach
-      llm-trm train lora --data gsm8k --resume          go on after a crash
+      llm-trm train lora --data gsm8k --curriculum 3    remove written thinking step by step
+      llm-trm train lora --data gsm8k --distill 1       learn hidden states of a pass with written thinking
+      llm-trm train lora --data gsm8k --resume          continue from the last checkpoint
       accelerate launch --num_processes 8 --no_python llm-trm train lora ...    on 8 GPUs
     """
     from llm_trm.extras import require
 
     require("train", "transformers", "accelerate")
     from llm_trm.cli.train.lora_progress import ConsoleReport
+    from llm_trm.data.processes import launched_processes
     from llm_trm.train.lora.train import train_lora
 
     config = LoraTrainingConfig(**given)
     with ConsoleReport() as report:
         result = train_lora(config, report)
-    if result.main:
+    if launched_processes().is_main:
         _summarise(_unseen(config), result)
 
 
 def _summarise(data: str, result: LoraResult) -> None:
+    from llm_trm.cli.train.console import show_curves
     from llm_trm.cli.train.lora_progress import held_out
     from llm_trm.train.lora.curves import plot_curves
 
     if result.stopped_early:
         click.echo(f"Stopped early: no lower loss after update {result.best_step}.")
     click.echo(f"Best: update {result.best_step}; {held_out(result.metrics)}; {result.seconds:.0f} s in all.")
-    if importlib.util.find_spec("matplotlib"):
-        plot_curves(result.history, result.output / _CURVES)
-        click.echo(f"The curves are in {result.output / _CURVES}.")
+    show_curves(plot_curves, result.history, result.output)
     click.echo(
         f"The model is in {result.output}. Next: llm-trm eval lm --checkpoint {result.output} --data {data}"
     )
 
 
 def _unseen(config: LoraTrainingConfig) -> str:
-    """What ``eval lm`` is to read: no questions that the model was trained on."""
+    """The data to name for ``eval lm``: questions that the model was not trained on."""
     from llm_trm.data.problems import HUB
 
     held_out = config.val_data if config.val_data is not None else config.data

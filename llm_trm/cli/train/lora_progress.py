@@ -2,89 +2,44 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from transformers import TrainerCallback
-
-from llm_trm.cli.bars import training_bar
-from llm_trm.train.lora.train import LoraPlan, LoraReport
+from llm_trm.cli.train import console
+from llm_trm.train.lora.report import LoraPlan
 
 
-class ConsoleReport(LoraReport):
-    """A line an evaluation on stdout, and on a terminal a bar on stderr."""
+class ConsoleReport(console.ConsoleReport):
+    """One line per evaluation."""
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = training_bar()
-        self.callback = _Follow(self._bar, self._console)
-
-    def __enter__(self) -> ConsoleReport:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def begin(self, plan: LoraPlan) -> None:
+    def describe(self, plan: LoraPlan) -> Iterator[str]:
+        self._steps = plan.steps
         added = f"; added to its tokenizer: {' '.join(plan.added)}" if plan.added else ""
-        self._console.print(
+        yield (
             f"{plan.training:,} questions to train on ({plan.thinking:,} with written thinking), "
-            f"{plan.held_out:,} held out, {plan.form} form{added}\n{plan.reasoner}; {plan.trainable:,} of "
-            f"{plan.parameters:,} parameters are trained",
-            markup=False,
+            f"{plan.held_out:,} held out, {plan.form} form{added}"
         )
+        yield f"{plan.reasoner}; {plan.trainable:,} of {plan.parameters:,} parameters are trained"
         if plan.left_out:
-            self._console.print(f"left out, as longer than allowed: {plan.left_out:,} questions")
+            yield f"left out because they are longer than allowed: {plan.left_out:,} questions"
         if plan.shared:
-            self._console.print(f"left out, as they are held out: {plan.shared:,} questions to train on")
+            yield f"left out because they are held out: {plan.shared:,} questions to train on"
         if plan.start:
-            self._console.print(f"resuming at update {plan.start}")
+            yield f"resuming at update {plan.start}"
 
-
-class _Follow(TrainerCallback):
-    def __init__(self, bar: Any, console: Console) -> None:
-        self._bar, self._console = bar, console
-        self._task: Any = None
-        self._numbers = ""
-        self._began, self._first = 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began, self._first = time.monotonic(), state.global_step
-        if state.is_world_process_zero:
-            self._task = self._bar.add_task(
-                "", total=state.max_steps, completed=state.global_step, numbers=""
-            )
-            self._bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._task is not None and not self._bar.disable:
-            self._bar.update(self._task, completed=state.global_step, numbers=self._numbers)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            took = (time.monotonic() - self._began) / max(1, state.global_step - self._first)
-            self._numbers = (
-                f"loss {logs['loss']:.4f}  rate {logs['learning_rate']:.1e}  {took:.2f} s an update"
-            )
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        taken = time.monotonic() - self._began
-        printer = self._console if self._bar.disable else self._bar.console
-        updates = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        printer.print(
-            f"update {updates}  {held_out(metrics, 'eval_')}  {taken:.0f} s", markup=False, highlight=False
+    def numbers(self, values: Mapping[str, Any]) -> str:
+        return (
+            f"loss {values['loss']:.4f}  rate {values['learning_rate']:.1e}  "
+            f"{1 / max(self.pace, 1e-9):.2f} s per update"
         )
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._bar.stop()
+    def evaluation(self, record: Mapping[str, Any]) -> str:
+        update = f"{record['step']:>{len(str(self._steps))}}/{self._steps}"
+        return f"update {update}  {held_out(record, 'eval_')}  {self.seconds:.0f} s"
 
 
 def held_out(metrics: Mapping[str, float], prefix: str = "") -> str:
-    """Figures of an evaluation, in a line."""
+    """The metrics of an evaluation as text; their names begin with ``prefix``."""
     words = [f"held out: loss {metrics[f'{prefix}loss']:.4f}"]
     for name, label, form in (
         ("answer_accuracy", "answers right", ".1%"),

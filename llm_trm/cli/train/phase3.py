@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +15,19 @@ from llm_trm.train.phase3.config import Phase3Config
 if TYPE_CHECKING:
     from llm_trm.train.phase3.report import Accuracy, Phase3Result
 
-_CURVES = "curves.png"
-
 
 @click.command(short_help="Reward right answers: GRPO on the recursion, the language model frozen.")
 @settings_options(Phase3Config)
 @click.pass_context
 def phase3(context: click.Context, /, given: dict[str, Any]) -> None:
-    """Train a language model's recursion by reinforcement: GRPO, with TRL's trainer.
+    """Train a language model's recursion by reinforcement learning: GRPO, with TRL's trainer.
 
-    For every problem the model samples a group of answers, each behind a recursion at <think>; those with a
-    reward above the group's mean are made likelier, the others less likely. The reward is 1 for a right
-    answer and --format-weight for the form. Only the recursion, its compressor and its projection are
-    trained: the language model, its adapters and the halting head stay as they are, and all dropout is off.
-    Greedy accuracy on held-out problems is measured on the way; completions are kept in completions.jsonl.
+    The model samples a group of answers to every problem, each after a recursion at <think>. Training makes
+    answers with a reward above the group's mean more likely, and the others less likely. The reward is 1 for
+    a right answer plus --format-weight for the right format. Only the recursion, its compressor and its
+    projection are trained: the language model, its adapters and the halting head stay frozen, and all dropout
+    is off. Greedy accuracy on held-out problems is measured during training; completions are written to
+    completions.jsonl. Ctrl-C writes a checkpoint and stops.
 
     \b
     On the arithmetic world, on a CPU:
@@ -44,7 +42,7 @@ def phase3(context: click.Context, /, given: dict[str, Any]) -> None:
     Variants:
       llm-trm train phase3 --kl 0            no reference
       llm-trm train phase3 --think model     the model writes <think> itself
-      llm-trm train phase3 --resume          go on after a crash
+      llm-trm train phase3 --resume          continue from the last checkpoint
     """
     from llm_trm.extras import require
 
@@ -58,20 +56,21 @@ def phase3(context: click.Context, /, given: dict[str, Any]) -> None:
     from llm_trm.data.processes import launched_processes
     from llm_trm.train.phase3.train import train_phase3
 
-    with memory_advice():
-        result = train_phase3(config, ConsoleReport())
+    with memory_advice(), ConsoleReport() as report:
+        result = train_phase3(config, report)
     if launched_processes().is_main:
         _summarise(config.output, result)
 
 
 def _summarise(output: Path, result: Phase3Result) -> None:
+    from llm_trm.cli.train.console import show_curves
     from llm_trm.train.phase3.curves import plot_curves
 
     click.echo(f"Held-out accuracy: {_share(result.before)} before, {_share(result.after)} after.")
-    click.echo(f"The model is in {output}; what it wrote on the way in {output / 'completions.jsonl'}.")
-    if importlib.util.find_spec("matplotlib"):
-        plot_curves(result.history, output / _CURVES)
-        click.echo(f"The curves are in {output / _CURVES}.")
+    click.echo(
+        f"The model is in {output}; completions of the training are in {output / 'completions.jsonl'}."
+    )
+    show_curves(plot_curves, result.history, output)
     click.echo(f"Next: llm-trm eval lm --checkpoint {output}")
 
 

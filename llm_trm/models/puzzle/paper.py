@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trm.choices import Positions
-from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
+from llm_trm.errors import InputError
+from llm_trm.models.model_files import ModelFiles
 from llm_trm.ranges import (
     COUNT,
     DEPTH,
@@ -36,7 +36,11 @@ from trm_kernels import SparseEmbedding, TinyRecursiveNetwork, deep_recursion, h
 from trm_kernels.config import Mixer, NetworkConfig
 from trm_kernels.reference import CastedLinear
 
-_WEIGHTS, _CONFIG = "puzzle_trm.safetensors", "puzzle_trm.json"
+_FILES = ModelFiles(
+    "PuzzleTRM",
+    "puzzle_trm",
+    "name a folder that `llm-trm train puzzle` or `llm-trm import official` wrote",
+)
 
 #: Standard deviation of a unit normal distribution that is truncated at two standard deviations.
 _TRUNCATED_STD = 0.87962566103423978
@@ -314,8 +318,7 @@ def _truncated_normal(tensor: Tensor, std: float) -> None:
 
 def save_puzzle_model(model: PuzzleTRM, folder: Path, **facts: Any) -> None:
     """Write weights and sizes into ``folder``, and ``facts`` (JSON values) with the sizes."""
-    write_tensors(folder / _WEIGHTS, model.state_dict())
-    write_json(folder / _CONFIG, {"kind": "PuzzleTRM", **asdict(model.config), "facts": facts})
+    _FILES.write(folder, model, model.config, facts)
 
 
 def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM, dict[str, Any]]:
@@ -324,22 +327,13 @@ def load_puzzle_model(folder: Path, *, backend: str | None = None) -> tuple[Puzz
     Raises:
         InputError: A file is missing or invalid, or describes another kind of model.
     """
-    remedy = "name a folder that `llm-trm train puzzle` or `llm-trm import official` wrote"
-    described = read_json(folder / _CONFIG, remedy)
-    try:
-        kind, facts = described.pop("kind"), described.pop("facts")
-        if kind != "PuzzleTRM":
-            raise InputError(f"{folder / _CONFIG} describes a {kind}, not a PuzzleTRM: {remedy}")
-        tensors = read_tensors(folder / _WEIGHTS, remedy)
-        config = PuzzleTRMConfig(**described)
-        require_size(folder / _CONFIG, config.elements, tensors, remedy)
-        for name in ("rows", "columns"):
-            if name in facts:
-                require_in(GRID_SIDE, name, facts[name])
-        model = PuzzleTRM(config, backend=backend)
-        model.load_state_dict(tensors)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{folder} does not contain a PuzzleTRM ({one_line(error)}): {remedy}") from error
-    return model.eval(), facts
+    model, facts = _FILES.read(
+        folder,
+        PuzzleTRMConfig,
+        lambda config: config.elements,
+        lambda config: PuzzleTRM(config, backend=backend),
+    )
+    for name in ("rows", "columns"):
+        if name in facts:
+            require_in(GRID_SIDE, name, facts[name], InputError, f"{folder}: ")
+    return model, facts

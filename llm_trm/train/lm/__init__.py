@@ -1,1 +1,1 @@
-"""A tiny language model of the arithmetic world: ``llm-trm train lm``."""
+"""Trains a tiny language model on the arithmetic world: ``llm-trm train lm``."""

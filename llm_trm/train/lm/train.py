@@ -1,20 +1,24 @@
-"""Trains a language model from nothing on the arithmetic world, to think before it answers."""
+"""Trains a language model from scratch on the arithmetic world, to think before it answers."""
 
 from __future__ import annotations
 
+import functools
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from llm_trm.data.lessons import encode_prompt, question_prompt
-from llm_trm.data.processes import world_size
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError
+from llm_trm.files import writable_folder
+from llm_trm.models.loading import no_bars
 from llm_trm.models.tiny import END, tiny_language_model, tiny_tokenizer
 from llm_trm.train.lm.config import LanguageModelConfig
+from llm_trm.train.lm.report import LanguageModelPlan
+from llm_trm.train.run.report import Report
+from llm_trm.train.run.trainer import TrainerRun, count_parameters, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,69 +42,73 @@ class Lessons(Dataset[dict[str, list[int]]]):
         thinks = random.Random(f"thinks/{config.seed}/{index}").random() < config.thinking_share
         prompt = question_prompt(self._tokenizer, problem.question, "chat", thinking=thinks, recurs=False)
         trace = f"{THINK}{problem.thinking}{END_THINK}" if thinks else ""
-        # Prompts carry no label. An empty trace is prompt: a model that learned to write it would not think.
+        # Prompts have no labels. An empty trace is prompt: a model that learned to write it would not think.
         asked = encode_prompt(self._tokenizer, prompt, "chat")
         said = self._tokenizer(f"{trace}{problem.answer}{END}", add_special_tokens=False)["input_ids"]
         return {"input_ids": asked + said, "labels": [_NO_LABEL] * len(asked) + said}
 
 
-def train_language_model(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def train_language_model(
+    config: LanguageModelConfig, report: Report | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train, and save model and tokenizer in Hugging Face format in ``config.output``, weights in bfloat16.
 
     Returns:
         The model as it was saved (bfloat16 values, in float32) in eval mode, and its tokenizer.
 
     Raises:
-        InputError: Nothing to resume, or a checkpoint that is not one.
+        InputError: A folder that holds a run or cannot be written, nothing to resume, or other settings.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    world_size()
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
+    run = TrainerRun(config, report, model_file="config.json")
+    writable_folder(config.output)
+    trainer, tokenizer = _trainer(config)
+    run.start(trainer, functools.partial(_plan, trainer))
+    run.train()
+    run.stop_if_interrupted()
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained = trained.to(torch.bfloat16)
+    trained.config.use_cache = True  # Trainer turns it off
+    if trainer.is_world_process_zero():
+        with no_bars():
+            trained.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+    run.finish()
+    return trained.float().eval(), tokenizer
 
-    from llm_trm.train.lora.trainer import trainer_state
 
-    checkpoint = None
-    if config.resume:
-        checkpoint = get_last_checkpoint(str(config.output)) if config.output.is_dir() else None
-        if checkpoint is None:
-            raise InputError(f"{config.output} holds no checkpoint to resume: leave --resume out")
-        trainer_state(Path(checkpoint))
+def _trainer(config: LanguageModelConfig) -> tuple[Trainer, PreTrainedTokenizerBase]:
     tokenizer = tiny_tokenizer()
-    model = tiny_language_model(tokenizer, config.preset, config.seed)
-    arguments = TrainingArguments(
-        output_dir=str(config.output),
+    arguments = training_arguments(
+        TrainingArguments,
+        config,
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, config.steps // 20),
         weight_decay=0.1,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        seed=config.seed,
-        use_cpu=config.device_type == "cpu",
         bf16=config.device_type == "cuda",
-        logging_steps=25,
         save_steps=config.save_every,
         save_total_limit=2,
-        report_to="none",
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
     )
     padding_right = tiny_tokenizer()
     padding_right.padding_side = "right"
     trainer = Trainer(
-        model=model,
+        model=tiny_language_model(tokenizer, config.preset, config.seed),
         args=arguments,
         train_dataset=Lessons(config, tokenizer),
         data_collator=DataCollatorForSeq2Seq(padding_right, padding=True, label_pad_token_id=_NO_LABEL),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    trained = trained.to(torch.bfloat16)
-    trained.config.use_cache = True  # Trainer turns it off
-    if trainer.is_world_process_zero():
-        trained.save_pretrained(config.output)
-        tokenizer.save_pretrained(config.output)
-    return trained.float().eval(), tokenizer
+    return trainer, tokenizer
+
+
+def _plan(trainer: Trainer, steps: int, start: int) -> LanguageModelPlan:
+    processes = trainer.accelerator.num_processes
+    return LanguageModelPlan(
+        steps=steps,
+        start=start,
+        parameters=count_parameters(trainer.model)[1],
+        batch_size=processes * trainer.args.per_device_train_batch_size,
+        device=f"{processes} x {trainer.accelerator.device.type}",
+    )

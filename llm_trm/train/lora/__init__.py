@@ -1,1 +1,1 @@
-"""The language model and the recursion, trained together on questions and answers: ``llm-trm train lora``."""
+"""Trains a language model and a recursion together, on questions and answers: ``llm-trm train lora``."""

@@ -1,7 +1,10 @@
-"""What happens beside training with LoRA: checkpoints that can be loaded, and a file of metrics."""
+"""What happens beside training with LoRA: which checkpoints are kept, and what they say of themselves."""
 
 from __future__ import annotations
 
+import math
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +13,19 @@ from transformers import TrainerCallback
 from llm_trm.data.lessons import prompts_fingerprint
 from llm_trm.models.causal.card import About, inner, write_about
 from llm_trm.train.lora.config import LoraTrainingConfig
+from llm_trm.train.lora.curriculum import StagedOrder
 from llm_trm.train.lora.model import Trainee
-from llm_trm.train.run.tracking import json_tracker
+from llm_trm.train.run.trainer_checkpoints import checkpoint_of, checkpoints, step_of
 
 
 class WriteFacts(TrainerCallback):
-    """Makes checkpoints that ``load_latent_model`` reads."""
+    """Adds to checkpoints what ``load_latent_model`` needs besides weights."""
 
     def __init__(self, config: LoraTrainingConfig, trainee: Trainee) -> None:
         self._config, self._trainee = config, trainee
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = checkpoint_of(Path(args.output_dir), state.global_step)
         if state.is_world_process_zero and folder.is_dir():
             config, trainee = self._config, self._trainee
             known = About(
@@ -35,16 +39,74 @@ class WriteFacts(TrainerCallback):
             trainee.tokenizer.save_pretrained(folder)
 
 
-class WriteMetrics(TrainerCallback):
-    """Writes what is logged to ``metrics.jsonl``, from where the checkpoint ``resumed`` stood."""
+class FollowEpochs(TrainerCallback):
+    """Tells the order of the samples where the training stands; the Trainer does so in most set-ups only."""
 
-    def __init__(self, folder: Path, resumed: Path | None) -> None:
-        self._tracker = json_tracker(
-            folder, None if resumed is None else int(resumed.name.rpartition("-")[2])
-        )
+    def __init__(self, order: StagedOrder) -> None:
+        self._order = order
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._tracker.start()
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        updates = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        self._order.epochs = state.max_steps / updates
+        self._order.set_epoch(state.global_step // updates)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self._tracker.log(logs, step=state.global_step)
+
+class KeepBest(TrainerCallback):
+    """Keeps the best checkpoints and the last, and ends a run that no longer improves.
+
+    The Trainer's own limit keeps the last ones and a single best. The decisions follow from the Trainer's
+    history, which a resumed run reads again.
+
+    Args:
+        keep: Number of best checkpoints.
+        patience: Evaluations without a lower loss; 0 for no end.
+        share: Fraction of the updates before which no evaluation counts, since the task still changes.
+
+    Attributes:
+        stopped: Whether patience ended the run.
+    """
+
+    def __init__(self, keep: int, patience: int, share: float) -> None:
+        self._keep, self._patience, self._share = keep, patience, share
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The path in the Trainer's state is wrong if the run was moved, and may lead anywhere.
+        if state.best_global_step:
+            best = checkpoint_of(Path(args.output_dir), state.best_global_step)
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.exhausted(state.log_history, state.max_steps):
+            self.stopped = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        losses = eval_losses(state.log_history)
+        best = sorted(losses, key=lambda step: losses[step])[: self._keep]
+        for path in checkpoints(Path(args.output_dir)):
+            if step_of(path) not in (*best, state.global_step):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def exhausted(self, history: Sequence[Mapping[str, Any]], steps: int) -> bool:
+        """Whether the last evaluations in the history of a run of ``steps`` brought no lower loss."""
+        losses = [loss for step, loss in eval_losses(history).items() if step >= self._share * steps]
+        if not self._patience or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self._patience
+
+
+def eval_losses(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The held-out loss by the step of its evaluation; NaN counts as infinitely high."""
+    return {
+        entry["step"]: math.inf if math.isnan(entry["eval_loss"]) else entry["eval_loss"]
+        for entry in history
+        if "eval_loss" in entry
+    }

@@ -1,4 +1,4 @@
-"""A curriculum that takes written thinking away step by step (Coconut, arXiv 2412.06769)."""
+"""A curriculum that removes written thinking step by step (Coconut, arXiv 2412.06769)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEP_ENDS = (re.compile(r"(?<=\n)"), re.compile(r"(?<=;)"), re.compile(r"(?<=[.
 
 
 def thinking_steps(thinking: str) -> list[str]:
-    """``thinking`` in steps, which joined give it again."""
+    """``thinking`` split into steps; joined, they are ``thinking`` again."""
     for end in _STEP_ENDS:
         steps = [step for step in end.split(thinking) if step]
         if len(steps) > 1:
@@ -22,30 +22,33 @@ def thinking_steps(thinking: str) -> list[str]:
 
 
 def thinking_left(thinking: str, stage: int, stages: int) -> str:
-    """What is written in ``stage`` of 0 .. ``stages``: all but the first ``stage`` steps; at last, none."""
+    """The thinking of ``stage`` of 0 .. ``stages``: all but its first ``stage`` steps, at last none."""
     return "" if stage >= stages else "".join(thinking_steps(thinking)[stage:])
 
 
 class StagedOrder(Sampler[int]):
-    """A random order of each epoch, with the curriculum's stage in the index: ``stage * count + index``.
+    """A random order per epoch, with the curriculum's stage in the index: ``stage * count + index``.
 
-    Order and stage follow from the seed and the place alone, so that a resumed run, other processes and the
+    Order and stage depend on the seed and the position alone, so that a resumed run, other processes and the
     workers of a data loader agree. The stages before the last share the first half of the training equally.
 
     Args:
-        count: Samples.
+        count: Number of samples.
         stages: The last stage; 0 for no curriculum.
-        seed: Of the order.
+        seed: Seed of the order.
+
+    Attributes:
+        epoch: The epoch, counted from 0.
+        epochs: Epochs of the whole training, a fraction if it ends within one.
     """
 
     def __init__(self, count: int, stages: int, seed: int) -> None:
         self._count, self._stages, self._seed = count, stages, seed
         self.epoch = 0
-        #: Of the whole training; a fraction where it ends within one.
         self.epochs = 1.0
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin at epoch ``epoch``, counted from 0."""
+        """Start epoch ``epoch``, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -58,5 +61,5 @@ class StagedOrder(Sampler[int]):
             yield self.stage(done) * self._count + index
 
     def stage(self, done: float) -> int:
-        """The stage when so much of the training is done, in [0, 1]."""
+        """The stage when the fraction ``done`` of the training is done, in [0, 1]."""
         return min(self._stages, int(2 * done * self._stages))

@@ -13,7 +13,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw loss, right answers and written ``<think>`` against the update, to the PNG file ``path``.
 
     Args:
-        history: Of a :class:`~llm_trm.train.lora.train.LoraResult`, with at least one evaluation.
+        history: History of a :class:`~llm_trm.train.lora.report.LoraResult`, with at least one evaluation.
     """
 
     def values(name: str) -> tuple[list[float], list[float]]:
@@ -24,10 +24,10 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         loss.plot(*values("loss"), color=TRAIN, label="training, with the halting head's")
         loss.plot(*values("eval_loss"), color=HELD_OUT, label="held out")
         loss.plot(*values("eval_think_loss"), color=OTHER, linestyle="--", label="held out, <think> alone")
-        loss.set_ylabel("loss a token")
+        loss.set_ylabel("loss per token")
         shares.plot(*values("eval_answer_accuracy"), color=HELD_OUT, label="answers right, token by token")
         shares.plot(*values("eval_think_rate"), color=OTHER, label="<think> written where it is wanted")
-        shares.set_ylabel("share of what is held out")
+        shares.set_ylabel("fraction of held-out questions")
         shares.set_ylim(-0.02, 1.02)
         for axis in (loss, shares):
             axis.legend(fontsize=8)

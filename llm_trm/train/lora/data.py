@@ -32,21 +32,21 @@ Lesson = dict[str, Any]
 
 
 class Lessons(Dataset[Lesson]):
-    """Lesson ``stage * len(solved) + index`` is question ``index``, as it is written in a curriculum's stage.
+    """Lesson ``stage * len(solved) + index`` is question ``index``, as written in a stage of the curriculum.
 
     A lesson has ``input_ids`` and ``labels``, -100 at the question; ``answer_at``, the position of the token
-    before the answer's first; and, with ``teacher``, ``teacher_ids`` and ``teacher_at``: the same with all of
-    the thinking written, where there is any, and empty where there is none.
+    before the first one of the answer; and, with ``teacher``, ``teacher_ids`` and ``teacher_at``: the same
+    with all of the thinking written, empty if there is none.
 
     Args:
         solved: The questions.
         tokenizer: The model's.
-        form: How they are put.
+        form: How questions are put.
         stages: The curriculum's last stage, in which no thinking is written.
-        teacher: Whether to give the written thinking beside.
+        teacher: Whether lessons have the fields of the teacher.
 
     Raises:
-        InputError: A question that is to be answered at once, where every prompt opens a thought.
+        InputError: A question to be answered at once, although every prompt ends in ``<think>``.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class Lessons(Dataset[Lesson]):
 
     @property
     def thinking(self) -> int:
-        """Questions with written thinking."""
+        """Number of questions with written thinking."""
         return sum(row.thinks and bool(row.thinking) for row in self.solved)
 
     def longest(self, index: int) -> int:
-        """Tokens that question ``index`` has at most."""
+        """The largest number of tokens of question ``index`` in any stage."""
         stages: list[int | None] = [0, None] if self._teacher else [0]
         return len(self._asked[index]) + max(len(self._written(stage)[index][0]) for stage in stages)
 
     def kept(self, indices: Sequence[int]) -> Lessons:
-        """These questions alone."""
+        """The lessons of the questions ``indices``."""
         lessons = Lessons((), self._tokenizer, self._form, stages=self._stages, teacher=self._teacher)
         lessons.solved = [self.solved[index] for index in indices]
         lessons._asked = [self._asked[index] for index in indices]
@@ -108,16 +108,16 @@ class Lessons(Dataset[Lesson]):
         return lessons
 
     def _written(self, stage: int | None) -> list[tuple[list[int], int]]:
-        """What is to be written for each question, and how many of its tokens stand before the answer.
+        """The tokens to write for each question, and how many of them are before the answer.
 
-        Stage None is the teacher's: all of the thinking, and nothing where there is none.
+        Stage None is the teacher's: all of the thinking, or no tokens if there is none.
         """
         if stage not in self._said:
             texts = [self._text(row, stage) for row in self.solved]
             if self._tails is None:
                 tails = [answer_tail(self._tokenizer, row.answer, self._form) for row in self.solved]
                 self._tails = encode(self._tokenizer, tails)
-            # Where nothing is thought, all is answer, though its first token may be one without the space.
+            # Without thinking, all is answer, even if its first token lacks the space that the tail has.
             self._said[stage] = [
                 (whole, len(whole) - _common_end(whole, tail) if row.thinks else 0)
                 for row, whole, tail in zip(
@@ -136,7 +136,7 @@ class Lessons(Dataset[Lesson]):
 
 
 def _common_end(whole: list[int], tail: list[int]) -> int:
-    """How many tokens both end with."""
+    """Length of the longest common suffix."""
     for count, (one, other) in enumerate(zip(reversed(whole), reversed(tail), strict=False)):
         if one != other:
             return count
@@ -147,7 +147,7 @@ class Collator:
     """Lessons of a batch as tensors, padded on the right.
 
     Args:
-        pad: Token to pad with.
+        pad: Id of the padding token.
     """
 
     def __init__(self, pad: int) -> None:
@@ -156,8 +156,8 @@ class Collator:
     def __call__(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` [B, L] and ``answer_at`` [B].
 
-        And, of the samples with a teacher, ``teacher_ids``, ``teacher_mask`` [R, L'], ``teacher_at`` [R], and
-        their places in the batch, ``taught`` [R].
+        For samples with a teacher, also ``teacher_ids``, ``teacher_mask`` [R, L'], ``teacher_at`` [R], and
+        their indices in the batch, ``taught`` [R].
         """
         ids, mask = _padded([lesson["input_ids"] for lesson in lessons], self._pad)
         batch = {

@@ -1,4 +1,4 @@
-"""Distillation of hidden states from a run with written thinking (CODI, arXiv 2502.21074)."""
+"""Distillation of hidden states from a pass with written thinking (CODI, arXiv 2502.21074)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llm_trm.models.causal.creation import freeze_halting
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """The language model as it was before: peft's adapters and trained tokens off, dropout too."""
+    """The original language model: peft's adapters, trained tokens and dropout are off."""
     training = model.training
     model.eval()
-    # peft's own disable_adapter inspects the whole model first, which takes longer than a small one's pass.
+    # peft's disable_adapter inspects the whole model first, which takes longer than a pass of a small model.
     adapted = getattr(model, "base_model", None) if hasattr(model, "disable_adapter") else None
     if adapted is not None:
         adapted.disable_adapter_layers()
@@ -32,11 +32,12 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def teacher_states(model: Any, unwrapped: Any, ids: Tensor, mask: Tensor, at: Tensor) -> list[Tensor]:
-    """States [R, D] of every layer at ``at`` [R], in a run with written thinking ``ids`` [R, L].
+    """States [R, D] of every layer at positions ``at`` [R], in a pass over written thinking ``ids`` [R, L].
 
     Args:
-        model: What is called.
-        unwrapped: The same without what DDP or the like puts around it.
+        model: The model to call.
+        unwrapped: The same model without the wrapper of DDP or FSDP.
+        mask: Attention mask [R, L].
     """
     with without_adapters(unwrapped):
         outputs = model(
@@ -46,13 +47,13 @@ def teacher_states(model: Any, unwrapped: Any, ids: Tensor, mask: Tensor, at: Te
 
 
 def states_at(layers: Sequence[Tensor], at: Tensor, rows: Tensor | None = None) -> list[Tensor]:
-    """States [R, D] of every layer, input embeddings left out, of ``rows`` at positions ``at``."""
+    """States [R, D] of every layer but the input embeddings, of ``rows`` [R] at positions ``at`` [R]."""
     rows = torch.arange(len(at), device=at.device) if rows is None else rows
     return [layer[rows, at] for layer in layers[1:]]
 
 
 def state_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over layers of the mean absolute difference, as a share of the teacher's standard deviation."""
+    """Mean over layers of the mean absolute difference, relative to the teacher's standard deviation."""
     each = [
         (ours.float() - theirs.float()).abs().mean() / theirs.float().std().clamp(min=1e-6)
         for ours, theirs in zip(student, teacher, strict=True)

@@ -1,4 +1,4 @@
-"""What an evaluation of ``llm-trm train lora`` measures, sample by sample, in one teacher-forced pass."""
+"""What an evaluation of ``llm-trm train lora`` measures, per sample, in one teacher-forced pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sample_measures(outputs: Any, batch: dict[str, Tensor], think: int) -> Tenso
 
     Args:
         outputs: A ``TRMCausalLMOutput``.
-        batch: Of a :class:`~llm_trm.train.lora.data.Collator`.
+        batch: A batch of a :class:`~llm_trm.train.lora.data.Collator`.
         think: Id of ``<think>``.
     """
     labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
@@ -60,14 +60,14 @@ def sample_measures(outputs: Any, batch: dict[str, Tensor], think: int) -> Tenso
 
 
 def summary(measures: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Means over samples or tokens of :func:`sample_measures` [N, measures]; without what there is none of.
+    """Means of :func:`sample_measures` [N, measures] over samples or tokens; those over none are absent.
 
-    ``loss`` counts every token that the model is to write alike, and leaves the halting head out.
+    ``loss`` weighs all tokens that the model is to write equally, and excludes the halting head.
     """
     of = {name: measures[:, place].astype(float) for place, name in enumerate(_COLUMNS)}
     total = {name: values.sum() for name, values in of.items()}
     wants, thought = of["wants_think"] > 0, of["thoughts"] > 0
-    # Where the prompt ends in the tag, it is neither wanted nor needless.
+    # If the prompt ends in <think>, writing it is neither wanted nor needless.
     plain = (of["labelled"] > 0) & ~wants & ~thought
     tokens = total["think_tokens"] + total["answer_tokens"]
     shares = {

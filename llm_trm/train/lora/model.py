@@ -20,19 +20,19 @@ from llm_trm.models.causal.starting import require_width, start_from_phase2
 from llm_trm.models.loading import language_model_source, pretrained
 from llm_trm.train.lora.config import LoraTrainingConfig
 
-#: Below this width of states a language model is a toy, and gets a reasoner of a toy's size.
+#: A language model with narrower states is a toy, and gets a small reasoner.
 _TOY_WIDTH = 512
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What is trained.
+    """The model to train.
 
     Attributes:
         model: A ``TRMForCausalLM``, or a ``PeftModel`` around one, on the CPU.
-        tokenizer: Of the language model, with ``<think>`` and ``</think>``.
+        tokenizer: The language model's, with ``<think>`` and ``</think>``.
         form: How questions are put.
-        added: Tokens that the tokenizer did not have.
+        added: Tokens that the tokenizer lacked.
     """
 
     model: Any
@@ -42,7 +42,7 @@ class Trainee:
 
 
 def build_trainee(config: LoraTrainingConfig) -> Trainee:
-    """Load the language model, and give it what is to be trained.
+    """Load the language model, and add the reasoner, adapters and tokens to train.
 
     Raises:
         InputError: A model or a run of phase 2 that cannot be loaded, or that do not fit together.
@@ -88,7 +88,7 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
         end_think_token_id=end_think,
         **settings | asked,
     )
-    # AdamW's small steps would be rounded away in bfloat16, and so would what phase 2 found.
+    # bfloat16 would round away AdamW's small steps, and digits of the weights from phase 2.
     model.model.reasoner.float()
     if start is not None:
         start.load_into(model)
@@ -104,7 +104,7 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
 
 
 def default_sizes(width: int, asked: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a reasoner for states of ``width``, where ``asked`` does not say."""
+    """Default sizes of a reasoner for states of ``width``, given the settings in ``asked``."""
     toy = width < _TOY_WIDTH
     narrow = asked.get("d_compressed") or (width // 4 if width <= 256 else 256)
     recursed = narrow if asked.get("reasoner") == "sequence" else width
@@ -117,12 +117,12 @@ def default_sizes(width: int, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heads(width: int) -> int:
-    """8, or as many fewer as leave each 8 dimensions and divide the width."""
+    """The largest divisor of the width up to 8 that leaves each head at least 8 dimensions."""
     return next(heads for heads in range(max(1, min(8, width // 8)), 0, -1) if width % heads == 0)
 
 
 def _train_rows(model: Any, tokens: list[int]) -> None:
-    """Let gradients reach the rows of ``tokens`` in embeddings and output head, and no others."""
+    """Let gradients reach only the rows of ``tokens`` in the embeddings and the output head."""
     weights = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.lm_head)}
     for weight in weights.values():
         kept = torch.zeros(len(weight), 1)

@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer
 
 from llm_trm.data.reasoning import IGNORED
-from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json
-from llm_trm.models.loading import require_own_files
-from llm_trm.ranges import AMOUNT, PLACE, Range, require_in
+from llm_trm.train.lora.callbacks import FollowEpochs
 from llm_trm.train.lora.curriculum import StagedOrder
 from llm_trm.train.lora.distillation import state_distance, states_at, teacher_states
 from llm_trm.train.lora.metrics import sample_measures, summary
+from llm_trm.train.run.trainer_checkpoints import forget_tied
 
-_STATE_FILE = "trainer_state.json"
-_STATE: dict[str, Range] = {"global_step": PLACE, "max_steps": PLACE, "epoch": AMOUNT}
 #: Parameters of a reasoner that phase 2 has trained.
 _STARTED = re.compile(r"\.reasoner\.(.*\.)?(trm|compressor)\.")
 
 
 class LatentTrainer(Trainer):
-    """A Trainer with the curriculum's order, distillation, and measures of its own.
+    """A Trainer with the order of a curriculum, distillation, and its own held-out metrics.
 
     Args:
-        order: Of the training samples.
-        distill: Weight of the distance to the run with written thinking.
-        recursion_rate: Peak of the learning rate of the recursion and its compressor; None for that of all.
+        order: Order of the training samples.
+        distill: Weight of the distance to the pass with written thinking.
+        recursion_rate: Peak learning rate of the recursion and its compressor; None for that of the rest.
         think: Id of ``<think>``.
-        **settings: Of a ``Trainer``.
+        **settings: Arguments of a ``Trainer``.
     """
 
     def __init__(
@@ -53,7 +46,7 @@ class LatentTrainer(Trainer):
         self._order, self._distill, self._think = order, distill, think
         self._recursion_rate = recursion_rate
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
-        # The Trainer turns the cache off in the configuration, and saves it so: generation would crawl.
+        # The Trainer turns the cache off in the configuration that it saves: generation would be slow.
         ours: Any = self.model
         ours.config.use_cache = True
         self.add_callback(FollowEpochs(order))
@@ -71,7 +64,7 @@ class LatentTrainer(Trainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Matrices: no norms, biases, learned tokens, nor embeddings, of which some rows may be trained."""
+        """Names of matrices: no norms, biases, learned tokens, or embeddings, whose rows may train alone."""
         rows = tuple(f"{name}.weight" for name, module in model.named_modules() if _has_rows(name, module))
         return [
             name
@@ -80,7 +73,7 @@ class LatentTrainer(Trainer):
         ]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """0: an estimate by tokens and parameters, which the Trainer makes, does not hold for a recursion."""
+        """0: the Trainer's estimate from tokens and parameters does not hold for a recursion."""
         return 0
 
     def compute_loss(
@@ -90,7 +83,7 @@ class LatentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """See :meth:`Trainer.compute_loss`; the loss of the model, and the distance to the teacher."""
+        """See :meth:`Trainer.compute_loss`; adds the distance to the teacher's states to the model's loss."""
         inputs, taught = _apart(inputs)
         distils = self._distill > 0 and model.training and "teacher_ids" in taught
         if distils:
@@ -112,7 +105,7 @@ class LatentTrainer(Trainer):
             self._note("distill_distance", distance)
             share: Tensor | float = 1.0
             if num_items_in_batch is not None:
-                # As the rest of the loss, by the tokens of all accumulated batches of all processes.
+                # Like the rest of the loss: per token of all accumulated batches in all processes.
                 share = (inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch
                 if self.args.average_tokens_across_devices:
                     share = share * self.accelerator.num_processes
@@ -122,7 +115,7 @@ class LatentTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
-        """Measures of each sample, in place of logits."""
+        """Measures of each sample [B, measures] instead of logits."""
         batch = self._prepare_inputs(inputs)
         fed, _ = _apart(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -130,7 +123,7 @@ class LatentTrainer(Trainer):
         return None, measures, measures[:, :1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """See :meth:`Trainer.log`; adds means since the last call of what batches told."""
+        """See :meth:`Trainer.log`; adds the means of the model's other losses since the last call."""
         if "loss" in logs:
             for name, values in self._noted.items():
                 logs[name] = float(torch.stack(values).mean())
@@ -160,7 +153,7 @@ def _has_rows(name: str, module: Any) -> bool:
 
 
 def _apart(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the model takes, and the rest."""
+    """The inputs of the model, and the rest."""
     ours = {"answer_at", "teacher_ids", "teacher_mask", "teacher_at", "taught"}
     return (
         {name: value for name, value in inputs.items() if name not in ours},
@@ -170,142 +163,3 @@ def _apart(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _metrics(prediction: Any) -> dict[str, float]:
     return summary(prediction.predictions)
-
-
-class FollowEpochs(TrainerCallback):
-    """Tells the order where the training stands; the Trainer reaches it in most set-ups only."""
-
-    def __init__(self, order: StagedOrder) -> None:
-        self._order = order
-
-    def on_epoch_begin(
-        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
-    ) -> None:
-        updates = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
-        self._order.epochs = state.max_steps / updates
-        self._order.set_epoch(state.global_step // updates)
-
-
-def forget_tied(model: Any, load_result: Any) -> None:
-    """Take out of what was missing a head that shares the embeddings: it is in no file."""
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if model.config.tie_word_embeddings and set(load_result.missing_keys) <= tied:
-        load_result.missing_keys.clear()
-
-
-class KeepBest(TrainerCallback):
-    """Keeps the last checkpoint and the best few, and ends a run that no longer improves.
-
-    The Trainer's own limit keeps the last ones and a single best. Both are told by the Trainer's history,
-    which a resumed run reads again.
-
-    Args:
-        keep: Best checkpoints.
-        patience: Evaluations without a lower loss; 0 for no end.
-        share: Of the updates before which no evaluation counts: until then the task changes.
-    """
-
-    def __init__(self, keep: int, patience: int, share: float) -> None:
-        self._keep, self._patience, self._share = keep, patience, share
-        self.stopped = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # The Trainer's state has a path, which is another's where the run was moved, and may lead anywhere.
-        if state.best_global_step:
-            best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            state.best_model_checkpoint = str(best) if best.is_dir() else None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.exhausted(state.log_history, state.max_steps):
-            self.stopped = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        losses = eval_losses(state.log_history)
-        best = sorted(losses, key=lambda step: losses[step])[: self._keep]
-        for path in checkpoints(Path(args.output_dir)):
-            if step_of(path) not in (*best, state.global_step):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def exhausted(self, history: Sequence[Mapping[str, Any]], steps: int) -> bool:
-        """Whether the last evaluations of ``history``, of a run of ``steps``, brought nothing better."""
-        losses = [loss for step, loss in eval_losses(history).items() if step >= self._share * steps]
-        if not self._patience or not losses:
-            return False
-        return len(losses) - 1 - losses.index(min(losses)) >= self._patience
-
-
-def eval_losses(history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Loss on what is held out by the step of its evaluation; NaN counts as infinitely high."""
-    return {
-        entry["step"]: entry["eval_loss"] if entry["eval_loss"] == entry["eval_loss"] else float("inf")
-        for entry in history
-        if "eval_loss" in entry
-    }
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is of."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, whole or not, by their step."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted((path for path in found if path.name.rpartition("-")[2].isdigit()), key=step_of)
-
-
-def take_up_finished(trainer: Any, checkpoint: Path, folder: Path, best: bool) -> bool:
-    """Load a run whose last update was made before ``checkpoint`` was written; False if there are more.
-
-    The Trainer itself would make one more update. It alone can load weights that are shared out.
-
-    Args:
-        trainer: Which has not begun.
-        checkpoint: The run's last.
-        folder: Of its checkpoints.
-        best: Whether the weights are to be those of the lowest loss, instead of the last.
-    """
-    state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
-    if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return False
-    trainer.state = state
-    lowest = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-    trainer._load_from_checkpoint(str(lowest if best and lowest.is_dir() else checkpoint))
-    return True
-
-
-def trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What transformers' Trainer wrote of where a run stood.
-
-    Raises:
-        InputError: The file is missing, or a number in it makes no sense.
-    """
-    path = checkpoint / _STATE_FILE
-    remedy = "start over with --overwrite, or delete the checkpoint"
-    state = read_json(path, remedy)
-    try:
-        for name, within in _STATE.items():
-            require_in(within, name, state[name])
-        for record in state["log_history"]:
-            require_in(PLACE, "log_history: step", record["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not say where the run stood ({one_line(error)}): {remedy}") from error
-    return dict(state)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest one that was written to its end: the Trainer's state is its last file.
-
-    Raises:
-        InputError: A checkpoint's index of weights names files outside it.
-    """
-    whole = [path for path in checkpoints(folder) if (path / _STATE_FILE).exists()]
-    for path in whole:
-        require_own_files(path)
-    return whole[-1] if whole else None

@@ -1,1 +1,1 @@
-"""The recursion alone, by the reward of its answers: ``llm-trm train phase3``."""
+"""Trains the recursion alone, by the reward of its answers: ``llm-trm train phase3``."""

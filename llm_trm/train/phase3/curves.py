@@ -13,7 +13,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw rewards, held-out accuracy and divergence against the step, to the PNG file ``path``.
 
     Args:
-        history: Records of :class:`~llm_trm.train.phase3.config.Phase3Result`, at least one.
+        history: Records of :class:`~llm_trm.train.phase3.report.Phase3Result`, at least one.
     """
     trained = [record for record in history if "reward" in record]
     tested = [record for record in history if "eval_accuracy" in record]
@@ -31,11 +31,11 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
             label="held-out problems, greedy",
         )
         accuracy.set_ylim(0, 1.02)
-        accuracy.set_ylabel("share of answers")
+        accuracy.set_ylabel("fraction of answers")
         accuracy.legend(fontsize=8)
         for name, color in (("kl", TRAIN), ("entropy", OTHER)):
             known = [(record["step"], record[name]) for record in trained if name in record]
             if known:
                 divergence.plot(*zip(*known, strict=True), color=color, label=name)
-        divergence.set_ylabel("nats a token")
+        divergence.set_ylabel("nats per token")
         divergence.legend(fontsize=8)

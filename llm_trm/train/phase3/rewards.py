@@ -1,4 +1,4 @@
-"""Rewards of what a language model wrote: functions in the signature that TRL's trainers call."""
+"""Rewards of completions: functions with the signature that TRL's trainers call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_trm.evaluate.answers import answer_tokens, own_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: What TRL calls with lists of equal length, by name; None where a completion cannot be judged.
+#: TRL calls it with lists of equal length, by name; it gives None for completions that cannot be graded.
 Reward = Callable[..., list[float | None]]
 
 
@@ -22,15 +22,15 @@ def correctness_reward(
 ) -> Reward:
     """A reward of 1 for completions whose answer is the reference's, and 0 for others.
 
-    Answers are read as ``llm-trm eval lm`` reads them: behind the thinking, which has to be closed in a chat,
-    and to their end, as what is cut off may be the half of a number; numbers are compared as numbers. A
-    reference without a final answer gives None.
+    Answers are read as ``llm-trm eval lm`` reads them: after the thinking, which must be closed in a chat. An
+    answer without an end token does not count, since it may stop in the middle of a number. Numbers are
+    compared by value. A reference without a final answer gives None.
 
     Args:
         tokenizer: Decodes completions.
         form: How questions are put.
         tags: Ids of ``<think>`` and ``</think>``.
-        ends: Ids of tokens that end a completion; one that was cut off has none.
+        ends: Ids of tokens that end a completion.
     """
 
     def correctness(
@@ -53,10 +53,10 @@ def correctness_reward(
 def format_reward(
     tokenizer: PreTrainedTokenizerBase, form: PromptForm, tags: tuple[int, int], ends: Collection[int]
 ) -> Reward:
-    """A reward of 1 for completions of the form that the model was taught, and 0 for others.
+    """A reward of 1 for completions in the format that the model was taught, and 0 for others.
 
-    That form is one ``<think>`` at the end of the prompt or the beginning of the completion, in a chat one
-    ``</think>`` behind it, then an answer, and an end token.
+    That format is one ``<think>`` at the end of the prompt or the start of the completion, in a chat one
+    ``</think>`` after it, then an answer and an end token.
 
     Args:
         tokenizer, form, tags, ends: As for :func:`correctness_reward`.
@@ -92,7 +92,7 @@ def _answer(
     prompt: str,
     ids: Sequence[int],
 ) -> tuple[str, bool]:
-    """What stands behind the thinking, empty if nothing does; whether the next question follows it."""
+    """The text after the thinking, which may be empty, and whether the next question follows it."""
     given = [tags[0]] if _opens(prompt) else []
     said = answer_tokens(given, ids, tags, open_ended=form == "plain")
     text, asks_itself = str(tokenizer.decode(said or [], skip_special_tokens=True)), False

@@ -18,21 +18,21 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from llm_trm.data.lessons import encode_prompt
 from llm_trm.evaluate.language_model_modes import UNPENALISED
 from llm_trm.models.causal.loading import LatentModel, save_latent_model
-from llm_trm.train.lora.trainer import forget_tied
 from llm_trm.train.phase3.rewards import Reward
+from llm_trm.train.run.trainer_checkpoints import forget_tied
 from trm_kernels import NetworkConfig
 
-#: What every logged step adds to in the folder of the run: completions, each with its rewards.
+#: File in the folder of the run that every logged step adds completions to, each with its rewards.
 COMPLETIONS_FILE = "completions.jsonl"
 
 
 class Reference:
-    """The model as it was when this was made: its decoder, and a frozen copy of its reasoner.
+    """The model as it is at construction: its decoder, and a frozen copy of its reasoner.
 
-    TRL makes its reference by loading the model's name again, which is no model of transformers', or by
-    adding a second adapter; switching to that one and back would let gradients reach the adapters, which
-    peft enables whenever it makes an adapter the active one. The decoder is frozen, so that sharing it is
-    enough, and it may be wrapped for several processes at any time.
+    TRL makes its reference by loading the model by name, which transformers alone cannot, or by adding a
+    second adapter; switching to that one and back would let gradients reach the adapters, since peft enables
+    gradients for the active adapter. The decoder is frozen, so it can be shared, and it may be wrapped for
+    several processes at any time.
 
     Args:
         model: A ``TRMForCausalLM``, or a ``PeftModel`` around one.
@@ -43,7 +43,7 @@ class Reference:
         self._reasoner = copy.deepcopy(active_reasoner(model)).requires_grad_(False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output with the reasoner of the start."""
+        """The output of the model with the copied reasoner."""
         trained = self._backbone.reasoner
         self._backbone.reasoner = self._reasoner.train(trained.training)
         try:
@@ -55,19 +55,18 @@ class Reference:
 class LatentGRPOTrainer(GRPOTrainer):
     """Trains the reasoner on rewards, and nothing else.
 
-    TRL scores ``base_model(input_ids, attention_mask).last_hidden_state``, which is the backbone's, with the
-    recursion in it. What is different here: the reference; prompts are encoded as in training; evaluation is
-    greedy accuracy on held-out problems; checkpoints are what ``load_latent_model`` loads; nothing is
-    reported to Hugging Face.
+    TRL scores ``base_model(input_ids, attention_mask).last_hidden_state``: that of the backbone, which
+    includes the recursion. It differs from TRL's trainer in the reference; prompts are encoded as in
+    ``llm-trm train lora``; evaluation is greedy accuracy on held-out problems; checkpoints can be read by
+    ``load_latent_model``; nothing is reported to Hugging Face.
 
     Args:
         latent: The model, loaded to be trained.
         rewards: Reward functions. The first says whether an answer is right.
-        args: TRL's settings. Its ``beta`` is the weight of the divergence from the model as it is now.
-        train_dataset, eval_dataset: Of rows with ``prompt`` and ``answer``.
-        facts: Kept beside the weights, also an attribute.
-        encoded: Tokens of the prompts, of which TRL hands on the text alone.
-        callbacks: Of transformers.
+        args: TRL's settings. ``beta`` is the weight of the divergence from the model at construction.
+        train_dataset, eval_dataset: Rows with ``prompt`` and ``answer``.
+        facts: JSON values to keep beside the weights; also an attribute.
+        encoded: Tokens of the prompts, since TRL passes on their text only.
     """
 
     model: Any
@@ -86,7 +85,6 @@ class LatentGRPOTrainer(GRPOTrainer):
         eval_dataset: Any,
         facts: dict[str, Any],
         encoded: Mapping[str, list[int]],
-        callbacks: Sequence[Any] = (),
     ) -> None:
         self._latent, self.facts, self._encoded = latent, facts, encoded
         prepare(latent.model)
@@ -99,7 +97,6 @@ class LatentGRPOTrainer(GRPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=latent.tokenizer,
-            callbacks=list(callbacks),
         )
         args.beta = self.beta = beta
         self.ref_model = Reference(self.model) if beta else None
@@ -140,7 +137,7 @@ class LatentGRPOTrainer(GRPOTrainer):
     def _answer(self, dataset: Any) -> dict[str, float]:
         processes, own = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
-        # All processes take as many batches, on problems that count for nothing at the end.
+        # All processes take the same number of batches; problems that pad them do not count.
         share = -(-len(dataset) // processes)
         places = [own + processes * turn for turn in range(share)]
         totals = torch.zeros(len(self.reward_funcs) + 2, dtype=torch.float64)
@@ -160,7 +157,7 @@ class LatentGRPOTrainer(GRPOTrainer):
             totals += (
                 torch.tensor([[value or 0.0 for value in column] for column in columns]).double() @ counted
             )
-        # float32, as Apple's MPS has no other; counts are exact in it up to 16 million.
+        # float32, since Apple's MPS lacks float64; counts up to 16 million are exact in it.
         summed = self.accelerator.reduce(totals.float().to(self.accelerator.device), "sum").double().tolist()
         *rewards, tokens, problems = summed
         means = {name: value / problems for name, value in zip(self.reward_func_names, rewards, strict=True)}
@@ -173,14 +170,14 @@ class LatentGRPOTrainer(GRPOTrainer):
         }
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's loss; with a gradient of zero if no completion of the batch holds a ``<think>``."""
+        """TRL's loss; its gradient is zero if no completion of the batch has a ``<think>``."""
         loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         if torch.is_grad_enabled() and not loss.requires_grad:
             loss = loss + sum(weight.sum() * 0 for weight in model.parameters() if weight.requires_grad)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See TRL; in training, the latest completions are written too."""
+        """See TRL; in training, also write the latest completions."""
         super().log(logs, start_time)
         step = self.state.global_step
         if self.model.training and self.is_world_process_zero() and step > self._written_at:
@@ -198,7 +195,7 @@ class LatentGRPOTrainer(GRPOTrainer):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Tokens as in training: TRL would add special tokens, and read those that a question names."""
+        """Tokens as in training: TRL would add special tokens, and parse those in a question's text."""
         form = self._latent.prompt_form
         known = self._encoded
         return [known.get(one) or encode_prompt(self._tokenizer, one, form) for one in prompts], None, {}
@@ -217,7 +214,7 @@ class LatentGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
-        # peft loads adapters that go on to be trained as trainable, all of them.
+        # peft loads all adapters as trainable when training is to continue.
         for name, weight in self.model.named_parameters():
             weight.requires_grad_(name in self._trained)
 
@@ -226,10 +223,10 @@ class LatentGRPOTrainer(GRPOTrainer):
         super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL's describes a fine-tuned language model."""
+        """Write no card: TRL's describes a fine-tuned language model."""
 
     def _send_telemetry(self) -> None:
-        """Nothing is reported to anyone."""
+        """Report nothing to anyone."""
 
 
 def backbone(model: Any) -> Any:
@@ -238,7 +235,7 @@ def backbone(model: Any) -> Any:
 
 
 def active_reasoner(model: Any) -> nn.Module:
-    """The reasoner that computes: with adapters, the copy that peft trains and saves."""
+    """The reasoner in use: with adapters, the copy that peft trains and saves."""
     reasoner = backbone(model).reasoner
     if hasattr(reasoner, "modules_to_save"):
         reasoner = reasoner.modules_to_save[reasoner.active_adapters[0]]
@@ -247,17 +244,17 @@ def active_reasoner(model: Any) -> nn.Module:
 
 
 def prepare(model: Any) -> None:
-    """Make a loaded model ready for GRPO.
+    """Prepare a loaded model for GRPO.
 
-    The reasoner gets float32 weights, whose updates bfloat16 would round away. Its halting head is frozen:
-    it decides when a recursion ends, not what comes out, so that no gradient of a log-probability reaches it.
-    All dropout is off, so that a completion has the log-probabilities that it was sampled with.
+    The reasoner gets float32 weights, since bfloat16 would round small updates away. Its halting head is
+    frozen: it decides when a recursion ends, so no gradient of a log-probability reaches it. All dropout is
+    off, so that a completion has the log-probabilities that it was sampled with.
     """
     reasoner: Any = active_reasoner(model).float()
     reasoner.trm.halt_head.requires_grad_(False)
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
-        # TRL asks for it, and peft's wrapping of a head with trained tokens has none to show.
+        # TRL reads it, and peft's wrapper of a head with trained tokens lacks it.
         head.bias = None
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -17,6 +17,24 @@ from llm_trm.models.run_folder import CHECKPOINTS_FOLDER, INDEX_FILE
 _START_OVER = "start over with --overwrite"
 
 
+def permit(
+    output: Path, has_checkpoint: bool, has_model: bool = False, *, resume: bool, overwrite: bool
+) -> None:
+    """Raise InputError unless a run may start, or continue, in the folder ``output``.
+
+    Args:
+        has_checkpoint: Whether the folder has a checkpoint to resume.
+        has_model: Whether the folder has what a finished run leaves besides checkpoints.
+    """
+    if (has_checkpoint or has_model) and not (resume or overwrite):
+        raise InputError(
+            f"{output} holds a run already: continue it with --resume, replace it with --overwrite, or "
+            "choose another folder"
+        )
+    if resume and not has_checkpoint:
+        raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
+
+
 class Checkpoints:
     """The checkpoints of the run in ``folder``, and its index.
 
@@ -39,14 +57,7 @@ class Checkpoints:
 
     def permit(self, *, resume: bool, overwrite: bool) -> None:
         """Raise InputError unless a run may start, or continue, in this folder."""
-        output = self._index_path.parent
-        if self.exist() and not (resume or overwrite):
-            raise InputError(
-                f"{output} holds a run already: continue it with --resume, replace it with --overwrite, or "
-                "choose another folder"
-            )
-        if resume and not self.exist():
-            raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
+        permit(self._index_path.parent, self.exist(), resume=resume, overwrite=overwrite)
 
     @property
     def last(self) -> Path:

@@ -47,12 +47,20 @@ def new_accelerator(
     from accelerate import Accelerator
 
     require_tracker(track)
-    log_with: list[Any] | None = None
-    if track == "jsonl":
-        log_with = [json_tracker(folder, resumed_at)]
-    elif track is not None:
-        log_with = [track]
-    return Accelerator(cpu=device == "cpu", log_with=log_with, project_dir=str(folder))
+    accelerator = Accelerator(cpu=device == "cpu")
+    track_with(accelerator, track, folder, resumed_at=resumed_at)
+    return accelerator
+
+
+def track_with(
+    accelerator: Accelerator, track: Track | None, folder: Path, *, resumed_at: int | None = None
+) -> None:
+    """Give an accelerator the tracker of :func:`new_accelerator`, which has not begun."""
+    from accelerate.tracking import filter_trackers
+
+    accelerator.project_configuration.set_directories(str(folder))
+    tracker = json_tracker(folder, resumed_at) if track == "jsonl" else track
+    accelerator.log_with = filter_trackers(tracker, accelerator.logging_dir)
 
 
 def start_tracking(accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
