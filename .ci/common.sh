@@ -87,7 +87,7 @@ PYTHON
 
 test_command=$(readme_command 'python -m pytest')
 bench_command=$(readme_command 'llm-trm bench')
-small_bench_command=$(replaced "$bench_command" '--latents 256' '--latents 16 --hidden-size 64 --backends eager')
+small_bench_command=$(replaced "$bench_command" '--latents 256' '--latents 16 --d-model 64 --backends eager')
 if [[ -n $(git -C "$root" status --porcelain) ]]; then
     echo "note: the checkout has uncommitted changes; what is tested is its HEAD"
 fi

@@ -59,7 +59,7 @@ def train(
     Returns:
         A line for a results file without metadata of the run: the ``history`` of the training, and for each
         of the ``modes`` (without halting, and with two thresholds) the result of ``llm-trm eval puzzle
-        --json`` on all held-out puzzles, with the best time of several rounds.
+        -o`` on all held-out puzzles, with the best time of several rounds.
     """
     shape = SHAPES[size]
     with tempfile.TemporaryDirectory() as name:

@@ -41,6 +41,7 @@ class Setting:
         critical: Whether a run can be resumed only with the same value.
         action: Whether the option says what to do with a run, and is no setting of it: such an option is
             neither recorded nor read from a file.
+        file: Whether a path is that of a file to read or to write; None for a folder.
         name: Name of the field.
         group: Field with the nested dataclass that declares the setting; ``""`` if it is not nested.
         kind: ``int``, ``float``, ``bool``, ``str`` or ``Path``: the type of the value, or of its items.
@@ -58,6 +59,7 @@ class Setting:
     metavar: str | None = None
     critical: bool = True
     action: bool = False
+    file: Literal["read", "write"] | None = None
     name: str = ""
     group: str = ""
     kind: type = str
@@ -85,6 +87,7 @@ def setting(
     metavar: str | None = None,
     critical: bool = True,
     action: bool = False,
+    file: Literal["read", "write"] | None = None,
 ) -> Any:
     """The field of a settings dataclass; see :class:`Setting`.
 
@@ -92,15 +95,18 @@ def setting(
         default: Default value; ``...`` if a value must be given.
         options: Names of the option; by default ``--`` and the name of the field.
     """
-    declared = Setting(help, within, options, was, unset, metavar, critical, action)
+    declared = Setting(help, within, options, was, unset, metavar, critical, action, file)
     return field(default=MISSING if default is ... else default, metadata={_KEY: declared})
 
 
 def settings_of(kind: type[DataclassInstance]) -> tuple[Setting, ...]:
-    """The settings of a dataclass in the order of its fields, including those of nested dataclasses."""
+    """The settings of a dataclass, including those of nested ones, in the order of the fields.
+
+    Keyword-only fields come last: a base class declares them.
+    """
     hints = get_type_hints(kind)
     found: list[Setting] = []
-    for one in fields(kind):
+    for one in sorted(fields(kind), key=lambda one: bool(one.kw_only)):
         if is_dataclass(hints[one.name]):
             found += [replace(inner, group=one.name) for inner in settings_of(hints[one.name])]
         elif _KEY in one.metadata:

@@ -28,11 +28,11 @@ def run(*arguments: str) -> Result:
     ("arguments", "words"),
     [
         (("bench", "--latents", "0"), ("--latents", "at least 1")),
-        (("bench", "--batch", "-3"), ("--batch",)),
+        (("bench", "--batch-size", "-3"), ("--batch-size",)),
         (("bench", "--latents", "many"), ("--latents", "many")),
-        (("bench", "--hidden-size", "100"), ("--hidden-size 100", "--heads 8")),
+        (("bench", "--d-model", "100"), ("--d-model 100", "--heads 8")),
         (("bench", "--heads", "7"), ("multiple", "--heads 7")),
-        (("bench", "--family", "paper", "--hidden-size", "24", "--heads", "8"), ("even head size",)),
+        (("bench", "--family", "paper", "--d-model", "24", "--heads", "8"), ("even head size",)),
         (("bench", "--dtype", "int8"), ("--dtype", "fp32")),
         (("bench", "--backends", "cudnn"), ("unknown backend 'cudnn'", "eager")),
         (("bench", "--backends", ","), ("--backends", "name at least one")),
@@ -91,7 +91,14 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [(), ("bench",), ("env",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[(), ("bench",), ("env",), ("tune",), ("datagen",), ("generate",), ("solve",)],
+        *[("eval", name) for name in ("lm", "phase2", "puzzle")],
+        *[("data", name) for name in ("arc", "arithmetic", "maze", "sudoku")],
+    ],
+)
 def test_help_teaches_without_importing_torch(arguments: tuple[str, ...]) -> None:
     code = (
         "import sys; from llm_trm.cli import main\n"
@@ -134,7 +141,7 @@ def test_env_reports_every_backend_with_its_reason(monkeypatch: pytest.MonkeyPat
     assert cpu["passed_over"]["native"] == "moon phase"
     text = run("env").stdout
     assert "moon phase" in text
-    assert "auto takes eager" in text
+    assert "auto selects eager" in text
 
 
 def test_bench_prints_and_records_both_modes(tmp_path: Path) -> None:
@@ -193,7 +200,7 @@ def test_candidate_that_raises_gets_a_row_that_says_so(monkeypatch: pytest.Monke
 
 
 def test_what_does_not_fit_the_budget_is_skipped_and_says_so() -> None:
-    options = ("--hidden-size", "2048", "--mode", "train", "--backends", "eager")
+    options = ("--d-model", "2048", "--mode", "train", "--backends", "eager")
     result = run("bench", "--device", "cpu", *options, "--budget", "1")
     assert result.exit_code == 0, result.output
     assert "skipped" in result.stdout

@@ -71,7 +71,7 @@ def test_a_byte_order_mark_on_standard_input_is_ignored(end: bytes) -> None:
     plain = generate(stdin=b"7+1" + end + b"2+2")
     assert plain.stdout == "8\n4\n"
     assert generate(stdin=MARK + b"7+1" + end + MARK + b"2+2").stdout == plain.stdout
-    assert generate("--file", "-", stdin=MARK + b"7+1" + end + b"2+2" + end).stdout == plain.stdout
+    assert generate("--input", "-", stdin=MARK + b"7+1" + end + b"2+2" + end).stdout == plain.stdout
     assert generate("\ufeff7+1").stdout == "8\n"
 
 
@@ -79,7 +79,7 @@ def test_a_byte_order_mark_on_standard_input_is_ignored(end: bytes) -> None:
 def test_only_newlines_separate_questions(cut: str, tmp_path: Path) -> None:
     file, written = tmp_path / "q.txt", tmp_path / "said.jsonl"
     file.write_bytes(f"7+1{cut}+2\n3+3\n".encode())
-    for arguments, stdin in ((("--file", file), None), ((), file.read_bytes())):
+    for arguments, stdin in ((("--input", file), None), ((), file.read_bytes())):
         result = generate(*arguments, "-o", written, stdin=stdin)
         assert result.exit_code == 0, result.output
         assert [json.loads(line)["question"] for line in read_lines(written)] == [f"7+1{cut}+2", "3+3"]
@@ -88,7 +88,7 @@ def test_only_newlines_separate_questions(cut: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", NOT_TEXT.values(), ids=NOT_TEXT)
 def test_input_of_another_encoding_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_bytes(content)
-    for arguments, stdin in ((("--file", tmp_path / "q.txt"), None), ((), content)):
+    for arguments, stdin in ((("--input", tmp_path / "q.txt"), None), ((), content)):
         result = generate(*arguments, stdin=stdin)
         assert result.exit_code == UserError.exit_code and result.stderr.count("\n") == 1, result.output
         assert "in UTF-8" in result.stderr and "in line 1" in result.stderr and not result.stdout

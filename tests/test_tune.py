@@ -196,8 +196,8 @@ def test_inputs_are_random_and_exceed_the_cache(calls: list[RecordedCall]) -> No
     ("change", "refused"),
     [
         ({"stack": 536}, None),
-        ({"stack": 8, "spills_in_loop": True}, "spills in a loop, 8 bytes a thread"),
-        ({"shared_memory": TARGET.shared_memory + 1}, f"takes {TARGET.shared_memory + 1} bytes"),
+        ({"stack": 8, "spills_in_loop": True}, "spills in a loop, 8 bytes per thread"),
+        ({"shared_memory": TARGET.shared_memory + 1}, f"needs {TARGET.shared_memory + 1} bytes"),
         ({"hazards": ("an operand of a product",)}, "would race: an operand"),
     ],
 )
@@ -273,9 +273,9 @@ def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--suite", "phase2", "--batch", "2"], "--batch and --suite exclude each other"),
+        (["--suite", "phase2", "--batch-size", "2"], "--batch-size and --suite exclude each other"),
         (["--packaged", "--output", "x.json"], "exclude each other"),
-        (["--hidden-size", "100"], "multiple"),
+        (["--d-model", "100"], "multiple"),
     ],
 )
 def test_invalid_options_are_rejected(arguments: list[str], says: str) -> None:
@@ -287,7 +287,7 @@ def test_invalid_options_are_rejected(arguments: list[str], says: str) -> None:
 def test_check_reports_missing_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm_trm.cli.tune._target", lambda dry_run: TARGET)
     path = tmp_path / "table.json"
-    result = CliRunner().invoke(main, ["tune", "--check", "--hidden-size", "64", "--output", str(path)])
+    result = CliRunner().invoke(main, ["tune", "--check", "--d-model", "64", "--output", str(path)])
     assert result.exit_code == 1
     assert "missing: gemm" in result.output
     assert not path.exists()

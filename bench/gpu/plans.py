@@ -219,7 +219,7 @@ SECOND = Plan(
                 # Without a budget, it would compile for one minute per case.
                 _command(
                     "llm-trm bench",
-                    *("llm_trm", "bench", "--latents", "256", "--hidden-size", "256", "--budget", "16"),
+                    *("llm_trm", "bench", "--latents", "256", "--d-model", "256", "--budget", "16"),
                     seconds=28.0,
                     least=20.0,
                 ),

@@ -58,8 +58,8 @@ def measure(
     Returns:
         Seconds, peak GPU memory in bytes, and tokens per second.
     """
-    from llm_trm.data.decoding import Limits
-    from llm_trm.data.generation import DataGenConfig, ThinkingDataGenerator
+    from llm_trm.data.generation import ThinkingDataGenerator
+    from llm_trm.data.generation_config import DataGenConfig, Limits
     from llm_trm.data.tags import END_THINK, THINK
     from llm_trm.models.causal import TRMForCausalLM
     from llm_trm.models.loading import ThinkingModel
@@ -78,7 +78,7 @@ def measure(
             num_samples=problems,
             batch_size=problems,
             limits=Limits(thinking=new_tokens),
-            device=device,
+            device=device.type,  # type: ignore[arg-type]
         )
         thinking = ThinkingModel(config.model, model, tokenizer, think, end_think)
         line["pairs"] = ThinkingDataGenerator(config, model=thinking).run().samples

@@ -45,22 +45,22 @@ def main() -> None:
 
     \b
     Start with
-      llm-trm env                   what this machine has, and which backends work
-      llm-trm bench --latents 256   how fast the recursion is, and how exact
-      llm-trm tune                  measure this GPU, so that every product runs on its fastest tile
+      llm-trm env                   print versions, devices, and which backends work
+      llm-trm bench --latents 256   measure the speed of the recursion, and its error
+      llm-trm tune                  find the fastest tile for each matrix product on this GPU
     \b
     Puzzles, solved by recursion:
-      llm-trm data sudoku --size 4  puzzles to learn from; also data maze, data arc
+      llm-trm data sudoku --size 4  write puzzles to train on; also data maze, data arc
       llm-trm train puzzle --task sudoku
       llm-trm solve "1... ..3. .4.. ...2"
     \b
-    A recursion instead of written-out thinking, offline on a tiny language model that ships with this:
-      llm-trm train phase1          a compressor of hidden states
-      llm-trm datagen               hidden states before and after thinking
-      llm-trm train phase2          the recursion from the ones to the others
-      llm-trm eval phase2 --help    what it is worth on problems that it has not seen
-      llm-trm train lora            the language model and the recursion, trained together
-      llm-trm train phase3          the recursion alone, by the reward of its answers
-      llm-trm eval lm               answering at once, thinking, or recurring instead
-      llm-trm generate "3+1*2"      an answer
+    A recursion instead of written-out thinking, offline on the bundled tiny language model:
+      llm-trm train phase1          train a compressor of hidden states
+      llm-trm datagen               write hidden states before and after thinking
+      llm-trm train phase2          train the recursion from the first to the last
+      llm-trm eval phase2 --help    measure it on held-out problems
+      llm-trm train lora --help     train the language model and the recursion together
+      llm-trm train phase3          train only the recursion, on rewards for its answers
+      llm-trm eval lm               compare immediate answers, thinking, and recursion
+      llm-trm generate "3+1*2"      answer a question
     """

@@ -1,4 +1,4 @@
-"""Progress bars of commands: on stderr, where that is a terminal."""
+"""Progress bars on stderr, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that is gone when the work is done; gives what it is to be moved by."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+    """A bar that disappears at the end; yields the function that advances it."""
+    with passing_bar() as bar:
+        task = bar.add_task(what, total=total, numbers="")
         yield lambda done: bar.advance(task, done)
 
 
+def passing_bar(*, disable: bool = False) -> Progress:
+    """A bar like :func:`training_bar` that disappears at the end."""
+    return _bar(None, transient=True, disable=disable)
+
+
 def training_bar(console: Console | None = None) -> Progress:
-    """A bar whose tasks have a field ``numbers``, shown behind it; ``disable``: there is no terminal."""
+    """A bar whose tasks have a field ``numbers``, shown after it; ``disable`` is set without a terminal."""
+    return _bar(console, transient=False, disable=False)
+
+
+def _bar(console: Console | None, *, transient: bool, disable: bool) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -37,5 +41,6 @@ def training_bar(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
         console=console,
-        disable=not console.is_terminal,
+        transient=transient,
+        disable=disable or not console.is_terminal,
     )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llm_trm.benchmark.suites import CPU_TRAIN_WIDTH, SUITES, group_of, left_out, shrunk, suite
 from llm_trm.benchmark.workloads import Case, Mode
-from llm_trm.cli.options.device import device_option
-from llm_trm.cli.options.output import output_file
-from llm_trm.cli.options.types import BATCH, LAYERS, LENGTH, SECONDS, SEED, WIDTH
+from llm_trm.choices import DeviceName
+from llm_trm.cli.bars import passing_bar
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.cli.options.shape import Dtype, Shape, full_name, reject_shape
+from llm_trm.cli.tables import table_console
 from llm_trm.device import resolve_device
+from llm_trm.extras import require_plot
+from llm_trm.ranges import SECONDS, SEED
+from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import device, output_file
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +30,11 @@ if TYPE_CHECKING:
     from llm_trm.benchmark.results import CaseResult
     from llm_trm.benchmark.suites import Group
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-#: Seconds of the whole run for each case, by device type; the default three cases on a CPU make 100 s.
+#: Seconds per case of a whole run, by device type; the three default cases on a CPU take 100 s.
 _SECONDS_PER_CASE = {"cpu": 100 / 3, "cuda": 60.0, "mps": 60.0}
-#: Peers are many, and several of them compile.
-_PEERS_TAKE = 3
-#: Seconds of timed rounds in each case, where a quarter of the case's share of the budget is not less.
+#: How much longer a case with peers takes: there are many, and several compile.
+_PEERS_FACTOR = 3
+#: Seconds of timed rounds per case, or a quarter of the case's share of the budget if that is less.
 _TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
 
 _EPILOG = "\n".join(["\b", "Suites:", *(f"  {name:<8} {what}" for name, what in SUITES.items())])
@@ -52,36 +56,15 @@ def _backend_names(value: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def _writable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse an output path before any work is done; nothing is created yet."""
-    if output_file(context, parameter, value) is None:
-        return None
-    assert value is not None
-    if parameter.name == "plot":
-        if value.suffix not in {".png", ".svg", ".pdf"}:
-            raise click.BadParameter(f"{value.name} must end in .png, .svg or .pdf")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise click.UsageError('--plot needs matplotlib: pip install "llm-trm[plot]"')
-    return value
-
-
 def _cases(
-    suite_name: str | None,
-    shape: dict[str, int | str | None],
-    mode: Mode | None,
-    device_type: str,
-    dtype: str,
+    suite_name: str | None, shape: Shape, mode: Mode | None, device_type: str, dtype: str
 ) -> list[Case]:
-    """The cases that the options ask for."""
+    """The cases that the options select."""
     if dtype == "float16" and mode == "step":
         raise click.UsageError(
             "--mode step: float16 would need loss scaling, which is not measured; use bf16"
         )
-    given = {key: value for key, value in shape.items() if value is not None}
     if suite_name is not None:
-        if given:
-            option = "--" + next(iter(given)).replace("_", "-")
-            raise click.UsageError(f"{option} and --suite exclude each other: a suite fixes its shapes")
         cases = suite(suite_name, device_type, dtype, (mode,) if mode else None)
         if not cases:
             raise click.UsageError(
@@ -89,30 +72,18 @@ def _cases(
             )
         return cases
     modes: Sequence[Mode] = (mode,) if mode else ("forward", "train")
-    widths = [given.pop("hidden_size")] if "hidden_size" in given else [256, 2048]
-    cases = []
-    for width in widths:
-        for kind in modes:
-            # One training step at 2048 takes 13 s on 2 cores; asked for by name, it is run.
-            heavy = device_type == "cpu" and kind != "forward" and int(width) > CPU_TRAIN_WIDTH
-            if not heavy or mode:
-                cases.append(Case(kind, width, **{"latents": 256, "dtype": dtype, **given}))  # type: ignore[arg-type]
-    for case in cases:
-        try:
-            case.config()
-        except ValueError as error:
-            raise click.UsageError(_in_words_of_the_options(str(error))) from error
-    return cases
+    widths = [256, 2048] if shape.hidden_size is None else [shape.hidden_size]
+    cases = [shape.case(kind, dtype, hidden_size=width) for width in widths for kind in modes]
+    # One training step at 2048 takes 13 s on 2 cores; --mode asks for it.
+    return [case for case in cases if mode or not _heavy(case, device_type)]
 
 
-def _in_words_of_the_options(message: str) -> str:
-    for field, option in (("d_model", "--hidden-size"), ("n_heads", "--heads"), ("n_layers", "--layers")):
-        message = message.replace(field, option)
-    return message
+def _heavy(case: Case, device_type: str) -> bool:
+    return device_type == "cpu" and case.mode != "forward" and case.hidden_size > CPU_TRAIN_WIDTH
 
 
 def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str) -> None:
-    """Raise click.UsageError if a backend that was asked for by name cannot work on this device."""
+    """Raise click.UsageError if a backend of ``--backends`` cannot run on this device."""
     import torch
 
     from llm_trm.benchmark.candidates import GRAPH, unavailable
@@ -130,131 +101,94 @@ def _check_named_backends(names: Sequence[str], device: torch.device, dtype: str
             raise click.UsageError(f"--backends {name} cannot run here: {reason}")
 
 
+@dataclass(frozen=True)
+class BenchSettings(Settings):
+    """Options of ``llm-trm bench`` other than ``--suite``."""
+
+    shape: Shape = field(default_factory=Shape)
+    dtype: Dtype | None = setting(None, "Precision of the network.", unset="bf16 on CUDA, fp32 elsewhere")
+    device: DeviceName = device()
+    backends: str | None = setting(
+        None,
+        "Comma-separated, for example original,eager,compile. One that cannot run says why.",
+        metavar="NAMES",
+        unset="all",
+    )
+    mode: Mode | None = setting(
+        None,
+        "forward: one latent recursion (n = 6 latent steps: 7 calls of the network), no gradient. "
+        "train: one supervision step: gradients set to None, a deep recursion (T = 3 latent recursions, the "
+        "last with gradient), backward from a given gradient of y to parameters and x; no optimizer step. "
+        "step: a whole training step, with loss, gradient clipping, AdamW and EMA; parameters in float32.",
+        unset="forward and train, or what the suite measures; on a CPU only forward above D = "
+        f"{CPU_TRAIN_WIDTH}",
+    )
+    quick: bool = setting(
+        False, "Shrink every case to at most D = 64, L = 32, batch 2, 4 heads, to try a command in seconds."
+    )
+    json_file: Path | None = output_file(
+        "Append one line of JSON per case: machine, versions, commit, shape, all results.", "--json"
+    )
+    plot: Path | None = output_file(
+        'Draw the results as .png, .svg or .pdf. Needs matplotlib: pip install "llm-trm[plot]".', "--plot"
+    )
+    budget: float | None = setting(
+        None,
+        "Seconds for the whole run, including compilation; what does not fit is skipped and reported.",
+        SECONDS,
+        metavar="SECONDS",
+        unset=f"33 per case on a CPU, 60 elsewhere, {_PEERS_FACTOR} times that against peers",
+    )
+    seed: int = setting(0, "Seed for weights and inputs.", SEED)
+
+
 @click.command(epilog=_EPILOG, short_help="Time the recursion on every backend, with its error.")
-@click.option("--latents", type=LENGTH, metavar="L", help="Sequence length. [default: 256]")
 @click.option(
-    "--hidden-size",
-    type=WIDTH,
-    metavar="D",
-    help="Width. [default: 256, then 2048 (SmolLM3)]",
+    "--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named list of cases; see below."
 )
-@click.option("--batch", type=BATCH, metavar="B", help="Batch size. [default: 1]")
-@click.option("--layers", type=LAYERS, help="Blocks of the network. [default: 2]")
-@click.option("--heads", type=WIDTH, help="Attention heads; must divide D. [default: 8]")
-@click.option(
-    "--family", type=click.Choice(["seed", "scratch", "paper"]), help="Which block. [default: seed]"
-)
-@click.option(
-    "--dtype",
-    type=click.Choice([*_DTYPES, *_DTYPES.values()]),
-    help="[default: bf16 on CUDA, fp32 elsewhere]",
-)
-@device_option
-@click.option(
-    "--backends",
-    metavar="NAMES",
-    help="Comma-separated, e.g. original,eager,compile. [default: all; those that cannot run say why]",
-)
-@click.option(
-    "--mode",
-    type=click.Choice(get_args(Mode)),
-    help="forward: one latent recursion (n = 6 latent steps: 7 calls of the network), no gradient. "
-    "train: one supervision step: gradients set to None, a deep recursion (T = 3 latent recursions, the "
-    "last with gradient), backward from a given gradient of y to parameters and x; no optimizer step. "
-    "step: a whole training step, with loss, gradient clipping, AdamW and EMA; parameters in float32. "
-    f"[default: forward and train, or what the suite is for. CPU: only forward above D = {CPU_TRAIN_WIDTH}]",
-)
-@click.option("--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named list of cases.")
-@click.option(
-    "--quick",
-    is_flag=True,
-    help="Shrink every case to at most D = 64, L = 32, batch 2, 4 heads: to try a command in seconds.",
-)
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    callback=_writable,
-    metavar="FILE",
-    help="Append one line of JSON a case: machine, versions, commit, shape, all figures.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    callback=_writable,
-    metavar="FILE.png",
-    help='Draw the results. Needs matplotlib: pip install "llm-trm[plot]".',
-)
-@click.option(
-    "--budget",
-    type=SECONDS,
-    metavar="SECONDS",
-    help="Time for the whole run, compiling included; what does not fit is skipped and says so. "
-    f"[default: 33 a case on a CPU, 60 elsewhere, {_PEERS_TAKE} times that against peers]",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights and inputs.")
-def bench(
-    latents: int | None,
-    hidden_size: int | None,
-    batch: int | None,
-    layers: int | None,
-    heads: int | None,
-    family: str | None,
-    dtype: str | None,
-    device: str,
-    backends: str | None,
-    mode: Mode | None,
-    suite_name: str | None,
-    quick: bool,
-    json_file: Path | None,
-    plot: Path | None,
-    budget: float | None,
-    seed: int,
-) -> None:
+@settings_options(BenchSettings, {"hidden_size": "256, then 2048 (SmolLM3)"}, config_file=False)
+@click.pass_context
+def bench(context: click.Context, /, suite_name: str | None, given: dict[str, Any]) -> None:
     """Time the recursion of a tiny network on every backend, with its error against float64.
 
-    Without options: 256 latents at hidden size 256, one latent recursion and one training step, and at
-    2048, the width of SmolLM3. On a 2-core CPU that takes under two minutes.
+    Without options, it measures 256 latents at width 256 (one latent recursion and one training step), and
+    at 2048, the width of SmolLM3. On a 2-core CPU that takes under two minutes.
 
-    All candidates of a case are timed in one process, taking turns round by round; `ms` is the median,
-    between the 20th and 80th percentile. `original` is the module that this project replaces, `eager` the
-    same with fused attention, `+graph` (on CUDA) replays the whole case as one CUDA graph. `of limit` is
-    the time that the machine's own rates, measured in the same run, allow at best, over the median. A
-    result whose error exceeds twice eager's is WRONG, and its speed is not printed; the exit code is
-    then 1.
+    All candidates of a case are timed in one process, taking turns round by round; `ms` is the median, with
+    the 20th and 80th percentile. `original` is the module that this project replaces, `eager` the same with
+    fused attention; `+graph` (on CUDA) replays the whole case as one CUDA graph. `of limit` is the shortest
+    time that the rates of this machine, measured in the same run, allow, divided by the median. A result
+    whose error exceeds twice that of eager is WRONG: its speed is not printed, and the exit code is 1.
 
     \b
     Examples:
       llm-trm bench --latents 256
-      llm-trm bench --hidden-size 512 --batch 8 --mode train --dtype bf16
+      llm-trm bench --d-model 512 --batch-size 8 --mode train --dtype bf16
       llm-trm bench --backends eager,compile --plot speed.png
       llm-trm bench --suite phase2 --json results.jsonl
       llm-trm bench --suite train
       llm-trm bench --suite peers --quick
       llm-trm bench --suite scaling --plot scaling.png
     """
-    # Before torch is imported: its profiler (which counts memory on CPUs) logs each start to stderr.
+    # Before torch is imported: its profiler, which counts memory on CPUs, would log each start to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Triton 3.10 changes this default; results must not change with it.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    where = resolve_device(device)
-    kind = _DTYPES.get(dtype or "", dtype) or ("bfloat16" if where.type == "cuda" else "float32")
-    shape: dict[str, int | str | None] = {
-        "latents": latents,
-        "hidden_size": hidden_size,
-        "batch": batch,
-        "layers": layers,
-        "heads": heads,
-        "family": family,
-    }
-    cases = _cases(suite_name, shape, mode, where.type, kind)
-    if quick:
+    asked = BenchSettings(**given)
+    if suite_name is not None:
+        reject_shape(context)
+    if asked.plot is not None:
+        require_plot(asked.plot)
+    where = resolve_device(asked.device)
+    dtype = full_name(asked.dtype or ("bf16" if where.type == "cuda" else "fp32"))
+    cases = _cases(suite_name, asked.shape, asked.mode, where.type, dtype)
+    if asked.quick:
         cases = shrunk(cases)
     elif suite_name and (note := left_out(suite_name, where.type)):
         click.echo(f"{suite_name}: {note}")
-    names = _backend_names(backends)
+    names = _backend_names(asked.backends)
     if names:
-        _check_named_backends(names, where, kind)
+        _check_named_backends(names, where, dtype)
     from llm_trm.benchmark.runner import DeviceLostError
     from llm_trm.memory import require_memory
 
@@ -262,16 +196,13 @@ def bench(
         require_memory(case.least_bytes, case.name, "choose a smaller shape", where)
 
     try:
-        results = _run(cases, where, names, budget, seed, json_file, group_of(suite_name))
+        results = _run(cases, where, names, asked, group_of(suite_name))
     except DeviceLostError as error:
         raise click.ClickException(f"{error}; leave it out with --backends") from error
-    if plot:
-        from llm_trm.benchmark import plot as draw
+    if asked.plot is not None:
+        from llm_trm.benchmark.plot import plot, plot_scaling
 
-        if suite_name == "scaling":
-            draw.plot_scaling(results, plot)
-        else:
-            draw.plot(results, plot)
+        (plot_scaling if suite_name == "scaling" else plot)(results, asked.plot)
     if any(row.status in ("wrong", "failed") for result in results for row in result.rows):
         sys.exit(1)
 
@@ -280,15 +211,10 @@ def _run(
     cases: Sequence[Case],
     device: torch.device,
     named: Sequence[str] | None,
-    budget_seconds: float | None,
-    seed: int,
-    json_file: Path | None,
+    asked: BenchSettings,
     group: Group,
 ) -> list[CaseResult]:
-    """Run the cases, printing and recording each as it is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """Run the cases; print and record the results of each."""
     from llm_trm.benchmark.candidates import candidates_for
     from llm_trm.benchmark.environment import run_record
     from llm_trm.benchmark.results import append
@@ -296,24 +222,19 @@ def _run(
     from llm_trm.benchmark.table import terminal_table
 
     rows_of = [(case, named or candidates_for(case, device.type, group)) for case in cases]
-    share = _SECONDS_PER_CASE[device.type] * (_PEERS_TAKE if group == "peers" else 1)
-    total = budget_seconds or share * len(cases)
+    share = _SECONDS_PER_CASE[device.type] * (_PEERS_FACTOR if group == "peers" else 1)
+    total = asked.budget or share * len(cases)
     budget = Budget(total, min(_TIMED_SECONDS[device.type], total / len(cases) / 4))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width, and rich would fold the table into 80 columns
-    stderr = Console(stderr=True)
+    console = table_console()
     record = run_record(device)
     versions = record["versions"]
     console.print(
-        f"{record['machine']['device']}, torch {versions['torch']}, triton {versions['triton'] or '-'}",
-        highlight=False,
+        f"{record['machine']['device']}, torch {versions['torch']}, triton {versions['triton'] or '-'}"
     )
     results = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    with passing_bar() as bar:
         # Steps of a case: float64, each candidate, the timing.
-        task = bar.add_task("", total=sum(len(names) + 2 for _, names in rows_of))
+        task = bar.add_task("", total=sum(len(names) + 2 for _, names in rows_of), numbers="")
         for number, (case, names) in enumerate(rows_of):
             begun = sum(len(names) + 2 for _, names in rows_of[:number])
 
@@ -323,9 +244,9 @@ def _run(
                 begun += 1
 
             progress("limits of this machine")
-            result = run_case(case, device, names, budget, progress, seed=seed, group=group)
+            result = run_case(case, device, names, budget, progress, seed=asked.seed, group=group)
             results.append(result)
             console.print(terminal_table(result))
-            if json_file:
-                append(json_file, record | result.to_json())
+            if asked.json_file is not None:
+                append(asked.json_file, record | result.to_json())
     return results

@@ -15,7 +15,7 @@ from llm_trm.errors import InputError, Interrupted, one_line
 
 
 class UserError(click.ClickException):
-    """Something that the user can put right: one line on stderr, exit code 2."""
+    """An error that the user can fix: one line on stderr, exit code 2."""
 
     exit_code = 2
 
@@ -43,7 +43,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 class Group(click.Group):
-    """Imports a command when it is named. ``commands_at`` maps a name to ``"module:attribute"``."""
+    """Imports a command when it is used. ``commands_at`` maps its name to ``"module:attribute"``."""
 
     def __init__(self, *args: Any, commands_at: dict[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -2,77 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
+from llm_trm.choices import Positions, Task
 from llm_trm.cli.options.output import output_file
-from llm_trm.cli.options.types import DEPTH, FOLDER, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH, Grid
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.cli.options.types import FOLDER, Grid
+from llm_trm.errors import InputError
+from llm_trm.ranges import DEPTH, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH
+from llm_trm.settings import Settings, setting
 
 
 @click.group("import")
 def import_() -> None:
-    """Take over models that other programs trained."""
+    """Import models that other programs trained."""
 
 
 @click.group()
 def export() -> None:
-    """Write models for other programs."""
+    """Export models for other programs."""
 
 
-@import_.command("official", short_help="A checkpoint of SamsungSAILMontreal/TinyRecursiveModels.")
+@dataclass(frozen=True)
+class Unrecorded(Settings):
+    """What the tensors of an official checkpoint may not determine."""
+
+    task: Task | None = setting(None, "Kind of puzzle.", unset="from its vocabulary")
+    seq_len: int | None = setting(None, "Number of cells, if --grid and --task do not determine it.", LENGTH)
+    positions: Positions | None = setting(
+        None, "Position encoding. Learned positions and mlp_t are recognised."
+    )
+    heads: int | None = setting(
+        None, "Number of attention heads (num_heads; 8 in the official trm.yaml).", WIDTH
+    )
+    rope_theta: float | None = setting(None, "Base of RoPE.", ROPE_THETA, unset="10000")
+    puzzle_len: int | None = setting(
+        None, "Positions of the puzzle embedding (puzzle_emb_len; 16 in the official trm.yaml).", NO_OR_LENGTH
+    )
+    n_latent_steps: int | None = setting(
+        None, "L_cycles; 6 for Sudoku, 4 for others.", DEPTH, "-n", "--latent-steps"
+    )
+    n_deep_recursions: int | None = setting(None, "H_cycles; 3 officially.", DEPTH, "-T", "--deep-recursions")
+    max_steps: int | None = setting(
+        None, "Maximum number of supervision steps (halt_max_steps; 16 officially).", DEPTH
+    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "Precision of the residual stream.", unset="as in training"
+    )
+
+
+@import_.command("official", short_help="Import a checkpoint of SamsungSAILMontreal/TinyRecursiveModels.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
     type=FOLDER,
     required=True,
-    help="Folder to write the model into; empty, or not there yet.",
+    help="Folder for the model; must be empty or not exist.",
 )
 @click.option(
-    "--task",
-    type=click.Choice(["sudoku", "maze", "arc"]),
-    help="Kind of puzzle. [default: by its vocabulary]",
+    "--grid", metavar="ROWSxCOLUMNS", type=Grid(), help="Rows and columns of a puzzle, for example 9x9."
 )
-@click.option("--grid", metavar="ROWSxCOLUMNS", type=Grid(), help="Rows and columns of a puzzle, as 9x9.")
-@click.option("--seq-len", type=LENGTH, help="Cells of a puzzle, where --grid and --task do not tell.")
-@click.option(
-    "--positions",
-    type=click.Choice(["rope", "learned", "none"]),
-    help="How attention knows where a cell is. Learned positions and mlp_t are recognised.",
-)
-@click.option("--heads", type=WIDTH, help="Attention heads (num_heads; 8 in the official trm.yaml).")
-@click.option("--rope-theta", type=ROPE_THETA, help="Base of RoPE. [default: 10000]")
-@click.option(
-    "--puzzle-len",
-    type=NO_OR_LENGTH,
-    help="Positions of the puzzle embedding (puzzle_emb_len; 16 in the official trm.yaml).",
-)
-@click.option(
-    "-n", "--latent-steps", "n_latent_steps", type=DEPTH, help="L_cycles; 6 for Sudoku, 4 for others."
-)
-@click.option("-T", "--deep-recursions", "n_deep_recursions", type=DEPTH, help="H_cycles; 3 officially.")
-@click.option("--max-steps", type=DEPTH, help="Supervision steps (halt_max_steps; 16 officially).")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Of the residual stream. [default: as in training]",
-)
-def import_official(path: Path, output: Path, **options: Any) -> None:
-    """Turn an official checkpoint (step_N) into a folder that eval puzzle and solve take.
+@settings_options(Unrecorded, config_file=False)
+def import_official(path: Path, output: Path, grid: tuple[int, int] | None, given: dict[str, Any]) -> None:
+    """Convert an official checkpoint (step_N) to a folder for eval puzzle and solve.
 
-    Its tensors do not tell everything. What they leave open comes from the options, or from the
-    all_config.yaml that the official code writes beside its checkpoints; what neither says is asked for.
+    Its tensors do not determine all settings. The options give the others, or the all_config.yaml that the
+    official code writes next to its checkpoints; an error names those that are still missing.
     """
-    from llm_trm.errors import InputError
     from llm_trm.files import writable_folder
     from llm_trm.models.puzzle.official import read_official
     from llm_trm.models.puzzle.paper import save_puzzle_model
 
     if output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output} is not empty: choose another folder")
-    model, facts = read_official(path, **options)
+    model, facts = read_official(path, grid=grid, **given)
     lacking = [option for option, fact in (("--task", "task"), ("--grid", "rows")) if fact not in facts]
     if lacking:
         raise InputError(
@@ -86,26 +94,27 @@ def import_official(path: Path, output: Path, **options: Any) -> None:
     click.echo(f"{path}: {facts['task']} {facts['rows']}x{facts['columns']}, {parameters:,} parameters.")
     for origin in dict.fromkeys(facts["origins"].values()):
         names = [name for name, its in facts["origins"].items() if its == origin]
-        said = ", ".join(f"{name} {getattr(model.config, name)}" for name in names)
-        click.echo(f"  From {origin}: {said}.")
+        values = ", ".join(f"{name} {getattr(model.config, name)}" for name in names)
+        click.echo(f"  From {origin}: {values}.")
     click.echo(f"It is in {output}.")
 
 
-@export.command("official", short_help="A checkpoint for SamsungSAILMontreal/TinyRecursiveModels.")
+@export.command("official", short_help="Export a checkpoint for SamsungSAILMontreal/TinyRecursiveModels.")
 @click.argument("folder", type=FOLDER)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     required=True,
     callback=output_file,
     metavar="FILE",
     help="File to write, officially named step_N.",
 )
 def export_official(folder: Path, output: Path) -> None:
-    """Turn a run of train puzzle (its best checkpoint), or an imported model, into an official checkpoint.
+    """Convert a run of train puzzle (its best checkpoint), or an imported model, to an official checkpoint.
 
-    An all_config.yaml with what a checkpoint does not say is written beside it, unless there is one already.
+    An all_config.yaml with the settings that a checkpoint does not contain is written next to it, unless
+    one exists.
     """
     from llm_trm.models.puzzle.loading import load_puzzle
     from llm_trm.models.puzzle.official import write_official
@@ -116,6 +125,6 @@ def export_official(folder: Path, output: Path) -> None:
     wide = write_official(model, output, facts)
     click.echo(f"{output} is an official checkpoint.")
     if described:
-        click.echo(f"{output.parent / CONFIG_FILE} says what it does not.")
+        click.echo(f"{output.parent / CONFIG_FILE} has the settings that it does not contain.")
     if wide:
         click.echo(f"{', '.join(wide)} do not fit {model.config.dtype} and are in float32.")

@@ -1,4 +1,4 @@
-"""Puzzles drawn with characters."""
+"""Draws puzzles with characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_trm.evaluate.questions import Question
 _CHANGED = "black on yellow"
 _WRONG = "bold white on red"
 _CLUE = "bold"
-#: Without colours the characters alone must do.
+#: Without colours, the characters alone distinguish the cells.
 _MAZE_STYLES = {
     WALL: "grey50 on grey50",
     OPEN: "",
@@ -25,14 +25,14 @@ _LINES, _ASCII_LINES = ("┌┬┐", "├┼┤", "└┴┘", "─", "│"), ("
 
 
 def draw(question: Question, tokens: Tensor, before: Tensor | None = None, *, plain: bool = False) -> Text:
-    """A question with an answer in it.
+    """A question with its answer filled in.
 
-    Clues are bold, cells that contradict them red, and those that differ from ``before`` highlighted.
+    Clues are bold, cells that contradict them red, and cells that differ from ``before`` highlighted.
 
     Args:
-        tokens: The answer [L]; the question's own tokens for nothing but clues.
-        before: The answer of the step before.
-        plain: ASCII characters alone, one for each cell of a maze, as :func:`read_questions` takes them.
+        tokens: The answer [L]; the question's own tokens to draw only the clues.
+        before: The answer of the previous step.
+        plain: Use only ASCII, with one character per cell of a maze, as :func:`read_questions` reads it.
     """
     changed = [False] * len(tokens) if before is None else (tokens != before).tolist()
     draw_one = _sudoku if question.task == "sudoku" else _maze
@@ -80,7 +80,7 @@ def _maze(question: Question, tokens: list[int], changed: list[bool], plain: boo
         if cell and cell % question.columns == 0:
             text.append("\n")
         character = CHARSET[token - 1] if token else "?"
-        # Terminals' characters are about twice as high as wide.
+        # Characters on a terminal are about twice as high as wide.
         text.append(
             character if plain else 2 * character,
             _maze_style(int(question.tokens[cell]), token, changed[cell]),

@@ -2,89 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from llm_trm.cli.options.device import device_option
-from llm_trm.cli.options.output import output_file
-from llm_trm.cli.options.tries import noise_of, tries_options
-from llm_trm.cli.options.types import DELAY, DEPTH, FOLDER, SEED
+from llm_trm.choices import DeviceName
+from llm_trm.cli.options.attempts import Attempts, max_steps
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.cli.text_input import read_input
 from llm_trm.device import resolve_device
+from llm_trm.ranges import DELAY, SEED
+from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import device, output_file
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.solving import Attempt
 
 
-@click.command(short_help="Solve a Sudoku or a maze before your eyes.")
+@dataclass(frozen=True)
+class SolveSettings(Settings):
+    """Options of ``llm-trm solve``."""
+
+    input: Path | None = setting(
+        None, "Text file of puzzles; - is standard input.", was=("--file",), metavar="FILE", file="read"
+    )
+    checkpoint: Path | None = setting(
+        None,
+        "Folder of a run, whose best checkpoint is used, a single checkpoint, or an imported model.",
+        unset="runs/sudoku or runs/maze",
+    )
+    max_steps: int | None = max_steps()
+    attempts: Attempts = field(default_factory=Attempts)
+    seed: int = setting(0, "Seed for the noise.", SEED)
+    gif: Path | None = output_file("Also write an animation of the steps; for a single puzzle.", "--gif")
+    delay: float = setting(0.4, "Seconds per step on a terminal and in the animation.", DELAY)
+    device: DeviceName = device()
+
+
+@click.command(short_help="Solve a Sudoku or a maze step by step.")
 @click.argument("puzzle", required=False)
-@click.option(
-    "--file",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="Text file of puzzles; - is standard input.",
-)
-@click.option(
-    "--checkpoint",
-    type=FOLDER,
-    help="Folder of a run, whose best checkpoint is taken, a single checkpoint, or an imported model. "
-    "[default: runs/sudoku or runs/maze]",
-)
-@click.option(
-    "--inference-steps",
-    type=DEPTH,
-    help="Supervision steps at most; may be more than in training. [default: as many as in training]",
-)
-@tries_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
-@click.option(
-    "--gif",
-    type=click.Path(path_type=Path, dir_okay=False),
-    callback=output_file,
-    metavar="FILE",
-    help="Write an animation of the steps too; of one puzzle.",
-)
-@click.option(
-    "--delay",
-    type=DELAY,
-    default=0.4,
-    show_default=True,
-    help="Seconds that a step stays on a terminal and in the animation.",
-)
-@device_option
+@settings_options(SolveSettings, config_file=False)
 @click.pass_context
-def solve(
-    context: click.Context,
-    puzzle: str | None,
-    file: Path | None,
-    checkpoint: Path | None,
-    inference_steps: int | None,
-    tries: int,
-    noise: float | None,
-    seed: int,
-    gif: Path | None,
-    delay: float,
-    device: str,
-) -> None:
+def solve(context: click.Context, /, puzzle: str | None, given: dict[str, Any]) -> None:
     """Solve PUZZLE with a trained model, step by step.
 
-    PUZZLE is a Sudoku of 16, 36 or 81 cells, row by row: digits, and 0 . _ - * for blanks; spaces and line
-    ends count for nothing. Or it is a maze, a row on each line: # walls, spaces, S the start, G the goal. A
-    file holds Sudokus, each on one line or on a line for each row, or mazes with empty lines between them.
+    PUZZLE is a Sudoku of 16, 36 or 81 cells, row by row: digits, and any of 0 . _ - * for blanks; spaces and
+    line breaks are ignored. Or it is a maze with one row per line: # is a wall, a space is open, S is the
+    start and G the goal. A file contains Sudokus, each on one line or with one line per row, or mazes that
+    are separated by empty lines.
 
-    The model stops when its halting head holds the answer for right. Whether the answer is valid is checked
-    by the rules and the clues. The exit code is 0 if every answer is valid, and 1 if the model was wrong.
+    The model stops when its halting head considers the answer right. The rules and the clues then decide
+    whether it is valid. The exit code is 0 if every answer is valid, and 1 otherwise.
 
     \b
     Examples:
       llm-trm solve "1... ..3. .4.. ...2"
-      llm-trm solve --file puzzles.txt --tries 8
+      llm-trm solve --input puzzles.txt --tries 8
       llm-trm solve "1... ..3. .4.. ...2" --gif solved.gif
-      llm-trm solve --file maze.txt
+      llm-trm solve --input maze.txt
     """
-    if (puzzle is None) == (file is None):
-        raise click.UsageError("give a PUZZLE, or a file of puzzles with --file")
-    noise_used = noise_of(tries, noise)
+    asked = SolveSettings(**given)
+    if (puzzle is None) == (asked.input is None):
+        raise click.UsageError("give a PUZZLE, or a file of puzzles with --input")
     from rich.console import Console
 
     from llm_trm.cli.solve_screen import Screen
@@ -93,22 +74,23 @@ def solve(
     from llm_trm.evaluate.solving import load_solver, require_solvable
     from llm_trm.evaluate.solving import solve as solve_question
 
-    text, source = (str(puzzle), "PUZZLE") if file is None else _read(file)
+    text, source = (str(puzzle), "PUZZLE") if asked.input is None else read_input(asked.input, "puzzles")
     questions = read_questions(text, source)
-    if gif is not None:
+    if asked.gif is not None:
         require_gif()
         if len(questions) > 1:
             raise click.UsageError(f"--gif shows one puzzle, and there are {len(questions)}: give one")
-    where = resolve_device(device)
-    model, facts, folder = load_solver(checkpoint, questions[0])
+    where = resolve_device(asked.device)
+    model, facts, folder = load_solver(asked.checkpoint, questions[0])
     for question in questions:
         require_solvable(model, facts, folder, question)
     model = model.to(where)
-    steps = inference_steps or model.config.max_steps
+    tries = asked.attempts.tries
+    steps = asked.max_steps or model.config.max_steps
     valid = 0
     console = Console(highlight=False, soft_wrap=True)
     for question in questions:
-        screen = Screen(console, question, steps, tries, delay)
+        screen = Screen(console, question, steps, tries, asked.delay)
         if note := question.note():
             console.print(f"Note: {note}.", markup=False)
         with screen:
@@ -117,38 +99,21 @@ def solve(
                 question,
                 max_steps=steps,
                 tries=tries,
-                noise=noise_used,
-                seed=seed,
+                noise=asked.attempts.deviation,
+                seed=asked.seed,
                 watch=screen.show,
             )
             screen.finish(attempt)
         fault = question.fault(attempt.last.tokens)
         valid += fault is None
         console.print(_verdict(attempt, fault, steps, tries), markup=False)
-        if gif is not None:
-            write_gif(gif, question, attempt, delay)
-            console.print(f"The animation is in {gif}.", markup=False)
+        if asked.gif is not None:
+            write_gif(asked.gif, question, attempt, asked.delay)
+            console.print(f"The animation is in {asked.gif}.", markup=False)
     if len(questions) > 1:
         console.print(f"{valid} of {len(questions)} answers are valid.")
     if valid < len(questions):
         context.exit(1)
-
-
-def _read(file: Path) -> tuple[str, str]:
-    """The text of a file, and what to call it."""
-    from llm_trm.errors import InputError, one_line
-    from llm_trm.text import read_stdin, read_text
-
-    name = "standard input" if str(file) == "-" else str(file)
-    try:
-        text = read_stdin() if str(file) == "-" else read_text(file)
-    except FileNotFoundError:
-        raise InputError(
-            f"{name} does not exist: name a text file of puzzles, or - for standard input"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} cannot be read ({one_line(error)}): name a text file of puzzles") from error
-    return text, name
 
 
 def _verdict(attempt: Attempt, fault: str | None, max_steps: int, tries: int) -> str:

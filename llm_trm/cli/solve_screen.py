@@ -15,13 +15,13 @@ from llm_trm.evaluate.solving import Attempt, Step
 
 
 class Screen:
-    """On a terminal the grid fills in step by step; elsewhere only the final grid is printed.
+    """Fills in the grid step by step on a terminal; elsewhere prints only the final grid.
 
     Args:
-        console: Where.
+        console: Where to print.
         question: The puzzle.
-        max_steps, tries: What is allowed.
-        delay: Seconds that a step stays.
+        max_steps, tries: Maximum number of steps and of tries.
+        delay: Seconds per step.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Screen:
             self._live.stop()
 
     def show(self, number: int, step: Step) -> None:
-        """The answer after a step of a try."""
+        """Show the answer after a step of a try."""
         if self._live is None:
             return
         if step.number == 1:
@@ -58,7 +58,7 @@ class Screen:
         self._before = step.tokens
 
     def finish(self, attempt: Attempt) -> None:
-        """The answer, with nothing highlighted but what contradicts a clue."""
+        """Show the final answer; only cells that contradict a clue are highlighted."""
         grid = draw(self._question, attempt.last.tokens, plain=self._plain)
         if self._live is None:
             self._console.print(grid)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llm_trm.data.batch import Batch, Row
-from llm_trm.data.sampling import Sampling
+from llm_trm.data.generation_config import Limits, Sampling
+from llm_trm.data.sampling import draw
 from llm_trm.errors import InputError
-from llm_trm.ranges import LENGTH, NO_OR_LENGTH, require_ranges
 from llm_trm.upstream import cache_name
 
 if TYPE_CHECKING:
@@ -37,27 +37,6 @@ REASONS = {
     PROMPT_TOO_LONG: "prompt longer than --max-prompt-tokens or the model's context",
     STOPPED_THINKING: "the model ended its turn before </think>",
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Maximum lengths of a sample in tokens.
-
-    Attributes:
-        prompt: Maximum length of the prompt. Longer prompts fail; none is truncated.
-        thinking: Maximum number of tokens generated up to ``</think>``, including both tags.
-        answer: Maximum number of tokens generated after ``</think>``.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    prompt: Annotated[int, LENGTH] = 2048
-    thinking: Annotated[int, LENGTH] = 1024
-    answer: Annotated[int, NO_OR_LENGTH] = 32
-
-    def __post_init__(self) -> None:
-        require_ranges(self, InputError)
 
 
 @dataclass(frozen=True)
@@ -235,7 +214,7 @@ class ThoughtDecoder:
         index, written, greedy = torch.tensor(
             [[row.index, len(row.written), row.thought] for row in batch.rows], device=device
         ).unbind(-1)
-        tokens = self._sampling.draw(self._head(states), index, written, greedy.bool())
+        tokens = draw(self._sampling, self._head(states), index, written, greedy.bool())
         done, staying = [], []
         for number, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
             outcome = self._write(row, token, states[number])

@@ -7,65 +7,22 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
-
-from llm_trm.data.arithmetic import Split, World
-from llm_trm.data.decoding import Limits, Outcome, Thought, ThoughtDecoder
+from llm_trm.data.decoding import Outcome, Thought, ThoughtDecoder
+from llm_trm.data.generation_config import DataGenConfig
 from llm_trm.data.grading import is_correct
 from llm_trm.data.pairs import DTYPES, Pair, PairFiles, open_pairs, summarize_shard, write_index, write_shard
 from llm_trm.data.problems import Question, load_questions
 from llm_trm.data.processes import launched_processes
 from llm_trm.data.resume import check_settings, start
-from llm_trm.data.sampling import Sampling
+from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
 from llm_trm.files import writable_folder
 from llm_trm.models.loading import ThinkingModel, load_thinking_model
-from llm_trm.ranges import BATCH, COUNT, require_ranges
+from llm_trm.settings import settings_of
 
-
-@dataclass(frozen=True)
-class DataGenConfig:
-    """Settings of :class:`ThinkingDataGenerator`.
-
-    Attributes:
-        output: Output folder.
-        model: See :func:`llm_trm.models.loading.load_thinking_model`.
-        dataset, split, world: See :func:`llm_trm.data.problems.load_questions`.
-        num_samples: Number of problems; those that fail yield no pair.
-        sampling: Temperature, top-p and seed. The arithmetic world uses the same seed.
-        limits: Maximum lengths of prompt, thinking and answer.
-        batch_size: Problems per batch on one device. It is not part of the samples' settings and may change
-            on resuming.
-        shard_size: Problems per shard. Shards are the unit of resuming and of distribution over processes.
-        dtype: Dtype of the stored states, a key of :data:`llm_trm.data.pairs.DTYPES`; None for the model's.
-        device: Device of the model.
-        fresh: Start over in a folder that has another run's pairs.
-        trust_remote_code: Allow the language model's own Python files to run if it needs them.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    output: Path
-    model: str = "arithmetic"
-    dataset: str = "arithmetic"
-    split: Split = "train"
-    world: World = field(default_factory=World)
-    num_samples: Annotated[int, COUNT] = 1000
-    sampling: Sampling = field(default_factory=Sampling)
-    limits: Limits = field(default_factory=Limits)
-    batch_size: Annotated[int, BATCH] = 32
-    shard_size: Annotated[int, COUNT] = 512
-    dtype: str | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    fresh: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        require_ranges(self, InputError)
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass
@@ -124,34 +81,34 @@ class ThinkingDataGenerator:
         """
         config, processes = self.config, launched_processes()
         questions = load_questions(
-            config.dataset,
+            config.data,
             config.num_samples,
             split=config.split,
             seed=config.sampling.seed,
             world=config.world,
         )
         if not questions:
-            raise InputError(f"--dataset {config.dataset} has no problems: choose another data set")
+            raise InputError(f"--data {config.data} has no problems: choose another data set")
         dtype = self._dtype()
         settings = _settings(config, questions, dtype)
         folder = writable_folder(config.output)
         if processes.is_main:
-            check_settings(folder, settings, fresh=config.fresh)
+            check_settings(folder, settings, overwrite=config.overwrite)
         shards = range(-(-len(questions) // config.shard_size))
         mine = shards[processes.index :: processes.count]
-        missing = [number for number in mine if config.fresh or summarize_shard(folder, number) is None]
+        missing = [number for number in mine if config.overwrite or summarize_shard(folder, number) is None]
         maker = None
         if missing:
             # Load the model before removing anything, so that a failure to load loses no pairs.
             model = self._model or load_thinking_model(
                 config.model,
-                processes.place(config.device),
+                processes.place(resolve_device(config.device)),
                 trust_remote_code=config.trust_remote_code,
             )
             maker = _ShardMaker(config, model, questions, dtype)
             maker.check(missing)
         if processes.is_main:
-            start(folder, settings, fresh=config.fresh)
+            start(folder, settings, overwrite=config.overwrite)
         processes.wait()
         if maker is not None:
             self._generate(maker, mine, missing)
@@ -163,11 +120,11 @@ class ThinkingDataGenerator:
 
     def _dtype(self) -> str:
         if self.config.dtype is not None:
-            name = self.config.dtype
+            name = _DTYPES[self.config.dtype]
         elif self._model is not None:
             name = str(self._model.model.dtype).removeprefix("torch.")
         else:  # the defaults of load_thinking_model
-            name = "bfloat16" if self.config.device.type == "cuda" else "float32"
+            name = "bfloat16" if resolve_device(self.config.device).type == "cuda" else "float32"
         if name not in DTYPES:
             raise InputError(f"states cannot be stored as {name}: use {' or '.join(DTYPES)}")
         return name
@@ -195,25 +152,15 @@ class ThinkingDataGenerator:
 def _settings(config: DataGenConfig, questions: list[Question], dtype: str) -> dict[str, Any]:
     """All settings that determine the samples."""
     asked = json.dumps([[question.text, question.answer] for question in questions])
-    return {
-        "model": config.model,
-        "dataset": config.dataset,
-        "split": config.split,
-        "min_operations": config.world.min_operations,
-        "operations": config.world.max_operations,
-        "modulus": config.world.modulus,
-        "max_operand": config.world.max_operand,
-        "num_samples": config.num_samples,
-        "seed": config.sampling.seed,
-        "temperature": config.sampling.temperature,
-        "top_p": config.sampling.top_p,
-        "max_prompt_tokens": config.limits.prompt,
-        "max_new_tokens": config.limits.thinking,
-        "answer_tokens": config.limits.answer,
-        "shard_size": config.shard_size,
-        "dtype": dtype,
-        "problems_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+    values = config.critical
+    found = {
+        one.options[-1].removeprefix("--").replace("-", "_"): values[one.name]
+        for one in settings_of(DataGenConfig)
+        if one.name in values
     }
+    # What --data was called when the first folders were written.
+    found["dataset"] = found.pop("data")
+    return found | {"dtype": dtype, "problems_sha256": hashlib.sha256(asked.encode()).hexdigest()}
 
 
 class _ShardMaker:

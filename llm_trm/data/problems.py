@@ -106,7 +106,7 @@ def load_questions(
     """
     names = [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
-        raise InputError(f"--dataset {dataset!r} is empty: use {_choices()}")
+        raise InputError(f"--data {dataset!r} is empty: use {_choices()}")
     if ARITHMETIC in names:  # infinite
         require_problems(count // len(names))
     sources = [_source(name, split, seed, world or World()) for name in names]
@@ -144,7 +144,7 @@ def _source(name: str, split: Split, seed: int, world: World) -> Iterator[Questi
         return _hub(name, HUB[name], split)
     if is_file(name):
         return read_questions(Path(name))
-    raise InputError(f"--dataset {name!r} is unknown: use {_choices()}")
+    raise InputError(f"--data {name!r} is unknown: use {_choices()}")
 
 
 def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
@@ -160,7 +160,7 @@ def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"--dataset {name}: {source.path} cannot be loaded from the hub ({reason[:200]}): check the "
+            f"--data {name}: {source.path} cannot be loaded from the hub ({reason[:200]}): check the "
             "network, or name a local .jsonl file with the columns question and answer"
         ) from error
 

@@ -17,18 +17,18 @@ _OWN = rf"(?:{re.escape(INDEX)}|{re.escape(SETTINGS)}|shard-\d{{5,}}\.(?:safeten
 _LEFTOVER = rf"\.{_OWN}\.[A-Za-z0-9_]{{8}}|\.tmp[A-Za-z0-9]{{6}}"
 
 
-def check_settings(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+def check_settings(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Raise InputError unless a run with ``settings`` may write to ``folder``. Does not write anything.
 
     Args:
         settings: All settings that determine the samples.
-        fresh: Whether the run starts over, so that other settings do not matter.
+        overwrite: Whether the run starts over, so that other settings do not matter.
     """
     path = folder / SETTINGS
     if not path.exists():
-        if not fresh and (shard := next(folder.glob("shard-*"), None)):
+        if not overwrite and (shard := next(folder.glob("shard-*"), None)):
             raise InputError(
-                f"{shard} exists without a {SETTINGS}, so its settings are unknown: use --fresh to start "
+                f"{shard} exists without a {SETTINGS}, so its settings are unknown: use --overwrite to start "
                 "over, or another --output"
             )
         return
@@ -41,21 +41,21 @@ def check_settings(folder: Path, settings: dict[str, Any], *, fresh: bool) -> No
         for name in dict.fromkeys([*before, *settings])
         if before.get(name) != settings.get(name)
     ]
-    if changed and not fresh:
+    if changed and not overwrite:
         raise InputError(
-            f"{folder} was started with other settings: {', '.join(changed)}: use --fresh to start over, or "
-            "another --output"
+            f"{folder} was started with other settings: {', '.join(changed)}: use --overwrite to start over, "
+            "or another --output"
         )
 
 
-def start(folder: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Remove temporary files of a killed run and, if ``fresh``, old output, then write the settings.
+def start(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Remove temporary files of a killed run and, if ``overwrite``, old output, then write the settings.
 
     The old settings are replaced last, so that a process killed here leaves a folder that can be resumed.
     """
     # Sorting removes the index first, which marks the folder as incomplete.
     for path in sorted(folder.iterdir()):
         own = re.fullmatch(_OWN, path.name) and path.name != SETTINGS
-        if re.fullmatch(_LEFTOVER, path.name) or (fresh and own):
+        if re.fullmatch(_LEFTOVER, path.name) or (overwrite and own):
             path.unlink()
     write_json(folder / SETTINGS, {"format": _FORMAT, "settings": settings})

@@ -8,56 +8,32 @@ interruption. Only the rounding of the logits still differs between batch shapes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from llm_trm.errors import InputError
-from llm_trm.ranges import NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO, require_in
+from llm_trm.data.generation_config import Sampling
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of token sampling.
+def draw(sampling: Sampling, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
+    """Sample one token per row.
 
     Args:
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Sample from the most likely tokens with this total probability; 1 samples from all.
-        seed: Seed of the noise.
+        sampling: Temperature, top-p and the seed of the noise.
+        logits: ``[B, V]``.
+        problem, position: ``[B]``, int64; index of the problem, and number of tokens generated so far.
+        greedy: ``[B]``, bool; rows to decode greedily at any temperature.
 
-    Raises:
-        InputError: A value is out of range.
+    Returns:
+        Token ids ``[B]``, int64.
     """
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_in(NO_OR_SPREAD, "--temperature", self.temperature, InputError)
-        require_in(SHARE_ABOVE_ZERO, "--top-p", self.top_p, InputError)
-        require_in(SEED, "--seed", self.seed, InputError)
-
-    def draw(self, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
-        """Sample one token per row.
-
-        Args:
-            logits: ``[B, V]``.
-            problem, position: ``[B]``, int64; index of the problem, and number of tokens generated so far.
-            greedy: ``[B]``, bool; rows to decode greedily at any temperature.
-
-        Returns:
-            Token ids ``[B]``, int64.
-        """
-        likeliest = logits.argmax(-1)
-        if self.temperature == 0:
-            return likeliest
-        scores = logits.float() / self.temperature
-        if self.top_p < 1:
-            scores = _nucleus(scores, self.top_p)
-        scores += gumbel_noise(self.seed, problem, position, logits.shape[-1])
-        return torch.where(greedy, likeliest, scores.argmax(-1))
+    likeliest = logits.argmax(-1)
+    if sampling.temperature == 0:
+        return likeliest
+    scores = logits.float() / sampling.temperature
+    if sampling.top_p < 1:
+        scores = _nucleus(scores, sampling.top_p)
+    scores += gumbel_noise(sampling.seed, problem, position, logits.shape[-1])
+    return torch.where(greedy, likeliest, scores.argmax(-1))
 
 
 def gumbel_noise(seed: int, problem: Tensor, position: Tensor, size: int) -> Tensor:

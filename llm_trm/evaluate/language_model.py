@@ -13,7 +13,8 @@ from torch import Tensor
 from llm_trm.data.grading import is_correct
 from llm_trm.data.problems import Question
 from llm_trm.errors import InputError
-from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, Responder
+from llm_trm.evaluate.decoding import Decoding, Mode
+from llm_trm.evaluate.language_model_modes import Reply, Responder
 from llm_trm.evaluate.statistics import group_labels, value_of, wilson
 
 #: Number of tokens that each mode generates as a warm-up.

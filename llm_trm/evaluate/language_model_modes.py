@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -18,6 +18,7 @@ from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
 from llm_trm.errors import InputError, shortened
 from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
+from llm_trm.evaluate.decoding import Decoding, Mode
 from llm_trm.models.causal.card import inner
 from llm_trm.models.causal.loading import ADAPTERS_FILE, LatentModel, load_latent_model
 from llm_trm.models.causal.modeling import TRMForCausalLM
@@ -29,68 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-#: ``no-think``: the plain language model answers directly. ``think``: it writes its thinking first.
-#: ``latent``: the trained model recurs at ``<think>`` instead.
-Mode = Literal["no-think", "think", "latent"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-
 #: Arguments of ``generate`` that disable repetition penalties. Without them the model's own settings would
 #: apply, which many instruction-tuned models have.
 UNPENALISED: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Decoding settings.
-
-    Args:
-        max_new_tokens: Maximum number of generated tokens.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p, top_k: Sample from the most likely tokens, limited by total probability and by number; 1 and 0
-            disable the limits.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise InputError("--top-p must be above 0 and at most 1, and --top-k must not be negative")
-
-    def config(self, pad: int, ends: set[int], never: Sequence[int] = ()) -> GenerationConfig:
-        """The configuration for ``generate``; complete, because the model's own settings would fill any gaps.
-
-        Args:
-            pad, ends: Ids of the padding token, and of tokens that end the generation.
-            never: Ids of tokens to suppress.
-        """
-        samples = self.temperature > 0
-        # Only with sampling, because transformers otherwise warns about it.
-        options: dict[str, Any] = {"min_p": 0.0} if samples else {}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=samples,
-            num_beams=1,
-            # Without sampling, use transformers' defaults, because it warns about any other values.
-            temperature=self.temperature if samples else 1.0,
-            top_p=self.top_p if samples else 1.0,
-            top_k=self.top_k if samples else 50,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
-            suppress_tokens=list(never) or None,
-            return_dict_in_generate=True,
-            **UNPENALISED,
-            **options,
-        )
 
 
 @dataclass(frozen=True)
@@ -194,8 +136,8 @@ class Responder:
                 made = model.generate(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
-                    generation_config=decoding.config(
-                        int(self.tokenizer.pad_token_id), self.ends, self._unwritten()
+                    generation_config=_generation_config(
+                        decoding, int(self.tokenizer.pad_token_id), self.ends, self._unwritten()
                     ),
                     streamer=streamer,
                     **options,
@@ -366,3 +308,32 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def _generation_config(
+    decoding: Decoding, pad: int, ends: set[int], never: Sequence[int] = ()
+) -> GenerationConfig:
+    """For ``generate``; sets everything, or the model's own settings would fill the gaps.
+
+    Args:
+        pad, ends: Ids of the padding token, and of tokens that end what is written.
+        never: Ids of tokens that are not written.
+    """
+    drawn = decoding.temperature > 0
+    # Only when sampling: otherwise transformers warns.
+    options: dict[str, Any] = {"min_p": 0.0} if drawn else {}
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=drawn,
+        num_beams=1,
+        # Without sampling, the values that transformers considers neutral: it warns of any other.
+        temperature=decoding.temperature if drawn else 1.0,
+        top_p=decoding.top_p if drawn else 1.0,
+        top_k=decoding.top_k if drawn else 50,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+        suppress_tokens=list(never) or None,
+        return_dict_in_generate=True,
+        **UNPENALISED,
+        **options,
+    )

@@ -6,25 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 
-from llm_trm.errors import InputError
+from llm_trm.evaluate.decoding import Mode
 from llm_trm.evaluate.language_model import ModeScores
-from llm_trm.evaluate.language_model_modes import Mode
-from llm_trm.extras import require
 from llm_trm.files import replacing
 
 _COLOURS: dict[Mode, str] = {"no-think": "#7f8fa6", "think": "#e1b12c", "latent": "#2e7d22"}
-_FORMATS = (".png", ".svg", ".pdf")
 #: Ratio of times above which the axis is logarithmic.
 _WIDE = 20
 #: Characters per line of the title.
 _TITLE_WIDTH = 80
-
-
-def require_plot(path: Path) -> None:
-    """Raise InputError unless :func:`plot_modes` can write ``path``."""
-    require("plot", "matplotlib")
-    if path.suffix not in _FORMATS:
-        raise InputError(f"--plot {path}: name a file that ends in {', '.join(_FORMATS)}")
 
 
 def plot_modes(modes: Mapping[Mode, ModeScores], path: Path, title: str = "") -> None:

@@ -16,8 +16,9 @@ from llm_trm.data.arithmetic import World
 from llm_trm.data.problems import Question
 from llm_trm.errors import InputError
 from llm_trm.evaluate.answers import accuracy, answer_tokens, written_length
+from llm_trm.evaluate.decoding import Decoding, Mode
 from llm_trm.evaluate.language_model import evaluate_language_model, require_graded
-from llm_trm.evaluate.language_model_modes import Decoding, Mode, Reply, load_responders
+from llm_trm.evaluate.language_model_modes import Reply, load_responders
 from llm_trm.evaluate.statistics import wilson
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model

@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from llm_trm.cli.group import Group
-from llm_trm.evaluate.language_model_modes import MODES, Decoding, Mode, load_responders
+from llm_trm.evaluate.decoding import MODES, Decoding, Mode
+from llm_trm.evaluate.language_model_modes import load_responders
 from tests.causal.saved import latent_model, save
 from tests.causal.tiny import tiny_decoder
 
@@ -115,7 +116,7 @@ def test_too_long_question_keeps_earlier_answers(folder: Path, tmp_path: Path) -
     (tmp_path / "q.txt").write_text("1+1\n" + "1+" * 2500)
     output = tmp_path / "answers.jsonl"
     output.write_text("mine")
-    result = run("--file", str(tmp_path / "q.txt"), "--checkpoint", str(folder), "-o", str(output))
+    result = run("--input", str(tmp_path / "q.txt"), "--checkpoint", str(folder), "-o", str(output))
     assert result.exit_code == 2 and output.read_text() == "mine"
 
 
@@ -127,9 +128,9 @@ def test_files_and_standard_input(tmp_path: Path) -> None:
     )
     expected = "4\n4\n4\n"
     for file in ("q.txt", "q.jsonl"):
-        assert run("--file", str(tmp_path / file), "--model", "arithmetic").stdout == expected
+        assert run("--input", str(tmp_path / file), "--model", "arithmetic").stdout == expected
     assert run("--model", "arithmetic", "--batch-size", "2", stdin=lines).stdout == expected
-    assert run("--file", "-", "--model", "arithmetic", stdin=lines).stdout == expected
+    assert run("--input", "-", "--model", "arithmetic", stdin=lines).stdout == expected
 
 
 def test_sampling_depends_on_the_seed() -> None:
@@ -189,12 +190,12 @@ def test_nonsense_gets_one_line_and_exit_code_2(
         (("", *arithmetic), ("empty",)),
         (("\ufeff", *arithmetic), ("empty",)),
         (("\ufeff \n\ufeff\t", *arithmetic), ("empty",)),
-        (("--file", "mark.txt", *arithmetic), ("mark.txt", "no question")),
-        (("1+1", "--file", "q.txt", *arithmetic), ("not both",)),
-        (("--file", "q.txt", *arithmetic), ("q.txt", "No such file")),
-        (("--file", "q.jsonl", *arithmetic), ("q.jsonl", "No such file")),
-        (("--file", "empty.txt", *arithmetic), ("empty.txt", "no question")),
-        (("--file", "binary.txt", *arithmetic), ("binary.txt", "UTF-8")),
+        (("--input", "mark.txt", *arithmetic), ("mark.txt", "no question")),
+        (("1+1", "--input", "q.txt", *arithmetic), ("not both",)),
+        (("--input", "q.txt", *arithmetic), ("q.txt", "does not exist")),
+        (("--input", "q.jsonl", *arithmetic), ("q.jsonl", "No such file")),
+        (("--input", "empty.txt", *arithmetic), ("empty.txt", "no question")),
+        (("--input", "binary.txt", *arithmetic), ("binary.txt", "UTF-8")),
         ((*arithmetic,), ("standard input", "no question")),
         (("1+1", *arithmetic, "--temperature", "inf"), ("--temperature",)),
         (("1+1", *arithmetic, "-o", "no/such/folder"), ("does not exist",)),

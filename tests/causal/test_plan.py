@@ -138,7 +138,7 @@ def test_smollm3_is_known_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [getattr(config, name) for name in sizes] == [2048, 36, 16, 4]
     assert (config.intermediate_size, config.vocab_size) == (11008, 128256)
     assert config.max_position_embeddings == 65536 and config.tie_word_embeddings
-    found = plan_of("--inference", "--context", "65280", "--latents", "256")
+    found = plan_of("--inference", "--context", "65280", "--num-latents", "256")
     assert found["parameters"]["language model"] == 3_075_098_624
     # Keys and values (2) of 36 layers, 65,536 columns, and 4 heads of 128 elements, two bytes each.
     assert found["bytes"]["keys and values"] == 2 * 36 * 65536 * 4 * 128 * 2
@@ -175,7 +175,7 @@ def test_command_output(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--context", "70000"], "70000 tokens do not fit the decoder's context of 65536"),
         (["--model", "/nowhere"], "model /nowhere cannot be loaded"),
         (["--model", "arithmetic", "--reasoner", "sequence"], "d_compressed must be below"),
-        (["--model", "arithmetic", "--latents", "9999"], "soft tokens do not fit"),
+        (["--model", "arithmetic", "--num-latents", "9999"], "soft tokens do not fit"),
     ],
 )
 def test_refusals(options: list[str], said: str) -> None:

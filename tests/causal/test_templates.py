@@ -15,7 +15,8 @@ from llm_trm.data.problems import Question, read_questions
 from llm_trm.data.questions import Solved, load_solved
 from llm_trm.data.reasoning import ReasoningDataset
 from llm_trm.errors import InputError
-from llm_trm.evaluate.language_model_modes import Decoding, load_responders
+from llm_trm.evaluate.decoding import Decoding
+from llm_trm.evaluate.language_model_modes import load_responders
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model
 from llm_trm.models.tiny import tiny_tokenizer
@@ -494,8 +495,8 @@ def test_pairs_are_not_replaced_if_a_question_is_invalid(tmp_path: Path) -> None
     short = write_rows(tmp_path / "short.jsonl", [{"question": "1+1"}])
     long = write_rows(tmp_path / "long.jsonl", [{"question": "1+1"}, {"question": "1+" * 40 + "1"}])
     common = ("datagen", "--model", model, "-o", str(tmp_path / "pairs"), "--max-new-tokens", "4")
-    assert run(*common, "--dataset", str(short), "--device", "cpu").exit_code == 0
+    assert run(*common, "--data", str(short), "--device", "cpu").exit_code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
-    result = run(*common, "--dataset", str(long), "--fresh", "--device", "cpu")
+    result = run(*common, "--data", str(long), "--overwrite", "--device", "cpu")
     assert refused_in_one_line(result, "changes the question", "1+1+1")
     assert {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == before

@@ -359,8 +359,8 @@ def test_a_run_takes_any_seed(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("bench --hidden-size 1048576", ("GiB", "smaller shape")),
-        ("bench --latents 1073741824 --batch 1048576", ("GiB",)),
+        ("bench --d-model 1048576", ("GiB", "smaller shape")),
+        ("bench --latents 1073741824 --batch-size 1048576", ("GiB",)),
         ("data maze --num-samples 1000000000", ("mazes", "GiB")),
         ("data sudoku --num-samples 1000000000", ("Sudokus", "GiB")),
         ("datagen --num-samples 1000000000", ("problems", "GiB")),

@@ -14,12 +14,26 @@ from click.testing import CliRunner, Result
 from bench.option_tables import PAGE, page
 from bench.report import ROOT
 from llm_trm.choices import DeviceName
+from llm_trm.cli.bench import BenchSettings
+from llm_trm.cli.data import ArithmeticSettings
+from llm_trm.cli.data.maze import MazeSettings
+from llm_trm.cli.data.sudoku import SudokuSettings
+from llm_trm.cli.eval.lm import EvalLanguageModelSettings
+from llm_trm.cli.eval.phase2 import EvalPhase2Settings
+from llm_trm.cli.eval.puzzle import EvalPuzzleSettings
+from llm_trm.cli.generate import GenerateSettings
 from llm_trm.cli.group import Group
+from llm_trm.cli.memory_plan import PlanOptions
+from llm_trm.cli.official import Unrecorded
 from llm_trm.cli.options.settings import settings_options
+from llm_trm.cli.solve import SolveSettings
+from llm_trm.cli.tune import TuneSettings
 from llm_trm.data.arithmetic import World
+from llm_trm.data.generation_config import DataGenConfig
 from llm_trm.errors import InputError
 from llm_trm.ranges import COUNT, LEARNING_RATE, SHARE, WIDTH
 from llm_trm.settings import Settings, flat, setting, settings_of
+from llm_trm.shared_settings import device
 from llm_trm.train.lm.config import LanguageModelConfig
 from llm_trm.train.lora.config import LoraTrainingConfig, ReasonerSettings
 from llm_trm.train.phase1.config import Phase1Config
@@ -30,11 +44,18 @@ from llm_trm.train.run import settings as run
 from llm_trm.train.run.settings import RunSettings
 
 CONFIGS = (LanguageModelConfig, LoraTrainingConfig, Phase1Config, Phase2Config, Phase3Config, PuzzleConfig)
+COMMANDS = (
+    *(ArithmeticSettings, MazeSettings, SudokuSettings, DataGenConfig, PlanOptions, Unrecorded),
+    *(EvalLanguageModelSettings, EvalPhase2Settings, EvalPuzzleSettings, GenerateSettings, SolveSettings),
+    *(BenchSettings, TuneSettings),
+)
 
 
 @dataclass(frozen=True)
 class Toy(RunSettings):
     """A run of everything that a setting can be."""
+
+    COMMAND = "toy"
 
     data: str = setting(..., "Data.")
     output: Path = run.output("runs/toy")
@@ -46,9 +67,6 @@ class Toy(RunSettings):
     merge: bool = setting(False, "Merge.")
     keep: bool = setting(True, "Keep.", None, "--keep/--drop")
     world: World = field(default_factory=World)
-    resume: bool = run.resume()
-    overwrite: bool = run.overwrite()
-    device: DeviceName = run.device()
 
 
 made: list[Toy] = []
@@ -61,7 +79,23 @@ def toy(task: str, given: dict[str, Any]) -> None:
     made.append(Toy(**given))
 
 
-main = Group("llm-trm", commands={"toy": toy})
+@dataclass(frozen=True)
+class Plain(Settings):
+    """Options of a command that records nothing."""
+
+    loud: bool = setting(False, "Loud.")
+    source: Path | None = setting(None, "Source.", file="read")
+    output: Path | None = setting(None, "File.", None, "-o", "--output", file="write")
+    device: DeviceName = device()
+
+
+@click.command()
+@settings_options(Plain, config_file=False)
+def plain(given: dict[str, Any]) -> None:
+    click.echo(repr(given))
+
+
+main = Group("llm-trm", commands={"toy": toy, "plain": plain})
 
 
 def invoke(*arguments: str) -> Result:
@@ -88,6 +122,11 @@ def test_options_become_settings() -> None:
         overwrite=True,
         device="cpu",
     )
+
+
+def test_a_setting_without_a_default_is_required() -> None:
+    result = invoke("-n", "3")
+    assert result.exit_code == 2 and "Missing option '--data'" in result.stderr
 
 
 def test_former_names_are_accepted_and_not_shown() -> None:
@@ -183,14 +222,29 @@ def test_values_are_checked_in_python_too() -> None:
         Toy("x", resume=True, overwrite=True)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_field_of_a_training_is_a_setting(config: type[Settings]) -> None:
+def test_a_command_without_a_config_file(tmp_path: Path) -> None:
+    runner = CliRunner()
+    shown = runner.invoke(main, ["plain", "--help"]).output
+    assert "--loud" in shown and "--no-loud" not in shown and "--config" not in shown
+    assert runner.invoke(main, ["plain"]).output == "{}\n"
+    files = ["--source", "-", "-o", str(tmp_path / "x")]
+    given = {"loud": True, "source": Path("-"), "output": tmp_path / "x"}
+    assert runner.invoke(main, ["plain", "--loud", *files]).output == f"{given}\n"
+    refused = runner.invoke(main, ["plain", "-o", str(tmp_path / "no" / "x")])
+    assert refused.exit_code == 2 and "does not exist; create it first" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", (*CONFIGS, *COMMANDS))
+def test_every_field_is_a_setting(config: type[Settings]) -> None:
     settings = settings_of(config)
     assert {one.group or one.name for one in settings} == {field.name for field in fields(config)}
     options = [option for one in settings for option in (*one.options, *one.was)]
     assert len(options) == len(set(options))
     for one in settings:
-        assert (one.help.endswith(".") and one.help[0].isupper()) or one.help.split()[0] in one.choices, one
+        assert (one.help.endswith(".") and one.help[0].isupper()) or one.help.split()[0].rstrip(
+            ":"
+        ) in one.choices, one
         if one.kind in (int, float):
             assert one.within is not None, one.name
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from llm_trm.data.decoding import Limits
-from llm_trm.data.generation import DataGenConfig, GenerationProgress, ThinkingDataGenerator
+from llm_trm.data.generation import GenerationProgress, ThinkingDataGenerator
+from llm_trm.data.generation_config import DataGenConfig, Limits, Sampling
 from llm_trm.data.pairs import PairFiles
-from llm_trm.data.sampling import Sampling
 
 
 def generate(output: Path, model: Path, **changes: Any) -> PairFiles:
@@ -21,6 +20,7 @@ def generate(output: Path, model: Path, **changes: Any) -> PairFiles:
         "batch_size": 4,
         "sampling": Sampling(0.7, seed=1),
         "limits": Limits(100, 30, 4),
+        "device": "cpu",
     }
     torch.set_num_threads(1)
     on_progress = changes.pop("on_progress", lambda _: None)

@@ -41,10 +41,28 @@ def test_summary(model_folder: Path, tmp_path: Path) -> None:
     assert again.stdout == result.stdout
 
 
+@pytest.mark.parametrize(
+    ("more", "operations"),
+    [("", (3, 3)), ("min-operations = 2", (2, 3)), ("[world]\nmin_operations = 2", (2, 3))],
+)
+def test_settings_from_a_file(
+    model_folder: Path, tmp_path: Path, more: str, operations: tuple[int, int]
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        f'model = "{model_folder}"\nnum-samples = 4\nmax-new-tokens = 30\noperations = 3\n{more}\n'
+    )
+    result = run("--config", file, "--num-samples", "2", "-o", tmp_path / "pairs")
+    assert result.exit_code == 0, result.output
+    found = open_pairs(tmp_path / "pairs").settings
+    assert (found["min_operations"], found["operations"]) == operations
+    assert (found["num_samples"], found["max_new_tokens"], found["top_p"]) == (2, 30, 1.0)
+
+
 def test_run_without_a_pair_explains_what_to_do(model_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "two.jsonl"
     file.write_text('{"question": "1+1"}\n{"question": "1+2"}\n')
-    options = ("--dataset", file, "--num-samples", "5", "--max-prompt-tokens", "1", "-o", tmp_path / "pairs")
+    options = ("--data", file, "--num-samples", "5", "--max-prompt-tokens", "1", "-o", tmp_path / "pairs")
     result = run("--model", model_folder, *options)
     assert result.exit_code == 0, result.output
     assert "0 pairs of 2 problems (5 were asked for; there are no more)" in result.stdout
@@ -59,9 +77,9 @@ def test_run_without_a_pair_explains_what_to_do(model_folder: Path, tmp_path: Pa
         (("--top-p", "0"), ("--top-p",)),
         (("--num-samples", "0"), ("--num-samples",)),
         (("--dtype", "fp16"), ("--dtype", "bf16")),
-        (("--dataset", "gsm9k"), ("--dataset", "gsm8k")),
-        (("--dataset", "missing.jsonl"), ("missing.jsonl", "No such file")),
-        (("--dataset", "gsm8k", "--modulus", "7"), ("--modulus", "--data arithmetic")),
+        (("--data", "gsm9k"), ("--data", "gsm8k")),
+        (("--data", "missing.jsonl"), ("missing.jsonl", "No such file")),
+        (("--data", "gsm8k", "--modulus", "7"), ("--modulus", "--data arithmetic")),
         (("--min-operations", "9"), ("operations", "9 to 5")),
         (("--output", "/dev/null/pairs"), ("/dev/null/pairs", "cannot be written")),
         (("--model", "/no/such/model"), ("/no/such/model", "cannot be loaded")),
@@ -100,4 +118,4 @@ def test_interruption_explains_how_to_resume(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(generation.ThinkingDataGenerator, "run", interrupt)
     result = run("-o", tmp_path / "pairs")
     assert result.exit_code == 130
-    assert "the same command goes on" in result.stderr
+    assert "the same command continues" in result.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llm_trm.data import decoding
-from llm_trm.data.decoding import Limits, Outcome, Thought, ThoughtDecoder
-from llm_trm.data.sampling import Sampling
+from llm_trm.data.decoding import Outcome, Thought, ThoughtDecoder
+from llm_trm.data.generation_config import Limits, Sampling
 from llm_trm.errors import InputError
 from llm_trm.models.loading import ThinkingModel
 from llm_trm.upstream import cache_name
@@ -155,23 +155,19 @@ def test_rows_leave_and_enter_the_batch(model: ThinkingModel) -> None:
         assert (mask.sum(1) == past + 1).any(), "a column is padding in every row"
 
 
-@dataclass(frozen=True)
-class _Scripted(Sampling):
-    """Returns a given list of tokens for each problem instead of sampling."""
+def _scripted(model: ThinkingModel, *scripts: Sequence[int], **changes: Any) -> list[Outcome]:
+    """Decode a given list of tokens for each problem instead of sampling."""
 
-    script: dict[int, list[int]] = field(default_factory=dict)
-
-    def draw(self, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
+    def draw(_: Sampling, logits: Tensor, problem: Tensor, position: Tensor, greedy: Tensor) -> Tensor:
         likeliest = logits.argmax(-1).tolist()
         rows = zip(problem.tolist(), position.tolist(), greedy.tolist(), likeliest, strict=True)
-        return torch.tensor([best if done else self.script[i][at] for i, at, done, best in rows])
+        return torch.tensor([best if done else scripts[i][at] for i, at, done, best in rows])
 
-
-def _scripted(model: ThinkingModel, *scripts: Sequence[int], **changes: Any) -> list[Outcome]:
     prompt = model.tokenizer(model.prompt("1+2"), add_special_tokens=False)["input_ids"]
     prompts = dict.fromkeys(range(len(scripts)), changes.pop("prompt", prompt))
-    sampling = _Scripted(script=dict(enumerate(map(list, scripts))))
-    return list(_decode(model, 8, prompts=prompts, sampling=sampling, **changes).values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "draw", draw)
+        return list(_decode(model, 8, prompts=prompts, sampling=Sampling(), **changes).values())
 
 
 def test_reasons(model: ThinkingModel) -> None:

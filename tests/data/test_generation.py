@@ -20,10 +20,9 @@ import pytest
 import llm_trm.data
 from llm_trm.data import generation
 from llm_trm.data.arithmetic import World
-from llm_trm.data.decoding import Limits
 from llm_trm.data.generation import GenerationProgress
+from llm_trm.data.generation_config import Limits, Sampling
 from llm_trm.data.pairs import RECORD, open_pairs
-from llm_trm.data.sampling import Sampling
 from llm_trm.errors import InputError
 from tests.data.generate import generate, generate_counting
 
@@ -189,7 +188,7 @@ def test_two_processes_make_the_files_of_one(undisturbed: Path, model_folder: Pa
         ({"limits": Limits(100, 31, 4)}, ("max_new_tokens (30 before, 31 now)",)),
         ({"limits": Limits(99, 30, 5)}, ("max_prompt_tokens", "answer_tokens")),
         ({"shard_size": 4}, ("shard_size",)),
-        ({"dtype": "bfloat16"}, ("dtype (float32 before, bfloat16 now)",)),
+        ({"dtype": "bf16"}, ("dtype (float32 before, bfloat16 now)",)),
         ({"world": World(1, 4)}, ("operations", "problems_sha256")),
         ({"split": "test"}, ("split",)),
     ],
@@ -200,7 +199,7 @@ def test_other_settings_are_refused_by_name(
     before = _contents(folder)
     with pytest.raises(InputError) as error:
         generate(folder, model_folder, **changes)
-    for word in (str(folder), *words, "--fresh", "another --output"):
+    for word in (str(folder), *words, "--overwrite", "another --output"):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
     assert _contents(folder) == before
@@ -209,18 +208,20 @@ def test_other_settings_are_refused_by_name(
 def test_changed_problem_files_are_detected(model_folder: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"question": "1+1"}\n')
-    run: dict[str, Any] = {"dataset": str(problems), "num_samples": 1}
+    run: dict[str, Any] = {"data": str(problems), "num_samples": 1}
     generate(tmp_path / "pairs", model_folder, **run)
     problems.write_text('{"question": "1+2"}\n')
     with pytest.raises(InputError, match="problems_sha256"):
         generate(tmp_path / "pairs", model_folder, **run)
 
 
-def test_fresh_starts_over_and_removes_only_its_own(folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_overwrite_starts_over_and_removes_only_its_own(
+    folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
     for name in ("notes.txt", "shard-of-mine.jsonl"):
         (folder / name).write_text("keep me")
     changes: dict[str, Any] = {"num_samples": 6, "sampling": Sampling(0.9)}
-    generate(folder, model_folder, fresh=True, **changes)
+    generate(folder, model_folder, overwrite=True, **changes)
     for name in ("notes.txt", "shard-of-mine.jsonl"):
         assert (folder / name).read_text() == "keep me"
         (folder / name).unlink()
@@ -228,22 +229,22 @@ def test_fresh_starts_over_and_removes_only_its_own(folder: Path, model_folder: 
     assert _contents(folder) == _contents(tmp_path / "new")
 
 
-def test_fresh_keeps_the_pairs_if_the_model_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+def test_overwrite_keeps_the_pairs_if_the_model_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
     before = _contents(folder)
     with pytest.raises(InputError, match="no-such-model"):
-        generate(folder, tmp_path / "no-such-model", fresh=True)
+        generate(folder, tmp_path / "no-such-model", overwrite=True)
     assert _contents(folder) == before
 
 
 def test_folder_with_other_files_is_rejected(folder: Path, model_folder: Path, no_model: None) -> None:
     (folder / "settings.json").write_text('{"editor.fontSize": 12}')
-    for fresh in (False, True):
+    for overwrite in (False, True):
         with pytest.raises(
             InputError, match=r"settings\.json was not written by llm-trm datagen: use another --output"
         ):
-            generate(folder, model_folder, fresh=fresh)
+            generate(folder, model_folder, overwrite=overwrite)
     (folder / "settings.json").unlink()
-    with pytest.raises(InputError, match=r"shard-0000\d.*without a settings\.json.*--fresh"):
+    with pytest.raises(InputError, match=r"shard-0000\d.*without a settings\.json.*--overwrite"):
         generate(folder, model_folder)
 
 
@@ -266,7 +267,7 @@ def test_real_problems(model_folder: Path, tmp_path: Path) -> None:
     if not path.exists():
         pytest.skip(f"{path} is not here")
     pairs = generate(
-        tmp_path, model_folder, dataset=str(path), num_samples=12, limits=Limits(450, 40, 3), batch_size=6
+        tmp_path, model_folder, data=str(path), num_samples=12, limits=Limits(450, 40, 3), batch_size=6
     )
     assert pairs.samples + sum(pairs.failures.values()) == 12
     asked = [json.loads(line) for _, line in zip(range(12), path.open(encoding="utf-8"), strict=False)]

@@ -63,7 +63,11 @@ def test_only_as_many_lines_are_read_as_are_asked_for(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl", '{"question": "how?"}\n{oops\n', ("a.jsonl, line 2", "not JSON")),
-        ("a.jsonl", '{"id": 1, "body": "how?"}\n', ("a.jsonl, line 1", "'id', 'body'", "question, problem")),
+        (
+            "a.jsonl",
+            '{"id": 1, "body": "how?"}\n',
+            ("a.jsonl, line 1", "'id', 'body'", "question or problem"),
+        ),
         ("a.jsonl", "\n[1, 2]\n", ("a.jsonl, line 2", "JSON object")),
         ("a.jsonl", '{"question": 5}\n', ("a.jsonl, line 1", "'question'", "5")),
         ("a.jsonl", '{"question": " "}\n', ("a.jsonl, line 1", "'question'")),

@@ -105,9 +105,12 @@ def test_mazes_of_the_hub_keep_their_splits(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--input", "a.csv", "--dataset", "b"), "--input and --dataset exclude one another"),
-        (("--input", "a.csv", "--size", "9"), "--size is of generated mazes, and --input reads them"),
-        (("--dataset", "b", "--min-path", "9"), "--min-path is of generated mazes, and --dataset reads them"),
+        (("--input", "a.csv", "--dataset", "b"), "--input and --dataset exclude each other"),
+        (("--input", "a.csv", "--size", "9"), "--size describes generated mazes, and --input reads them"),
+        (
+            ("--dataset", "b", "--min-path", "9"),
+            "--min-path describes generated mazes, and --dataset reads them",
+        ),
         (("--size", "2"), "must be at least 3, not 2"),
     ],
 )

@@ -70,7 +70,7 @@ def run(*arguments: str | Path) -> Result:
 
 def figures(folder: Path, *arguments: str | Path) -> dict[str, Any]:
     output = folder / "figures.json"
-    result = run(*arguments, "--json", output)
+    result = run(*arguments, "--output", output)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(output.read_text())
     return found
@@ -129,7 +129,7 @@ def test_table_and_file_agree(
 ) -> None:
     answering(monkeypatch, nine_of_twelve(read_split(data, "test")))
     output = tmp_path / "figures.json"
-    result = run("--checkpoint", checkpoint, "--batch-size", "5", "--json", output)
+    result = run("--checkpoint", checkpoint, "--batch-size", "5", "--output", output)
     assert result.exit_code == 0, result.output
     without, halting = json.loads(output.read_text())["modes"]
     for mode, steps in ((without, MAX_STEPS), (halting, 2)):
@@ -165,7 +165,7 @@ def test_a_sure_model_halts_at_once(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--halting", "--no-halting"])
 def test_one_mode_alone(checkpoint: Path, tmp_path: Path, option: str) -> None:
-    found = figures(tmp_path, "--checkpoint", checkpoint, option, "--inference-steps", "7")
+    found = figures(tmp_path, "--checkpoint", checkpoint, option, "--max-steps", "7")
     (mode,) = found["modes"]
     assert mode["halting"] is (option == "--halting")
     assert mode["max_steps"] == mode["steps"] == 7
@@ -217,7 +217,7 @@ def test_samples_are_drawn_with_the_seed(data: Path) -> None:
 
 
 def test_samples_limit_the_puzzles(checkpoint: Path, tmp_path: Path) -> None:
-    found = figures(tmp_path, "--checkpoint", checkpoint, "--halting", "--samples", "5")
+    found = figures(tmp_path, "--checkpoint", checkpoint, "--halting", "--num-samples", "5")
     assert found["puzzles"] == found["modes"][0]["puzzles"] == 5
 
 
@@ -279,7 +279,9 @@ def test_copies_of_arc_tasks_vote(monkeypatch: pytest.MonkeyPatch, arc: Arc, tmp
 
 def test_samples_of_arc_are_whole_tasks(monkeypatch: pytest.MonkeyPatch, arc: Arc, tmp_path: Path) -> None:
     calls = answering(monkeypatch, arc.answer)
-    found = figures(tmp_path, "--checkpoint", arc.checkpoint, "--halting", "--samples", "2", "--seed", "3")
+    found = figures(
+        tmp_path, "--checkpoint", arc.checkpoint, "--halting", "--num-samples", "2", "--seed", "3"
+    )
     asked = sorted(number for call in calls for number in call["ids"])
     tasks = {arc.plan.identifiers()[number][0] for number in asked}
     assert len(tasks) == 2
@@ -336,5 +338,5 @@ def test_rejects_unknown_arc_identifiers(arc: Arc, tmp_path: Path) -> None:
 
 def test_refusals_about_options(checkpoint: Path, tmp_path: Path) -> None:
     refused(run("--checkpoint", checkpoint, "--noise", "1"), "--noise goes with --tries")
-    refused(run("--checkpoint", checkpoint, "--json", tmp_path / "no" / "x.json"), "does not exist")
+    refused(run("--checkpoint", checkpoint, "--output", tmp_path / "no" / "x.json"), "does not exist")
     refused(run("--checkpoint", checkpoint, "--tries", "0"), "--tries")

@@ -153,7 +153,7 @@ def test_faults_of_answers(answer: str, fault: str | None) -> None:
 
 def test_detour_is_not_a_shortest_path() -> None:
     maze, detour = parse_maze("S G\n   "), parse_maze("S G\nooo")
-    assert solution_fault(maze, detour) == "the path is not a shortest one: it takes 4"
+    assert solution_fault(maze, detour) == "the path is not a shortest one: it takes 4 steps instead of 2"
 
 
 @pytest.mark.parametrize(

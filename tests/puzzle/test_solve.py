@@ -114,7 +114,7 @@ def test_a_wrong_answer(monkeypatch: pytest.MonkeyPatch, sudoku: Path, answer: s
 
 
 def test_an_untrained_model_is_wrong_and_no_error(sudoku: Path) -> None:
-    result = run(PUZZLE, "--checkpoint", sudoku, "--inference-steps", "6", "--tries", "2")
+    result = run(PUZZLE, "--checkpoint", sudoku, "--max-steps", "6", "--tries", "2")
     assert result.exit_code == 1
     assert "step 6 of at most 6, try 1 of 2, halting confidence 0.7%" in result.stdout
 
@@ -165,7 +165,7 @@ def test_a_file_of_puzzles(monkeypatch: pytest.MonkeyPatch, sudoku: Path, tmp_pa
     answering(monkeypatch, [(SOLUTION, 1.0)], [(WRONG, 1.0)])
     file = tmp_path / "puzzles.txt"
     file.write_text(f"\ufeff{PUZZLE}\n{PUZZLE}\n", encoding="utf-8")
-    result = run("--file", file, "--checkpoint", sudoku)
+    result = run("--input", file, "--checkpoint", sudoku)
     assert result.exit_code == 1
     assert result.stdout.endswith("1 of 2 answers are valid.\n")
 
@@ -174,7 +174,7 @@ def test_standard_input_and_the_default_checkpoint(monkeypatch: pytest.MonkeyPat
     save(tmp_path / "runs" / "maze", 20, task="maze", rows=4, columns=5)
     monkeypatch.chdir(tmp_path)
     answering(monkeypatch, [(SOLVED_MAZE, 1.0)])
-    result = run("--file", "-", input=MAZE)
+    result = run("--input", "-", input=MAZE)
     assert result.exit_code == 0, result.output
     # In piped output, a maze can be read again.
     assert result.stdout.startswith(SOLVED_MAZE + "\nValid; step 1 of")
@@ -356,7 +356,7 @@ def test_refuses_puzzles_of_another_kind(sudoku: Path, tmp_path: Path) -> None:
     # A file with two sizes.
     file = tmp_path / "puzzles.txt"
     file.write_text(f"{PUZZLE}\n{'.' * 36}\n")
-    refused(run("--file", file, "--checkpoint", sudoku), "is a sudoku of 6x6")
+    refused(run("--input", file, "--checkpoint", sudoku), "is a sudoku of 6x6")
     # A puzzle that matches only in the number of cells.
     wide = save(tmp_path / "wide", 20, task="maze", rows=2, columns=10)
     refused(run(MAZE, "--checkpoint", wide), "maze puzzles of 2x10")
@@ -378,14 +378,14 @@ def test_refuses_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_refusals_about_options(sudoku: Path, tmp_path: Path) -> None:
     file = tmp_path / "puzzles.txt"
     refused(run("--checkpoint", sudoku), "give a PUZZLE, or a file")
-    refused(run(PUZZLE, "--file", file), "give a PUZZLE, or a file")
-    refused(run("--file", file), "does not exist")
+    refused(run(PUZZLE, "--input", file), "give a PUZZLE, or a file")
+    refused(run("--input", file), "does not exist")
     file.write_bytes(b"\xff\xfe1234")
-    refused(run("--file", file), "cannot be read")
-    refused(run("--file", "-", input=b"\xff\xfe1234"), "standard input cannot be read")
+    refused(run("--input", file), "cannot be read")
+    refused(run("--input", "-", input=b"\xff\xfe1234"), "standard input cannot be read")
     file.write_text(f"{PUZZLE}\n{PUZZLE}\n")
     gif = tmp_path / "x.gif"
-    refused(run("--file", file, "--gif", gif, "--checkpoint", sudoku), "--gif shows one puzzle", "are 2")
+    refused(run("--input", file, "--gif", gif, "--checkpoint", sudoku), "--gif shows one puzzle", "are 2")
     refused(run(PUZZLE, "--gif", tmp_path / "no" / "x.gif"), "does not exist")
     refused(run(PUZZLE, "--noise", "1", "--checkpoint", sudoku), "--noise goes with --tries")
     assert not gif.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ def test_phase1_continues_bit_for_bit(compressor: str, stage: str, steps: int, t
         )
 
     CompressorPretrainer(config("whole")).train()
-    with pytest.raises(Interrupted, match=r"to continue: llm-trm train phase1 --config .*config.json$"):
+    with pytest.raises(
+        Interrupted, match=r"to continue: llm-trm train phase1 --config .*config.json --resume$"
+    ):
         CompressorPretrainer(config("parts"), SignalInStage(stage, steps)).train()
     assert (tmp_path / "parts" / stage / "unfinished" / "state.json").exists()
-    CompressorPretrainer(config("parts")).train()
+    CompressorPretrainer(replace(config("parts"), resume=True)).train()
     assert not (tmp_path / "parts" / stage / "unfinished").exists()
     for path in (tmp_path / "whole").glob("1?/*"):
         other = tmp_path / "parts" / path.relative_to(tmp_path / "whole")

@@ -264,6 +264,14 @@ def test_second_run_reads_states_and_keeps_what_it_made(config: Phase1Config, ca
     assert calls.count == 0
 
 
+def test_resume_needs_a_run(config: Phase1Config) -> None:
+    with pytest.raises(InputError, match="holds no run to resume"):
+        train(replace(config, resume=True))
+    assert not config.output.exists()
+    train(replace(config, stage="1a", epochs=1))
+    train(replace(config, stage="1a", epochs=1, resume=True))
+
+
 def test_result_depends_on_the_seed_alone(config: Phase1Config) -> None:
     short = replace(config, stage="1a", epochs=2)
     torch.manual_seed(1)

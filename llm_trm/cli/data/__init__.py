@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llm_trm.cli.group import Group
-from llm_trm.cli.options.output import output_file
-from llm_trm.cli.options.types import COUNT, SEED
-from llm_trm.cli.options.world import world_from, world_options
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.cli.options.world import SAME_DIFFICULTY, set_difficulty
+from llm_trm.data.arithmetic import Split, World
+from llm_trm.ranges import COUNT, SEED
+from llm_trm.settings import Settings, setting
 
-#: Of a problem of one operation with its trace, at least.
-_BYTES_A_LINE = 70
+#: The least that a problem of one operation takes, with its trace.
+_BYTES_PER_LINE = 70
 
 
 @click.group(
@@ -27,40 +30,29 @@ _BYTES_A_LINE = 70
     },
 )
 def data() -> None:
-    """Write problems and puzzles to learn from."""
+    """Write problems and puzzles to train on."""
+
+
+@dataclass(frozen=True)
+class ArithmeticSettings(Settings):
+    """Options of ``llm-trm data arithmetic``."""
+
+    num_samples: int = setting(1000, "Number of problems.", COUNT)
+    world: World = field(default_factory=World)
+    split: Split = setting("train", "Split of the problems; no question is in both.")
+    seed: int = setting(0, "Seed for the problems.", SEED)
+    output: Path | None = setting(
+        None, "JSONL file to write.", None, "-o", "--output", unset="standard output", file="write"
+    )
 
 
 @data.command(short_help="Write problems of the arithmetic world as JSONL.")
-@click.option("--num-samples", type=COUNT, default=1000, show_default=True, help="How many problems.")
-@world_options
-@click.option(
-    "--split",
-    type=click.Choice(["train", "test"]),
-    default="train",
-    show_default=True,
-    help="No question is in both.",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same problems.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    callback=output_file,
-    help="JSONL file to write. [default: standard output]",
-)
+@settings_options(ArithmeticSettings, SAME_DIFFICULTY, config_file=False)
 @click.pass_context
-def arithmetic(
-    context: click.Context,
-    /,
-    num_samples: int,
-    split: str,
-    seed: int,
-    output: Path | None,
-    **drawn: Any,
-) -> None:
+def arithmetic(context: click.Context, /, given: dict[str, Any]) -> None:
     """Write chains of additions, subtractions and multiplications, with worked traces.
 
-    A problem is worked from left to right on a running total, modulo --modulus: 7+5*3-8 is 8. Each line is
+    A problem is evaluated from left to right on a running total, modulo --modulus: 7+5*3-8 is 8. Each line is
     a JSON object with question, thinking (the worked trace), answer and operations.
 
     \b
@@ -71,14 +63,15 @@ def arithmetic(
     from llm_trm.files import write_lines
     from llm_trm.memory import require_disk_space
 
-    world = world_from(context, drawn)
+    set_difficulty(context, given)
+    asked = ArithmeticSettings(**given)
     lines = (
         json.dumps(problem.record()) + "\n"
-        for problem in world.problems(num_samples, split, seed)  # type: ignore[arg-type]
+        for problem in asked.world.problems(asked.num_samples, asked.split, asked.seed)
     )
-    if output is None:
+    if asked.output is None:
         sys.stdout.writelines(lines)
     else:
-        size, what = _BYTES_A_LINE * num_samples, f"{num_samples:,} problems"
-        require_disk_space(size, output.parent, what, "choose fewer --num-samples")
-        write_lines(output, lines)
+        size, what = _BYTES_PER_LINE * asked.num_samples, f"{asked.num_samples:,} problems"
+        require_disk_space(size, asked.output.parent, what, "choose fewer --num-samples")
+        write_lines(asked.output, lines)

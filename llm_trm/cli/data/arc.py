@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
-from llm_trm.cli.options.types import FOLDER, SEED, SYMMETRIES
+from llm_trm.cli.bars import progress_bar
+from llm_trm.cli.options.types import FOLDER, number
+from llm_trm.errors import InputError
+from llm_trm.ranges import SEED, SYMMETRIES
 
 
 @click.command(short_help="Write ARC tasks under many symmetries.")
@@ -15,17 +18,17 @@ from llm_trm.cli.options.types import FOLDER, SEED, SYMMETRIES
     "--evaluation",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Hold out the test pairs of these tasks alone, and train on all pairs of those in PATH. May be "
+    help="Hold out only the test pairs of these tasks, and train on all pairs of the tasks in PATH. May be "
     "repeated. [default: the test pairs of all tasks are held out]",
 )
 @click.option(
     "--augment",
-    type=SYMMETRIES,
+    type=number(SYMMETRIES),
     default=100,
     show_default=True,
-    help="Symmetries of each task, besides the task itself. The paper has 1000.",
+    help="Number of symmetries per task, in addition to the task itself. The paper uses 1000.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same symmetries.")
+@click.option("--seed", type=number(SEED), default=0, show_default=True, help="Seed for the symmetries.")
 @click.option(
     "-o",
     "--output",
@@ -37,23 +40,21 @@ from llm_trm.cli.options.types import FOLDER, SEED, SYMMETRIES
 def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, seed: int, output: Path) -> None:
     """Write ARC tasks as grids of 30 x 30 tokens, each task under many symmetries.
 
-    PATH is a folder with one JSON file a task, such a file, or a *_challenges.json file of the ARC Prize with
-    the *_solutions.json file beside it. The colours but black are permuted, the grids turned and mirrored;
-    each task under each symmetry has a puzzle identifier of its own, and arc.json says which. The pairs that
-    show a task's rule are always learned from. A task of --evaluation that is in PATH too, under its name or
-    another, is held out.
+    PATH is a folder with one JSON file per task, such a file, or a *_challenges.json file of the ARC Prize
+    with the *_solutions.json file next to it. All colours except black are permuted, and the grids rotated
+    and mirrored. Each task under each symmetry has its own puzzle identifier, listed in arc.json. The pairs
+    that demonstrate a task are always trained on. A task of --evaluation that is also in PATH, under the same
+    name or another, is held out.
 
     \b
     Examples:
       llm-trm data arc ARC-AGI/data/training --evaluation ARC-AGI/data/evaluation
       llm-trm data arc arc-agi_evaluation2_challenges.json --augment 1000 -o data/arc2
     """
-    from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.arc_files import is_labelled, merged, read_tasks
     from llm_trm.data.puzzles.arc_folder import write_arc
     from llm_trm.data.puzzles.arc_overlap import learnable, without_tests
     from llm_trm.data.puzzles.arc_splits import plan_tasks
-    from llm_trm.errors import InputError
     from llm_trm.files import writable_folder
 
     writable_folder(output)
@@ -89,7 +90,7 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     if unsolved := [task.name for task in tested if not is_labelled(task)]:
         click.echo(
             f"held out without solutions: {len(unsolved)}, such as {unsolved[0]}; their labels are 0, and "
-            "count for nothing",
+            "are ignored",
             err=True,
         )
     if short := sum(len(group) <= augment for group in plan.transforms):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from llm_trm.cli.options.types import COUNT, FOLDER, MAZE_SIDE, NO_OR_COUNT, PATH_STEPS, SEED
+from llm_trm.cli.bars import progress_bar
+from llm_trm.cli.options.combinations import reject_given
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.errors import InputError
+from llm_trm.ranges import COUNT, MAZE_SIDE, NO_OR_COUNT, PATH_STEPS, SEED
+from llm_trm.settings import Settings, setting
 
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.maze_files import Mazes
@@ -16,66 +21,47 @@ if TYPE_CHECKING:
 _TRAIN, _TEST = 1000, 200
 
 
+@dataclass(frozen=True)
+class MazeSettings(Settings):
+    """Options of ``llm-trm data maze``."""
+
+    size: int = setting(30, "Rows and columns of a generated maze.", MAZE_SIDE)
+    min_path: int | None = setting(
+        None,
+        "Minimum number of steps on the shortest path of a generated maze.",
+        PATH_STEPS,
+        unset="111 at size 30, and the same per cell at other sizes",
+    )
+    num_samples: int | None = setting(
+        None, "Number of mazes to train on.", COUNT, unset=f"{_TRAIN} generated ones; all that are read"
+    )
+    test_samples: int | None = setting(
+        None,
+        "Number of mazes to hold out.",
+        NO_OR_COUNT,
+        unset=f"{_TEST}; the whole test split of --dataset",
+    )
+    seed: int = setting(0, "Seed for the mazes.", SEED)
+    input: Path | None = setting(
+        None, "Read mazes from a .csv or .jsonl file with the columns question and answer.", file="read"
+    )
+    dataset: str | None = setting(
+        None,
+        "Read the train and the test split of a data set on the hub, such as sapientinc/maze-30x30-hard-1k.",
+        metavar="NAME",
+    )
+    output: Path = setting(Path("data/maze"), "Folder to write.", None, "-o", "--output")
+
+
 @click.command(short_help="Write mazes and their shortest paths.")
-@click.option(
-    "--size",
-    type=MAZE_SIDE,
-    default=30,
-    show_default=True,
-    help="Rows, and columns, of a generated maze.",
-)
-@click.option(
-    "--min-path",
-    type=PATH_STEPS,
-    help="Fewest steps from start to goal of a generated maze, by its shortest path. [default: 111 at size "
-    "30, as many a cell elsewhere]",
-)
-@click.option(
-    "--num-samples",
-    type=COUNT,
-    help=f"Mazes to train on. [default: {_TRAIN} generated ones; all that are read]",
-)
-@click.option(
-    "--test-samples",
-    type=NO_OR_COUNT,
-    help=f"Mazes held out. [default: {_TEST}; all of the test split of --dataset]",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same mazes.")
-@click.option(
-    "--input",
-    "source",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Read mazes from this .csv or .jsonl file with the columns question and answer.",
-)
-@click.option(
-    "--dataset",
-    help="Read the train and the test split of a data set on the hub, such as sapientinc/maze-30x30-hard-1k.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=FOLDER,
-    default=Path("data/maze"),
-    show_default=True,
-    help="Folder to write.",
-)
+@settings_options(MazeSettings, config_file=False)
 @click.pass_context
-def maze(
-    context: click.Context,
-    size: int,
-    min_path: int | None,
-    num_samples: int | None,
-    test_samples: int | None,
-    seed: int,
-    source: Path | None,
-    dataset: str | None,
-    output: Path,
-) -> None:
+def maze(context: click.Context, /, given: dict[str, Any]) -> None:
     """Write mazes with one start, one goal, and the shortest path between them as the answer.
 
-    Mazes are generated, unless --input or --dataset says where to read them. A generated one has a single
-    shortest path, and none of them, trained on or held out, is another one turned or mirrored. Of a file,
-    mazes drawn by --seed are held out; of a data set its test split, and what equals it is not trained on.
+    Mazes are generated, unless --input or --dataset names mazes to read. A generated maze has a single
+    shortest path, and no maze, trained on or held out, is another one rotated or mirrored. --input holds out
+    mazes drawn with --seed. --dataset holds out its test split and trains on no maze that equals one of it.
 
     \b
     Examples:
@@ -83,72 +69,64 @@ def maze(
       llm-trm data maze --size 10 --num-samples 5000 -o data/maze10
       llm-trm data maze --dataset sapientinc/maze-30x30-hard-1k -o data/maze-hard
     """
-    if source is not None and dataset is not None:
-        raise click.UsageError("--input and --dataset exclude one another: leave one out")
-    reads = "--input" if source is not None else "--dataset"
-    if source is not None or dataset is not None:
-        for name in ("size", "min_path"):
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                option = f"--{name.replace('_', '-')}"
-                raise click.UsageError(
-                    f"{option} is of generated mazes, and {reads} reads them: leave it out"
-                )
+    asked = MazeSettings(**given)
+    if asked.input is not None and asked.dataset is not None:
+        raise click.UsageError("--input and --dataset exclude each other: leave one of them out")
+    if asked.input is not None or asked.dataset is not None:
+        reads = "--input" if asked.input is not None else "--dataset"
+        reason = f"describes generated mazes, and {reads} reads them: leave it out"
+        reject_given(context, ("size", "min_path"), reason)
     from llm_trm.data.puzzles.maze import default_min_path
     from llm_trm.data.puzzles.maze_folder import write_mazes
     from llm_trm.files import writable_folder
 
-    facts: dict[str, Any] = {"seed": seed}
-    writable_folder(output)
-    if source is not None:
-        held_out = _TEST if test_samples is None else test_samples
-        splits = _of_file(source, num_samples, held_out, seed)
-        facts["source"] = str(source)
-    elif dataset is not None:
-        splits = _of_hub(dataset, num_samples, test_samples, seed)
-        facts["source"] = dataset
+    facts: dict[str, Any] = {"seed": asked.seed}
+    writable_folder(asked.output)
+    held_out = _TEST if asked.test_samples is None else asked.test_samples
+    if asked.input is not None:
+        splits = _from_file(asked.input, asked.num_samples, held_out, asked.seed)
+        facts["source"] = str(asked.input)
+    elif asked.dataset is not None:
+        splits = _from_hub(asked.dataset, asked.num_samples, asked.test_samples, asked.seed)
+        facts["source"] = asked.dataset
     else:
-        fewest = default_min_path(size, size) if min_path is None else min_path
-        counts = {
-            "test": _TEST if test_samples is None else test_samples,
-            "train": _TRAIN if num_samples is None else num_samples,
-        }
-        splits = _generated(size, fewest, counts, seed)
+        fewest = default_min_path(asked.size, asked.size) if asked.min_path is None else asked.min_path
+        counts = {"test": held_out, "train": _TRAIN if asked.num_samples is None else asked.num_samples}
+        splits = _generated(asked.size, fewest, counts, asked.seed)
         facts |= {"source": "generated", "min_path": fewest}
-    info = write_mazes(output, splits, facts)
+    info = write_mazes(asked.output, splits, facts)
     steps = info.facts["steps"]["train"]
     click.echo(
-        f"{output}: {len(splits['train'])} mazes of {info.rows} x {info.columns} cells to train on, "
+        f"{asked.output}: {len(splits['train'])} mazes of {info.rows} x {info.columns} cells to train on, "
         f"{len(splits['test'])} held out; shortest paths of {steps['min']} to {steps['max']} steps, "
         f"{steps['mean']} on average"
     )
 
 
 def _generated(size: int, min_path: int, counts: dict[str, int], seed: int) -> dict[str, Mazes]:
-    from llm_trm.cli.bars import progress_bar
     from llm_trm.data.puzzles.maze_generation import generate_mazes
 
     with progress_bar("mazes", sum(counts.values())) as progress:
         return generate_mazes(size, size, counts, min_path=min_path, seed=seed, progress=progress)
 
 
-def _of_file(path: Path, num_samples: int | None, test_samples: int, seed: int) -> dict[str, Mazes]:
+def _from_file(path: Path, num_samples: int | None, test_samples: int, seed: int) -> dict[str, Mazes]:
     from llm_trm.data.puzzles.maze_files import read_mazes
     from llm_trm.data.puzzles.maze_generation import distinct
 
     mazes = _drawn(distinct(read_mazes(path)), None, seed)
     if test_samples >= len(mazes):
         raise click.UsageError(
-            f"{path} holds {len(mazes)} different mazes, and {test_samples} are to be held out: lower "
+            f"{path} has {len(mazes)} different mazes, and {test_samples} are to be held out: lower "
             "--test-samples"
         )
     rest = mazes[test_samples:]
     return {"train": rest[:num_samples], "test": mazes[:test_samples]}
 
 
-def _of_hub(dataset: str, num_samples: int | None, test_samples: int | None, seed: int) -> dict[str, Mazes]:
+def _from_hub(dataset: str, num_samples: int | None, test_samples: int | None, seed: int) -> dict[str, Mazes]:
     from llm_trm.data.puzzles.maze_files import load_mazes
     from llm_trm.data.puzzles.maze_generation import symmetry_class
-    from llm_trm.errors import InputError
 
     test = _drawn(load_mazes(dataset, "test"), test_samples, seed)
     held_out = {symmetry_class(maze) for maze, _ in test}

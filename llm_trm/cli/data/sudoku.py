@@ -3,107 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from click.core import ParameterSource
 
 from llm_trm.cli.bars import progress_bar
-from llm_trm.cli.options.types import CLUES, COUNT, FOLDER, RATING, SEED, SHARE_WITHIN
+from llm_trm.cli.options.combinations import reject_given
+from llm_trm.cli.options.settings import settings_options
+from llm_trm.cli.options.types import number
+from llm_trm.errors import InputError
+from llm_trm.ranges import CLUES, COUNT, RATING, SEED, SHARE_WITHIN
+from llm_trm.settings import Settings, setting
 
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.sudoku_rows import SudokuRows
 
-#: From few clues, near what a grid of the size needs at least, to about half of its cells.
+#: From close to the minimum for a grid of the size to about half of its cells.
 _CLUES = {4: (4, 8), 6: (9, 18), 9: (24, 36)}
-_OF_GENERATION = ("size", "num_samples", "clues")
-_OF_READING = ("subsample", "min_rating", "test_fraction", "trust")
+_GENERATING = ("size", "num_samples", "clues")
+_READING = ("subsample", "min_rating", "test_fraction", "trust")
 
 
-@click.command(short_help="Write Sudokus: made from nothing, from a file, or from the hub.")
-@click.option(
-    "--size",
-    type=click.Choice(["4", "6", "9"]),
-    default="9",
-    show_default=True,
-    help="Digits of generated puzzles. Boxes are 2x2, 2x3 or 3x3.",
-)
-@click.option(
-    "--num-samples",
-    type=COUNT,
-    default=1000,
-    show_default=True,
-    help="Training puzzles to generate.",
-)
-@click.option(
-    "--test-samples",
-    type=COUNT,
-    help="Puzzles to hold out. [default: 200 generated ones; --test-fraction of a file; all of a test split]",
-)
+@dataclass(frozen=True)
+class SudokuSettings(Settings):
+    """Options of ``llm-trm data sudoku`` other than ``--clues``."""
+
+    size: Literal["4", "6", "9"] = setting(
+        "9", "Number of digits in generated puzzles. Boxes are 2x2, 2x3 or 3x3."
+    )
+    num_samples: int = setting(1000, "Number of training puzzles to generate.", COUNT)
+    test_samples: int | None = setting(
+        None,
+        "Number of puzzles to hold out.",
+        COUNT,
+        unset="200 generated ones; --test-fraction of a file; a whole test split",
+    )
+    input: Path | None = setting(
+        None,
+        "Read a CSV or JSONL file with the columns puzzle (or quizzes, question) and, optionally, solution "
+        "(or solutions, answer).",
+        file="read",
+    )
+    dataset: str | None = setting(
+        None, "Read a data set on the hub, such as sapientinc/sudoku-extreme.", metavar="NAME"
+    )
+    subsample: int | None = setting(
+        None, "Number of puzzles to train on, of those that are read.", COUNT, unset="all"
+    )
+    min_rating: float | None = setting(None, "Leave out puzzles with a lower difficulty rating.", RATING)
+    test_fraction: float | None = setting(
+        None, "Fraction of the puzzles to hold out, if there is no test split.", SHARE_WITHIN, unset="0.1"
+    )
+    trust: bool = setting(
+        False,
+        "Do not search for second solutions of the puzzles that are read (a millisecond each); solutions in "
+        "the file are still checked.",
+    )
+    seed: int = setting(0, "Seed for the puzzles.", SEED)
+    output: Path = setting(Path("data/sudoku"), "Folder to write.", None, "-o", "--output")
+
+
+@click.command(short_help="Write Sudokus: generated, from a file, or from the hub.")
 @click.option(
     "--clues",
-    type=CLUES,
+    type=number(CLUES),
     nargs=2,
     metavar="LOW HIGH",
-    help="Clues of generated puzzles, each number in the range as likely where it can be reached. "
+    help="Range of the number of clues in generated puzzles, drawn uniformly as far as possible. "
     f"[default: {', '.join(f'{low} {high} for {size}x{size}' for size, (low, high) in _CLUES.items())}]",
 )
-@click.option(
-    "--input",
-    "file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Read a CSV or JSONL file instead, with the columns puzzle (or quizzes, question) and, where there "
-    "is one, solution (or solutions, answer).",
-)
-@click.option(
-    "--dataset",
-    metavar="NAME",
-    help="Read a data set of the hub instead, such as sapientinc/sudoku-extreme.",
-)
-@click.option("--subsample", type=COUNT, help="Train on so many of the puzzles read. [default: all]")
-@click.option("--min-rating", type=RATING, help="Leave out puzzles that are rated as easier.")
-@click.option(
-    "--test-fraction",
-    type=SHARE_WITHIN,
-    help="Share of the puzzles to hold out, where there is no test split. [default: 0.1]",
-)
-@click.option(
-    "--trust",
-    is_flag=True,
-    help="Do not search for second solutions of puzzles read (a millisecond each); given solutions are still "
-    "checked.",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same puzzles.")
-@click.option(
-    "-o",
-    "--output",
-    type=FOLDER,
-    default=Path("data/sudoku"),
-    show_default=True,
-    help="Folder to write.",
-)
+@settings_options(SudokuSettings, config_file=False)
 @click.pass_context
-def sudoku(
-    context: click.Context,
-    size: str,
-    num_samples: int,
-    test_samples: int | None,
-    clues: tuple[int, int] | None,
-    file: Path | None,
-    dataset: str | None,
-    subsample: int | None,
-    min_rating: float | None,
-    test_fraction: float | None,
-    trust: bool,
-    seed: int,
-    output: Path,
-) -> None:
-    """Write Sudokus to train on and others to test with: each has exactly one solution.
+def sudoku(context: click.Context, /, clues: tuple[int, int] | None, given: dict[str, Any]) -> None:
+    """Write Sudokus to train on and to test with; each has exactly one solution.
 
-    No symmetry turns a held-out 4x4 or 6x6 puzzle into a training puzzle, since training draws from all of
-    these. 9x9 puzzles have too many symmetries for that check: there, none that is held out equals a training
-    puzzle.
+    No symmetry maps a held-out 4x4 or 6x6 puzzle to a training puzzle, since training applies all of them.
+    9x9 puzzles have too many symmetries for that check: there, no held-out puzzle equals a training puzzle.
 
     \b
     Examples:
@@ -112,62 +89,59 @@ def sudoku(
       llm-trm data sudoku --input puzzles.csv --test-samples 500
       llm-trm data sudoku --dataset sapientinc/sudoku-extreme --subsample 1000 --test-samples 10000
     """
-    if file is not None and dataset is not None:
-        raise click.UsageError("--input and --dataset exclude each other: give one of them")
-    reads = file is not None or dataset is not None
-    for name in _OF_GENERATION if reads else _OF_READING:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            need = "without" if reads else "with"
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} goes {need} --input or --dataset: leave it out"
-            )
-    if test_samples is not None and test_fraction is not None:
-        raise click.UsageError("--test-samples and --test-fraction exclude each other: give one of them")
+    asked = SudokuSettings(**given)
+    if asked.input is not None and asked.dataset is not None:
+        raise click.UsageError("--input and --dataset exclude each other: leave one of them out")
+    reads = asked.input is not None or asked.dataset is not None
+    need = "without" if reads else "with"
+    unfit = _GENERATING if reads else _READING
+    reject_given(context, unfit, f"goes {need} --input or --dataset: leave it out")
+    if asked.test_samples is not None and asked.test_fraction is not None:
+        raise click.UsageError("--test-samples and --test-fraction exclude each other: leave one of them out")
     from llm_trm.data.puzzles.dataset import write_puzzles
     from llm_trm.data.puzzles.sudoku import SHAPES, number_of_clues
     from llm_trm.data.puzzles.sudoku_splits import generated_splits, held_out_splits, sudoku_info
     from llm_trm.files import writable_folder
 
-    writable_folder(output)
-    facts: dict[str, Any] = {"seed": seed}
+    writable_folder(asked.output)
+    facts: dict[str, Any] = {"seed": asked.seed}
     if reads:
-        rows = _read(file, dataset)
-        if min_rating is not None:
-            rows = {split: part.rated(min_rating) for split, part in rows.items()}
+        rows = _read(asked.input, asked.dataset)
+        if asked.min_rating is not None:
+            rows = {split: part.rated(asked.min_rating) for split, part in rows.items()}
         shape = rows["train"].shape
         splits = held_out_splits(
             rows["train"],
             rows.get("test"),
-            train=subsample,
-            test=test_samples,
-            fraction=0.1 if test_fraction is None else test_fraction,
-            seed=seed,
-            trust=trust,
+            train=asked.subsample,
+            test=asked.test_samples,
+            fraction=0.1 if asked.test_fraction is None else asked.test_fraction,
+            seed=asked.seed,
+            trust=asked.trust,
             progress=_bar("verifying"),
         )
-        facts |= {"source": str(file or dataset), "min_rating": min_rating, "trusted": trust}
+        source = str(asked.input or asked.dataset)
+        facts |= {"source": source, "min_rating": asked.min_rating, "trusted": asked.trust}
     else:
-        shape = SHAPES[int(size)]
+        shape = SHAPES[int(asked.size)]
         low, high = clues or _CLUES[shape.size]
         if not low <= high <= shape.cells:
             raise click.UsageError(f"--clues {low} {high}: give the fewest first, and at most {shape.cells}")
-        splits = generated_splits(
-            shape, num_samples, test_samples or 200, (low, high), seed, _bar("generating")
-        )
+        test = asked.test_samples or 200
+        splits = generated_splits(shape, asked.num_samples, test, (low, high), asked.seed, _bar("generating"))
         facts |= {"source": "generated", "clues": [low, high]}
-    write_puzzles(output, sudoku_info(shape, facts), splits)
-    train, test = splits["train"], splits["test"]
-    given = number_of_clues(train.inputs.numpy() - 1)
+    write_puzzles(asked.output, sudoku_info(shape, facts), splits)
+    train = splits["train"]
+    counts = number_of_clues(train.inputs.numpy() - 1)
     click.echo(
-        f"{len(train)} {shape.size}x{shape.size} Sudokus to train on, {len(test)} held out, with "
-        f"{given.min()} to {given.max()} clues ({given.mean():.1f} on average): {output}"
+        f"{len(train)} {shape.size}x{shape.size} Sudokus to train on, {len(splits['test'])} held out, with "
+        f"{counts.min()} to {counts.max()} clues ({counts.mean():.1f} on average): {asked.output}"
     )
-    click.echo(f"Next: llm-trm train puzzle --task sudoku --data {output}")
+    click.echo(f"Next: llm-trm train puzzle --task sudoku --data {asked.output}")
 
 
 def _read(file: Path | None, dataset: str | None) -> dict[str, SudokuRows]:
     from llm_trm.data.puzzles.sudoku_files import read_sudoku_dataset, read_sudoku_file
-    from llm_trm.errors import InputError
 
     if file is not None:
         return {"train": read_sudoku_file(file)}
@@ -178,7 +152,7 @@ def _read(file: Path | None, dataset: str | None) -> dict[str, SudokuRows]:
 
 
 def _bar(text: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
-    """A wrapper of iterators that shows a progress bar on a terminal."""
+    """A function that wraps an iterable in a progress bar."""
 
     def tracked(items: Iterable[Any], total: int) -> Iterator[Any]:
         with progress_bar(text, total) as advance:

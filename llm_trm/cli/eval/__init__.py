@@ -17,4 +17,4 @@ from llm_trm.cli.group import Group
     },
 )
 def evaluate() -> None:
-    """Measure a trained model on what it has not seen."""
+    """Evaluate a trained model on held-out data."""

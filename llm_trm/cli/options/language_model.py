@@ -1,69 +1,59 @@
-"""Options that commands share which let a language model answer."""
+"""Options of commands that let a language model answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import click
-
-_Command = TypeVar("_Command", bound=Callable[..., object])
+from llm_trm.errors import InputError
+from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import trust_remote_code
 
 DEFAULT_CHECKPOINT = Path("runs/lora")
 
 
-#: ``--trust-remote-code``, of every command that loads a language model.
-trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run the Python files that a language model brings, if it needs them. They can do whatever you can: "
-    "read them first.",
-)
+@dataclass(frozen=True)
+class ModelChoice(Settings):
+    """Which language model answers."""
 
-
-def model_options(command: _Command) -> _Command:
-    """``--checkpoint``, ``--model`` and ``--trust-remote-code``."""
-    command = trust_option(command)
-    command = click.option(
-        "--model",
+    checkpoint: str | None = setting(
+        None,
+        "Model with a recursion: a folder from llm-trm train lora or train phase3, or a name on the hub.",
         metavar="NAME",
-        help="A plain language model: a folder in Hugging Face format, a name on the hub, or arithmetic, "
-        "which ships. [default: what --checkpoint was made of; named, it is loaded by itself]",
-    )(command)
-    return click.option(
-        "--checkpoint",
+        unset="runs/lora, if --model is not given",
+    )
+    model: str | None = setting(
+        None,
+        "Plain language model, loaded without a recursion: a folder in Hugging Face format, a name on the "
+        "hub, or arithmetic, the bundled model.",
         metavar="NAME",
-        help="A model with a recursion: a folder that `llm-trm train lora` or `train phase3` wrote, or its "
-        "name on the hub. [default: runs/lora, if --model is not given]",
-    )(command)
+        unset="the base model of --checkpoint",
+    )
+    trust_remote_code: bool = trust_remote_code()
 
 
 def chosen_checkpoint(checkpoint: str | None, model: str | None) -> str | None:
-    """What ``--checkpoint`` means.
+    """The checkpoint to load; None if only a plain model is named.
 
     Raises:
-        InputError: Nothing is named, and there is no model in the default place.
+        InputError: Neither is named, and the default folder does not exist.
     """
-    from llm_trm.errors import InputError
-
     if checkpoint is not None or model is not None:
         return checkpoint
     if not DEFAULT_CHECKPOINT.is_dir():
         raise InputError(
-            f"there is no model in {DEFAULT_CHECKPOINT}: train one with `llm-trm train lora`, name one by "
-            "--checkpoint, or a plain one by --model, for instance arithmetic"
+            f"there is no model in {DEFAULT_CHECKPOINT}: train one with `llm-trm train lora`, or name one "
+            "with --checkpoint, or a plain one with --model, for example arithmetic"
         )
     return str(DEFAULT_CHECKPOINT)
 
 
 @contextmanager
 def memory_advice() -> Iterator[None]:
-    """Turns running out of a device's memory into one line."""
+    """Turn an out-of-memory error of the device into one line that says what to do."""
     import torch
-
-    from llm_trm.errors import InputError
 
     try:
         yield

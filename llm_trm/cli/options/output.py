@@ -1,4 +1,4 @@
-"""Checks of output paths, before any work is done for them."""
+"""Checks output paths before any work starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 
 def output_file(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
-    """A click callback that refuses a file that could not be written; nothing is created yet."""
+    """A click callback that rejects a file that cannot be written; it creates nothing."""
     if value is None:
         return None
     folder = value.parent

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from click.core import ParameterSource
 
-from llm_trm.cli.options.types import FOLDER, RealNumber, WholeNumber, WholeNumbers
+from llm_trm.cli.options.output import output_file
+from llm_trm.cli.options.types import FILE, FOLDER, WholeNumbers, number
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError, one_line
-from llm_trm.ranges import Real, Whole
+from llm_trm.ranges import Whole
 from llm_trm.settings import Setting, flat, nested, settings_of
 from llm_trm.text import parse_json, read_text
 
@@ -47,16 +48,18 @@ class Option(click.Option):
 
 
 def settings_options(
-    kind: type[DataclassInstance], defaults: Mapping[str, str] | None = None
+    kind: type[DataclassInstance], defaults: Mapping[str, str] | None = None, *, config_file: bool = True
 ) -> Callable[[_Command], _Command]:
     """Adds an option for each setting of ``kind``, and ``--config``.
 
     The command is called with ``given``: arguments of ``kind`` for the settings that the command line or the
-    config file gives; the dataclass itself has the defaults of the others. ``device`` is always given, as the
-    type of the device that it means.
+    config file gives; the dataclass itself has the defaults of the others. With a config file, ``device`` is
+    always given, as the type of the device that it means, since a run records it.
 
     Args:
         defaults: Text for the help by field name, where the default is not the dataclass's.
+        config_file: Whether the command has ``--config``. Without it, a flag that is off by default needs no
+            ``--no-`` form.
     """
     settings, texts = settings_of(kind), defaults or {}
 
@@ -67,13 +70,15 @@ def settings_options(
             values = {one.name: options.pop(one.name) for one in settings}
             given = {name: value for name, value in values.items() if was_given(context, name)}
             given |= {name: None for name in context.meta.get(_NULLS, ()) if name not in given}
-            if "device" in values:
+            if config_file and "device" in values:
                 given["device"] = resolve_device(values["device"]).type
             return command(given=nested(kind, given), **options)
 
-        decorated = _config_option(kind)(cast(_Command, wrapped))
+        decorated = cast(_Command, wrapped)
+        if config_file:
+            decorated = _config_option(kind)(decorated)
         for one in reversed(settings):
-            decorated = setting_option(one, texts.get(one.name))(decorated)
+            decorated = setting_option(one, texts.get(one.name), negatable=config_file)(decorated)
         return decorated
 
     return add
@@ -84,11 +89,20 @@ def was_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
-def setting_option(one: Setting, text: str | None = None) -> Callable[[_Command], _Command]:
-    """The option of a setting; ``text`` describes its default if that is not the field's own."""
+def setting_option(
+    one: Setting, text: str | None = None, *, negatable: bool = True
+) -> Callable[[_Command], _Command]:
+    """The option of a setting.
+
+    Args:
+        text: Describes the default if that is not the field's own.
+        negatable: Whether a flag that is off by default has a ``--no-`` form.
+    """
     options, flag = list(one.options), one.kind is bool
-    if flag and not one.action and "/" not in options[-1]:
+    plain = one.action or (not negatable and one.default is False)
+    if flag and not plain and "/" not in options[-1]:
         options[-1] += f"/--no-{options[-1].removeprefix('--')}"
+    required = one.default is ... and text is None
     default = None if text is not None or one.default is ... else one.default
     unset = text if text is not None else one.unset
     shown = not unset and default is not None and default is not False and default != ()
@@ -97,28 +111,34 @@ def setting_option(one: Setting, text: str | None = None) -> Callable[[_Command]
         *options,
         cls=Option,
         was=one.was,
-        is_flag=flag,
+        is_flag=flag or None,
         type=None if flag else _type(one),
-        default=default,
-        required=one.default is ... and text is None,
+        required=required,
         show_default=shown,
         metavar=one.metavar,
+        callback=output_file if one.file == "write" else None,
         help=f"{one.help} [default: {unset}]" if unset else one.help,
+        # click would take an explicit None for the value of a required option.
+        **({} if required else {"default": default}),
     )
 
 
 def _type(one: Setting) -> click.ParamType[Any]:
     if one.choices:
         return click.Choice(one.choices)
-    if isinstance(one.within, Whole):
-        return WholeNumbers(one.within) if one.many else WholeNumber(one.within)
-    if isinstance(one.within, Real):
-        return RealNumber(one.within)
-    return FOLDER if one.kind is Path else click.STRING
+    if isinstance(one.within, Whole) and one.many:
+        return WholeNumbers(one.within)
+    if one.within is not None:
+        return number(one.within)
+    if one.kind is Path:
+        # output_file checks a file to write, and says more about what is wrong with it.
+        return {"read": FILE, "write": click.Path(path_type=Path), None: FOLDER}[one.file]
+    return click.STRING
 
 
 def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Command]:
     optional = {one.name for one in settings_of(kind) if one.optional}
+    example = f", for example {kind.FILE} in the folder of a run" if hasattr(kind, "FILE") else ""
 
     def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None or context.resilient_parsing:
@@ -145,8 +165,7 @@ def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Comma
         expose_value=False,
         callback=read,
         metavar="FILE",
-        help="Read settings from a TOML or JSON file, for example the one in the folder of a run. Options on "
-        "the command line take precedence.",
+        help=f"Read settings from a TOML or JSON file{example}. Options on the command line take precedence.",
     )
 
 

@@ -1,7 +1,7 @@
-"""Types of options that commands share: finite numbers within bounds, lists of them, folders.
+"""Types of options: finite numbers within bounds, lists of them, files and folders.
 
-Numbers are refused before any work begins. Their ranges are those of :mod:`llm_trm.ranges`, to which settings
-and files are held as well.
+A number out of range is rejected before any work starts. The ranges are those of :mod:`llm_trm.ranges`, which
+also apply to settings and files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RealNumber(click.FloatRange):
 
 
 class WholeNumbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers within a range, with commas between; each counts once."""
+    """Whole numbers within a range, separated by commas; repeated numbers count once."""
 
     name = "whole numbers"
 
@@ -53,7 +53,7 @@ class WholeNumbers(click.ParamType[tuple[int, ...]]):
     ) -> tuple[int, ...]:
         """See :meth:`click.ParamType.convert`."""
         words = value.split(",") if isinstance(value, str) else value
-        what = "a whole number; write for instance 32,64,96"
+        what = "a whole number; write for example 32,64,96"
         found = (_number(self, word, int, what, self.within, param, ctx) for word in words)
         return tuple(dict.fromkeys(found))
 
@@ -97,43 +97,10 @@ def _number(
 
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+#: A file to read; ``-`` is standard input where a command says so.
+FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
-COUNT = WholeNumber(ranges.COUNT)
-NO_OR_COUNT = WholeNumber(ranges.NO_OR_COUNT)
-BATCH = WholeNumber(ranges.BATCH)
-WIDTH = WholeNumber(ranges.WIDTH)
-NO_OR_WIDTH = WholeNumber(ranges.NO_OR_WIDTH)
-LAYERS = WholeNumber(ranges.LAYERS)
-ADAPTER_RANK = WholeNumber(ranges.ADAPTER_RANK)
-LENGTH = WholeNumber(ranges.LENGTH)
-NO_OR_LENGTH = WholeNumber(ranges.NO_OR_LENGTH)
-DEPTH = WholeNumber(ranges.DEPTH)
-NO_OR_DEPTH = WholeNumber(ranges.NO_OR_DEPTH)
-GROUP = WholeNumber(ranges.GROUP)
-TOKENS = WholeNumber(ranges.TOKENS)
-OPERATIONS = WholeNumber(ranges.OPERATIONS)
-MODULUS = WholeNumber(ranges.MODULUS)
-MAZE_SIDE = WholeNumber(ranges.MAZE_SIDE)
-PATH_STEPS = WholeNumber(ranges.PATH_STEPS)
-CLUES = WholeNumber(ranges.CLUES)
-SYMMETRIES = WholeNumber(ranges.SYMMETRIES)
-SEED = WholeNumber(ranges.SEED)
-TRAINER_SEED = WholeNumber(ranges.TRAINER_SEED)
-WIDTHS = WholeNumbers(ranges.WIDTH)
-LEARNING_RATE = RealNumber(ranges.LEARNING_RATE)
-EPOCHS = RealNumber(ranges.EPOCHS)
-WEIGHT = RealNumber(ranges.WEIGHT)
-CLIP_NORM = RealNumber(ranges.CLIP_NORM)
-SPREAD = RealNumber(ranges.SPREAD)
-NO_OR_SPREAD = RealNumber(ranges.NO_OR_SPREAD)
-SHARE = RealNumber(ranges.SHARE)
-SHARE_BELOW_ONE = RealNumber(ranges.SHARE_BELOW_ONE)
-SHARE_ABOVE_ZERO = RealNumber(ranges.SHARE_ABOVE_ZERO)
-SHARE_WITHIN = RealNumber(ranges.SHARE_WITHIN)
-HELD_OUT = RealNumber(ranges.HELD_OUT)
-COSINE = RealNumber(ranges.COSINE)
-SECONDS = RealNumber(ranges.SECONDS)
-MINUTES = RealNumber(ranges.MINUTES)
-DELAY = RealNumber(ranges.DELAY)
-RATING = RealNumber(ranges.RATING)
-ROPE_THETA = RealNumber(ranges.ROPE_THETA)
+
+def number(within: Range) -> WholeNumber | RealNumber:
+    """The type of an option whose value is a number within a range."""
+    return WholeNumber(within) if isinstance(within, Whole) else RealNumber(within)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from rich.console import Console
@@ -19,8 +19,13 @@ from llm_trm.train.run.report import Plan, Report
 class ConsoleReport(Report):
     """A line per evaluation on stdout, and a bar on stderr if that is a terminal.
 
-    Subclasses phrase the plan, the metrics beside the bar, and the evaluations.
+    Subclasses phrase the plan, the metrics next to the bar, and the evaluations.
+
+    Attributes:
+        PRINTS_METRICS: Whether logged metrics get a line of their own too.
     """
+
+    PRINTS_METRICS: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._bar = training_bar()
@@ -28,8 +33,8 @@ class ConsoleReport(Report):
         if self._bar.disable:
             self._console = Console(highlight=False, soft_wrap=True)
         self._numbers, self._step = "", 0
-        self._begun = self._since = time.monotonic()
-        self._first = self._first_since = 0
+        self._started = self._since = time.monotonic()
+        self._first = 0
 
     def __enter__(self) -> ConsoleReport:
         return self
@@ -44,7 +49,7 @@ class ConsoleReport(Report):
         raise NotImplementedError
 
     def numbers(self, values: Mapping[str, Any]) -> str:
-        """Metrics of training as text, to stand beside the bar."""
+        """Metrics of training as text, to show next to the bar."""
         raise NotImplementedError
 
     def evaluation(self, record: Mapping[str, Any]) -> str:
@@ -54,12 +59,12 @@ class ConsoleReport(Report):
     @property
     def seconds(self) -> float:
         """Seconds since the training started."""
-        return time.monotonic() - self._begun
+        return time.monotonic() - self._started
 
     @property
     def pace(self) -> float:
         """Steps per second since the last evaluation."""
-        return (self._step - self._first_since) / max(time.monotonic() - self._since, 1e-9)
+        return (self._step - self._first) / max(time.monotonic() - self._since, 1e-9)
 
     def say(self, line: str) -> None:
         """Print a line."""
@@ -68,9 +73,10 @@ class ConsoleReport(Report):
     def begin(self, plan: Plan) -> None:
         for line in self.describe(plan):
             self.say(line)
-        self._step = self._first = self._first_since = plan.start
+        self._step = self._first = plan.start
+        self._place = f"{{:>{len(str(plan.steps))}}}/{plan.steps}".format
         self._task = self._bar.add_task("", total=plan.steps, completed=plan.start, numbers="")
-        self._begun = self._since = time.monotonic()
+        self._started = self._since = time.monotonic()
         self._bar.start()
 
     def step(self, step: int) -> None:
@@ -78,12 +84,14 @@ class ConsoleReport(Report):
         self._bar.update(self._task, completed=step, numbers=self._numbers)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        if not self._bar.disable:
+        if self.PRINTS_METRICS:
+            self.say(f"step {self._place(step)}  {self.numbers(values)}")
+        elif not self._bar.disable:
             self._numbers = self.numbers(values)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         self.say(self.evaluation(record))
-        self._since, self._first_since = time.monotonic(), self._step
+        self._since, self._first = time.monotonic(), self._step
 
 
 def show_curves(

@@ -1,4 +1,4 @@
-"""How ``llm-trm train lm`` shows that it is at work."""
+"""The progress of ``llm-trm train lm``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from llm_trm.train.lm.report import LanguageModelPlan
 class ConsoleReport(console.ConsoleReport):
     """One line whenever metrics are logged: there is no evaluation before the end."""
 
+    PRINTS_METRICS = True
+
     def describe(self, plan: LanguageModelPlan) -> Iterator[str]:
-        self._steps = plan.steps
         size = f"{plan.parameters:,} parameters"
         yield f"{size}; {plan.steps} steps of {plan.batch_size} samples; {plan.device}"
         if plan.start:
             yield f"resuming at step {plan.start + 1}"
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {self.numbers(values)}")
 
     def numbers(self, values: Mapping[str, Any]) -> str:
         return (

@@ -1,4 +1,4 @@
-"""How ``llm-trm train lora`` shows that it is at work."""
+"""The progress of ``llm-trm train lora``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ class ConsoleReport(console.ConsoleReport):
     """One line per evaluation."""
 
     def describe(self, plan: LoraPlan) -> Iterator[str]:
-        self._steps = plan.steps
         added = f"; added to its tokenizer: {' '.join(plan.added)}" if plan.added else ""
         yield (
             f"{plan.training:,} questions to train on ({plan.thinking:,} with written thinking), "
@@ -34,8 +33,7 @@ class ConsoleReport(console.ConsoleReport):
         )
 
     def evaluation(self, record: Mapping[str, Any]) -> str:
-        update = f"{record['step']:>{len(str(self._steps))}}/{self._steps}"
-        return f"update {update}  {held_out(record, 'eval_')}  {self.seconds:.0f} s"
+        return f"update {self._place(record['step'])}  {held_out(record, 'eval_')}  {self.seconds:.0f} s"
 
 
 def held_out(metrics: Mapping[str, float], prefix: str = "") -> str:

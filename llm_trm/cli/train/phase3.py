@@ -31,7 +31,7 @@ def phase3(context: click.Context, /, given: dict[str, Any]) -> None:
 
     \b
     On the arithmetic world, on a CPU:
-      llm-trm train lora --trm runs/phase2
+      llm-trm train lora --data questions.jsonl --trm runs/phase2
       llm-trm train phase3 --max-operand 2
     \b
     SmolLM3-3B on GPUs:

@@ -1,4 +1,4 @@
-"""How ``llm-trm train phase3`` shows that it is at work."""
+"""The progress of ``llm-trm train phase3``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from llm_trm.train.phase3.report import Phase3Plan
 class ConsoleReport(console.ConsoleReport):
     """One line per evaluation, and one whenever metrics are logged."""
 
+    PRINTS_METRICS = True
+
     def describe(self, plan: Phase3Plan) -> Iterator[str]:
         yield (
             f"{plan.training} problems to train on, {plan.held_out} held out; {plan.trained:,} parameters "
@@ -22,9 +24,6 @@ class ConsoleReport(console.ConsoleReport):
             yield f"{plan.dropped} problems left out: no answer that can be graded"
         if plan.start:
             yield f"resuming at step {plan.start + 1}"
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        self.say(f"step {step:>5}  {self.numbers(values)}")
 
     def numbers(self, values: Mapping[str, Any]) -> str:
         divergence = f"  kl {values['kl']:.4f}" if "kl" in values else ""
@@ -37,6 +36,6 @@ class ConsoleReport(console.ConsoleReport):
 
     def evaluation(self, record: Mapping[str, Any]) -> str:
         return (
-            f"step {record['step']:>5}  held out: {record['eval_accuracy']:.1%} right, "
+            f"step {self._place(record['step'])}  held out: {record['eval_accuracy']:.1%} right, "
             f"{record['eval_format']:.1%} in the format, {record['eval_tokens']:.1f} tokens"
         )

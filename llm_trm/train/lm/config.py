@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llm_trm.choices import DeviceName, Track
 from llm_trm.data.arithmetic import World
 from llm_trm.ranges import BATCH, COUNT, LEARNING_RATE, SHARE, TRAINER_SEED
 from llm_trm.settings import setting
@@ -44,7 +43,3 @@ class LanguageModelConfig(RunSettings):
     log_every: int = setting(25, "Steps between logged metrics.", COUNT, critical=False)
     save_every: int = setting(200, "Steps between checkpoints.", COUNT, critical=False)
     seed: int = setting(0, "Seed of the weights and the samples.", TRAINER_SEED)
-    track: Track | None = run.track()
-    resume: bool = run.resume()
-    overwrite: bool = run.overwrite()
-    device: DeviceName = run.device()

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_trm.choices import DeviceName, Halting, Precision, PromptForm, ReasonerKind, Track, Window
+from llm_trm.choices import Halting, Precision, PromptForm, ReasonerKind, Window
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     ADAPTER_RANK,
@@ -27,6 +27,7 @@ from llm_trm.ranges import (
     WIDTH,
 )
 from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import trust_remote_code
 from llm_trm.train.run import settings as run
 from llm_trm.train.run.settings import RunSettings
 
@@ -176,11 +177,7 @@ class LoraTrainingConfig(RunSettings):
     keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
     log_every: int = setting(10, "Updates between logged metrics.", COUNT, critical=False)
     seed: int = setting(0, "Seed of the weights, the held-out part and the data order.", TRAINER_SEED)
-    trust_remote_code: bool = run.trust_remote_code()
-    track: Track | None = run.track()
-    resume: bool = run.resume()
-    overwrite: bool = run.overwrite()
-    device: DeviceName = run.device()
+    trust_remote_code: bool = trust_remote_code()
 
     def __post_init__(self) -> None:
         super().__post_init__()

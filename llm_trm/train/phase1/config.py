@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llm_trm.choices import DeviceName, Track
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     BATCH,
@@ -19,6 +18,7 @@ from llm_trm.ranges import (
     WIDTH,
 )
 from llm_trm.settings import setting
+from llm_trm.shared_settings import trust_remote_code
 from llm_trm.train.run import settings as run
 from llm_trm.train.run.settings import RunSettings
 
@@ -116,10 +116,7 @@ class Phase1Config(RunSettings):
     keep_states: bool = setting(
         True, "Whether to keep the hidden states for other runs.", None, "--keep-states/--drop-states"
     )
-    trust_remote_code: bool = run.trust_remote_code()
-    track: Track | None = run.track()
-    overwrite: bool = setting(False, "Replace compressors that were made with other settings.", action=True)
-    device: DeviceName = run.device()
+    trust_remote_code: bool = trust_remote_code()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,6 +70,8 @@ class CompressorPretrainer:
         if config.sweep:
             require("plot", "matplotlib")
         self.config = config
+        if config.resume and not (config.output / config.FILE).exists():
+            raise InputError(f"{config.output} holds no run to resume: leave --resume out")
         writable_folder(config.output)
         self.accelerator: Accelerator = new_accelerator(config.track, config.output, device=config.device)
         self.progress = progress if progress and self.accelerator.is_main_process else Progress()

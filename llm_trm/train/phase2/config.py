@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trm.choices import DeviceName, Halting, HaltLoss, Precision, Track
+from llm_trm.choices import Halting, HaltLoss, Precision
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     BATCH,
@@ -106,10 +106,6 @@ class Phase2Config(RunSettings):
         None, "Batches between checkpoints besides one per epoch.", COUNT, unset="none", critical=False
     )
     log_every: int = setting(10, "Batches between logged metrics.", COUNT, critical=False)
-    track: Track | None = run.track()
-    resume: bool = run.resume()
-    overwrite: bool = run.overwrite()
-    device: DeviceName = run.device()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llm_trm.choices import DeviceName, Track
 from llm_trm.data.arithmetic import World
 from llm_trm.ranges import (
     BATCH,
@@ -20,6 +19,7 @@ from llm_trm.ranges import (
     WEIGHT,
 )
 from llm_trm.settings import setting
+from llm_trm.shared_settings import trust_remote_code
 from llm_trm.train.run import settings as run
 from llm_trm.train.run.settings import RunSettings
 
@@ -80,8 +80,4 @@ class Phase3Config(RunSettings):
         50, "Steps between checkpoints, of which the last three are kept.", COUNT, critical=False
     )
     seed: int = setting(0, "Seed of the problems, their order and the completions.", TRAINER_SEED)
-    trust_remote_code: bool = run.trust_remote_code()
-    track: Track | None = run.track()
-    resume: bool = run.resume()
-    overwrite: bool = run.overwrite()
-    device: DeviceName = run.device()
+    trust_remote_code: bool = trust_remote_code()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llm_trm.choices import CellLoss, DeviceName, Mixer, Positions, Precision, Task, Track
+from llm_trm.choices import CellLoss, Mixer, Positions, Precision, Task
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     BATCH,
@@ -98,10 +98,6 @@ class PuzzleConfig(RunSettings):
     )
     keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
     log_every: int = setting(20, "Steps between logged metrics.", COUNT, critical=False)
-    track: Track | None = run.track()
-    resume: bool = run.resume()
-    overwrite: bool = run.overwrite()
-    device: DeviceName = run.device()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -68,9 +68,7 @@ class Interruption:
     def stop(self, step: int) -> Interrupted:
         """The exception that ends the training, once the checkpoint of ``step`` is written."""
         file = self._config.output / self._config.FILE
-        again = ["llm-trm", "train", self._config.COMMAND, "--config", str(file)]
-        if hasattr(self._config, "resume"):
-            again.append("--resume")
+        again = ["llm-trm", "train", self._config.COMMAND, "--config", str(file), "--resume"]
         name = signal.Signals(self._signal).name
         return Interrupted(
             self._signal, f"{name}: stopped after step {step}; to continue: {shlex.join(again)}"

@@ -7,39 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llm_trm.choices import Precision
+from llm_trm.choices import DeviceName, Precision, Track
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
 from llm_trm.ranges import BATCH
 from llm_trm.settings import Settings, flat, setting, settings_of
+from llm_trm.shared_settings import device
 
 
 def output(default: str | None, help: str = "Folder for the model, its checkpoints and its settings.") -> Any:
     """``--output``; None for a folder that must be given."""
     path = ... if default is None else Path(default)
     return setting(path, help, None, "-o", "--output", critical=False)
-
-
-def resume() -> Any:
-    """``--resume``."""
-    return setting(False, "Resume from the last checkpoint in --output.", action=True)
-
-
-def overwrite() -> Any:
-    """``--overwrite``."""
-    return setting(False, "Replace the run in --output.", action=True)
-
-
-def track() -> Any:
-    """``--track``."""
-    return setting(None, "Log metrics there as well; jsonl writes metrics.jsonl in --output.", critical=False)
-
-
-def device() -> Any:
-    """``--device``."""
-    return setting(
-        "auto", "auto selects CUDA (or ROCm) if available, else Apple's MPS, else the CPU.", critical=False
-    )
 
 
 def accumulation(*was: str) -> Any:
@@ -54,23 +33,14 @@ def gradient_checkpointing() -> Any:
     )
 
 
-def trust_remote_code() -> Any:
-    """``--trust-remote-code``."""
-    return setting(
-        False,
-        "Run the Python files that a language model needs. They can do whatever you can: read them first.",
-        critical=False,
-    )
-
-
 def precision() -> Any:
     """``--precision``."""
     return setting("auto", "bf16 trains under autocast; auto selects it on CUDA, and fp32 elsewhere.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
-    """Base class of the settings of a training, which have a field ``output``.
+    """Base class of the settings of a training, which also have a field ``output``.
 
     Attributes:
         COMMAND: The training in ``llm-trm train COMMAND``.
@@ -83,16 +53,22 @@ class RunSettings(Settings):
     COMMAND: ClassVar[str]
     FILE: ClassVar[str] = "config.json"
 
+    track: Track | None = setting(
+        None, "Log metrics there as well; jsonl writes metrics.jsonl in --output.", critical=False
+    )
+    resume: bool = setting(False, "Resume from the last checkpoint in --output.", action=True)
+    overwrite: bool = setting(False, "Replace the run in --output.", action=True)
+    device: DeviceName = device()
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if getattr(self, "resume", False) and getattr(self, "overwrite", False):
+        if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other: choose one of them")
 
     @property
     def device_type(self) -> str:
         """The type of the device that ``device`` means here: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
-        name: str = self.device  # type: ignore[attr-defined]
-        return resolve_device(name).type
+        return resolve_device(self.device).type
 
     @property
     def bf16(self) -> bool:

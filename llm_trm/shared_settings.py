@@ -1,0 +1,29 @@
+"""Settings that many commands share. Imports no torch, so that help is quick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_trm.settings import setting
+
+
+def device() -> Any:
+    """``--device``."""
+    return setting(
+        "auto", "auto selects CUDA (or ROCm) if available, else Apple's MPS, else the CPU.", critical=False
+    )
+
+
+def trust_remote_code() -> Any:
+    """``--trust-remote-code``."""
+    return setting(
+        False,
+        "Run the Python files that a language model needs. They can do whatever you can: read them first.",
+        critical=False,
+    )
+
+
+def output_file(help: str, *options: str, was: tuple[str, ...] = ()) -> Any:
+    """A file to write; by default ``-o`` and ``--output``."""
+    names = options or ("-o", "--output")
+    return setting(None, help, None, *names, was=was, metavar="FILE", critical=False, file="write")
