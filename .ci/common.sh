@@ -1,4 +1,4 @@
-# What .ci/run and .ci/newest share; sourced by both. PYTHON names the interpreter (python3 by default).
+# Shared by .ci/run and .ci/newest, which source it. PYTHON names the interpreter (python3 by default).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,7 +8,7 @@ exec </dev/null
 
 # Makes the README's commands clone this checkout's HEAD instead of the network.
 export TRM_REPO=$root
-# Python compiles what it imports, which is a part of what pip would (13,800 modules of the tests' environment).
+# Do not let pip compile all 13,800 modules of the tests' environment: Python compiles those that it imports.
 export PIP_COMPILE=0
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PYTHONUNBUFFERED=1
 # Caches of an earlier run must not hide a kernel that no longer compiles.
@@ -17,14 +17,14 @@ unset TRITON_INTERPRET TRM_BACKEND PYTHONPATH
 
 heading() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
-# Run the rest of the arguments under heading $1. A failure fails the run at its end, after the other sections.
+# Run the rest of the arguments under heading $1. After a failure, the other sections still run, and then the run fails.
 failed=()
 section() {
     heading "$1"
     "${@:2}" || failed+=("$1")
 }
 
-# The end of a run: says what failed, and fails then.
+# Print the sections that failed, and fail if there are any.
 finish() {
     if ((${#failed[@]})); then
         heading "Failed"
@@ -39,13 +39,13 @@ readme_command() {
     local lines
     lines=$(grep -E '^git clone ' "$root/README.md" | grep -F -e "$1" || true)
     if [[ -z $lines || $lines == *$'\n'* ]]; then
-        echo "README.md must hold exactly one command line with '$1'; found: ${lines:-none}" >&2
+        echo "README.md must contain exactly one command line with '$1'; found: ${lines:-none}" >&2
         return 1
     fi
     printf '%s\n' "$lines"
 }
 
-# $1 with $2 replaced by $3, which must be there.
+# Print $1 with $2, which it must contain, replaced by $3.
 replaced() {
     if [[ $1 != *"$2"* ]]; then
         echo "README.md's command no longer has '$2': $1" >&2
@@ -64,10 +64,10 @@ run_fresh() {
     )
 }
 
-# Run the rest of the arguments, in which pytest writes the report that tests_ran reads as $1.
+# Run the rest of the arguments. pytest writes a report, which tests_ran reads by the name $1.
 reported() { PYTEST_ADDOPTS="--junitxml=$work/$1.xml --durations=15" "${@:2}"; }
 
-# Fail unless pytest's report $1 counts a test that passed.
+# Fail unless at least one test passed in pytest's report $1.
 tests_ran() {
     "${PYTHON:-python3}" - "$work/$1.xml" <<'PYTHON'
 import sys
@@ -89,5 +89,5 @@ test_command=$(readme_command 'python -m pytest')
 bench_command=$(readme_command 'llm-trm bench')
 small_bench_command=$(replaced "$bench_command" '--latents 256' '--latents 16 --d-model 64 --backends eager')
 if [[ -n $(git -C "$root" status --porcelain) ]]; then
-    echo "note: the checkout has uncommitted changes; what is tested is its HEAD"
+    echo "note: the checkout has uncommitted changes; its HEAD is tested, without them"
 fi

@@ -56,7 +56,7 @@ class Measurement:
         words += [case.family] * (case.family != "seed")
         words += ["bf16"] * (case.dtype == "bfloat16")
         if self.line["ragged"]:
-            words.append(f"ragged ({self.line['padding']:.2f} padded rows a valid one)")
+            words.append(f"ragged ({self.line['padding']:.2f} padded rows per valid row)")
         return ", ".join(words)
 
 
@@ -85,7 +85,7 @@ def text(results: Path) -> str:
         parts += [f"## {device}", _provenance(measured), f"![{device}]({name})"]
         for mode, title in _MODES.items():
             if chosen := [found for found in measured if found.mode == mode]:
-                parts += [f"### {title}", _summary(chosen), "Every figure:", _details(chosen)]
+                parts += [f"### {title}", _summary(chosen), "All results:", _details(chosen)]
                 parts.append("\n".join(dict.fromkeys(_notes(chosen))))
     return "\n\n".join(part for part in parts if part) or "Not measured yet."
 
@@ -94,7 +94,7 @@ def describe(line: Mapping[str, Any]) -> str:
     """A line of a results file as a table with its notes, for the terminal."""
     measured = [Measurement(line, part) for part in line["measurements"]]
     notes = "\n".join(dict.fromkeys(_notes(measured)))
-    return f"{line['name']}: {number(line['gflop'])} GFLOP a call\n{_details(measured)}\n{notes}".rstrip()
+    return f"{line['name']}: {number(line['gflop'])} GFLOP per call\n{_details(measured)}\n{notes}".rstrip()
 
 
 def _provenance(measured: Sequence[Measurement]) -> str:
@@ -161,7 +161,7 @@ def _summary(measured: Sequence[Measurement]) -> str:
         *others,
         f"{_OURS}, GF/s",
         "of FMA peak",
-        "its scaling from 1 thread",
+        "scaling from 1 thread",
     ]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for found in measured:

@@ -21,7 +21,10 @@ def text(results: Path) -> str:
     parts = [_runs(lines), "By the number of operations:", _groups(lines)]
     learned = latest(results / LEARNING.name)
     if learned:
-        parts += ["Held-out answers right in `train lora`, by what it begins with:", _learning(learned)]
+        parts += [
+            "Accuracy on held-out questions during `train lora`, by starting point:",
+            _learning(learned),
+        ]
     return "\n\n".join(parts)
 
 
@@ -66,7 +69,7 @@ def _groups(lines: Sequence[Mapping[str, Any]]) -> str:
 def _learning(lines: Sequence[Mapping[str, Any]]) -> str:
     """One line per run and one column per evaluation."""
     steps = sorted({int(step) for line in lines for step in line["right"]})
-    rows = [["begins with", "seed", *(f"after {step} updates" for step in steps)]]
+    rows = [["starts from", "seed", *(f"after {step} updates" for step in steps)]]
     rows.append(["---", "---:"] + ["---:"] * len(steps))
     for line in lines:
         right = [line["right"].get(str(step)) for step in steps]

@@ -36,11 +36,12 @@ _INTRODUCTION = """\
 `python -m bench.option_tables` writes this page from the settings dataclasses. `llm-trm train COMMAND --help`
 shows the same.
 
-Every `train` command accepts `--config FILE`: a TOML or JSON file with settings by name. A run keeps its
-own in its folder, in the file named below: `llm-trm train phase2 --config runs/phase2/config.json -o again`
-repeats a run. Options on the command line take precedence. In a file, dashes and underscores mean the same,
-and settings of the arithmetic world or of the reasoner may be in a table `[world]` or `[reasoner]`. A run
-is resumed (`--resume`) with the settings that it was started with, except those marked *."""
+Every `train` command accepts `--config FILE`: a TOML or JSON file with settings by name. A run saves its
+settings in its folder, in the file named below:
+`llm-trm train phase2 --config runs/phase2/config.json -o again` repeats a run. Options on the command line
+take precedence. In a file, dashes and underscores are equivalent, and settings of the arithmetic world or
+of the reasoner may be in a table `[world]` or `[reasoner]`. A run is resumed (`--resume`) with the settings
+that it was started with, except those marked with *."""
 
 
 def page() -> str:

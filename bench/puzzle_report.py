@@ -34,9 +34,9 @@ def text(results: Path) -> str:
         for line in latest(path)
         if line["name"].startswith(_STEP)
     ]
-    parts = ["### Sudoku from nothing, tiny preset"]
+    parts = ["### Sudoku from scratch, tiny preset"]
     parts += [_runs(runs), f"![accuracy against minutes]({PLOT})"] if runs else ["Not measured yet."]
-    parts.append("### A training step against the official trainer, restated")
+    parts.append("### A training step, against a re-implementation of the official trainer")
     parts.append(_steps(steps) if steps else "Not measured yet.")
     if not any(line["machine"]["device_type"] == "cuda" for line in steps):
         parts.append(f"On a GPU: not measured yet. {_PUBLISHED}")

@@ -91,10 +91,10 @@ def text(results: Path) -> str:
         return ""
     head = ["d", "threads", *(f"{kind}: {name}" for kind in KINDS for name in CANDIDATES)]
     parts = [
-        "## Computing with the weights as they are",
-        "Two blocks, 16 positions, no gradient; a share of eager's time in brackets. `native` reads all "
-        "weights in every call to know that they are the same, `frozen` is `with frozen(net):`, and "
-        "`changed` has other weights in every call, which are packed anew.",
+        "## Checking the weights in every call",
+        "Two blocks, 16 positions, no gradient; the percentage of eager's time is in brackets. `native` "
+        "reads all weights in every call to check that they are unchanged, `frozen` is `with frozen(net):`, "
+        "and with `changed` the weights change before every call and are packed again.",
     ]
     for device in dict.fromkeys(line["device"] for line in lines):
         rows = [head, ["---:"] * len(head)]

@@ -52,10 +52,10 @@ def require_memory(needed: int, what: str, remedy: str, device: torch.device | N
 
 
 def require_training_memory(
-    parameters: int, what: str, remedy: str, device: torch.device | None = None, *, besides: int = 0
+    parameters: int, what: str, remedy: str, device: torch.device | None = None, *, extra: int = 0
 ) -> None:
-    """:func:`require_memory` for training float32 ``parameters``, plus ``besides`` bytes of other memory."""
-    require_memory(_TRAINED * _FLOAT32 * parameters + besides, what, remedy, device)
+    """:func:`require_memory` for training float32 ``parameters``, plus ``extra`` bytes of other memory."""
+    require_memory(_TRAINED * _FLOAT32 * parameters + extra, what, remedy, device)
 
 
 def require_disk_space(needed: int, folder: Path, what: str, remedy: str) -> None:

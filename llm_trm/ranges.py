@@ -58,7 +58,7 @@ class Real:
         if above and below:  # never true for NaN
             return None
         begin, end = "(" if self.least_open else "[", ")" if self.most_open else "]"
-        return f"must lie in {begin}{self.least:.10g}, {self.most:.10g}{end}, not {shown(value)}"
+        return f"must be in {begin}{self.least:.10g}, {self.most:.10g}{end}, not {shown(value)}"
 
 
 Range = Whole | Real
@@ -70,8 +70,8 @@ COUNT, NO_OR_COUNT = Whole(1, 10**9), Whole(0, 10**9)
 #: Numbers of samples, contexts or completions at a time.
 BATCH = Whole(1, 2**20)
 #: Widths of states and tables, and what divides them: heads, ranks.
-WIDTH, NO_OR_WIDTH = Whole(1, 2**20, "a wider model fits nowhere"), Whole(0, 2**20)
-LAYERS = Whole(1, 1024, "a deeper model fits nowhere")
+WIDTH, NO_OR_WIDTH = Whole(1, 2**20, "no machine can run a wider model"), Whole(0, 2**20)
+LAYERS = Whole(1, 1024, "no machine can run a deeper model")
 #: Ranks of LoRA: beyond the width of a model, a higher rank gains nothing.
 ADAPTER_RANK = Whole(1, 2**14)
 #: Lengths of sequences: tokens, cells, latents.
@@ -79,7 +79,7 @@ LENGTH, NO_OR_LENGTH = Whole(1, 2**30), Whole(0, 2**30)
 #: Rows or columns of a puzzle, and of a generated maze.
 GRID_SIDE, MAZE_SIDE = Whole(1, 10_000), Whole(3, 1000)
 #: Augmented copies of an ARC task.
-SYMMETRIES = Whole(0, 8 * 362_880 - 1, "a grid has no more")
+SYMMETRIES = Whole(0, 8 * 362_880 - 1, "a grid has no more symmetries")
 #: Steps of a maze's path, and clues of a Sudoku.
 PATH_STEPS, CLUES = Whole(2, 10**6), Whole(1, 81)
 #: Completions of a problem, and tokens to learn from.
@@ -95,7 +95,7 @@ SEED = Whole(0, 2**63 - 1)
 #: Seeds in older files, when any whole number was allowed.
 ANY_SEED = Whole(-(10**30), 10**30)
 #: transformers also seeds NumPy's legacy generator.
-TRAINER_SEED = Whole(0, 2**32 - 1, "NumPy's generator takes no larger one")
+TRAINER_SEED = Whole(0, 2**32 - 1, "NumPy's generator accepts no larger one")
 #: Progress of a run, counts in files, and sums of metrics.
 PLACE, AMOUNT, FINITE = Whole(0, 2**63 - 1), Real(0, 2.0**53), Real(-_LARGEST, _LARGEST)
 #: Settings of a distributed launch.
@@ -132,7 +132,9 @@ def _is(value: Any, kind: type) -> bool:
 
 def _huge(value: object) -> str | None:
     # Python refuses to write whole numbers of more than 4300 digits.
-    return "a number of thousands of digits" if isinstance(value, int) and value.bit_length() > 9000 else None
+    return (
+        "a number with thousands of digits" if isinstance(value, int) and value.bit_length() > 9000 else None
+    )
 
 
 def require_in(

@@ -36,10 +36,10 @@ class Setting:
         within: Range of a number; of each number, if ``many``.
         options: Names of the option on the command line.
         was: Former names of the option.
-        unset: What ``None`` stands for, where it is the default.
+        unset: Meaning of ``None``, where it is the default.
         metavar: Placeholder for the value in the help.
         critical: Whether a run can be resumed only with the same value.
-        action: Whether the option says what to do with a run, and is no setting of it: such an option is
+        action: Whether the option is an instruction for this run, and not a setting of it: such an option is
             neither recorded nor read from a file.
         file: Whether a path is that of a file to read or to write; None for a folder.
         name: Name of the field.
@@ -106,12 +106,16 @@ def settings_of(kind: type[DataclassInstance]) -> tuple[Setting, ...]:
     """
     hints = get_type_hints(kind)
     found: list[Setting] = []
-    for one in sorted(fields(kind), key=lambda one: bool(one.kw_only)):
+    for one in _ordered(kind):
         if is_dataclass(hints[one.name]):
             found += [replace(inner, group=one.name) for inner in settings_of(hints[one.name])]
         elif _KEY in one.metadata:
             found.append(_typed(one.metadata[_KEY], one, hints[one.name]))
     return tuple(found)
+
+
+def _ordered(kind: type[DataclassInstance]) -> list[Field[Any]]:
+    return sorted(fields(kind), key=lambda one: bool(one.kw_only))
 
 
 def _typed(declared: Setting, one: Field[Any], hint: Any) -> Setting:
@@ -187,7 +191,9 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """The settings as JSON values by name, without actions such as ``resume``."""
         actions = {one.name for one in settings_of(type(self)) if one.action}
-        return {name: _plain(value) for name, value in asdict(self).items() if name not in actions}
+        values = asdict(self)
+        names = [one.name for one in _ordered(type(self)) if one.name not in actions]
+        return {name: _plain(values[name]) for name in names}
 
     @property
     def critical(self) -> dict[str, Any]:

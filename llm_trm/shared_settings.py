@@ -18,7 +18,7 @@ def trust_remote_code() -> Any:
     """``--trust-remote-code``."""
     return setting(
         False,
-        "Run the Python files that a language model needs. They can do whatever you can: read them first.",
+        "Run the Python files of the language model. They have all your permissions, so read them first.",
         critical=False,
     )
 

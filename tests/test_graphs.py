@@ -492,9 +492,9 @@ def test_exceptions_of_the_function_propagate() -> None:
 def test_llm_trm_env_reports_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(CliRunner().invoke(main, ["env", "--json"]).stdout)
     assert facts["graphs"] == {"unavailable": "no CUDA device"}
-    assert "unavailable, calls run without: no CUDA device" in CliRunner().invoke(main, ["env"]).stdout
+    assert "unavailable, calls run without them: no CUDA device" in CliRunner().invoke(main, ["env"]).stdout
     monkeypatch.setattr(capture_internals, "_SETTING", "0")
-    assert "calls run without: TRM_GRAPHS=0" in CliRunner().invoke(main, ["env"]).stdout
+    assert "calls run without them: TRM_GRAPHS=0" in CliRunner().invoke(main, ["env"]).stdout
 
 
 # Nesting and threads.

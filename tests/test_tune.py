@@ -273,8 +273,8 @@ def test_the_command_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--suite", "phase2", "--batch-size", "2"], "--batch-size and --suite exclude each other"),
-        (["--packaged", "--output", "x.json"], "exclude each other"),
+        (["--suite", "phase2", "--batch-size", "2"], "--batch-size and --suite cannot be used together"),
+        (["--packaged", "--output", "x.json"], "cannot be used together"),
         (["--d-model", "100"], "multiple"),
     ],
 )

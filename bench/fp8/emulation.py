@@ -76,7 +76,7 @@ class _Half(NamedTuple):
     second_bias: Tensor | None
 
 
-#: What lies between the two products of a sublayer; takes what the first gave, its bias, the operands' dtype.
+#: The operation between the two products of a sublayer, on the result of the first, its bias and a dtype.
 _Between = Callable[[Tensor, "Tensor | None", torch.dtype], Tensor]
 
 

@@ -85,14 +85,14 @@ def title(result: CaseResult) -> str:
 
 
 def footnotes(result: CaseResult) -> list[str]:
-    """The measured limit, rows that compute another function, and reasons for missing values."""
+    """The measured limit, rows that compute a different function, and reasons for missing values."""
     limit = (
         f"limit {number(result.floor_ms)} ms, from {number(result.matmul_tflops)} TFLOP/s (matrix product) "
         f"and {number(result.copy_gbps)} GB/s (copy) measured in this run"
     )
     others = [
-        f"{row.backend}: the same work, but another function, so it has no error: {row.differs}; "
-        f"{number((row.flops or 0) * 1e-9)} GFLOP a call, the others {number(result.case.flops * 1e-9)}"
+        f"{row.backend}: the same work, but a different function, so it has no error: {row.differs}; "
+        f"{number((row.flops or 0) * 1e-9)} GFLOP per call, the others {number(result.case.flops * 1e-9)}"
         for row in result.rows
         if row.differs is not None
     ]

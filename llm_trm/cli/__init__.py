@@ -44,9 +44,9 @@ def main() -> None:
     """Language models that think with a Tiny Recursive Model.
 
     \b
-    Start with
-      llm-trm env                   print versions, devices, and which backends work
-      llm-trm bench --latents 256   measure the speed of the recursion, and its error
+    To start:
+      llm-trm env                   print versions, devices and working backends
+      llm-trm bench --latents 256   measure the speed and error of the recursion
       llm-trm tune                  find the fastest tile for each matrix product on this GPU
     \b
     Puzzles, solved by recursion:
@@ -56,11 +56,11 @@ def main() -> None:
     \b
     A recursion instead of written-out thinking, offline on the bundled tiny language model:
       llm-trm train phase1          train a compressor of hidden states
-      llm-trm datagen               write hidden states before and after thinking
-      llm-trm train phase2          train the recursion from the first to the last
+      llm-trm datagen               write the hidden states before and after thinking
+      llm-trm train phase2          train a recursion that predicts the state after thinking
       llm-trm eval phase2 --help    measure it on held-out problems
       llm-trm train lora --help     train the language model and the recursion together
-      llm-trm train phase3          train only the recursion, on rewards for its answers
+      llm-trm train phase3          train only the recursion, on rewards for answers
       llm-trm eval lm               compare immediate answers, thinking, and recursion
       llm-trm generate "3+1*2"      answer a question
     """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: Seconds per case of a whole run, by device type; the three default cases on a CPU take 100 s.
 _SECONDS_PER_CASE = {"cpu": 100 / 3, "cuda": 60.0, "mps": 60.0}
-#: How much longer a case with peers takes: there are many, and several compile.
+#: Factor of the time of a case with peers: there are many, and several compile.
 _PEERS_FACTOR = 3
 #: Seconds of timed rounds per case, or a quarter of the case's share of the budget if that is less.
 _TIMED_SECONDS = {"cpu": 6.0, "cuda": 3.0, "mps": 6.0}
@@ -110,7 +110,7 @@ class BenchSettings(Settings):
     device: DeviceName = device()
     backends: str | None = setting(
         None,
-        "Comma-separated, for example original,eager,compile. One that cannot run says why.",
+        "Comma-separated, for example original,eager,compile. If one cannot run, the reason is printed.",
         metavar="NAMES",
         unset="all",
     )
@@ -120,7 +120,7 @@ class BenchSettings(Settings):
         "train: one supervision step: gradients set to None, a deep recursion (T = 3 latent recursions, the "
         "last with gradient), backward from a given gradient of y to parameters and x; no optimizer step. "
         "step: a whole training step, with loss, gradient clipping, AdamW and EMA; parameters in float32.",
-        unset="forward and train, or what the suite measures; on a CPU only forward above D = "
+        unset="forward and train, or the modes of the suite; on a CPU only forward above D = "
         f"{CPU_TRAIN_WIDTH}",
     )
     quick: bool = setting(
@@ -134,7 +134,7 @@ class BenchSettings(Settings):
     )
     budget: float | None = setting(
         None,
-        "Seconds for the whole run, including compilation; what does not fit is skipped and reported.",
+        "Seconds for the whole run, including compilation; cases that do not fit are skipped and reported.",
         SECONDS,
         metavar="SECONDS",
         unset=f"33 per case on a CPU, 60 elsewhere, {_PEERS_FACTOR} times that against peers",
@@ -142,7 +142,7 @@ class BenchSettings(Settings):
     seed: int = setting(0, "Seed for weights and inputs.", SEED)
 
 
-@click.command(epilog=_EPILOG, short_help="Time the recursion on every backend, with its error.")
+@click.command(epilog=_EPILOG, short_help="Measure the speed and the error of every backend.")
 @click.option(
     "--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named list of cases; see below."
 )
@@ -157,8 +157,8 @@ def bench(context: click.Context, /, suite_name: str | None, given: dict[str, An
     All candidates of a case are timed in one process, taking turns round by round; `ms` is the median, with
     the 20th and 80th percentile. `original` is the module that this project replaces, `eager` the same with
     fused attention; `+graph` (on CUDA) replays the whole case as one CUDA graph. `of limit` is the shortest
-    time that the rates of this machine, measured in the same run, allow, divided by the median. A result
-    whose error exceeds twice that of eager is WRONG: its speed is not printed, and the exit code is 1.
+    time that this machine allows, calculated from rates measured in the same run, divided by the median. A
+    result whose error exceeds twice that of eager is WRONG: its speed is not printed, and the exit code is 1.
 
     \b
     Examples:

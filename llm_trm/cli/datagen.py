@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from llm_trm.data.generation import GenerationProgress
     from llm_trm.data.pairs import PairFiles
 
-#: Between two lines of progress, if there is no terminal for a bar.
+#: Seconds between two lines of progress, if there is no terminal for a bar.
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-@click.command(short_help="Let a language model think, and keep its states before and after.")
+@click.command(short_help="Let a language model think, and save its states before and after.")
 @settings_options(DataGenConfig, SAME_DIFFICULTY)
 @click.pass_context
 def datagen(context: click.Context, /, given: dict[str, Any]) -> None:
-    """Let a language model think about problems, and keep its hidden states before and after.
+    """Let a language model think about problems, and save its hidden states before and after.
 
     `llm-trm train phase2` learns from pairs: the final-norm states of all positions before <think>, and the
     state at </think>. They are written shard by shard. After an interruption, run the same command again: it
@@ -56,7 +56,7 @@ def datagen(context: click.Context, /, given: dict[str, Any]) -> None:
 
 
 class _Display:
-    """A progress bar on a terminal, and a line now and then elsewhere."""
+    """A progress bar on a terminal, and an occasional line elsewhere."""
 
     def __init__(self, *, shown: bool) -> None:
         self._bar = passing_bar(disable=not shown)
@@ -90,7 +90,7 @@ def _print(pairs: PairFiles, asked: int) -> None:
 
     failed = sum(pairs.failures.values())
     problems = pairs.samples + failed
-    fewer = f" ({asked} were asked for; there are no more)" if problems < asked else ""
+    fewer = f" ({asked} were requested; there are no more)" if problems < asked else ""
     click.echo(f"{pairs.samples} pairs of {problems} problems{fewer}: {pairs.folder}")
     for reason, count in sorted(pairs.failures.items(), key=lambda item: -item[1]):
         click.echo(f"  {count} without: {REASONS.get(reason, reason)}")

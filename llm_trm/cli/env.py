@@ -85,7 +85,7 @@ def env(context: click.Context, /, as_json: bool, plan: bool, given: dict[str, A
     """
     if not plan:
         names = [one.name for one in settings_of(PlanOptions)]
-        reject_given(context, names, "describes a plan: add --plan")
+        reject_given(context, names, "applies only to a plan: add --plan")
     facts = plan_report(PlanOptions(**given)) if plan else report()
     if as_json:
         click.echo(json.dumps(facts, indent=2))

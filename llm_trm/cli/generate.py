@@ -48,7 +48,7 @@ class GenerateSettings(Settings):
         unset="latent, or think with --model alone",
     )
     decoding: Decoding = field(default_factory=Decoding)
-    seed: int = setting(0, "Seed for sampling; other batch sizes give other samples.", SEED)
+    seed: int = setting(0, "Seed for sampling; samples also depend on the batch size.", SEED)
     batch_size: int = setting(8, "Questions per batch.", BATCH)
     output: Path | None = output_file(
         "JSONL file: question, answer, complete text, tokens, steps and seconds of each."
@@ -144,11 +144,12 @@ def _converse(responder: Responder, asked: GenerateSettings, written: IO[str] | 
 
     from llm_trm.text import is_text, split_lines
 
-    # It gives input() line editing and a history; Windows has none.
+    # It adds line editing and a history to input(); Windows has no such module.
     with suppress(ImportError):
         import readline  # noqa: F401
     click.echo(
-        f"{responder.name}, mode {responder.mode}. Each line is a separate question; Ctrl-D ends.", err=True
+        f"{responder.name}, mode {responder.mode}. Each line is a separate question; Ctrl-D exits.",
+        err=True,
     )
     while True:
         try:

@@ -71,8 +71,8 @@ class Unrecorded(Settings):
 def import_official(path: Path, output: Path, grid: tuple[int, int] | None, given: dict[str, Any]) -> None:
     """Convert an official checkpoint (step_N) to a folder for eval puzzle and solve.
 
-    Its tensors do not determine all settings. The options give the others, or the all_config.yaml that the
-    official code writes next to its checkpoints; an error names those that are still missing.
+    Its tensors do not determine all settings. The others come from options, or from the all_config.yaml that
+    the official code writes next to its checkpoints. An error names those that are still missing.
     """
     from llm_trm.files import writable_folder
     from llm_trm.models.puzzle.official import read_official
@@ -84,8 +84,8 @@ def import_official(path: Path, output: Path, grid: tuple[int, int] | None, give
     lacking = [option for option, fact in (("--task", "task"), ("--grid", "rows")) if fact not in facts]
     if lacking:
         raise InputError(
-            f"{path} ({model.config.vocab_size} tokens, {model.config.seq_len} cells) is of no official data "
-            f"set: give {' and '.join(lacking)}"
+            f"{path} ({model.config.vocab_size} tokens, {model.config.seq_len} cells) belongs to no official "
+            f"data set: give {' and '.join(lacking)}"
         )
     writable_folder(output)
     save_puzzle_model(model, output, **facts)
@@ -96,7 +96,7 @@ def import_official(path: Path, output: Path, grid: tuple[int, int] | None, give
         names = [name for name, its in facts["origins"].items() if its == origin]
         values = ", ".join(f"{name} {getattr(model.config, name)}" for name in names)
         click.echo(f"  From {origin}: {values}.")
-    click.echo(f"It is in {output}.")
+    click.echo(f"The model is in {output}.")
 
 
 @export.command("official", short_help="Export a checkpoint for SamsungSAILMontreal/TinyRecursiveModels.")
@@ -127,4 +127,4 @@ def export_official(folder: Path, output: Path) -> None:
     if described:
         click.echo(f"{output.parent / CONFIG_FILE} has the settings that it does not contain.")
     if wide:
-        click.echo(f"{', '.join(wide)} do not fit {model.config.dtype} and are in float32.")
+        click.echo(f"{', '.join(wide)} cannot be stored exactly in {model.config.dtype} and are in float32.")

@@ -41,7 +41,7 @@ class SolveSettings(Settings):
     device: DeviceName = device()
 
 
-@click.command(short_help="Solve a Sudoku or a maze step by step.")
+@click.command(short_help="Solve a Sudoku or a maze, and show every step.")
 @click.argument("puzzle", required=False)
 @settings_options(SolveSettings, config_file=False)
 @click.pass_context

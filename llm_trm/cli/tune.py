@@ -59,7 +59,7 @@ class TuneSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.output and self.packaged:
-            raise InputError("--output and --packaged exclude each other: leave one of them out")
+            raise InputError("--output and --packaged cannot be used together: leave one of them out")
 
     def cases(self) -> list[Case]:
         """The cases whose products are tuned."""
@@ -93,7 +93,7 @@ def _target(dry_run: bool) -> Target:
     return TARGETS["sm_90"]
 
 
-@click.command(short_help="Measure which tile, and Triton or cuBLAS, is fastest for each product.")
+@click.command(short_help="Find the fastest tile and route (Triton or cuBLAS) for each product.")
 @settings_options(TuneSettings, config_file=False)
 @click.pass_context
 def tune(context: click.Context, /, given: dict[str, Any]) -> None:

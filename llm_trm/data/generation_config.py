@@ -91,7 +91,7 @@ class DataGenConfig(Settings):
     sampling: Sampling = field(default_factory=Sampling)
     output: Path = setting(
         Path("data/pairs"),
-        "Folder for the pairs. A folder with a part of them is completed.",
+        "Folder for the pairs. An incomplete folder is completed.",
         None,
         "-o",
         "--output",
@@ -99,7 +99,7 @@ class DataGenConfig(Settings):
     )
     shard_size: int = setting(
         512,
-        "Problems per file: the most that an interruption loses, and what one process generates at a time.",
+        "Problems per file. A process generates one file at a time, which is all that an interruption loses.",
         COUNT,
     )
     dtype: Literal["bf16", "fp32"] | None = setting(

@@ -15,7 +15,7 @@ __all__ = ["TRMSequenceTrainer", "TRMTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a trainer when it is asked for: the other modules of this package should not wait for it."""
+    """Import a trainer on first use, so that the other modules of this package load quickly."""
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -481,11 +481,11 @@ def test_report_shows_the_latest_of_every_case_and_number_of_threads(tmp_path: P
         made_up(RAGGED, 2, None, day=1),
     )
     text = cpu_report.text(results)
-    summary = text.partition("Every figure:")[0]
+    summary = text.partition("All results:")[0]
     assert "| d 32, L 12, B 3 | 2 | 3.00 | 1.50x | 40.0 | 40% | 1.90x |" in summary
     assert "| d 32, L 12, B 3 | 1 | 3.00 | 1.20x | 40.0 | 40% | 1.90x |" in summary
     assert (
-        f"ragged ({RAGGED.padding:.2f} padded rows a valid one) | 2 | 3.00 | WRONG | - | - | - |" in summary
+        f"ragged ({RAGGED.padding:.2f} padded rows per valid row) | 2 | 3.00 | WRONG | - | - | - |" in summary
     )
     assert "3.00x" not in text  # from the earlier run
     assert "commit-of-2" in text
@@ -501,7 +501,7 @@ def test_fastest_calls_are_in_brackets_if_too_few_are_quiet(tmp_path: Path) -> N
     for row in line["measurements"][0]["measured"]:
         row |= dict.fromkeys(("median_ms", "gflops", "share", "scaling")) | {"status": "noisy", "ratio": {}}
     line["measurements"][0]["measured"][1]["fastest_ms"] = 1.75
-    summary, _, details = cpu_report.text(write(tmp_path, line)).partition("Every figure:")
+    summary, _, details = cpu_report.text(write(tmp_path, line)).partition("All results:")
     assert "| d 32, L 12, B 3 | 2 | noisy | (1.60x) | - | - | - |" in summary
     assert "| 2.80 | 1.00x |" in details
     assert "| 1.75 | 1.60x |" in details

@@ -97,7 +97,7 @@ def test_row_of_another_function_is_marked() -> None:
     line = next(line for line in markdown_table(result).splitlines() if line.startswith("| mixer"))
     assert "other function" in line
     (note,) = (note for note in footnotes(result) if note.startswith("mixer"))
-    for words in ("another function", "no attention", "2.00 GFLOP a call", "the others"):
+    for words in ("a different function", "no attention", "2.00 GFLOP per call", "the others"):
         assert words in note
 
 
@@ -184,7 +184,7 @@ def test_results_of_an_arithmetic_world_run(tmp_path: Path) -> None:
     (lora / "checkpoint-100" / "trainer_state.json").write_text(json.dumps({"log_history": evaluations}))
     bench.latent.main([str(lora), "--learning", "nothing", "--out", str(tmp_path / "latent_learning.jsonl")])
     text = bench.latent_report.text(tmp_path)
-    assert "| begins with | seed | after 90 updates |" in text and "| nothing | 3 | 50.0% |" in text
+    assert "| starts from | seed | after 90 updates |" in text and "| nothing | 3 | 50.0% |" in text
     assert "| 7 | lora | 40 | 25.0% (23.0% to 25.0%), 3.0, 4.00 |" in text
     assert "| 7 | phase3 | 40 | 12.5% (10.5% to 12.5%), 3.0, 4.00 |" in text
     assert "| 80.0% | 20.0% | 30.0% | 1.50 |" in text and "| 5 | 12.5%, 50.0%, 42.5% |" in text

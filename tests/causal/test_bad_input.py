@@ -54,7 +54,7 @@ def test_existing_rows_are_reused(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_trm(decoder=tiny_decoder(vocab_size=300), think_token_id=None, end_think_token_id=None)
     tokenizer = plain_tokenizer()
     assert add_think_tokens(tokenizer, model) == ["<think>", "</think>"]
-    assert "embeddings of 300 rows hold them" in caplog.text
+    assert "embeddings of 300 rows fit them" in caplog.text
     assert model.get_input_embeddings().weight.shape[0] == 300
 
 

@@ -181,8 +181,8 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     for words in (
         "exact match [95%]",
         "by operations",
-        "of the tokens that thinking takes",
-        "are arithmetic.",
+        "of the tokens of thinking",
+        "use the model arithmetic.",
     ):
         assert words in result.stdout
     assert b"<svg" in plot.read_bytes()

@@ -408,7 +408,7 @@ def test_resumed_run_equals_uninterrupted_run(
         assert "original_module" in name or torch.equal(weight, weights[name]), name
     with pytest.raises(InputError, match="seed was 0 and is 1"):
         train_phase3(replace(config, resume=True, seed=1))
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already contains a run"):
         train_phase3(config)
     with pytest.raises(InputError, match="choose one"):
         replace(config, resume=True, overwrite=True)
@@ -429,7 +429,7 @@ def test_run_resumes_only_with_its_own_problems(
     train_phase3(replace(config, resume=True), spy)
     assert spy.steps == []
     write(Path(file), ((f"{i}+1", str(i + 1)) for i in range(1, 8)))
-    with pytest.raises(InputError, match="holds other problems than when the run"):
+    with pytest.raises(InputError, match="no longer contains the problems that the run"):
         train_phase3(replace(config, resume=True))
     # A run that cannot start has replaced nothing.
     with pytest.raises(InputError, match="cannot be read"):
@@ -523,7 +523,7 @@ def test_held_out_problems_are_not_trained_on(tmp_path: Path) -> None:
     assert found.dropped == 2
     few = load_problems(config_of("none", tmp_path, data=file, eval_samples=5, steps=3), 2)
     assert len(few.training) == 6
-    with pytest.raises(InputError, match="a step takes 16"):
+    with pytest.raises(InputError, match="a step needs 16"):
         load_problems(config, 16)
     world: Problems = load_problems(config_of("none", tmp_path), 2)
     assert len(world.training) == 8 and len(world.held_out) == 6
@@ -533,7 +533,7 @@ def test_held_out_problems_are_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 6}, "no multiple of --group-size 4"),
+        ({"batch_size": 6}, "is not a multiple of --group-size 4"),
         ({"group_size": 1}, "at least 2"),
         ({"resume": True}, "no checkpoint to resume"),
         ({"checkpoint": "no/such/model/here"}, "is not a folder"),
@@ -557,7 +557,7 @@ def test_replacing_a_folder_removes_the_older_model(whole: str, adapted: str, tm
     with pytest.raises(InputError, match="no checkpoint to resume"):
         train_phase3(replace(again, resume=True))
     train_phase3(again)
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already contains a run"):
         train_phase3(again)
 
 

@@ -185,7 +185,7 @@ def test_refusals(options: list[str], said: str) -> None:
 
 def test_options_of_a_plan_need_one() -> None:
     done = CliRunner().invoke(main, ["env", "--lora-r", "8"])
-    assert done.exit_code == 2 and "--lora-r describes a plan: add --plan" in done.output
+    assert done.exit_code == 2 and "--lora-r applies only to a plan: add --plan" in done.output
     with pytest.raises(InputError, match="at least 1"):
         PlanSettings(0)
     with pytest.raises(InputError, match="do not fit"):

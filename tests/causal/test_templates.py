@@ -90,7 +90,7 @@ def test_a_prompt_that_opens_a_thought_is_not_opened_again(name: str, before: st
 
 def test_direct_answer_if_every_prompt_opens_a_thought() -> None:
     rows = [Solved("1+1", "2"), Solved("3+4", "7", thinks=False)]
-    with pytest.raises(InputError, match="'3\\+4' has think false: take such rows out"):
+    with pytest.raises(InputError, match="'3\\+4' has think false: remove such rows"):
         Lessons(rows, tokenizer_of("r1"), "chat")
     assert len(Lessons(rows, tokenizer_of("r1"), "plain")) == 2
 

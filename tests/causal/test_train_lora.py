@@ -247,7 +247,7 @@ def test_held_out_data_is_not_trained_on(world: Path, tmp_path: Path) -> None:
     heard = Heard()
     train_lora(config, heard)
     assert (heard.plan.training, heard.plan.held_out, heard.plan.shared) == (9, 3, 4)
-    with pytest.raises(InputError, match="holds every question"):
+    with pytest.raises(InputError, match="contains every question"):
         train_lora(settings(world, output=tmp_path / "no", data=data, val_data=data))
     blanks = write_rows(tmp_path / "blanks.jsonl", [{"question": " 2+1 ", "answer": "3"}, rows[4]])
     train_lora(settings(world, output=tmp_path / "two", data=data, val_data=str(blanks), steps=2), heard)
@@ -256,7 +256,7 @@ def test_held_out_data_is_not_trained_on(world: Path, tmp_path: Path) -> None:
     for path in (Path(data), val_data):
         before = path.read_text()
         write_rows(path, rows[:4])
-        with pytest.raises(InputError, match="holds other questions than when the run"):
+        with pytest.raises(InputError, match="no longer contains the questions that the run"):
             train_lora(replace(config, resume=True))
         path.write_text(before)
     train_lora(replace(config, resume=True))
@@ -489,9 +489,10 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
     refused("choose another folder", output=world / "lm", overwrite=True)
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
-    refused("holds adapters, and no plain model", model=str(tmp_path / "adapters"))
+    refused("contains adapters, not a complete model", model=str(tmp_path / "adapters"))
     refused(
-        "cannot be held out", data=str(write_rows(tmp_path / "one.jsonl", [{"question": "1", "answer": "1"}]))
+        "cannot be both trained on and held out",
+        data=str(write_rows(tmp_path / "one.jsonl", [{"question": "1", "answer": "1"}])),
     )
     bare = write_rows(tmp_path / "bare.jsonl", [{"question": str(n), "answer": "1"} for n in range(5)])
     refused("no written thinking", data=str(bare), distill=1.0)
@@ -499,7 +500,9 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").touch()
-    refused("holds a run already")
+    refused("already contains a run")
+    (tmp_path / "run" / "lora.json").write_text("[1]")
+    refused("lora.json holds no settings by name: start over", resume=True)
     long = [{"question": str(n), "answer": "1" * (200 if n % 2 else 1)} for n in range(12)]
     data = write_rows(tmp_path / "long.jsonl", long)
     assert train_lora(settings(world, data=str(data), output=tmp_path / "cut", steps=1)).metrics["step"] == 1

@@ -22,6 +22,9 @@ RENAMED = [
     ("bench", "--batch", "--batch-size", "2"),
     ("tune", "--hidden-size", "--d-model", "64"),
     ("tune", "--batch", "--batch-size", "2"),
+    ("train phase1", "--held-out", "--val-fraction", "0.2"),
+    ("train phase3", "--dataset", "--data", "gsm8k"),
+    ("train phase3", "--gradient-accumulation", "--accumulation", "2"),
     ("env", "--latents", "--num-latents", "16"),
 ]
 

@@ -96,9 +96,9 @@ def test_nonsense_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("bench --budget nan", "must lie in [1, 10000000], not nan"),
-        ("train lm --learning-rate inf", "must lie in (0, 100], not inf"),
-        ("train lm --seed 4294967296", "NumPy's generator takes no larger one"),
+        ("bench --budget nan", "must be in [1, 10000000], not nan"),
+        ("train lm --learning-rate inf", "must be in (0, 100], not inf"),
+        ("train lm --seed 4294967296", "NumPy's generator accepts no larger one"),
         ("generate --seed -1 1+1", "must be at least 0, not -1"),
         ("data sudoku --seed 9223372036854775808", "must be at most 9223372036854775807"),
         ("data arithmetic --operations 1000000", "must be at most 10000"),
@@ -106,12 +106,12 @@ def test_nonsense_is_refused_in_one_line(
         ("train phase1 --sweep 16,,32", "'' is not a whole number"),
         ("train phase1 --sweep 16,-1", "must be at least 1, not -1"),
         ("train phase1 --sweep 16,100000000000", "must be at most 1048576"),
-        ("import official x -o y --grid 9xnan", "'9xnan' is no grid"),
+        ("import official x -o y --grid 9xnan", "'9xnan' is not a grid"),
         ("import official x -o y --grid 0x9", "must be at least 1, not 0"),
         ("import official x -o y --grid 9x100000000000", "must be at most 10000"),
-        ("train puzzle --d-model 100000000000", "a wider model fits nowhere"),
-        ("train puzzle --layers 100000000", "a deeper model fits nowhere"),
-        ("data arc x --augment 1000000000", "a grid has no more"),
+        ("train puzzle --d-model 100000000000", "no machine can run a wider model"),
+        ("train puzzle --layers 100000000", "no machine can run a deeper model"),
+        ("data arc x --augment 1000000000", "a grid has no more symmetries"),
     ],
 )
 def test_the_line_says_what_may_be_given(arguments: str, said: str) -> None:

@@ -65,7 +65,7 @@ def test_run_without_a_pair_explains_what_to_do(model_folder: Path, tmp_path: Pa
     options = ("--data", file, "--num-samples", "5", "--max-prompt-tokens", "1", "-o", tmp_path / "pairs")
     result = run("--model", model_folder, *options)
     assert result.exit_code == 0, result.output
-    assert "0 pairs of 2 problems (5 were asked for; there are no more)" in result.stdout
+    assert "0 pairs of 2 problems (5 were requested; there are no more)" in result.stdout
     assert "2 without: prompt longer than --max-prompt-tokens" in result.stdout
     assert "phase2" not in result.stdout
 

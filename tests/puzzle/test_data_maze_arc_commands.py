@@ -105,11 +105,14 @@ def test_mazes_of_the_hub_keep_their_splits(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--input", "a.csv", "--dataset", "b"), "--input and --dataset exclude each other"),
-        (("--input", "a.csv", "--size", "9"), "--size describes generated mazes, and --input reads them"),
+        (("--input", "a.csv", "--dataset", "b"), "--input and --dataset cannot be used together"),
+        (
+            ("--input", "a.csv", "--size", "9"),
+            "--size applies only to generated mazes, not to those of --input",
+        ),
         (
             ("--dataset", "b", "--min-path", "9"),
-            "--min-path describes generated mazes, and --dataset reads them",
+            "--min-path applies only to generated mazes, not to those of --dataset",
         ),
         (("--size", "2"), "must be at least 3, not 2"),
     ],
@@ -214,7 +217,7 @@ def test_arc_trains_on_no_test_of_another_task(tmp_path: Path) -> None:
     folder = tasks(tmp_path / "tasks", a=task(2, 3), b=shuffled(task(2, 3)), c=task(7, 8))
     result = run(arc, folder, "--augment", 0, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "demonstrations left out, since they test another task: 2, such as a (b)" in result.stderr
+    assert "demonstrations left out, since they are tests of another task: 2, such as a (b)" in result.stderr
     assert learned_questions(tmp_path / "out") == {7}
     assert len(read_split(tmp_path / "out", "test")) == 3
 
@@ -227,7 +230,7 @@ def test_arc_trains_on_no_test_of_the_same_task(solved: bool, tmp_path: Path) ->
     folder = tasks(tmp_path / "tasks", a=own, c=task(7, 8, solved=solved))
     result = run(arc, folder, "--augment", 0, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "demonstrations left out, since they test their own task: 1, such as a\n" in result.stderr
+    assert "demonstrations left out, since they are tests of their own task: 1, such as a\n" in result.stderr
     assert learned_questions(tmp_path / "out") == {7}
     assert len(read_split(tmp_path / "out", "test")) == 3
 

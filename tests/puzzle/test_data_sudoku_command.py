@@ -94,12 +94,12 @@ def test_from_the_hub(tmp_path: Path, csv_file: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--input", "a.csv", "--dataset", "x/y"), "--input and --dataset exclude each other"),
-        (("--input", "a.csv", "--size", 4), "--size goes without --input or --dataset"),
-        (("--input", "a.csv", "--clues", 4, 5), "--clues goes without --input"),
-        (("--trust",), "--trust goes with --input or --dataset"),
-        (("--subsample", 3), "--subsample goes with --input"),
-        (("--input", "a.csv", "--test-samples", 3, "--test-fraction", 0.1), "exclude each other"),
+        (("--input", "a.csv", "--dataset", "x/y"), "--input and --dataset cannot be used together"),
+        (("--input", "a.csv", "--size", 4), "--size can be used without --input or --dataset"),
+        (("--input", "a.csv", "--clues", 4, 5), "--clues can be used without --input"),
+        (("--trust",), "--trust can be used only with --input or --dataset"),
+        (("--subsample", 3), "--subsample can be used only with --input"),
+        (("--input", "a.csv", "--test-samples", 3, "--test-fraction", 0.1), "cannot be used together"),
         (("--size", 4, "--clues", 9, 5), "--clues 9 5: give the fewest first"),
         (("--size", 4, "--clues", 5, 17), "at most 16"),
         (("--size", 4, "--clues", 4, 4), "use fewer puzzles, or allow more clues"),

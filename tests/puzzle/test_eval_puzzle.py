@@ -337,6 +337,6 @@ def test_rejects_unknown_arc_identifiers(arc: Arc, tmp_path: Path) -> None:
 
 
 def test_refusals_about_options(checkpoint: Path, tmp_path: Path) -> None:
-    refused(run("--checkpoint", checkpoint, "--noise", "1"), "--noise goes with --tries")
+    refused(run("--checkpoint", checkpoint, "--noise", "1"), "--noise needs --tries")
     refused(run("--checkpoint", checkpoint, "--output", tmp_path / "no" / "x.json"), "does not exist")
     refused(run("--checkpoint", checkpoint, "--tries", "0"), "--tries")

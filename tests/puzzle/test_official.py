@@ -422,14 +422,14 @@ def test_refusals_of_the_commands(tmp_path: Path) -> None:
     model = tmp_path / "model"
     assert "pass --positions rope|none" in refusal(run("import", "official", path, "-o", model))
     assert not model.exists()
-    assert "'9' is no grid" in refusal(run("import", "official", path, "-o", model, "--grid", "9"))
+    assert "'9' is not a grid" in refusal(run("import", "official", path, "-o", model, "--grid", "9"))
     full = tmp_path / "full"
     full.mkdir()
     (full / "index.json").touch()
     assert "is not empty" in refusal(run("import", "official", path, "-o", full, "--grid", "9x9", *SAID))
     strange = saved(Config(), tmp_path / "step_8")
     said = refusal(run("import", "official", strange, "-o", model, "--seq-len", "9", *SAID))
-    assert "of no official data set: give --task and --grid" in said
+    assert "belongs to no official data set: give --task and --grid" in said
     done = run("import", "official", strange, "-o", model, "--grid", "3x3", "--task", "maze", *SAID)
     assert "has 11 tokens" in refusal(done)
     assert "does not exist" in refusal(run("export", "official", tmp_path / "nothing", "-o", tmp_path / "x"))

@@ -106,7 +106,7 @@ def test_run_resumes_only_with_its_own_tests(tmp_path: Path) -> None:
 
 def test_older_runs_start_again(tmp_path: Path) -> None:
     make_old(trained(write_toy(tmp_path)))
-    with pytest.raises(InputError, match=r"was begun before checkpoints said what .*--overwrite"):
+    with pytest.raises(InputError, match=r"was started before checkpoints identified .*--overwrite"):
         PuzzleTrainer(toy_config(tmp_path, steps=3, eval_every=3, resume=True))
 
 

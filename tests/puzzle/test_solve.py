@@ -387,5 +387,5 @@ def test_refusals_about_options(sudoku: Path, tmp_path: Path) -> None:
     gif = tmp_path / "x.gif"
     refused(run("--input", file, "--gif", gif, "--checkpoint", sudoku), "--gif shows one puzzle", "are 2")
     refused(run(PUZZLE, "--gif", tmp_path / "no" / "x.gif"), "does not exist")
-    refused(run(PUZZLE, "--noise", "1", "--checkpoint", sudoku), "--noise goes with --tries")
+    refused(run(PUZZLE, "--noise", "1", "--checkpoint", sudoku), "--noise needs --tries")
     assert not gif.exists()

@@ -120,7 +120,7 @@ def test_refusals(toy: Path, tmp_path: Path) -> None:
         PuzzleTrainer(toy_config(toy, output=tmp_path / "other", nograd_precision="fp8"))
     with pytest.raises(InputError, match="--heads 3 does not divide"):
         toy_config(toy, n_heads=3)
-    with pytest.raises(InputError, match="--positions rope"):
+    with pytest.raises(InputError, match="choose --positions none instead of --positions rope"):
         toy_config(toy, mixer="tokens", positions="rope")
     with pytest.raises(InputError, match="larger --puzzle-len"):
         toy_config(toy, puzzle_len=1)

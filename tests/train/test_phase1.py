@@ -191,7 +191,7 @@ def test_text_is_cut_in_pieces_and_split_by_text(model: ThinkingModel) -> None:
     assert decoded[1]
     cut = tokenised(texts, model, max_length=4, num_tokens=11, held_out=0.2, source="texts")
     assert sum(map(len, cut[0] + cut[1])) == 11
-    with pytest.raises(InputError, match="texts holds one text"):
+    with pytest.raises(InputError, match="texts contains one text"):
         tokenised(["same", "same"], model, max_length=4, num_tokens=99, held_out=0.2, source="texts")
 
 
@@ -430,9 +430,9 @@ def test_nan_in_states_is_refused_where_it_arises_and_where_it_is_read(
         rows[0][0, 0] = float("nan")
         lengths = torch.tensor([len(sequence) for sequence in rows])
         write_tensors(path, {"states": torch.cat(rows), "lengths": lengths})
-        with pytest.raises(InputError, match=f"{path} holds NaN .*: delete"):
+        with pytest.raises(InputError, match=f"{path} contains NaN .*: delete"):
             StateFiles.open(path.parent).shard(0)
-    with pytest.raises(InputError, match="holds NaN"):
+    with pytest.raises(InputError, match="contains NaN"):
         train(replace(config, stage="1a", epochs=1))
 
 

@@ -130,7 +130,7 @@ def test_the_command_says_how_to_continue(
     refused = invoke(*shlex.split(command)[2:], "--seed", 5)
     assert refused.exit_code == 2 and "seed was 0 and is 5" in refused.stderr
     again = invoke(*shlex.split(command)[2:-1])
-    assert again.exit_code == 2 and "holds a run already" in again.stderr
+    assert again.exit_code == 2 and "already contains a run" in again.stderr
     replaced = invoke(*shlex.split(command)[2:-1], "--overwrite", "--steps", 1, "--seed", 5)
     assert replaced.exit_code == 0, (replaced.output, replaced.exception)
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]

@@ -17,7 +17,7 @@ from llm_trm.data.arithmetic import Split, World
 from llm_trm.ranges import COUNT, SEED
 from llm_trm.settings import Settings, setting
 
-#: The least that a problem of one operation takes, with its trace.
+#: Minimum size of a problem of one operation, with its trace.
 _BYTES_PER_LINE = 70
 
 

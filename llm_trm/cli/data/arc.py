@@ -40,11 +40,11 @@ from llm_trm.ranges import SEED, SYMMETRIES
 def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, seed: int, output: Path) -> None:
     """Write ARC tasks as grids of 30 x 30 tokens, each task under many symmetries.
 
-    PATH is a folder with one JSON file per task, such a file, or a *_challenges.json file of the ARC Prize
-    with the *_solutions.json file next to it. All colours except black are permuted, and the grids rotated
-    and mirrored. Each task under each symmetry has its own puzzle identifier, listed in arc.json. The pairs
-    that demonstrate a task are always trained on. A task of --evaluation that is also in PATH, under the same
-    name or another, is held out.
+    PATH is a folder with one JSON file per task, a single such file, or a *_challenges.json file of the ARC
+    Prize with the *_solutions.json file next to it. The colours are permuted, except black, and the grids are
+    rotated and mirrored. Each task under each symmetry has its own puzzle identifier, listed in arc.json. The
+    pairs that demonstrate a task are always trained on. A task of --evaluation that is also in PATH, under
+    the same name or another, is held out.
 
     \b
     Examples:
@@ -69,10 +69,13 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
         click.echo(f"held out, since --evaluation has them under other names: {_such_as(twins)}", err=True)
     tested, shown = without_tests(tested)
     if others := [pair for pair in shown if pair[0] != pair[1]]:
-        click.echo(f"demonstrations left out, since they test another task: {_such_as(others)}", err=True)
+        click.echo(
+            f"demonstrations left out, since they are tests of another task: {_such_as(others)}", err=True
+        )
     if own := [name for name, other in shown if name == other]:
         click.echo(
-            f"demonstrations left out, since they test their own task: {len(own)}, such as {own[0]}", err=True
+            f"demonstrations left out, since they are tests of their own task: {len(own)}, such as {own[0]}",
+            err=True,
         )
     if not learned and not any(task.train for task in tested):
         raise InputError(

@@ -60,8 +60,9 @@ def maze(context: click.Context, /, given: dict[str, Any]) -> None:
     """Write mazes with one start, one goal, and the shortest path between them as the answer.
 
     Mazes are generated, unless --input or --dataset names mazes to read. A generated maze has a single
-    shortest path, and no maze, trained on or held out, is another one rotated or mirrored. --input holds out
-    mazes drawn with --seed. --dataset holds out its test split and trains on no maze that equals one of it.
+    shortest path, and no two mazes are rotations or reflections of each other. With --input, the held-out
+    mazes are drawn at random (--seed). With --dataset, they are the test split, and training mazes that equal
+    one of them are left out.
 
     \b
     Examples:
@@ -71,10 +72,10 @@ def maze(context: click.Context, /, given: dict[str, Any]) -> None:
     """
     asked = MazeSettings(**given)
     if asked.input is not None and asked.dataset is not None:
-        raise click.UsageError("--input and --dataset exclude each other: leave one of them out")
+        raise click.UsageError("--input and --dataset cannot be used together: leave one of them out")
     if asked.input is not None or asked.dataset is not None:
         reads = "--input" if asked.input is not None else "--dataset"
-        reason = f"describes generated mazes, and {reads} reads them: leave it out"
+        reason = f"applies only to generated mazes, not to those of {reads}: leave it out"
         reject_given(context, ("size", "min_path"), reason)
     from llm_trm.data.puzzles.maze import default_min_path
     from llm_trm.data.puzzles.maze_folder import write_mazes

@@ -91,13 +91,15 @@ def sudoku(context: click.Context, /, clues: tuple[int, int] | None, given: dict
     """
     asked = SudokuSettings(**given)
     if asked.input is not None and asked.dataset is not None:
-        raise click.UsageError("--input and --dataset exclude each other: leave one of them out")
+        raise click.UsageError("--input and --dataset cannot be used together: leave one of them out")
     reads = asked.input is not None or asked.dataset is not None
-    need = "without" if reads else "with"
+    need = "without" if reads else "only with"
     unfit = _GENERATING if reads else _READING
-    reject_given(context, unfit, f"goes {need} --input or --dataset: leave it out")
+    reject_given(context, unfit, f"can be used {need} --input or --dataset: leave it out")
     if asked.test_samples is not None and asked.test_fraction is not None:
-        raise click.UsageError("--test-samples and --test-fraction exclude each other: leave one of them out")
+        raise click.UsageError(
+            "--test-samples and --test-fraction cannot be used together: leave one of them out"
+        )
     from llm_trm.data.puzzles.dataset import write_puzzles
     from llm_trm.data.puzzles.sudoku import SHAPES, number_of_clues
     from llm_trm.data.puzzles.sudoku_splits import generated_splits, held_out_splits, sudoku_info

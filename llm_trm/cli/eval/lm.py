@@ -102,15 +102,15 @@ class EvalLanguageModelSettings(Settings):
         )
 
 
-@click.command(short_help="Compare a recursion with thinking, and with immediate answers.")
+@click.command(short_help="Compare a recursion with written-out thinking and with immediate answers.")
 @settings_options(EvalLanguageModelSettings, SAME_DIFFICULTY, config_file=False)
 @click.pass_context
 def lm(context: click.Context, /, given: dict[str, Any]) -> None:
     """Let a language model answer the same problems immediately, after thinking, and after a recursion.
 
     An answer follows #### or is in \\boxed{}, or is the last number; numbers are compared as numbers.
-    Decoding is greedy. Every mode answers the same batches, one mode after the other, so that a machine that
-    slows down slows all of them. Each mode warms up before the clock starts.
+    Decoding is greedy. The modes take turns on every batch, so that a machine that slows down affects all of
+    them. Each mode warms up before the clock starts.
 
     no-think and think use the base model of the checkpoint, without its adapters and its recursion, or the
     model that --model names.
@@ -204,7 +204,7 @@ def _report_missing(missing: Mapping[Mode, str], modes: list[Mode], *, named: bo
 
 
 def _report_trained_on(model: Any, data: str, split: str, asked: list[str]) -> None:
-    """Print which problems the model was trained on, as far as its folder says."""
+    """Print which problems the model was trained on, as far as its folder records it."""
     from llm_trm.data.problems import is_file, read_questions
     from llm_trm.models.causal.card import about
     from llm_trm.text import normalise_spaces

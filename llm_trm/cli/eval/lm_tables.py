@@ -70,8 +70,7 @@ def remarks(found: LanguageModelEvaluation, limit: int, plain: str | None) -> li
                 f"latent closes {ratios.gap_closed:.1%}{bounds} of the gap between no-think and think."
             )
         lines.append(
-            f"It takes {ratios.tokens:.1%} of the tokens that thinking takes, and {ratios.seconds:.1%} of "
-            "the time."
+            f"It uses {ratios.tokens:.1%} of the tokens of thinking, and {ratios.seconds:.1%} of the time."
         )
     latent = found.modes.get("latent")
     if latent is not None and latent.thoughts < 1:
@@ -83,7 +82,7 @@ def remarks(found: LanguageModelEvaluation, limit: int, plain: str | None) -> li
             f"cut: answers that did not end within {limit} tokens (--max-new-tokens); they count as wrong."
         )
     if plain is not None:
-        lines.append(f"no-think and think are {plain}.")
+        lines.append(f"no-think and think use the model {plain}.")
     return lines
 
 

@@ -71,10 +71,10 @@ class EvalPhase2Settings(Settings):
 def phase2(given: dict[str, Any]) -> None:
     """Measure how well a recursion predicts the state after thinking, on pairs it has not seen.
 
-    Each prediction is compared with the state of the language model after it really thought: in the
-    compressed space of the recursion, decompressed, and by the rank of the next token under the language
-    model's head. Three baselines that do not think are also measured, and the true state, compressed and
-    decompressed: the upper bound that the compressor sets.
+    Each prediction is compared with the state of the language model after it has actually thought: in
+    the compressed space of the recursion, decompressed, and by the rank of the next token under the language
+    model's head. Three baselines that do not think are also measured. So is the true state, compressed
+    and decompressed, which is the upper bound that the compressor sets.
 
     \b
     Examples:

@@ -150,7 +150,7 @@ def _test_puzzles(
 
     split = with_answers(read_split(folder, "test"))
     if not len(split):
-        raise InputError(f"{folder} holds no test puzzles with answers: name others with --data")
+        raise InputError(f"{folder} contains no test puzzles with answers: name others with --data")
     if info.task != "arc":
         return (split if samples is None else draw_puzzles(split, samples, seed)), None
     key = read_key(folder, split)

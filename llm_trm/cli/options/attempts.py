@@ -30,7 +30,7 @@ class Attempts(Settings):
     )
     noise: float | None = setting(
         None,
-        "Standard deviation of the noise; the state has 1. Goes with --tries.",
+        "Standard deviation of the noise; that of the state is 1. Used only with --tries.",
         SPREAD,
         unset=f"{_NOISE:g}",
     )
@@ -38,7 +38,7 @@ class Attempts(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.noise is not None and self.tries == 1:
-            raise InputError("--noise goes with --tries, since the first try has none: add --tries 8")
+            raise InputError("--noise needs --tries, because the first try has no noise: add --tries 8")
 
     @property
     def deviation(self) -> float:

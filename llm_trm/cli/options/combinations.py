@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 
 def reject_given(context: click.Context, names: Collection[str], reason: str) -> None:
-    """Raise click.UsageError for the first of the parameters ``names`` that the command line gives.
+    """Raise click.UsageError for the first of the parameters ``names`` that is on the command line.
 
     Args:
         reason: Follows the option in the message.

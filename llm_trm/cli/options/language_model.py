@@ -52,7 +52,7 @@ def chosen_checkpoint(checkpoint: str | None, model: str | None) -> str | None:
 
 @contextmanager
 def memory_advice() -> Iterator[None]:
-    """Turn an out-of-memory error of the device into one line that says what to do."""
+    """Turn an out-of-memory error of the device into one line with a remedy."""
     import torch
 
     try:

@@ -15,7 +15,7 @@ from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.types import FILE, FOLDER, WholeNumbers, number
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError, one_line
-from llm_trm.ranges import Whole
+from llm_trm.ranges import Whole, shown
 from llm_trm.settings import Setting, flat, nested, settings_of
 from llm_trm.text import parse_json, read_text
 
@@ -26,12 +26,20 @@ _Command = Callable[..., Any]
 
 #: In a context: the settings that a config file sets to null, which click would take for not given.
 _NULLS = f"{__name__}.nulls"
-#: What the file that a run keeps has beside its settings; the first two were recorded by older versions.
+#: Entries of a run's settings file that are not settings; the first two were recorded by older versions.
 _BESIDE_SETTINGS = {"resume", "overwrite", "questions_sha256", "problems_sha256"}
+#: What a value in a file must be, by the kind of the setting; click takes it for granted.
+_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    str: (str, "a string"),
+    Path: (str, "a string"),
+}
+#: A parameter of a command that is no setting, such as ``--preset``: one of several strings.
+_PARAMETER = Setting("")
 
 
 class Option(click.Option):
-    """An option that also answers to the names it ``was`` known by, which the help does not show."""
+    """An option that also accepts its former names ``was``, which the help does not show."""
 
     def __init__(self, *args: Any, was: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +93,7 @@ def settings_options(
 
 
 def was_given(context: click.Context, name: str) -> bool:
-    """Whether the command line or a config file gives a parameter its value."""
+    """Whether the value of a parameter comes from the command line or a config file."""
     return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
@@ -131,31 +139,34 @@ def _type(one: Setting) -> click.ParamType[Any]:
     if one.within is not None:
         return number(one.within)
     if one.kind is Path:
-        # output_file checks a file to write, and says more about what is wrong with it.
+        # output_file checks a file to write, with better messages.
         return {"read": FILE, "write": click.Path(path_type=Path), None: FOLDER}[one.file]
     return click.STRING
 
 
 def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Command]:
-    optional = {one.name for one in settings_of(kind) if one.optional}
+    settings = {one.name: one for one in settings_of(kind)}
+    actions = {name for name, one in settings.items() if one.action}
     example = f", for example {kind.FILE} in the folder of a run" if hasattr(kind, "FILE") else ""
 
-    def read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    def apply(context: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None or context.resilient_parsing:
             return
-        values, others = flat(kind, read_config(path))
-        actions = {one.name for one in settings_of(kind) if one.action}
-        names = {parameter.name for parameter in context.command.params} - values.keys() - actions
+        read = read_config(path)
+        values, others = flat(kind, read)
+        # Eager ones are --config and --help.
+        names = {parameter.name for parameter in context.command.params if not parameter.is_eager}
+        names -= values.keys() | actions
         for key in others:
             if (plain := key.replace("-", "_")) in names:
-                values[plain] = read_config(path)[key]
+                values[plain] = read[key]
             elif key not in _BESIDE_SETTINGS:
-                raise InputError(f"{path}: {key} is no setting of {context.command_path}: remove it")
+                raise InputError(f"{path}: {key} is not a setting of {context.command_path}: remove it")
         values = {name: value for name, value in values.items() if name not in actions}
-        nulls = {name for name, value in values.items() if value is None}
-        if nulls - optional:
-            raise InputError(f"{path}: {min(nulls - optional)} must not be null: remove it, or give a value")
-        context.meta[_NULLS] = nulls
+        for name, value in values.items():
+            if (fault := _fault(settings.get(name, _PARAMETER), value)) is not None:
+                raise InputError(f"{path}: {name} {fault}")
+        context.meta[_NULLS] = {name for name, value in values.items() if value is None}
         context.default_map = {name: value for name, value in values.items() if value is not None}
 
     return click.option(
@@ -163,10 +174,25 @@ def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Comma
         type=click.Path(path_type=Path, dir_okay=False),
         is_eager=True,
         expose_value=False,
-        callback=read,
+        callback=apply,
         metavar="FILE",
         help=f"Read settings from a TOML or JSON file{example}. Options on the command line take precedence.",
     )
+
+
+def _fault(one: Setting, value: Any) -> str | None:
+    """What is wrong with the type of a value in a file; None if click can check the value.
+
+    Numbers are left to the ranges, and strings to click, which reads them as it reads the command line.
+    """
+    if value is None:
+        return None if one.optional else "must not be null: remove it, or give a value"
+    expected, words = (list, "a list") if one.many else _TYPES.get(one.kind, (object, ""))
+    if not isinstance(value, (expected, str)):
+        return f"must be {words}, not {shown(value)}"
+    if isinstance(value, str) and "\0" in value:
+        return f"must not hold the character NUL: {shown(value)}"
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -185,5 +211,5 @@ def read_config(path: Path) -> dict[str, Any]:
         kind = "TOML" if toml else "JSON"
         raise InputError(f"--config: {path} is not {kind} ({one_line(error)}): correct the file") from error
     if not isinstance(values, dict):
-        raise InputError(f"--config: {path} holds no settings by name: write them as a JSON object")
+        raise InputError(f"--config: {path} contains no settings by name: write them as a JSON object")
     return values

@@ -58,6 +58,6 @@ class Shape(Settings):
 
 
 def reject_shape(context: click.Context) -> None:
-    """Raise click.UsageError if the command line gives a shape in addition to a suite."""
+    """Raise click.UsageError if the command line has a shape in addition to a suite."""
     names = [one.name for one in settings_of(Shape)]
-    reject_given(context, names, "and --suite exclude each other: a suite fixes its shapes")
+    reject_given(context, names, "and --suite cannot be used together: a suite fixes its shapes")

@@ -69,7 +69,7 @@ class Grid(click.ParamType[tuple[int, int]]):
         """See :meth:`click.ParamType.convert`."""
         rows, _, columns = str(value).partition("x")
         if not (rows.isdecimal() and columns.isdecimal()):
-            self.fail(f"{shown(value)} is no grid; give rows and columns, as 9x9", param, ctx)
+            self.fail(f"{shown(value)} is not a grid; give rows and columns, for example 9x9", param, ctx)
         within = ranges.GRID_SIDE
         height, width = (
             _number(self, side, int, "a whole number", within, param, ctx) for side in (rows, columns)
@@ -97,7 +97,7 @@ def _number(
 
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
-#: A file to read; ``-`` is standard input where a command says so.
+#: A file to read; ``-`` is standard input where the command supports it.
 FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 

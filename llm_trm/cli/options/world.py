@@ -13,7 +13,7 @@ from llm_trm.data.arithmetic import World
 from llm_trm.settings import settings_of
 
 #: For :func:`~llm_trm.cli.options.settings.settings_options`; see :func:`set_difficulty`.
-SAME_DIFFICULTY = {"min_operations": "as many as --operations"}
+SAME_DIFFICULTY = {"min_operations": "the same as --operations"}
 
 
 def set_difficulty(context: click.Context, given: dict[str, Any]) -> None:

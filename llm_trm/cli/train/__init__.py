@@ -8,7 +8,7 @@ from llm_trm.cli.group import Group
 
 
 @click.group(
-    short_help="Train a language model, a compressor, a recursion, a puzzle solver.",
+    short_help="Train a language model, a compressor, a recursion or a puzzle solver.",
     cls=Group,
     commands_at={
         "lm": "llm_trm.cli.train.lm:lm",
@@ -30,7 +30,7 @@ def train() -> None:
       llm-trm train lm       a tiny language model that thinks (one is bundled)
       llm-trm train phase1   a compressor of its hidden states
       llm-trm datagen        its states before and after thinking
-      llm-trm train phase2   a recursion from the states before to the state after
+      llm-trm train phase2   a recursion that predicts the state after thinking
       llm-trm train lora     the language model and the recursion together, on questions and answers
       llm-trm train phase3   only the recursion, by reinforcement learning
     """

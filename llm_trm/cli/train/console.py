@@ -49,7 +49,7 @@ class ConsoleReport(Report):
         raise NotImplementedError
 
     def numbers(self, values: Mapping[str, Any]) -> str:
-        """Metrics of training as text, to show next to the bar."""
+        """Metrics of training as text, shown next to the bar."""
         raise NotImplementedError
 
     def evaluation(self, record: Mapping[str, Any]) -> str:
@@ -97,7 +97,7 @@ class ConsoleReport(Report):
 def show_curves(
     plot: Callable[[Any, Path], None], history: Sequence[Mapping[str, Any]], folder: Path
 ) -> None:
-    """Plot the history of a run to ``curves.png`` in its folder, if matplotlib is installed, and say so."""
+    """Plot the history of a run to ``curves.png`` in its folder, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") and history:
         path = folder / "curves.png"
         plot(history, path)

@@ -16,16 +16,16 @@ def lm(given: dict[str, Any]) -> None:
     """Train a SmolLM3-architecture language model of 0.8 M parameters on the arithmetic world.
 
     The model learns to write a worked trace between <think> and </think> and then the answer; samples with an
-    empty trace teach it to answer at once. At the end, both modes are measured on held-out problems. This
-    command with its defaults made the model that ships with the package, `--model arithmetic` of the other
-    commands. Ctrl-C writes a checkpoint and stops.
+    empty trace teach it to answer at once. At the end, both modes are measured on held-out problems. The
+    bundled model (`--model arithmetic` of other commands) was trained by this command with its defaults.
+    Ctrl-C writes a checkpoint and stops.
 
     \b
     Examples:
-      llm-trm train lm                             the model that ships, in runs/lm
-      llm-trm train lm --operations 3 --steps 600  an easier world
+      llm-trm train lm                             train the bundled model again, into runs/lm
+      llm-trm train lm --operations 3 --steps 600  train on easier problems
       llm-trm train lm --resume                    continue from the last checkpoint
-      llm-trm datagen --model runs/lm              its states before and after thinking
+      llm-trm datagen --model runs/lm              write its states before and after thinking
     """
     from llm_trm.extras import require
 

@@ -78,4 +78,4 @@ def _unseen(config: LoraTrainingConfig) -> str:
     held_out = config.val_data if config.val_data is not None else config.data
     if held_out in HUB or (config.val_data is not None and held_out.endswith((".jsonl", ".json"))):
         return held_out
-    return "FILE, of questions that it was not trained on"
+    return "FILE (questions that it was not trained on)"

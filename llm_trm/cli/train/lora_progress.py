@@ -37,7 +37,7 @@ class ConsoleReport(console.ConsoleReport):
 
 
 def held_out(metrics: Mapping[str, float], prefix: str = "") -> str:
-    """The metrics of an evaluation as text; their names begin with ``prefix``."""
+    """The metrics of an evaluation as text; their names start with ``prefix``."""
     words = [f"held out: loss {metrics[f'{prefix}loss']:.4f}"]
     for name, label, form in (
         ("answer_accuracy", "answers right", ".1%"),

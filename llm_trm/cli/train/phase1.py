@@ -13,12 +13,12 @@ from llm_trm.train.phase1.config import Phase1Config
 @click.command(short_help="Train a compressor of a language model's hidden states.")
 @settings_options(Phase1Config)
 def phase1(given: dict[str, Any]) -> None:
-    """Train a compressor of a frozen language model's hidden states, to lose as little as possible.
+    """Train a compressor of a frozen language model's hidden states that loses as little as possible.
 
     The states are computed once and kept on disk. Then the compressor learns to reconstruct them: a linear
-    compressor with its own transposed weights, a latent one through an auxiliary decoder. Results are of
-    held-out texts. Those of a linear compressor are shown next to PCA, which no linear compressor can beat on
-    its training states. Run the same command again after an interruption: it continues where it stopped.
+    compressor with its own transposed weights, a latent one through an auxiliary decoder. Results are
+    measured on held-out texts. A linear compressor is compared with PCA, which no linear compressor can beat
+    on its training states. Run the same command again after an interruption: it continues where it stopped.
 
     \b
     Examples:
@@ -47,7 +47,7 @@ def phase1(given: dict[str, Any]) -> None:
     else:
         click.echo(
             "On held-out states. PCA was computed on the training states: there, no linear compressor has a "
-            "lower MSE. It is no bound on other states, nor on the cosine."
+            "lower MSE. It is not a bound for other states or for the cosine."
         )
     written = [config.output / SWEEP_FILE, config.output / SWEEP_PLOT] if config.sweep else []
     click.echo("Written: " + ", ".join(map(str, [*written, *(result.folder for result in results)])))

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from llm_trm.train.phase2.report import Phase2Result
 
 
-@click.command(short_help="Train a recursion from the states before thinking to the one after.")
+@click.command(short_help="Train a recursion that predicts the state after thinking.")
 @settings_options(Phase2Config)
 def phase2(given: dict[str, Any]) -> None:
-    """Train a SequenceTRM that leads, by recursion, from a context to the state after thinking.
+    """Train a SequenceTRM, a recursion that predicts the state after thinking from a context.
 
     The frozen compressor compresses the states before <think>. The recursion refines an appended reasoning
     token, supervision step by supervision step, towards the compressed state at </think>. Each step has its
-    own loss and update. A halting head learns how good the state is, so that every sample stops early at
-    inference. Each epoch ends with a validation of the averaged weights on held-out pairs and a checkpoint.
-    An interrupted run continues with --resume, on a CPU bit for bit.
+    own loss and update. A halting head learns how good the state is, so that every sample can stop early
+    at inference. At the end of each epoch, the averaged weights are validated on held-out pairs, and a
+    checkpoint is written. An interrupted run continues with --resume, on a CPU bit for bit.
 
     \b
     On the arithmetic world, on a CPU:
@@ -75,6 +75,6 @@ def _summarise(output: Path, result: Phase2Result) -> None:
         f"relative error {held_out['relative_error']:.4f}; halting sample by sample: cosine "
         f"{held_out['halted_cosine']:.4f} after {held_out['halt_steps']:.2f} steps."
     )
-    click.echo(f"It is in {result.best}.")
+    click.echo(f"The model is in {result.best}.")
     show_curves(plot_curves, result.history, output)
     click.echo(f"Next: llm-trm eval phase2 --checkpoint {output} --data HELD_OUT_PAIRS")

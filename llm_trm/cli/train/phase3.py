@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llm_trm.train.phase3.report import Accuracy, Phase3Result
 
 
-@click.command(short_help="Reward right answers: GRPO on the recursion, the language model frozen.")
+@click.command(short_help="Train the recursion on rewards for right answers (GRPO).")
 @settings_options(Phase3Config)
 @click.pass_context
 def phase3(context: click.Context, /, given: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def puzzle(task: Task | None, preset: Preset, given: dict[str, Any]) -> None:
     info = read_info(folder)
     if task is not None and info.task != task:
         raise InputError(
-            f"{folder} holds {info.task} puzzles, not {task}: leave --task out, or name other --data"
+            f"{folder} contains {info.task} puzzles, not {task}: leave --task out, or name other --data"
         )
     given.setdefault("output", Path("runs") / info.task)
     config = configure(preset, info.task, **given)
@@ -77,7 +77,7 @@ def _summarise(output: Path, result: PuzzleResult) -> None:
             f"Best: step {best['step']}, {best['test']['exact']:.2%} of {best['test']['puzzles']} test "
             f"puzzles solved, after {best['seconds']:.0f} s of training."
         )
-    click.echo(f"It is in {result.best}.")
+    click.echo(f"The model is in {result.best}.")
     show_curves(plot_curves, result.history, output)
     click.echo(
         f"Next: llm-trm eval puzzle --checkpoint {output}, or llm-trm solve --checkpoint {output} PUZZLE"

@@ -137,7 +137,7 @@ class TRMModel(TRMPreTrainedModel):
         given = either_cache(cache, past_key_values)
         if not use_trm:
             if isinstance(given, TRMCache):
-                raise InputError("this cache holds soft tokens: continue with use_trm=True")
+                raise InputError("this cache contains soft tokens: continue with use_trm=True")
             output = self.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -34,7 +34,7 @@ def add_think_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         model.resize_token_embeddings(len(tokenizer))
     if added:
         after = _rows(model)
-        grown = f"grown from {before} to {after} rows" if after > before else f"of {before} rows hold them"
+        grown = f"grown from {before} to {after} rows" if after > before else f"of {before} rows fit them"
         _logger.warning("added %s to the tokenizer; embeddings %s", " and ".join(added), grown)
     if isinstance(model.config, TRMConfig):
         model.config.think_token_id, model.config.end_think_token_id = think_ids(tokenizer)

@@ -57,7 +57,7 @@ def train_language_model(
         The model as it was saved (bfloat16 values, in float32) in eval mode, and its tokenizer.
 
     Raises:
-        InputError: A folder that holds a run or cannot be written, nothing to resume, or other settings.
+        InputError: A folder that contains a run or cannot be written, nothing to resume, or other settings.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     run = TrainerRun(config, report, model_file="config.json")

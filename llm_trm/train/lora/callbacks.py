@@ -1,4 +1,4 @@
-"""What happens beside training with LoRA: which checkpoints are kept, and what they say of themselves."""
+"""Callbacks of training with LoRA: which checkpoints are kept, and what they record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_trm.train.run.trainer_checkpoints import checkpoint_of, checkpoints, st
 
 
 class WriteFacts(TrainerCallback):
-    """Adds to checkpoints what ``load_latent_model`` needs besides weights."""
+    """Adds to checkpoints what ``load_latent_model`` needs in addition to weights."""
 
     def __init__(self, config: LoraTrainingConfig, trainee: Trainee) -> None:
         self._config, self._trainee = config, trainee
@@ -40,7 +40,7 @@ class WriteFacts(TrainerCallback):
 
 
 class FollowEpochs(TrainerCallback):
-    """Tells the order of the samples where the training stands; the Trainer does so in most set-ups only."""
+    """Passes the epoch to the order of the samples, which the Trainer does only in most set-ups."""
 
     def __init__(self, order: StagedOrder) -> None:
         self._order = order

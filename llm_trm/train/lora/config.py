@@ -57,7 +57,7 @@ class ReasonerSettings(Settings):
         "Number of attention heads.",
         WIDTH,
         "--heads",
-        unset="8, or fewer, of at least 8 dimensions each",
+        unset="8, or fewer so that each has at least 8 dimensions",
     )
     n_latent_steps: int | None = setting(
         None, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps", unset="6"
@@ -79,7 +79,7 @@ class ReasonerSettings(Settings):
     )
     window: Window | None = setting(
         None,
-        "With always, each recursion drops as many of the oldest positions as it adds.",
+        "always: each recursion drops one of the oldest positions for every position that it adds.",
         unset="slide",
     )
 
@@ -118,7 +118,9 @@ class LoraTrainingConfig(RunSettings):
     reasoner: ReasonerSettings = field(default_factory=ReasonerSettings)
     lora: bool = setting(True, "Train adapters on the q, k, v and o projections.")
     lora_r: int = setting(16, "Rank of the adapters.", ADAPTER_RANK)
-    lora_alpha: int = setting(32, "Scale of the adapters, times the rank.", WIDTH)
+    lora_alpha: int = setting(
+        32, "Scale of the adapters: their output is multiplied by this number divided by the rank.", WIDTH
+    )
     lora_dropout: float = setting(
         0.1, "Dropout of the adapters' input; 0 saves a sixth of the time on a CPU.", SHARE_BELOW_ONE
     )
@@ -174,7 +176,9 @@ class LoraTrainingConfig(RunSettings):
         NO_OR_COUNT,
         critical=False,
     )
-    keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
+    keep: int = setting(
+        3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False
+    )
     log_every: int = setting(10, "Updates between logged metrics.", COUNT, critical=False)
     seed: int = setting(0, "Seed of the weights, the held-out part and the data order.", TRAINER_SEED)
     trust_remote_code: bool = trust_remote_code()
@@ -183,7 +187,7 @@ class LoraTrainingConfig(RunSettings):
         super().__post_init__()
         asked = self.reasoner.given()
         if self.trm is not None and self.reasoner.reasoner == "latents":
-            raise InputError("--trm holds a sequence reasoner: leave --reasoner latents out")
+            raise InputError("--trm contains a sequence reasoner: leave --reasoner latents out")
         kind = self.reasoner.reasoner or ("latents" if self.trm is None else "sequence")
         for name, wanted in _OF_ONE_KIND.items():
             if name in asked and kind != wanted:
@@ -193,7 +197,8 @@ class LoraTrainingConfig(RunSettings):
                 )
         if self.whole_answers and (self.curriculum or self.distill):
             raise InputError(
-                "--curriculum and --distill need the thinking apart from answers: leave --whole-answers out"
+                "--curriculum and --distill need thinking that is separate from the answers: leave "
+                "--whole-answers out"
             )
 
     @property

@@ -64,7 +64,7 @@ class Lessons(Dataset[Lesson]):
         if at_once is not None and opens_thought(tokenizer, form):
             raise InputError(
                 f"the chat template ends every prompt in {THINK}, and the question "
-                f"{shortened(at_once.question)} has think false: take such rows out, or choose "
+                f"{shortened(at_once.question)} has think false: remove such rows, or choose "
                 "--prompt-form plain"
             )
         prompts = [question_prompt(tokenizer, row.question, form) for row in self.solved]

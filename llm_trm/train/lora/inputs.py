@@ -80,8 +80,8 @@ def _not_held_out(
     kept = [row for row in solved if normalise_spaces(row.question) not in away]
     if not kept:
         raise InputError(
-            f"--val-data {config.val_data} holds every question of {config.data}: give others, or leave it "
-            "out"
+            f"--val-data {config.val_data} contains every question of {config.data}: name other questions, "
+            "or leave it out"
         )
     return kept, len(solved) - len(kept)
 
@@ -92,7 +92,7 @@ def _split(solved: Sequence[Solved], fraction: float, seed: int) -> tuple[list[i
     questions = sorted(first, key=lambda words: first[words].question)
     if len(questions) < 2:
         raise InputError(
-            "one question cannot be held out from itself: give more of them, or others with --val-data"
+            "a single question cannot be both trained on and held out: add others, or use --val-data"
         )
     random.Random(seed).shuffle(questions)
     count = min(len(questions) - 1, max(1, round(fraction * len(questions))))

@@ -56,7 +56,7 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
     if (Path(source) / ADAPTERS_FILE).exists():
         # Otherwise peft would look for their base on the hub.
         raise InputError(
-            f"--model {config.model} holds adapters, and no plain model: name the language model itself"
+            f"--model {config.model} contains adapters, not a complete model: name the language model itself"
         )
     trusted = {"trust_remote_code": config.trust_remote_code}
     tokenizer = pretrained(AutoTokenizer, config.model, source, **trusted)
@@ -67,8 +67,8 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
         config.merge or not config.lora
     ):
         raise InputError(
-            f"model {config.model} needs Python code of its own, which a whole model that is saved would "
-            "lack: save adapters, without --merge and --no-lora"
+            f"model {config.model} needs its own Python files, which would not be saved with a complete "
+            "model: save only adapters, without --merge and --no-lora"
         )
     added = add_think_tokens(tokenizer, language_model)
     if tokenizer.pad_token_id is None:

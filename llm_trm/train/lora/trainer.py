@@ -73,7 +73,7 @@ class LatentTrainer(Trainer):
         ]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """0: the Trainer's estimate from tokens and parameters does not hold for a recursion."""
+        """0: the Trainer's estimate from tokens and parameters is wrong for a recursion."""
         return 0
 
     def compute_loss(

@@ -43,7 +43,8 @@ class Phase1Config(RunSettings):
     COMMAND = "phase1"
 
     output: Path = run.output(
-        "runs/phase1", "Folder for the compressors: 1a and 1b in it, or d32/1a and so on of a sweep."
+        "runs/phase1",
+        "Folder for the compressors: in its subfolders 1a and 1b, or with --sweep in d32/1a and so on.",
     )
     model: str = setting(
         "arithmetic",

@@ -50,7 +50,7 @@ class Fit:
     """How to optimise.
 
     Attributes:
-        sequences: Whether batches hold padded sequences (latent compressors) or single states.
+        sequences: Whether batches contain padded sequences (latent compressors) or single states.
         batch_size: Sequences or states per optimizer step, over all processes.
         learning_rate: Peak learning rate: warm-up over a tenth of the steps, then cosine decay to 0.
         weight_decay: Weight decay of AdamW.
@@ -168,7 +168,7 @@ def fit(
             if now.mse < best.mse:
                 best, best_epoch, weights = now, epoch + 1, _copied(module)
             if stale >= settings.patience:
-                progress.say(f"{what}: no better for {stale} epochs, stopped after epoch {epoch + 1}")
+                progress.say(f"{what}: no improvement for {stale} epochs, stopped after epoch {epoch + 1}")
                 break
         if interruption.agreed:
             if accelerator.is_main_process:

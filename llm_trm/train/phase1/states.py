@@ -208,12 +208,12 @@ class StateFiles:
         rows, sequences = self.shards[number]
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != {"states": (rows, self.width), "lengths": (sequences,)}:
-            raise InputError(f"{path} does not hold {rows} states of width {self.width}: {remedy}")
+            raise InputError(f"{path} does not contain {rows} states of width {self.width}: {remedy}")
         states, lengths = tensors["states"], tensors["lengths"].tolist()
         if min(lengths) < 1 or sum(lengths) != rows:
             raise InputError(f"{path}: its lengths do not add up to {rows} states: {remedy}")
         if not states.isfinite().all():
-            raise InputError(f"{path} holds NaN or infinite states: {remedy}")
+            raise InputError(f"{path} contains NaN or infinite states: {remedy}")
         split = list(states.split(lengths))
         if self.rows * self.width * states.element_size() <= _KEPT_BYTES:
             self._kept[number] = split

@@ -47,7 +47,7 @@ def read_texts(source: str, model: ThinkingModel, *, thinking: bool) -> Iterator
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
-            raise InputError(f"{path} holds no .jsonl file: name a folder or a file of records")
+            raise InputError(f"{path} contains no .jsonl file: name a folder or a file of records")
         records = chain.from_iterable(map(_json_lines, files))
     elif path.suffix == ".txt":
         yield from _paragraphs(path)
@@ -126,8 +126,8 @@ def tokenised(
     keys = sorted({key for key, _ in pieces})
     if len(keys) < 2:
         raise InputError(
-            f"{source} holds {'one text' if keys else 'no text'}: at least two different ones are needed, to "
-            "train on and to validate on"
+            f"{source} contains {'one text' if keys else 'no text'}: at least two different ones are needed, "
+            "one to train on and one to validate on"
         )
     validation = set(keys[: min(math.ceil(held_out * len(keys)), len(keys) - 1)])
     return (
@@ -189,7 +189,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
 
 def _text_of(record: Any, where: str, model: ThinkingModel, thinking: bool) -> str:
     if not isinstance(record, Mapping):
-        raise InputError(f"{where} is not a JSON object: write one object of named columns a line")
+        raise InputError(f"{where} is not a JSON object: write one JSON object with named columns per line")
     for name in ("messages", "conversations"):
         if isinstance(record.get(name), list):
             return _chat(record[name], where, model)
@@ -202,7 +202,7 @@ def _text_of(record: Any, where: str, model: ThinkingModel, thinking: bool) -> s
     whole = _first(record, ("text", "content"))
     if whole is None:
         raise InputError(
-            f"{where} has the columns {', '.join(map(repr, record)) or '(none)'}: needed are 'text', or "
+            f"{where} has the columns {', '.join(map(repr, record)) or '(none)'}: expected are 'text', or "
             f"'messages', or 'question' and 'answer'{' and thinking' * thinking}"
         )
     return whole

@@ -55,7 +55,7 @@ _AGREE_EVERY = 20
 
 
 class CompressorPretrainer:
-    """Trains compressors as a :class:`Phase1Config` says, on one process or several (``accelerate launch``).
+    """Trains compressors by a :class:`Phase1Config`, in one process or several (``accelerate launch``).
 
     Args:
         config: Settings.
@@ -188,7 +188,7 @@ class CompressorPretrainer:
                 if self.config.overwrite:
                     return None
                 raise InputError(
-                    f"{folder} holds a compressor made with other settings ({name} was {made.get(name)} "
+                    f"{folder} contains a compressor made with other settings ({name} was {made.get(name)} "
                     f"and is {value}): "
                     "add --overwrite, or choose another --output"
                 )
@@ -200,8 +200,8 @@ class CompressorPretrainer:
         folder = config.start or self._folder("1a", size)
         if config.start is None and not (folder / FACTS_FILE).exists():
             raise InputError(
-                f"{folder} holds no compressor to start stage 1b from: train it with --stage 1a, or name one "
-                "with --from"
+                f"{folder} contains no compressor to start stage 1b from: train it with --stage 1a, or name "
+                "one with --from"
             )
         compressor = load_compressor(folder)
         require_width(compressor, width, folder, f"model {config.model}")
@@ -209,7 +209,7 @@ class CompressorPretrainer:
         found = compressor.num_latents if latent else compressor.d_compressed
         if (latent, found) != (self._latent, size):
             raise InputError(
-                f"{folder} holds a {kind_of(compressor)} compressor of size {found}, not a "
+                f"{folder} contains a {kind_of(compressor)} compressor of size {found}, not a "
                 f"{config.compressor} compressor of size {size}: name another with --from, or ask for its "
                 "kind and size"
             )
@@ -233,7 +233,7 @@ class CompressorPretrainer:
             decoder = LatentDecoder(width, compressor.d_latent, compressor.n_heads)
         before = (self.config.start or self._folder("1a", size)) / DECODER_FILE
         if stage == "1b" and before.exists():
-            decoder.load_state_dict(read_tensors(before, "delete it, since a new one can be learned"))
+            decoder.load_state_dict(read_tensors(before, "delete it, because a new one can be trained"))
         return Reconstruction(compressor, decoder), begun
 
     def _train_stage(
@@ -242,7 +242,7 @@ class CompressorPretrainer:
         folder, before = self._folder(stage, size), self._made_before(stage, size, settings)
         module, begun = self._module(stage, size, width, material)
         if before is not None and before.get("started_from") == begun:
-            self.progress.say(f"{folder}: kept, since the same settings made it before")
+            self.progress.say(f"{folder}: kept, because it was made with the same settings")
             return StageResult.from_record(before, folder)
         what = f"stage {stage}, {f'{size} latents' if self._latent else f'width {size}'}"
         epochs, steps = fit(

@@ -19,7 +19,7 @@ from llm_trm.train.run.training_state import read_progress, read_state, write_st
 
 @dataclass(frozen=True)
 class FitProgress:
-    """Where the optimisation of a compressor stands, as JSON values.
+    """The progress of the optimisation of a compressor, as JSON values.
 
     Attributes:
         steps: Optimizer steps so far.
@@ -91,9 +91,7 @@ class Unfinished:
             module.load_state_dict(_under("weights.", tensors))
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{self.folder} is of another compressor than this stage's: delete the folder"
-            ) from error
+            raise InputError(f"{self.folder} belongs to a different compressor: delete the folder") from error
         return progress, _under("best.", tensors)
 
     def remove(self) -> None:

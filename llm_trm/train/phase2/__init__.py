@@ -1,1 +1,1 @@
-"""A recursion from the states before thinking to those behind it: ``llm-trm train phase2``."""
+"""A recursion that predicts the state after thinking: ``llm-trm train phase2``."""

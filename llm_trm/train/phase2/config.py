@@ -53,7 +53,7 @@ class Phase2Config(RunSettings):
         "Number of attention heads.",
         WIDTH,
         "--heads",
-        unset="8, or fewer, of at least 8 dimensions each",
+        unset="8, or fewer so that each has at least 8 dimensions",
     )
     n_latent_steps: int = setting(6, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps")
     n_deep_recursions: int = setting(
@@ -63,7 +63,7 @@ class Phase2Config(RunSettings):
         "-T",
         "--deep-recursions",
     )
-    dropout: float = setting(0.0, "Dropout of attention weights; the original has 0.1.", SHARE_BELOW_ONE)
+    dropout: float = setting(0.0, "Dropout of attention weights; the original uses 0.1.", SHARE_BELOW_ONE)
     supervision_steps: int = setting(8, "Supervision steps per batch, and maximum at inference.", DEPTH)
     steps_per_update: int = setting(
         1, "Supervision steps per optimizer update: a divisor of --supervision-steps.", DEPTH
@@ -72,10 +72,12 @@ class Phase2Config(RunSettings):
         "mse",
         "The halting head learns the cosine similarity (mse), or whether it is above a threshold (bce).",
     )
-    halt_weight: float = setting(0.5, "Weight of the halting loss; the MSE has 1.", WEIGHT)
-    halt_threshold: float = setting(0.7, "Threshold of bce, in the first epoch if it adapts.", COSINE)
+    halt_weight: float = setting(0.5, "Weight of the halting loss; that of the MSE is 1.", WEIGHT)
+    halt_threshold: float = setting(
+        0.7, "Threshold of --halt-loss bce; of the first epoch only, with --adaptive-threshold.", COSINE
+    )
     adaptive_threshold: bool = setting(
-        True, "Set the threshold to 0.95 times the mean cosine similarity of the epoch before."
+        True, "Set the threshold to 0.95 times the mean cosine similarity of the previous epoch."
     )
     halt_in_training: Halting = setting(
         "none", "Let confident samples leave a batch early: each by itself, or all by the batch's mean."
@@ -87,7 +89,9 @@ class Phase2Config(RunSettings):
     )
     warmup_ratio: float = setting(0.1, "Fraction of the updates used for warm-up.", SHARE_BELOW_ONE)
     weight_decay: float = setting(0.1, "Weight decay of AdamW.", WEIGHT)
-    beta2: float = setting(0.95, "Decay of AdamW's second moments; the first have 0.9.", SHARE_BELOW_ONE)
+    beta2: float = setting(
+        0.95, "Decay of AdamW's second moments; that of the first is 0.9.", SHARE_BELOW_ONE
+    )
     clip_norm: float = setting(1.0, "Maximum gradient norm.", CLIP_NORM)
     ema_decay: float = setting(
         0.999, "Decay of the moving average of the weights, which is validated and saved.", SHARE_BELOW_ONE
@@ -101,9 +105,15 @@ class Phase2Config(RunSettings):
         unset="never",
         critical=False,
     )
-    keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
+    keep: int = setting(
+        3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False
+    )
     save_every: int | None = setting(
-        None, "Batches between checkpoints besides one per epoch.", COUNT, unset="none", critical=False
+        None,
+        "Batches between checkpoints, in addition to one per epoch.",
+        COUNT,
+        unset="none",
+        critical=False,
     )
     log_every: int = setting(10, "Batches between logged metrics.", COUNT, critical=False)
 

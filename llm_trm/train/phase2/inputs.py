@@ -32,7 +32,7 @@ class Inputs:
 
     Attributes:
         compressor: Frozen, on the device.
-        compressor_facts: What its file says besides kind, sizes and hash.
+        compressor_facts: What its file records in addition to kind, sizes and hash.
         contexts: Compressed contexts and targets to learn from, and where nothing else is given, to validate.
         held_out: Those to validate on.
         training, validated: Indices of the samples in ``contexts`` and ``held_out``.
@@ -82,11 +82,11 @@ def read_inputs(config: Phase2Config, device: torch.device, processes: int) -> I
         held_out = read_contexts(others, compressor, device)
         training, validated = [*range(len(contexts))], [*range(len(held_out))]
         if not validated:
-            raise InputError(f"{config.val_data} has no samples: name others, or leave --val-data out")
+            raise InputError(f"{config.val_data} has no samples: name other pairs, or leave --val-data out")
     if len(training) < config.batch_size * processes:
         raise InputError(
-            f"{config.data} has {len(training)} samples to train on beside the held-out ones, and a batch "
-            f"takes {config.batch_size * processes}: choose a --batch-size of at most "
+            f"{config.data} has {len(training)} samples to train on, without the held-out ones, but a "
+            f"batch needs {config.batch_size * processes}: choose a --batch-size of at most "
             f"{len(training) // processes}, or make more pairs"
         )
     return Inputs(
@@ -111,7 +111,7 @@ def _load_compressor(folder: Path) -> tuple[DimensionCompressor, dict[str, Any]]
     compressor = load_compressor(folder)
     if not isinstance(compressor, DimensionCompressor):
         raise InputError(
-            f"{folder} holds a compressor that pools states: phase 2 needs one that narrows each, from "
+            f"{folder} contains a compressor that pools states: phase 2 needs one that narrows each, from "
             "llm-trm train phase1 --compressor dimension"
         )
     identity = ("kind", "sizes", "weights_sha256")

@@ -1,4 +1,4 @@
-"""Where a run of phase 2 stands."""
+"""The progress of a run of phase 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_trm.train.run import run
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(run.Progress):
-    """Where a run stands, as JSON values.
+    """The progress of a run, as JSON values.
 
     Attributes:
         epoch, batch: The epoch to continue with and the batch in it, counted from 0.

@@ -1,4 +1,4 @@
-"""Phase 2: a recursion learns to lead from a context to the state after thinking (arXiv 2510.04871)."""
+"""Phase 2: trains a recursion that predicts the state after thinking from a context (arXiv 2510.04871)."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def grpo_arguments(config: Phase3Config) -> GRPOConfig:
             raise
         raise InputError(
             f"--batch-size {config.batch_size} (of each process, times --accumulation "
-            f"{config.accumulation}) is no multiple of --group-size {config.group_size}: a step "
-            "takes whole groups"
+            f"{config.accumulation}) is not a multiple of --group-size {config.group_size}: a step "
+            "consists of whole groups"
         ) from error
 
 

@@ -59,7 +59,9 @@ class Phase3Config(RunSettings):
     batch_size: int = setting(64, "Completions per process at a time: a multiple of --group-size.", BATCH)
     accumulation: int = run.accumulation("--gradient-accumulation")
     kl: float = setting(0.1, "Weight of the KL divergence from the initial model; 0 leaves it out.", WEIGHT)
-    format_weight: float = setting(0.2, "Weight of the reward for the format; a right answer has 1.", WEIGHT)
+    format_weight: float = setting(
+        0.2, "Weight of the reward for the format; that of a right answer is 1.", WEIGHT
+    )
     steps: int = setting(200, "Number of optimizer updates.", COUNT)
     learning_rate: float = setting(
         3e-5, "Peak learning rate: linear warm-up over 5% of the steps, then linear decay.", LEARNING_RATE
@@ -71,7 +73,7 @@ class Phase3Config(RunSettings):
     eval_samples: int = setting(200, "Number of held-out problems.", COUNT)
     eval_every: int = setting(
         25,
-        "Steps between evaluations of greedy answers, besides one at the start and at the end.",
+        "Steps between evaluations of greedy answers; two more run at the start and at the end.",
         COUNT,
         critical=False,
     )

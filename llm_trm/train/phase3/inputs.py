@@ -67,7 +67,7 @@ def read_inputs(config: Phase3Config, run: TrainerRun, prompts: int, device: tor
 
 
 def load_problems(config: Phase3Config, prompts: int) -> Problems:
-    """The held-out problems, then as many others as the steps of the run take, or as there are.
+    """The held-out problems, then as many others as the run needs, or all if there are fewer.
 
     Args:
         prompts: Problems per step, of all processes.
@@ -89,7 +89,7 @@ def load_problems(config: Phase3Config, prompts: int) -> Problems:
     held_out = graded(load(config.eval_samples, "test"))
     asked = {normalise_spaces(question.text) for question in held_out}
     wanted = config.steps * prompts
-    # Data with a single split give the held-out problems again.
+    # Data with a single split contain the held-out problems again.
     training = [
         question
         for question in load(wanted + config.eval_samples, "train")
@@ -99,7 +99,7 @@ def load_problems(config: Phase3Config, prompts: int) -> Problems:
     if not held_out or len(training) < prompts:
         raise InputError(
             f"--data {config.data} has {len(held_out)} problems to hold out and {len(training)} others "
-            f"whose answer can be graded, and a step takes {prompts}: use more problems, a smaller "
+            f"whose answer can be graded, but a step needs {prompts}: use more problems, a smaller "
             "--batch-size, or fewer --eval-samples"
         )
     return Problems(training, held_out, dropped)

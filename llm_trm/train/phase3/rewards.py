@@ -13,7 +13,7 @@ from llm_trm.evaluate.answers import answer_tokens, own_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: TRL calls it with lists of equal length, by name; it gives None for completions that cannot be graded.
+#: TRL calls it with lists of equal length, by name, with None for completions that cannot be graded.
 Reward = Callable[..., list[float | None]]
 
 
@@ -24,7 +24,7 @@ def correctness_reward(
 
     Answers are read as ``llm-trm eval lm`` reads them: after the thinking, which must be closed in a chat. An
     answer without an end token does not count, since it may stop in the middle of a number. Numbers are
-    compared by value. A reference without a final answer gives None.
+    compared by value. The reward is None if the reference has no final answer.
 
     Args:
         tokenizer: Decodes completions.

@@ -109,7 +109,7 @@ def _tags(latent: LatentModel) -> tuple[int, int]:
     """Ids of ``<think>`` and ``</think>``."""
     think, end_think = latent.config.think_token_id, latent.config.end_think_token_id
     if think is None or end_think is None:
-        raise InputError(f"{latent.name} knows no <think> token: train it with `llm-trm train lora`")
+        raise InputError(f"{latent.name} has no <think> token: train it with `llm-trm train lora`")
     return think, end_think
 
 

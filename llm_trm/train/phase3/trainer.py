@@ -62,7 +62,7 @@ class LatentGRPOTrainer(GRPOTrainer):
 
     Args:
         latent: The model, loaded to be trained.
-        rewards: Reward functions. The first says whether an answer is right.
+        rewards: Reward functions. The first is that of right answers.
         args: TRL's settings. ``beta`` is the weight of the divergence from the model at construction.
         train_dataset, eval_dataset: Rows with ``prompt`` and ``answer``.
         facts: JSON values to keep beside the weights; also an attribute.

@@ -94,16 +94,23 @@ class PuzzleConfig(RunSettings):
         critical=False,
     )
     save_every: int | None = setting(
-        None, "Steps between checkpoints besides those of evaluations.", COUNT, unset="none", critical=False
+        None,
+        "Steps between checkpoints, in addition to those of evaluations.",
+        COUNT,
+        unset="none",
+        critical=False,
     )
-    keep: int = setting(3, "Number of best checkpoints to keep besides the last.", COUNT, critical=False)
+    keep: int = setting(
+        3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False
+    )
     log_every: int = setting(20, "Steps between logged metrics.", COUNT, critical=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mixer == "tokens" and self.positions != "none":
             raise InputError(
-                f"--mixer tokens has no position encoding: leave --positions {self.positions} out"
+                "--mixer tokens has no position encoding: choose --positions none instead of --positions "
+                f"{self.positions}"
             )
         if self.mixer == "attention" and self.d_model % self.n_heads:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Where a run of puzzle training stands."""
+"""The progress of a run of puzzle training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_trm.train.run.run import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class PuzzleProgress(Progress):
-    """Where a run stands, as JSON values.
+    """The progress of a run, as JSON values.
 
     Attributes:
         step: Number of steps so far.

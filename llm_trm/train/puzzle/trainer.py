@@ -42,7 +42,7 @@ _BETAS = (0.9, 0.95)
 
 
 class PuzzleTrainer:
-    """Trains a :class:`PuzzleTRM` with samples in flight: a sample that halts makes room for a new puzzle.
+    """Trains a :class:`PuzzleTRM` with samples in flight: when a sample halts, a new puzzle takes its slot.
 
     Each step is one supervision step of all samples in flight, with its own loss and update; on CUDA it is
     replayed as a graph. At regular intervals the averaged weights are evaluated on some test puzzles, and a
@@ -191,8 +191,8 @@ class PuzzleTrainer:
     def _restore(self, progress: PuzzleProgress) -> None:
         if "train" not in progress.settings.get("data", {}):
             raise InputError(
-                f"{self.config.output} was begun before checkpoints said what is in their data, and "
-                f"{self.config.data} may hold other puzzles now: start over with --overwrite"
+                f"{self.config.output} was started before checkpoints identified their data, and "
+                f"{self.config.data} may contain other puzzles now: start over with --overwrite"
             )
         self.config.require_same(progress.settings, self.settings)
         folder = self.run.checkpoints.last
@@ -216,7 +216,7 @@ class PuzzleTrainer:
             restore_random_states(under("random."), self.device)
         except (KeyError, RuntimeError) as error:
             raise InputError(
-                f"{folder} holds another model than this run's: start over with --overwrite"
+                f"{folder} contains a different model from this run's: start over with --overwrite"
             ) from error
 
     def _build(self) -> None:
@@ -274,7 +274,7 @@ class PuzzleTrainer:
             f"training {sizes.parameters:,} parameters on {self.config.batch_size:,} samples at once",
             "choose a lower --d-model, --layers or --batch-size",
             self.device,
-            besides=self.config.batch_size * numbers * item + 4 * (sizes.elements - sizes.parameters),
+            extra=self.config.batch_size * numbers * item + 4 * (sizes.elements - sizes.parameters),
         )
 
     def _optimizer(self) -> Optimizer:

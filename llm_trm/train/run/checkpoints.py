@@ -24,15 +24,15 @@ def permit(
 
     Args:
         has_checkpoint: Whether the folder has a checkpoint to resume.
-        has_model: Whether the folder has what a finished run leaves besides checkpoints.
+        has_model: Whether the folder contains a finished model.
     """
     if (has_checkpoint or has_model) and not (resume or overwrite):
         raise InputError(
-            f"{output} holds a run already: continue it with --resume, replace it with --overwrite, or "
+            f"{output} already contains a run: continue it with --resume, replace it with --overwrite, or "
             "choose another folder"
         )
     if resume and not has_checkpoint:
-        raise InputError(f"{output} holds no checkpoint to resume: leave --resume out")
+        raise InputError(f"{output} contains no checkpoint to resume: leave --resume out")
 
 
 class Checkpoints:
@@ -117,14 +117,14 @@ class Checkpoints:
     def _index(self) -> dict[str, Any]:
         index = read_json(self._index_path, _START_OVER)
         if not isinstance(index, dict) or not {"last", "best", "kept"} <= index.keys():
-            raise InputError(f"{self._index_path} is no index of checkpoints: {_START_OVER}")
+            raise InputError(f"{self._index_path} is not an index of checkpoints: {_START_OVER}")
         try:
             names = _named(index) | {index["best"]} - {None}
         except (KeyError, TypeError) as error:
-            raise InputError(f"{self._index_path} is no index of checkpoints: {_START_OVER}") from error
+            raise InputError(f"{self._index_path} is not an index of checkpoints: {_START_OVER}") from error
         for name in names:
             if named_in(self._folder, name, self._index_path, _START_OVER).name != name:
-                raise InputError(f"{self._index_path} is no index of checkpoints: {_START_OVER}")
+                raise InputError(f"{self._index_path} is not an index of checkpoints: {_START_OVER}")
         return index
 
 

@@ -1,4 +1,4 @@
-"""What a training reports, and to whom."""
+"""What a training reports, and the interface that receives it."""
 
 from __future__ import annotations
 

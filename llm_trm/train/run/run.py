@@ -1,4 +1,4 @@
-"""What all trainings with their own loop do apart from learning."""
+"""The parts, except learning, that all trainings with their own loop share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands, as JSON values.
+    """The progress of a run, as JSON values.
 
     Attributes:
         sums: Sums of the training metrics since the last evaluation.
@@ -52,7 +52,7 @@ class Run(Generic[P]):
     Args:
         config: A :class:`RunSettings` with the fields ``keep``, ``log_every``, ``track`` and ``device`` too.
         report: Follows the run.
-        progress: Dataclass of what a checkpoint says about the progress.
+        progress: Dataclass of the progress that a checkpoint records.
 
     Attributes:
         resumed: Progress of the checkpoint that the run continues from; None for a new run.
@@ -61,7 +61,7 @@ class Run(Generic[P]):
         accelerator: From :meth:`launch`; None without it, for a single process without trackers.
 
     Raises:
-        InputError: The folder holds a run, or none to resume.
+        InputError: The folder contains a run, or none to resume.
     """
 
     def __init__(self, config: Any, report: Report | None, progress: type[P]) -> None:

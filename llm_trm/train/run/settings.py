@@ -54,7 +54,7 @@ class RunSettings(Settings):
     FILE: ClassVar[str] = "config.json"
 
     track: Track | None = setting(
-        None, "Log metrics there as well; jsonl writes metrics.jsonl in --output.", critical=False
+        None, "Also log metrics to this tracker; jsonl writes metrics.jsonl in --output.", critical=False
     )
     resume: bool = setting(False, "Resume from the last checkpoint in --output.", action=True)
     overwrite: bool = setting(False, "Replace the run in --output.", action=True)
@@ -63,7 +63,7 @@ class RunSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resume and self.overwrite:
-            raise InputError("--resume and --overwrite exclude each other: choose one of them")
+            raise InputError("--resume and --overwrite cannot be used together: choose one of them")
 
     @property
     def device_type(self) -> str:
@@ -86,7 +86,9 @@ class RunSettings(Settings):
         """
         kind = type(self)
         defaults = {one.name: one.default for one in settings_of(kind) if one.default is not ...}
-        before = {**defaults, **earlier, **flat(kind, earlier)[0]}
+        values, others = flat(kind, earlier)
+        # Not all of ``earlier``: its table ``reasoner`` is no value of the setting of that name.
+        before = {**defaults, **{key: earlier.get(key) for key in others}, **values}
         changed = [
             f"{name} was {before.get(name)} and is {value}"
             for name, value in (self.critical if now is None else now).items()

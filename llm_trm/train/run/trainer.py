@@ -1,4 +1,4 @@
-"""What all trainings on a Hugging Face Trainer do apart from learning."""
+"""The parts, except learning, that all trainings on a Hugging Face Trainer share."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TrainerRun(TrainerCallback):
         config: A :class:`~llm_trm.train.run.settings.RunSettings` with the fields of
             :func:`training_arguments`, ``track``, ``resume`` and ``overwrite``.
         report: Follows the run.
-        model_file: A file that the output folder has once it holds the finished model.
+        model_file: A file that the output folder contains once the run is finished.
         sources: Folders or names of models that the run starts from.
 
     Attributes:
@@ -72,8 +72,8 @@ class TrainerRun(TrainerCallback):
         state: What the Trainer recorded at that checkpoint; empty for a new run.
 
     Raises:
-        InputError: The folder holds a run, none to resume, one with other settings, or one of ``sources``; or
-            a tracker that is not installed.
+        InputError: The folder contains a run, none to resume, one with other settings, or one of
+            ``sources``; or a tracker is not installed.
     """
 
     def __init__(
@@ -108,12 +108,15 @@ class TrainerRun(TrainerCallback):
         permit(config.output, last is not None, has_model, resume=config.resume, overwrite=config.overwrite)
         if not config.resume:
             return None
-        self._earlier = read_json(config.output / config.FILE, "start over with --overwrite")
+        path, remedy = config.output / config.FILE, "start over with --overwrite"
+        self._earlier = read_json(path, remedy)
+        if not isinstance(self._earlier, dict):
+            raise InputError(f"{path} holds no settings by name: {remedy}")
         config.require_same(self._earlier)
         return last
 
     def require_same_data(self, kind: str, digest: str, *names: str | None) -> None:
-        """Record the data of the run, and raise InputError if the run began with other data.
+        """Record the data of the run, and raise InputError if the run started with other data.
 
         Args:
             kind: ``"questions"`` or ``"problems"``.
@@ -124,9 +127,9 @@ class TrainerRun(TrainerCallback):
         self._settings[key] = digest
         if self._earlier.get(key, digest) != digest:
             raise InputError(
-                f"{' or '.join(name for name in names if name)} holds other {kind} than when the run in "
-                f"{self.config.output} began, and what was trained on may be held out now: start over with "
-                "--overwrite, or choose another folder"
+                f"{' or '.join(name for name in names if name)} no longer contains the {kind} that the "
+                f"run in {self.config.output} started with, so {kind} that it was trained on may now be held "
+                "out: start over with --overwrite, or choose another folder"
             )
 
     def start(self, trainer: Trainer, plan: Callable[..., Plan]) -> None:

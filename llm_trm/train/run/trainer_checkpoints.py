@@ -1,4 +1,4 @@
-"""Checkpoints that a Hugging Face Trainer wrote: which a folder has, where they stand, how to load them."""
+"""Checkpoints that a Hugging Face Trainer wrote: which a folder has, their steps, how to load them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Where a run stood, as the Trainer recorded it.
+    """The progress of a run, as the Trainer recorded it.
 
     Raises:
         InputError: The file is missing, or a number in it makes no sense.
@@ -62,7 +62,9 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
         for record in state["log_history"]:
             require_in(PLACE, "log_history: step", record["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not say where the run stood ({one_line(error)}): {remedy}") from error
+        raise InputError(
+            f"{path} does not record the progress of the run ({one_line(error)}): {remedy}"
+        ) from error
     return dict(state)
 
 

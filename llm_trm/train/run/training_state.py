@@ -1,4 +1,4 @@
-"""The state in a checkpoint: everything that a run needs, besides the model, to resume bit for bit."""
+"""The state in a checkpoint: everything except the model that a run needs to resume bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_progress(folder: Path, kind: type[P]) -> P:
     except ValueError as error:
         raise InputError(f"{path}: {error}: {_REMEDY}") from error
     except TypeError as error:
-        raise InputError(f"{path} does not say where the run stood: {_REMEDY}") from error
+        raise InputError(f"{path} does not record the progress of the run: {_REMEDY}") from error
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
@@ -77,6 +77,8 @@ def restore_training(
                 _, moment, name = key.split(".", 2)
                 state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{folder / _TENSORS} holds another model than this run's: {_REMEDY}") from error
+        raise InputError(
+            f"{folder / _TENSORS} contains a different model from this run's: {_REMEDY}"
+        ) from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return tensors
