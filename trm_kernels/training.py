@@ -298,7 +298,7 @@ class TrainingStep:
     def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
         if self._autocast_dtype is None:
             return uncached_autocast(device)
-        # A second reason, besides that in uncached_autocast: a cast that is cached under no_grad has no
+        # A second reason, apart from that in uncached_autocast: a cast that is cached under no_grad has no
         # gradient.
         return torch.autocast(device.type, self._autocast_dtype, cache_enabled=False)
 

@@ -236,12 +236,12 @@ def _run(
         # Steps of a case: float64, each candidate, the timing.
         task = bar.add_task("", total=sum(len(names) + 2 for _, names in rows_of), numbers="")
         for number, (case, names) in enumerate(rows_of):
-            begun = sum(len(names) + 2 for _, names in rows_of[:number])
+            done = sum(len(names) + 2 for _, names in rows_of[:number])
 
             def progress(doing: str, case: Case = case) -> None:
-                nonlocal begun
-                bar.update(task, description=f"{case.name}: {doing}", completed=begun)
-                begun += 1
+                nonlocal done
+                bar.update(task, description=f"{case.name}: {doing}", completed=done)
+                done += 1
 
             progress("limits of this machine")
             result = run_case(case, device, names, budget, progress, seed=asked.seed, group=group)

@@ -39,15 +39,15 @@ def is_correct(response: str, answer: str) -> bool | None:
 
 def _marked(text: str) -> str | None:
     """The rest of the line after the last ``####``, or the content of the last ``\\boxed{}``."""
-    _, mark, behind = text.rpartition("####")
+    _, mark, rest = text.rpartition("####")
     if mark:
-        return behind.strip().partition("\n")[0].strip()
-    _, mark, behind = text.rpartition(r"\boxed{")
+        return rest.strip().partition("\n")[0].strip()
+    _, mark, rest = text.rpartition(r"\boxed{")
     depth = 1 if mark else 0
-    for end, character in enumerate(behind if mark else ""):
+    for end, character in enumerate(rest if mark else ""):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return behind[:end].strip()
+            return rest[:end].strip()
     return None
 
 

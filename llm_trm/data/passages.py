@@ -190,11 +190,11 @@ def _with_text(
     return made
 
 
-def _written_out(tokenizer: PreTrainedTokenizerBase, piece: str, behind: bool) -> list[int]:
-    """Encode ``piece`` without control tokens; ``behind`` says that it follows a control token."""
+def _written_out(tokenizer: PreTrainedTokenizerBase, piece: str, follows: bool) -> list[int]:
+    """Encode ``piece`` without control tokens; ``follows`` means that it follows a control token."""
     reader, ids_by_reader = _reader(tokenizer)
-    read = reader.encode(_BEFORE + piece if behind else piece, add_special_tokens=False).ids
-    return [ids_by_reader.get(number, number) for number in (read[1:] if behind else read)]
+    read = reader.encode(_BEFORE + piece if follows else piece, add_special_tokens=False).ids
+    return [ids_by_reader.get(number, number) for number in (read[1:] if follows else read)]
 
 
 @cached_per_tokenizer

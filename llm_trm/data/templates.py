@@ -27,21 +27,21 @@ class Frame:
     """The text around a question in a prompt.
 
     Attributes:
-        before, behind: Text before and after the question; the latter ends with the generation prompt.
+        before, after: Text before and after the question; the latter ends with the generation prompt.
     """
 
     before: str
-    behind: str
+    after: str
 
     @property
     def opens(self) -> bool:
         """Whether a prompt ends in an open ``<think>``, ignoring whitespace."""
-        return self.behind.rstrip().endswith(THINK)
+        return self.after.rstrip().endswith(THINK)
 
     @property
     def closes(self) -> bool:
         """Whether a prompt ends in ``</think>``, ignoring whitespace, so that the model cannot think."""
-        return self.behind.rstrip().endswith(END_THINK)
+        return self.after.rstrip().endswith(END_THINK)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ChatTemplate:
         """Text that closes an empty thought, if the template opens one even with thinking disabled."""
         if not self.silent.opens:
             return ""
-        return f"\n{END_THINK}\n\n" if self.silent.behind.endswith("\n") else END_THINK
+        return f"\n{END_THINK}\n\n" if self.silent.after.endswith("\n") else END_THINK
 
     @property
     def silences(self) -> bool:
@@ -134,16 +134,16 @@ def chat_prompt(
             f"{template.whose} changes the question {shortened(question)}: reword the question, or {_REMEDY}"
         )
     if not thinking:
-        return joined(frame.before, text(asked), frame.behind, template.closing)
+        return joined(frame.before, text(asked), frame.after, template.closing)
     if not recurs:
-        return joined(frame.before, text(asked), frame.behind)
-    return joined(_without_tags(frame.before), text(asked), _without_tags(frame.behind, frame.opens))
+        return joined(frame.before, text(asked), frame.after)
+    return joined(_without_tags(frame.before), text(asked), _without_tags(frame.after, frame.opens))
 
 
 def _question_in(rendered: str, frame: Frame, question: str) -> str | None:
     """The question as it appears in a prompt with this frame; None if it does not."""
     ways = (question, question.strip(), question.rstrip(), question.lstrip())
-    return next((asked for asked in ways if rendered == frame.before + asked + frame.behind), None)
+    return next((asked for asked in ways if rendered == frame.before + asked + frame.after), None)
 
 
 def _without_tags(part: str, opens: bool = False) -> Passage:
@@ -163,8 +163,8 @@ def _frame(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Frame:
     if times != 1:
         fault = f"contains the question {times} times" if times else "omits or changes the question"
         raise InputError(f"{_whose(tokenizer)} {fault}: {_REMEDY}")
-    before, _, behind = rendered.partition(_PROBE)
-    return Frame(before, behind)
+    before, _, after = rendered.partition(_PROBE)
+    return Frame(before, after)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, question: str, thinking: bool) -> str:

@@ -95,10 +95,10 @@ def turn(grid: Grid, dihedral: int) -> Grid:
 
 def encode(grid: Grid, canvas: NDArray[np.uint8], row: int = 0, column: int = 0) -> None:
     """Write a grid's tokens onto ``canvas``, uint8 [30, 30] of padding, with its corner at (row, column)."""
-    below, behind = row + grid.shape[0], column + grid.shape[1]
-    canvas[row:below, column:behind] = grid + FIRST_COLOUR
-    canvas[below : below + 1, column:behind] = END
-    canvas[row:below, behind : behind + 1] = END
+    below, right = row + grid.shape[0], column + grid.shape[1]
+    canvas[row:below, column:right] = grid + FIRST_COLOUR
+    canvas[below : below + 1, column:right] = END
+    canvas[row:below, right : right + 1] = END
 
 
 def crop(tokens: NDArray[np.integer]) -> list[Grid]:

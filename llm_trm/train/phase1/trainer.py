@@ -219,29 +219,29 @@ class CompressorPretrainer:
         self, stage: Stage, size: int, width: int, material: Material
     ) -> tuple[Reconstruction, str | None]:
         """The module that a stage trains, and the hash of the weights that it starts from."""
-        begun: str | None = None
+        initial_hash: str | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             if stage == "1b":
-                compressor, begun = self._starting_point(size, width)
+                compressor, initial_hash = self._starting_point(size, width)
             else:
                 compressor = self._new_compressor(width, size)
                 if self.config.init == "pca":
                     compressor.load_state_dict({"compress.weight": material.components.projection(size)})
             if not isinstance(compressor, LatentAttentionCompressor):
-                return Reconstruction(compressor), begun
+                return Reconstruction(compressor), initial_hash
             decoder = LatentDecoder(width, compressor.d_latent, compressor.n_heads)
         before = (self.config.start or self._folder("1a", size)) / DECODER_FILE
         if stage == "1b" and before.exists():
             decoder.load_state_dict(read_tensors(before, "delete it, because a new one can be trained"))
-        return Reconstruction(compressor, decoder), begun
+        return Reconstruction(compressor, decoder), initial_hash
 
     def _train_stage(
         self, stage: Stage, size: int, width: int, material: Material, settings: dict[str, Any]
     ) -> StageResult:
         folder, before = self._folder(stage, size), self._made_before(stage, size, settings)
-        module, begun = self._module(stage, size, width, material)
-        if before is not None and before.get("started_from") == begun:
+        module, initial_hash = self._module(stage, size, width, material)
+        if before is not None and before.get("started_from") == initial_hash:
             self.progress.say(f"{folder}: kept, because it was made with the same settings")
             return StageResult.from_record(before, folder)
         what = f"stage {stage}, {f'{size} latents' if self._latent else f'width {size}'}"
@@ -253,7 +253,7 @@ class CompressorPretrainer:
             self.progress,
             what,
             first_step=self._steps,
-            unfinished=Unfinished(folder, {**settings, "size": size, "started_from": begun}),
+            unfinished=Unfinished(folder, {**settings, "size": size, "started_from": initial_hash}),
             interruption=self.interruption,
         )
         self._steps += steps
@@ -277,7 +277,7 @@ class CompressorPretrainer:
             facts = {
                 "model": self.config.model,
                 **result.record(),
-                "started_from": begun,
+                "started_from": initial_hash,
                 "settings": settings,
             }
             save_compressor(module.compressor, folder, **facts)

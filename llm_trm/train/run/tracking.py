@@ -55,7 +55,7 @@ def new_accelerator(
 def track_with(
     accelerator: Accelerator, track: Track | None, folder: Path, *, resumed_at: int | None = None
 ) -> None:
-    """Give an accelerator the tracker of :func:`new_accelerator`, which has not begun."""
+    """Give an accelerator the tracker of :func:`new_accelerator`, which has not started."""
     from accelerate.tracking import filter_trackers
 
     accelerator.project_configuration.set_directories(str(folder))
