@@ -258,7 +258,7 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "latents (3 latents; 1 latent steps, 1 deep recursions, 1 supervision steps)" in result.output
     assert "update 2/2  held out: loss" in result.output and "writes <think>" in result.output
-    advice = f"Next: llm-trm eval lm --checkpoint {tmp_path / 'run'} --data FILE, of questions that it"
+    advice = f"Next: llm-trm eval lm --checkpoint {tmp_path / 'run'} --data FILE (questions that it"
     assert advice in result.output and str(data) not in result.output
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"curves.png", "lora.json", "latent.json", "metrics.jsonl", "checkpoint-2"} <= written
