@@ -88,15 +88,20 @@ def setting(
     critical: bool = True,
     action: bool = False,
     file: Literal["read", "write"] | None = None,
+    kw_only: bool = False,
 ) -> Any:
     """The field of a settings dataclass; see :class:`Setting`.
 
     Args:
         default: Default value; ``...`` if a value must be given.
         options: Names of the option; by default ``--`` and the name of the field.
+        kw_only: Whether the field is keyword-only, and last in the help; it always is in a class that is
+            declared so.
     """
     declared = Setting(help, within, options, was, unset, metavar, critical, action, file)
-    return field(default=MISSING if default is ... else default, metadata={_KEY: declared})
+    return field(
+        default=MISSING if default is ... else default, kw_only=kw_only or MISSING, metadata={_KEY: declared}
+    )
 
 
 def settings_of(kind: type[DataclassInstance]) -> tuple[Setting, ...]:

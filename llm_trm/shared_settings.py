@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_trm.ranges import SHARE_ABOVE_ZERO
 from llm_trm.settings import setting
 
 
@@ -20,6 +21,13 @@ def trust_remote_code() -> Any:
         False,
         "Run the Python files of the language model. They have all your permissions, so read them first.",
         critical=False,
+    )
+
+
+def top_p() -> Any:
+    """``--top-p``."""
+    return setting(
+        1.0, "Sample from the most likely tokens that together have this probability.", SHARE_ABOVE_ZERO
     )
 
 

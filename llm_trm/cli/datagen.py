@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from llm_trm.cli.bars import passing_bar
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.options.world import SAME_DIFFICULTY, refuse_world_options, set_difficulty
 from llm_trm.data.generation_config import DataGenConfig
+from llm_trm.errors import Interrupted
 
 if TYPE_CHECKING:
     from llm_trm.data.generation import GenerationProgress
@@ -49,8 +50,8 @@ def datagen(context: click.Context, /, given: dict[str, Any]) -> None:
         with _Display(shown=is_main) as display:
             pairs = ThinkingDataGenerator(config, on_progress=display.update).run()
     except KeyboardInterrupt:
-        click.echo("stopped: the same command continues after the last complete shard", err=True)
-        sys.exit(130)
+        advice = "stopped: the same command continues after the last complete shard"
+        raise Interrupted(signal.SIGINT, advice) from None
     if is_main:
         _print(pairs, config.num_samples)
 

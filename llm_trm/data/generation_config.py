@@ -8,9 +8,9 @@ from typing import Literal
 
 from llm_trm.choices import DeviceName
 from llm_trm.data.arithmetic import Split, World
-from llm_trm.ranges import BATCH, COUNT, LENGTH, NO_OR_LENGTH, NO_OR_SPREAD, SEED, SHARE_ABOVE_ZERO
+from llm_trm.ranges import BATCH, COUNT, LENGTH, NO_OR_LENGTH, NO_OR_SPREAD, SEED
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, trust_remote_code
+from llm_trm.shared_settings import device, top_p, trust_remote_code
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Sampling(Settings):
         "Sampling temperature of the thinking; 0 always takes the most likely token, as the answer does.",
         NO_OR_SPREAD,
     )
-    top_p: float = setting(
-        1.0, "Sample from the most likely tokens that together have this probability.", SHARE_ABOVE_ZERO
-    )
+    top_p: float = top_p()
     seed: int = setting(0, "Seed for sampling and for arithmetic problems.", SEED)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llm_trm.ranges import LENGTH, NO_OR_COUNT, NO_OR_SPREAD, SHARE_ABOVE_ZERO
+from llm_trm.ranges import LENGTH, NO_OR_COUNT, NO_OR_SPREAD
 from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import top_p
 
 #: ``no-think``: the plain language model answers at once. ``think``: it writes its thinking first.
 #: ``latent``: the trained model recurs at ``<think>`` instead.
@@ -26,7 +27,5 @@ class Decoding(Settings):
     temperature: float = setting(
         0.0, "Sampling temperature; 0 always takes the most likely token.", NO_OR_SPREAD
     )
-    top_p: float = setting(
-        1.0, "Sample from the most likely tokens that together have this probability.", SHARE_ABOVE_ZERO
-    )
+    top_p: float = top_p()
     top_k: int = setting(0, "Sample from this number of most likely tokens; 0 samples from all.", NO_OR_COUNT)

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from llm_trm.cli import main
 from llm_trm.data.arithmetic import World
-from llm_trm.errors import Interrupted
+from llm_trm.errors import InputError, Interrupted
 from llm_trm.files import read_tensors
 from llm_trm.train.phase1.config import Phase1Config
 from llm_trm.train.phase1.report import Progress
@@ -118,6 +118,30 @@ def test_phase1_continues_bit_for_bit(compressor: str, stage: str, steps: int, t
     for path in (tmp_path / "whole").glob("1?/*"):
         other = tmp_path / "parts" / path.relative_to(tmp_path / "whole")
         assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_phase1_starts_over_where_what_was_kept_is_broken(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(problem.record()) + "\n" for problem in World().problems(80)))
+    model = save_tiny_model(tmp_path / "model")
+    config = Phase1Config(
+        tmp_path / "run",
+        str(model),
+        stage="1a",
+        text=str(file),
+        num_tokens=1500,
+        batch_size=128,
+        epochs=3,
+        device="cpu",
+    )
+    with pytest.raises(Interrupted):
+        CompressorPretrainer(config, SignalInStage("1a", 11)).train()
+    kept = tmp_path / "run" / "1a" / "unfinished"
+    (kept / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"state.json .* start over with --overwrite"):
+        CompressorPretrainer(config).train()
+    CompressorPretrainer(replace(config, overwrite=True)).train()
+    assert not kept.exists() and (tmp_path / "run" / "1a" / "compressor.json").exists()
 
 
 def test_a_second_signal_acts_at_once(toy: Path, tmp_path: Path) -> None:

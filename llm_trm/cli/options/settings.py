@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -201,6 +200,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing or broken, or is not a table of settings.
     """
+    import tomllib  # 2 ms, which --help need not wait for
+
     toml = path.suffix == ".toml"
     try:
         text = read_text(path)

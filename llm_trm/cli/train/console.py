@@ -81,7 +81,8 @@ class ConsoleReport(Report):
 
     def step(self, step: int) -> None:
         self._step = step
-        self._bar.update(self._task, completed=step, numbers=self._numbers)
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=step, numbers=self._numbers)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         if self.PRINTS_METRICS:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_trm.data.arithmetic import World
-from llm_trm.ranges import BATCH, COUNT, LEARNING_RATE, SHARE, TRAINER_SEED
+from llm_trm.ranges import COUNT, LEARNING_RATE, SHARE, TRAINER_SEED
 from llm_trm.settings import setting
 from llm_trm.train.run import settings as run
 from llm_trm.train.run.settings import RunSettings
@@ -31,7 +31,7 @@ class LanguageModelConfig(RunSettings):
         0.6, "Fraction of the samples with a worked trace; the others teach to answer at once.", SHARE
     )
     steps: int = setting(1200, "Number of optimizer updates.", COUNT)
-    batch_size: int = setting(128, "Batch size per process.", BATCH)
+    batch_size: int = run.batch_size(128)
     learning_rate: float = setting(
         2e-3,
         "Peak learning rate: linear warm-up over 5% of the steps, then cosine decay to 0.",

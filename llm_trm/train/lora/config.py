@@ -10,13 +10,10 @@ from llm_trm.choices import Halting, Precision, PromptForm, ReasonerKind, Window
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     ADAPTER_RANK,
-    BATCH,
-    CLIP_NORM,
     COUNT,
     DEPTH,
     EPOCHS,
     HELD_OUT,
-    LAYERS,
     LEARNING_RATE,
     LENGTH,
     NO_OR_COUNT,
@@ -51,20 +48,10 @@ class ReasonerSettings(Settings):
         None, "Width D' of a sequence reasoner.", WIDTH, unset="256; a quarter of models up to 256 wide"
     )
     soft_tokens: int | None = setting(None, "Soft tokens K of a sequence reasoner.", DEPTH, unset="1")
-    n_layers: int | None = setting(None, "Number of blocks in the network.", LAYERS, "--layers", unset="2")
-    n_heads: int | None = setting(
-        None,
-        "Number of attention heads.",
-        WIDTH,
-        "--heads",
-        unset="8, or fewer so that each has at least 8 dimensions",
-    )
-    n_latent_steps: int | None = setting(
-        None, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps", unset="6"
-    )
-    n_deep_recursions: int | None = setting(
-        None, "Recursions per supervision step.", DEPTH, "-T", "--deep-recursions", unset="3"
-    )
+    n_layers: int | None = run.layers(None, unset="2")
+    n_heads: int | None = run.heads(None)
+    n_latent_steps: int | None = run.latent_steps(None, unset="6")
+    n_deep_recursions: int | None = run.deep_recursions(None, unset="3")
     supervision_steps: int | None = setting(None, "Maximum number of supervision steps.", DEPTH, unset="8")
     dropout: float | None = setting(
         None, "Dropout of the recursion's attention weights.", SHARE_BELOW_ONE, unset="0"
@@ -149,7 +136,7 @@ class LoraTrainingConfig(RunSettings):
     )
     epochs: float = setting(3.0, "Number of passes over the data.", EPOCHS)
     steps: int | None = setting(None, "Number of optimizer updates, instead of --epochs.", COUNT)
-    batch_size: int = setting(16, "Batch size per process.", BATCH)
+    batch_size: int = run.batch_size(16)
     accumulation: int = run.accumulation()
     learning_rate: float = setting(
         2e-4, "Peak learning rate: linear warm-up, then linear decay.", LEARNING_RATE
@@ -160,9 +147,9 @@ class LoraTrainingConfig(RunSettings):
         LEARNING_RATE,
         unset="a tenth of --learning-rate with --trm, otherwise the same",
     )
-    warmup_ratio: float = setting(0.1, "Fraction of the updates used for warm-up.", SHARE_BELOW_ONE)
+    warmup_ratio: float = run.warmup_ratio()
     weight_decay: float = setting(0.01, "Weight decay of AdamW, on matrices.", WEIGHT)
-    clip_norm: float = setting(1.0, "Maximum gradient norm.", CLIP_NORM)
+    clip_norm: float = run.clip_norm()
     precision: Precision = setting(
         "auto",
         "bf16 trains under autocast, with the frozen weights in bfloat16; auto selects it on CUDA, and fp32 "
@@ -176,9 +163,7 @@ class LoraTrainingConfig(RunSettings):
         NO_OR_COUNT,
         critical=False,
     )
-    keep: int = setting(
-        3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False
-    )
+    keep: int = run.keep()
     log_every: int = setting(10, "Updates between logged metrics.", COUNT, critical=False)
     seed: int = setting(0, "Seed of the weights, the held-out part and the data order.", TRAINER_SEED)
     trust_remote_code: bool = trust_remote_code()

@@ -118,6 +118,12 @@ class Phase1Config(RunSettings):
         True, "Whether to keep the hidden states for other runs.", None, "--keep-states/--drop-states"
     )
     trust_remote_code: bool = trust_remote_code()
+    overwrite: bool = setting(
+        False,
+        "Replace compressors that were made with other settings, and restart an interrupted stage.",
+        action=True,
+        kw_only=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

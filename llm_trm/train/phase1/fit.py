@@ -127,14 +127,14 @@ def fit(
         module.parameters(), settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
     wrapped, stepper = accelerator.prepare(module, optimizer)
-    if (found := unfinished.read(module, optimizer)) is not None:
-        standing, weights = found
+    weights = _copied(module)
+    if (standing := unfinished.read(module, weights, optimizer)) is not None:
         best, now = Quality(**standing.best), Quality(**standing.now)
         best_epoch, stale, steps = standing.best_epoch, standing.stale, standing.steps
         progress.say(f"{what}: continuing after step {steps}")
     else:
         best = now = quality(module, every_batch(material.validation, settings.sequences, device))
-        best_epoch, stale, weights, steps = 0, 0, _copied(module), 0
+        best_epoch, stale, steps = 0, 0, 0
     # accelerate averages gradients over the processes: each loss is over the mean share of a batch.
     scale = material.moments.power * files.width / accelerator.num_processes
     for epoch in range(steps // per_epoch, settings.epochs):
@@ -166,7 +166,8 @@ def fit(
             accelerator.log(values, first_step + steps)
             stale = 0 if now.mse < best.mse * (1 - _LEAST_GAIN) else stale + 1
             if now.mse < best.mse:
-                best, best_epoch, weights = now, epoch + 1, _copied(module)
+                best, best_epoch = now, epoch + 1
+                weights = _copied(module)
             if stale >= settings.patience:
                 progress.say(f"{what}: no improvement for {stale} epochs, stopped after epoch {epoch + 1}")
                 break
@@ -181,7 +182,9 @@ def fit(
     if accelerator.is_main_process:
         unfinished.remove()
     accelerator.free_memory()
-    module.load_state_dict(weights)
+    with torch.no_grad():
+        for parameter, weight in zip(module.parameters(), weights, strict=True):
+            parameter.copy_(weight)
     module.eval()
     return best_epoch, steps
 
@@ -209,5 +212,5 @@ def _agreed(found: Quality) -> Quality:
     return broadcast_object_list([found])[0]
 
 
-def _copied(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+def _copied(module: torch.nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]

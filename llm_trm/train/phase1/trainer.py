@@ -245,6 +245,10 @@ class CompressorPretrainer:
             self.progress.say(f"{folder}: kept, because it was made with the same settings")
             return StageResult.from_record(before, folder)
         what = f"stage {stage}, {f'{size} latents' if self._latent else f'width {size}'}"
+        unfinished = Unfinished(folder, {**settings, "size": size, "started_from": initial_hash})
+        if self.config.overwrite and self.accelerator.is_main_process:
+            unfinished.remove()
+        self.accelerator.wait_for_everyone()
         epochs, steps = fit(
             module,
             material,
@@ -253,7 +257,7 @@ class CompressorPretrainer:
             self.progress,
             what,
             first_step=self._steps,
-            unfinished=Unfinished(folder, {**settings, "size": size, "started_from": initial_hash}),
+            unfinished=unfinished,
             interruption=self.interruption,
         )
         self._steps += steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +11,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from llm_trm.errors import InputError
 from llm_trm.files import writable_folder
 from llm_trm.ranges import FINITE, PLACE, require_ranges
-from llm_trm.train.run.training_state import read_progress, read_state, write_state
+from llm_trm.train.run.training_state import (
+    read_progress,
+    restore_training,
+    training_tensors,
+    write_state,
+)
 
 
 @dataclass(frozen=True)
@@ -55,23 +59,16 @@ class Unfinished:
         self,
         progress: FitProgress,
         module: nn.Module,
-        best: Mapping[str, Tensor],
+        best: Iterable[Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Write progress, the current and the best weights, and the state of the optimizer."""
-        tensors = {f"weights.{name}": value for name, value in module.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in best.items()}
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        write_state(writable_folder(self.folder), progress, tensors)
+        write_state(writable_folder(self.folder), progress, training_tensors(module, optimizer, best=best))
 
     def read(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[FitProgress, dict[str, Tensor]] | None:
-        """Restore module and optimizer.
-
-        Returns:
-            The progress and the best weights; None if nothing was interrupted that has these settings.
+        self, module: nn.Module, best: Iterable[Tensor], optimizer: torch.optim.Optimizer
+    ) -> FitProgress | None:
+        """Restore the arguments; returns the progress, None if nothing with these settings was interrupted.
 
         Raises:
             InputError: Files that are broken, or of another compressor.
@@ -81,23 +78,9 @@ class Unfinished:
         progress = read_progress(self.folder, FitProgress)
         if progress.settings != self.settings:
             return None
-        tensors = read_state(self.folder)
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, number, name = key.split(".", 2)
-                state.setdefault(int(number), {})[name] = value
-        try:
-            module.load_state_dict(_under("weights.", tensors))
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.folder} belongs to a different compressor: delete the folder") from error
-        return progress, _under("best.", tensors)
+        restore_training(self.folder, module, optimizer, best=best)
+        return progress
 
     def remove(self) -> None:
-        """Remove the state, once the stage is finished."""
+        """Remove the state: the stage is finished, or starts over."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

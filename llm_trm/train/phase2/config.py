@@ -8,18 +8,14 @@ from pathlib import Path
 from llm_trm.choices import Halting, HaltLoss, Precision
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
-    BATCH,
-    CLIP_NORM,
     COSINE,
     COUNT,
     DEPTH,
     HELD_OUT,
-    LAYERS,
     LEARNING_RATE,
     SEED,
     SHARE_BELOW_ONE,
     WEIGHT,
-    WIDTH,
 )
 from llm_trm.settings import setting
 from llm_trm.train.run import settings as run
@@ -47,22 +43,10 @@ class Phase2Config(RunSettings):
         None, "Folder of other pairs to validate on.", unset="a part of --data", critical=False
     )
     val_fraction: float = setting(0.05, "Fraction of the pairs to hold out.", HELD_OUT)
-    n_layers: int = setting(2, "Number of blocks in the network.", LAYERS, "--layers")
-    n_heads: int | None = setting(
-        None,
-        "Number of attention heads.",
-        WIDTH,
-        "--heads",
-        unset="8, or fewer so that each has at least 8 dimensions",
-    )
-    n_latent_steps: int = setting(6, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps")
-    n_deep_recursions: int = setting(
-        3,
-        "Recursions per supervision step; only the last one has gradients.",
-        DEPTH,
-        "-T",
-        "--deep-recursions",
-    )
+    n_layers: int = run.layers(2)
+    n_heads: int | None = run.heads(None)
+    n_latent_steps: int = run.latent_steps(6)
+    n_deep_recursions: int = run.deep_recursions(3)
     dropout: float = setting(0.0, "Dropout of attention weights; the original uses 0.1.", SHARE_BELOW_ONE)
     supervision_steps: int = setting(8, "Supervision steps per batch, and maximum at inference.", DEPTH)
     steps_per_update: int = setting(
@@ -82,17 +66,17 @@ class Phase2Config(RunSettings):
     halt_in_training: Halting = setting(
         "none", "Let confident samples leave a batch early: each by itself, or all by the batch's mean."
     )
-    batch_size: int = setting(32, "Batch size per process.", BATCH)
+    batch_size: int = run.batch_size(32)
     epochs: int = setting(100, "Number of passes over the data.", COUNT)
     learning_rate: float = setting(
         1e-4, "Peak learning rate: linear warm-up, then cosine decay.", LEARNING_RATE
     )
-    warmup_ratio: float = setting(0.1, "Fraction of the updates used for warm-up.", SHARE_BELOW_ONE)
+    warmup_ratio: float = run.warmup_ratio()
     weight_decay: float = setting(0.1, "Weight decay of AdamW.", WEIGHT)
     beta2: float = setting(
         0.95, "Decay of AdamW's second moments; that of the first is 0.9.", SHARE_BELOW_ONE
     )
-    clip_norm: float = setting(1.0, "Maximum gradient norm.", CLIP_NORM)
+    clip_norm: float = run.clip_norm()
     ema_decay: float = setting(
         0.999, "Decay of the moving average of the weights, which is validated and saved.", SHARE_BELOW_ONE
     )
@@ -105,9 +89,7 @@ class Phase2Config(RunSettings):
         unset="never",
         critical=False,
     )
-    keep: int = setting(
-        3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False
-    )
+    keep: int = run.keep()
     save_every: int | None = setting(
         None,
         "Batches between checkpoints, in addition to one per epoch.",

@@ -27,7 +27,7 @@ from llm_trm.train.run.random_states import random_states, restore_random_states
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.run import Run
 from llm_trm.train.run.schedule import warmup_cosine
-from llm_trm.train.run.training_state import restore_training, training_tensors, write_state
+from llm_trm.train.run.training_state import restore_training, training_tensors, under, write_state
 from trm_kernels import ParameterAverage, TrainingStep, capturable_adamw
 from trm_kernels.metrics import MetricWindow
 
@@ -242,16 +242,16 @@ class TRMSequenceTrainer:
                 save_compressor(
                     self.inputs.compressor, folder / COMPRESSOR_FOLDER, **self.inputs.compressor_facts
                 )
-                tensors = training_tensors(self.model, self.average, self.optimizer)
+                tensors = training_tensors(self.model, self.optimizer, average=self.average.averages)
                 write_state(folder, progress, {**tensors, **randoms})
         self.accelerator.wait_for_everyone()
 
     def _restore(self, progress: Progress) -> None:
         self.config.require_same(progress.settings, self.settings)
-        tensors = restore_training(self.run.checkpoints.last, self.model, self.average, self.optimizer)
-        prefix = f"random.{self.rank}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        restore_random_states(own, self.device)
+        tensors = restore_training(
+            self.run.checkpoints.last, self.model, self.optimizer, average=self.average.averages
+        )
+        restore_random_states(under(f"random.{self.rank}.", tensors), self.device)
         self.loss.threshold.fill_(progress.threshold)
         self.epoch, self.batch, self.updates = progress.epoch, progress.batch, progress.updates
         self.run.step = self.epoch * len(self.order) + self.batch

@@ -9,7 +9,6 @@ from typing import Literal
 from llm_trm.data.arithmetic import World
 from llm_trm.ranges import (
     BATCH,
-    CLIP_NORM,
     COUNT,
     GROUP,
     LEARNING_RATE,
@@ -68,7 +67,7 @@ class Phase3Config(RunSettings):
     )
     temperature: float = setting(1.0, "Sampling temperature in training.", SPREAD)
     max_new_tokens: int = setting(32, "Maximum number of tokens per completion.", LENGTH)
-    clip_norm: float = setting(1.0, "Maximum gradient norm.", CLIP_NORM)
+    clip_norm: float = run.clip_norm()
     gradient_checkpointing: bool = run.gradient_checkpointing()
     eval_samples: int = setting(200, "Number of held-out problems.", COUNT)
     eval_every: int = setting(

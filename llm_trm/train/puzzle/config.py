@@ -10,10 +10,8 @@ from llm_trm.choices import CellLoss, Mixer, Positions, Precision, Task
 from llm_trm.errors import InputError
 from llm_trm.ranges import (
     BATCH,
-    CLIP_NORM,
     COUNT,
     DEPTH,
-    LAYERS,
     LEARNING_RATE,
     NO_OR_COUNT,
     NO_OR_LENGTH,
@@ -55,7 +53,7 @@ class PuzzleConfig(RunSettings):
         1e-4, "Learning rate of the puzzle embeddings (sign-SGD).", LEARNING_RATE
     )
     puzzle_weight_decay: float = setting(1.0, "Weight decay of the puzzle embeddings.", WEIGHT)
-    clip_norm: float | None = setting(None, "Maximum gradient norm.", CLIP_NORM, unset="no clipping")
+    clip_norm: float | None = run.clip_norm(None, unset="no clipping")
     ema_decay: float = setting(
         0.999, "Decay of the moving average of the weights, which is evaluated and saved.", SHARE_BELOW_ONE
     )
@@ -64,14 +62,14 @@ class PuzzleConfig(RunSettings):
         0.1, "Probability that a sample must continue for a random number of steps.", SHARE
     )
     d_model: int = setting(512, "Width of the network.", WIDTH)
-    n_layers: int = setting(2, "Number of blocks in the network.", LAYERS, "--layers")
-    n_heads: int = setting(8, "Number of attention heads.", WIDTH, "--heads")
+    n_layers: int = run.layers(2)
+    n_heads: int = run.heads(8)
     mixer: Mixer = setting("attention", "Attention, or an MLP over positions (mlp_t).")
     positions: Positions = setting("rope", "Position encoding.")
     puzzle_len: int = setting(16, "Positions in front of the puzzle for its embedding.", NO_OR_LENGTH)
     puzzle_dim: int = setting(512, "Size of a puzzle embedding; 0 for none.", NO_OR_LENGTH)
-    n_latent_steps: int = setting(6, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps")
-    n_deep_recursions: int = setting(3, "Recursions per supervision step.", DEPTH, "-T", "--deep-recursions")
+    n_latent_steps: int = run.latent_steps(6)
+    n_deep_recursions: int = run.deep_recursions(3)
     max_steps: int = setting(16, "Maximum number of supervision steps per sample.", DEPTH)
     augment: bool = setting(True, "Apply a random symmetry of the task to every sample.")
     precision: Precision = setting(
@@ -100,9 +98,7 @@ class PuzzleConfig(RunSettings):
         unset="none",
         critical=False,
     )
-    keep: int = setting(
-        3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False
-    )
+    keep: int = run.keep()
     log_every: int = setting(20, "Steps between logged metrics.", COUNT, critical=False)
 
     def __post_init__(self) -> None:

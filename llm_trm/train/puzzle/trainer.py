@@ -27,7 +27,7 @@ from llm_trm.train.run.random_states import random_states, restore_random_states
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.run import Run
 from llm_trm.train.run.schedule import warmup_cosine
-from llm_trm.train.run.training_state import restore_training, training_tensors, write_state
+from llm_trm.train.run.training_state import restore_training, training_tensors, under, write_state
 from trm_kernels import (
     JointOptimizer,
     ParameterAverage,
@@ -182,7 +182,7 @@ class PuzzleTrainer:
                 folder,
                 progress,
                 {
-                    **training_tensors(self.model, self.average, self.optimizer),
+                    **training_tensors(self.model, self.optimizer, average=self.average.averages),
                     **{f"carry.{name}": value for name, value in self.step.carry.state_dict().items()},
                     **{f"random.{name}": value for name, value in random_states(self.device).items()},
                 },
@@ -196,13 +196,7 @@ class PuzzleTrainer:
             )
         self.config.require_same(progress.settings, self.settings)
         folder = self.run.checkpoints.last
-        tensors = restore_training(folder, self.model, self.average, self.optimizer)
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-            }
-
+        tensors = restore_training(folder, self.model, self.optimizer, average=self.average.averages)
         self.run.step, self.seconds = progress.step, progress.seconds
         carry = self.step.prepare(*self.feed.batch(self.run.step))
         try:
@@ -212,8 +206,8 @@ class PuzzleTrainer:
                 for name, buffer in self.model.named_buffers():
                     if name in saved:
                         buffer.copy_(saved[name])
-            carry.load_state_dict(under("carry."))
-            restore_random_states(under("random."), self.device)
+            carry.load_state_dict(under("carry.", tensors))
+            restore_random_states(under("random.", tensors), self.device)
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"{folder} contains a different model from this run's: start over with --overwrite"

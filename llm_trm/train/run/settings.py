@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from llm_trm.choices import DeviceName, Precision, Track
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
-from llm_trm.ranges import BATCH
+from llm_trm.ranges import BATCH, CLIP_NORM, COUNT, DEPTH, LAYERS, SHARE_BELOW_ONE, WIDTH
 from llm_trm.settings import Settings, flat, setting, settings_of
 from llm_trm.shared_settings import device
 
@@ -19,6 +19,48 @@ def output(default: str | None, help: str = "Folder for the model, its checkpoin
     """``--output``; None for a folder that must be given."""
     path = ... if default is None else Path(default)
     return setting(path, help, None, "-o", "--output", critical=False)
+
+
+def layers(default: int | None, *, unset: str = "") -> Any:
+    """``--layers``."""
+    return setting(default, "Number of blocks in the network.", LAYERS, "--layers", unset=unset)
+
+
+def heads(default: int | None) -> Any:
+    """``--heads``."""
+    unset = "" if default else "8, or fewer so that each has at least 8 dimensions"
+    return setting(default, "Number of attention heads.", WIDTH, "--heads", unset=unset)
+
+
+def latent_steps(default: int | None, *, unset: str = "") -> Any:
+    """``--latent-steps``."""
+    return setting(default, "Latent steps per recursion.", DEPTH, "-n", "--latent-steps", unset=unset)
+
+
+def deep_recursions(default: int | None, *, unset: str = "") -> Any:
+    """``--deep-recursions``."""
+    help = "Recursions per supervision step; only the last one has gradients."
+    return setting(default, help, DEPTH, "-T", "--deep-recursions", unset=unset)
+
+
+def batch_size(default: int) -> Any:
+    """``--batch-size``."""
+    return setting(default, "Batch size per process.", BATCH)
+
+
+def clip_norm(default: float | None = 1.0, *, unset: str = "") -> Any:
+    """``--clip-norm``."""
+    return setting(default, "Maximum gradient norm.", CLIP_NORM, unset=unset)
+
+
+def warmup_ratio() -> Any:
+    """``--warmup-ratio``."""
+    return setting(0.1, "Fraction of the updates used for warm-up.", SHARE_BELOW_ONE)
+
+
+def keep() -> Any:
+    """``--keep``."""
+    return setting(3, "Number of best checkpoints to keep in addition to the last.", COUNT, critical=False)
 
 
 def accumulation(*was: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from llm_trm.errors import InputError
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors
-from trm_kernels import ParameterAverage
 
 P = TypeVar("P")
 
@@ -39,43 +38,48 @@ def read_progress(folder: Path, kind: type[P]) -> P:
         raise InputError(f"{path} does not record the progress of the run: {_REMEDY}") from error
 
 
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors that :func:`write_state` wrote; InputError if the file is missing or broken."""
-    return read_tensors(folder / _TENSORS, _REMEDY)
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def training_tensors(model: nn.Module, average: ParameterAverage, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights, their averages, and the optimizer's moments by name, not copied."""
+def training_tensors(model: nn.Module, optimizer: Optimizer, **copies: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Weights, copies of them such as averages, and the optimizer's moments by name, all as they are.
+
+    Args:
+        copies: By kind, one tensor per parameter in the order of ``model.parameters()``.
+    """
     tensors = {}
-    for (name, parameter), mean in zip(model.named_parameters(), average.averages, strict=True):
+    for name, parameter in model.named_parameters():
         tensors[f"weights.{name}"] = parameter.detach()
-        tensors[f"average.{name}"] = mean
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{moment}.{name}"] = value
+    for kind, values in copies.items():
+        for (name, _), value in zip(model.named_parameters(), values, strict=True):
+            tensors[f"{kind}.{name}"] = value
     return tensors
 
 
+@torch.no_grad()
 def restore_training(
-    folder: Path, model: nn.Module, average: ParameterAverage, optimizer: Optimizer
+    folder: Path, model: nn.Module, optimizer: Optimizer, **copies: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    """Restore what :func:`training_tensors` returned; returns all tensors of the checkpoint.
+    """Copy what :func:`training_tensors` returned into its arguments; returns all tensors of the checkpoint.
 
     Raises:
         InputError: A missing or broken file, or one of another model.
     """
-    tensors = read_state(folder)
+    tensors = read_tensors(folder / _TENSORS, _REMEDY)
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     positions = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     try:
-        with torch.no_grad():
-            for (name, parameter), mean in zip(parameters.items(), average.averages, strict=True):
-                parameter.copy_(tensors[f"weights.{name}"])
-                mean.copy_(tensors[f"average.{name}"])
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, moment, name = key.split(".", 2)
-                state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
+        for kind, values in {"weights": parameters.values(), **copies}.items():
+            for name, value in zip(parameters, values, strict=True):
+                value.copy_(tensors[f"{kind}.{name}"])
+        for key, tensor in under("optimizer.", tensors).items():
+            moment, name = key.split(".", 1)
+            state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
     except (KeyError, RuntimeError) as error:
         raise InputError(
             f"{folder / _TENSORS} contains a different model from this run's: {_REMEDY}"
