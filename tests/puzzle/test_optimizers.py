@@ -646,14 +646,14 @@ def test_a_checkpoint_of_phase_2_holds_the_moments_of_the_joint_optimizer(tmp_pa
     optimizer = joint(model)
     train(step_of(model, optimizer, capture=False), 3)
     average = ParameterAverage(model.parameters())
-    tensors = training_tensors(model, average, optimizer)
+    tensors = training_tensors(model, optimizer, average=average.averages)
     # The table is a buffer: a trainer adds it.
     assert not any(tensor is model.puzzle.weights for tensor in tensors.values())
     write_tensors(tmp_path / "state.safetensors", tensors)
     torch.manual_seed(9)
     other = Puzzler()
     resumed = joint(other)
-    restore_training(tmp_path, other, ParameterAverage(other.parameters()), resumed)
+    restore_training(tmp_path, other, resumed, average=ParameterAverage(other.parameters()).averages)
     for (name, ours), theirs in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
         for moment, value in optimizer.state[theirs].items():
