@@ -6,9 +6,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # trm_kernels imports torch, which `llm-trm --help` does not need.
+    # From the package's metadata: trm_kernels imports torch, which takes a second.
     if name == "__version__":
-        from trm_kernels import __version__
+        from importlib.metadata import version
 
-        return __version__
+        return version("llm-trm")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

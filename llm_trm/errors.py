@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training was stopped by a signal, after it wrote a checkpoint; the message says how to continue.
+    """A signal stopped the work; the message says how to continue, if that is possible.
 
     Attributes:
         signal: Number of the signal.
@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
-def one_line(error: Exception, longest: int | None = 200) -> str:
+def one_line(error: Exception | str, longest: int | None = 200) -> str:
     """The message of ``error`` on one line, cut to ``longest`` characters unless that is None."""
     return " ".join(str(error).split())[:longest]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,25 +19,54 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: Ending of the temporary folders of this package, by which those of a killed process are recognised.
+_UNFINISHED = ".llm-trm-tmp"
+
+
+@contextmanager
+def unfinished(folder: Path, name: str) -> Iterator[Path]:
+    """A temporary folder in ``folder`` for what will be called ``name``; removed at the end of the block.
+
+    Libraries write temporary files of their own next to a file, and those end up in it as well.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_UNFINISHED, dir=folder))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what :func:`unfinished` left in ``folder`` when its process was killed.
+
+    Call it only where no other process writes; see :func:`llm_trm.claims.claimed`.
+    """
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` when the block ends without an error.
 
-    The content reaches the disk before the rename, so a crash leaves either the old file or the new one.
+    The content reaches the disk before the rename, so a crash leaves either the old file or the new one. A
+    symbolic link stays, and the file that it names is replaced. What is no regular file, such as
+    ``/dev/stdout`` or a pipe, is written directly.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    with unfinished(path.parent, path.name) as folder:
+        temporary = folder / path.name
         yield temporary
         publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:
     """Flush a temporary file or folder to disk, then rename it to ``path``."""
-    # tempfile creates files that only the owner can read. Widen the mode to what the umask allows.
+    # tempfile creates folders that only the owner can read. Widen the mode to what the umask allows.
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod((0o777 if temporary.is_dir() else 0o666) & ~mask)
@@ -127,6 +158,48 @@ def require_size(path: Path, parameters: int, tensors: Mapping[str, Tensor], rem
         raise InputError(
             f"{path} describes a model of {parameters:,} parameters, but its weights have {found:,}: {remedy}"
         )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the content of a file, in hexadecimal; about 2 GB/s on a processor with SHA extensions."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_digest(path: Path, digest: str | None, remedy: str) -> None:
+    """Raise InputError, ending in ``remedy``, unless a file has the content that an index recorded.
+
+    Args:
+        digest: From :func:`file_digest`; None if the index, from an older version, has none.
+    """
+    if digest is not None and file_digest(path) != digest:
+        raise InputError(f"{path} has changed since it was written (its checksum differs): {remedy}")
+
+
+def require_new(path: Path, *, overwrite: bool, option: str = "--output") -> None:
+    """Raise InputError if an output file exists, unless ``overwrite``.
+
+    Args:
+        option: The option that named ``path``. Special files such as ``/dev/null`` always pass.
+    """
+    if path.is_file() and not overwrite:
+        raise InputError(f"{path} already exists: replace it with --overwrite, or choose another {option}")
+
+
+def require_writable(folder: Path) -> Path:
+    """Return ``folder``, which need not exist; nothing is created.
+
+    Raises:
+        InputError: Files cannot be written in it, or it cannot be created.
+    """
+    existing = next(
+        path for path in (folder, *folder.resolve().parents) if path.exists() or path.is_symlink()
+    )
+    if not existing.is_dir():
+        raise InputError(f"{folder} cannot be written ({existing} is not a folder): choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written ({existing} is read-only): choose another folder")
+    return folder
 
 
 def writable_folder(path: Path) -> Path:

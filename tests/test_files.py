@@ -8,9 +8,13 @@ import torch
 
 from llm_trm.errors import InputError
 from llm_trm.files import (
+    file_digest,
     read_json,
     read_tensors,
     replacing,
+    require_digest,
+    require_new,
+    require_writable,
     writable_folder,
     write_json,
     write_tensors,
@@ -56,3 +60,47 @@ def test_errors_name_file_and_remedy(tmp_path) -> None:
             read(tmp_path / "broken", "do this")
     with pytest.raises(InputError, match="choose another folder"):
         writable_folder(tmp_path / "broken" / "inside")
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path) -> None:
+    (tmp_path / "far").mkdir()
+    write_text(tmp_path / "far" / "a.txt", "old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "far" / "a.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "far" / "a.txt").read_text() == "new"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="no special files")
+def test_a_special_file_is_written_and_not_replaced(tmp_path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    require_new(tmp_path / "null", overwrite=False)
+    write_text(tmp_path / "null", "gone")
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
+def test_an_existing_file_is_only_replaced_on_request(tmp_path) -> None:
+    require_new(tmp_path / "a", overwrite=False)
+    (tmp_path / "a").touch()
+    with pytest.raises(InputError, match=r"a already exists: replace it with --overwrite, .* another --gif"):
+        require_new(tmp_path / "a", overwrite=False, option="--gif")
+    require_new(tmp_path / "a", overwrite=True)
+
+
+def test_a_folder_that_can_be_written_is_not_created(tmp_path) -> None:
+    require_writable(tmp_path / "a" / "b")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is not a folder"):
+        require_writable(tmp_path / "file" / "b")
+
+
+def test_one_flipped_bit_changes_the_digest(tmp_path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1000))
+    digest = file_digest(path)
+    require_digest(path, digest, "do this")
+    require_digest(path, None, "do this")
+    path.write_bytes(bytes(999) + b"\x01")
+    with pytest.raises(InputError, match=r"a has changed .* do this"):
+        require_digest(path, digest, "do this")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from llm_trm.errors import InputError, Interrupted, one_line
+from llm_trm.cli.expected_errors import expected, shortened_middle
+from llm_trm.errors import Interrupted
+
+#: Set to anything but 0, it shows the traceback of an error in addition to the line.
+_DEBUG = "TRM_DEBUG"
 
 
 class UserError(click.ClickException):
@@ -20,26 +29,76 @@ class UserError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"llm-trm: error: {self.format_message()}", err=True, file=file)
+        with suppress(OSError):  # stderr may be full or closed as well
+            click.echo(f"llm-trm: error: {self.format_message()}", err=True, file=file)
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except NoArgsIsHelpError:
-        raise
+    except (click.exceptions.Exit, click.Abort, NoArgsIsHelpError, UserError, BrokenPipeError):
+        raise  # click ends quietly if the reader of a pipe is gone
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        raise UserError(" ".join(error.format_message().split()) + hint) from error
-    except InputError as error:
-        raise UserError(one_line(error, None)) from error
-    except Interrupted as interrupted:
-        click.echo(f"llm-trm: {interrupted}", err=True)
-        raise click.exceptions.Exit(128 + interrupted.signal) from interrupted
+        line = shortened_middle(" ".join(error.format_message().split()))
+        raise UserError(line + hint) from error
     except KeyboardInterrupt as interrupted:
-        click.echo("llm-trm: interrupted", err=True)
-        raise click.exceptions.Exit(128 + signal.SIGINT) from interrupted
+        number = interrupted.signal if isinstance(interrupted, Interrupted) else signal.SIGINT
+        click.echo(f"llm-trm: {interrupted or 'interrupted'}", err=True)
+        raise click.exceptions.Exit(128 + number) from interrupted
+    except Exception as error:
+        if (known := expected(error)) is None:
+            raise
+        if os.environ.get(_DEBUG, "0") not in ("", "0"):
+            traceback.print_exc()
+        raise UserError(known) from error
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number, "terminated")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: half-written files are removed, and one line says so."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:  # a launcher's choice stays
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _prepare_streams() -> None:
+    """Standard streams that are closed take everything; open ones replace what their encoding lacks.
+
+    cp1252, the default of a Windows pipe, has no box-drawing characters, for example.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _flush_stdout() -> None:
+    """Write what is buffered, while an error can still be reported."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would try again at its exit.
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 class Group(click.Group):
@@ -58,10 +117,18 @@ class Group(click.Group):
         module, _, attribute = self.commands_at[cmd_name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`click.Command.main`; this is where the ``llm-trm`` process starts."""
+        _prepare_streams()
+        with _terminable():
+            return super().main(*args, **kwargs)
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _one_line_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _one_line_errors():
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            _flush_stdout()
+            return result

@@ -1,0 +1,157 @@
+"""Every expected error is one line; the streams and signals of the process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from click.testing import CliRunner
+from safetensors import SafetensorError
+from torch import OutOfMemoryError
+
+from llm_trm.cli.group import Group
+from llm_trm.errors import InputError
+
+
+def fails_with(error: BaseException) -> click.Group:
+    """A command that raises ``error``."""
+
+    @click.group(cls=Group)
+    def main() -> None:
+        pass
+
+    @main.command()
+    def fail() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (InputError("a: b\nc"), "a: b c"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a"),
+            "out/a: No space left on device: free some",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "a file or standard output: No space left"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            "a: Permission denied: change its permissions",
+        ),
+        (OSError("the hub says no"), "the hub says no"),
+        (SafetensorError("header too large"), "weights cannot be read or written (header too large)"),
+        (RecursionError("maximum recursion depth exceeded"), "nests too deeply"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "surrogates not allowed"),
+        (MemoryError(), "memory ran out"),
+        (OutOfMemoryError("CUDA out of memory. Tried"), "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/3"), "could not be written completely"),
+        (EOFError(), "the input ends too early"),
+    ],
+)
+def test_an_expected_error_is_one_line(error: BaseException, words: str) -> None:
+    done = CliRunner().invoke(fails_with(error), ["fail"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("llm-trm: error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), KeyError("ours")])
+def test_a_fault_of_ours_keeps_its_traceback(error: Exception) -> None:
+    done = CliRunner().invoke(fails_with(error), ["fail"])
+    assert done.exception is error
+
+
+def test_a_message_of_megabytes_keeps_its_start_and_its_remedy() -> None:
+    done = CliRunner().invoke(fails_with(InputError(f"file {'x' * 3_900_000}: correct it")), ["fail"])
+    assert len(done.stderr) < 2000
+    assert done.stderr.startswith("llm-trm: error: file xxx")
+    assert done.stderr.endswith("xxx: correct it\n")
+    done = CliRunner().invoke(fails_with(KeyError()), ["y" * 1_000_000])
+    assert len(done.stderr) < 2000
+
+
+def test_debugging_shows_the_traceback_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRM_DEBUG", "1")
+    done = CliRunner().invoke(fails_with(OSError(errno.EIO, "Input/output error", "a")), ["fail"])
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+    assert "raise error" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("llm-trm: error: a: Input/output error")
+
+
+def _run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    given = {"stderr": subprocess.PIPE, "text": True, "check": False, **options}
+    return subprocess.run([sys.executable, "-m", "llm_trm", *command], **given)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("command", [("data", "arithmetic", "--num-samples", "3"), ("env",)])
+def test_a_full_standard_output_is_one_line(command: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = _run(*command, stdout=full)
+    assert done.returncode == 2
+    assert "standard output: No space left on device: free some space" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX shell")
+def test_a_closed_standard_output_is_no_traceback() -> None:
+    command = f"{sys.executable} -m llm_trm data arithmetic --num-samples 3 >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX shell")
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = f"{sys.executable} -m llm_trm data arithmetic --num-samples 30000 | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_narrow_encoding_replaces_characters(encoding: str) -> None:
+    # The errors of a table, a grid and a message would end in the middle of a run.
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = _run("solve", "12\u2550", stdout=subprocess.PIPE, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("llm-trm: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_sigterm_removes_what_is_half_written(tmp_path) -> None:
+    output = tmp_path / "a.jsonl"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "llm_trm",
+            "data",
+            "arithmetic",
+            "--num-samples",
+            "3000000",
+            "-o",
+            str(output),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert any(tmp_path.iterdir())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, "llm-trm: terminated\n")
+    assert not any(tmp_path.iterdir())
