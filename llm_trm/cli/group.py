@@ -45,7 +45,7 @@ def _one_line_errors() -> Iterator[None]:
         raise UserError(line + hint) from error
     except KeyboardInterrupt as interrupted:
         number = interrupted.signal if isinstance(interrupted, Interrupted) else signal.SIGINT
-        click.echo(f"llm-trm: {interrupted or 'interrupted'}", err=True)
+        click.echo(f"llm-trm: {str(interrupted) or 'interrupted'}", err=True)
         raise click.exceptions.Exit(128 + number) from interrupted
     except Exception as error:
         if (known := expected(error)) is None:
@@ -55,24 +55,26 @@ def _one_line_errors() -> Iterator[None]:
         raise UserError(known) from error
 
 
-def _terminated(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number, "terminated")
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the command as Ctrl-C does: half-written files are removed, and one line says so."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in no other
+    before = signal.getsignal(signal.SIGTERM)
+    # Python sets handlers in no other thread; and a choice that a launcher made stays.
+    if threading.current_thread() is not threading.main_thread() or before is not signal.SIG_DFL:
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_DFL:  # a launcher's choice stays
-        signal.signal(signal.SIGTERM, _terminated)
+    process = os.getpid()
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        if os.getpid() != process:  # a forked worker, which its pool ends this way
+            os._exit(128 + number)
+        raise Interrupted(number, "terminated")
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
-        if before is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare_streams() -> None:

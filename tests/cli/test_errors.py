@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import OutOfMemoryError
 
 from llm_trm.cli.group import Group
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, Interrupted
 
 
 def fails_with(error: BaseException) -> click.Group:
@@ -63,6 +64,18 @@ def test_an_expected_error_is_one_line(error: BaseException, words: str) -> None
     assert done.stderr.startswith("llm-trm: error: ")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "code"),
+    [
+        (KeyboardInterrupt(), "interrupted", 130),
+        (Interrupted(signal.SIGTERM, "stopped; to go on: again"), "stopped; to go on: again", 143),
+    ],
+)
+def test_an_interruption_is_one_line(error: BaseException, words: str, code: int) -> None:
+    done = CliRunner().invoke(fails_with(error), ["fail"])
+    assert (done.exit_code, done.stderr) == (code, f"llm-trm: {words}\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), KeyError("ours")])
@@ -127,6 +140,41 @@ def test_a_narrow_encoding_replaces_characters(encoding: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("llm-trm: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_while_modules_are_imported_is_one_line() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from llm_trm.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "llm-trm: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_sigterm_ends_forked_workers_quietly() -> None:
+    @click.group(cls=Group)
+    def main() -> None:
+        pass
+
+    @main.command()
+    def fork() -> None:
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        time.sleep(0.2)
+        worker.terminate()
+        worker.join()
+        click.echo(worker.exitcode)
+
+    done = CliRunner().invoke(main, ["fork"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "143\n", "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
