@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from signal import SIGINT
+
 
 class InputError(ValueError):
     """Invalid input. The message is one line that names the file or option at fault and the remedy.
@@ -20,6 +22,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
+
+    @classmethod
+    def during(cls, error: KeyboardInterrupt, message: str) -> Interrupted:
+        """``error`` with a message that says what is kept; any but our own error is Ctrl-C."""
+        return cls(error.signal if isinstance(error, Interrupted) else SIGINT, message)
 
 
 def one_line(error: Exception | str, longest: int | None = 200) -> str:

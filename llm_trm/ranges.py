@@ -149,7 +149,7 @@ def require_ranges(settings: Any, error: type[Exception] = ValueError, where: st
     """Raise ``error`` unless the fields of a dataclass have values that their annotations allow.
 
     Checked are ``Annotated[int, COUNT]`` and the like, ``bool`` and ``Literal[...]``, each also with
-    ``| None``, and dicts of such values; other annotations allow anything.
+    ``| None``, and lists and dicts of such values; other annotations allow anything.
 
     Args:
         settings: An instance of a dataclass.
@@ -182,6 +182,11 @@ def _fault(allowed: Any, value: object) -> str | None:
         return f"must be one of {', '.join(map(repr, get_args(allowed)))}, not {shown(value)}"
     if allowed is bool and not isinstance(value, bool):
         return f"must be true or false, not {shown(value)}"
+    if origin is list:
+        if not isinstance(value, list):
+            return f"must be a list, not {shown(value)}"
+        inner = get_args(allowed)[0]
+        return next((f"[{place}] {f}" for place, one in enumerate(value) if (f := _fault(inner, one))), None)
     if origin is dict:
         if not isinstance(value, dict):
             return f"must be a mapping, not {shown(value)}"

@@ -7,6 +7,10 @@ from typing import Any
 from llm_trm.ranges import SHARE_ABOVE_ZERO
 from llm_trm.settings import setting
 
+#: Help of ``--overwrite``.
+REPLACE_FILE = "Replace an output file that exists."
+REPLACE_PUZZLES = "Replace the puzzles in --output, whatever their task. Other files there stay."
+
 
 def device() -> Any:
     """``--device``."""
@@ -29,6 +33,16 @@ def top_p() -> Any:
     return setting(
         1.0, "Sample from the most likely tokens that together have this probability.", SHARE_ABOVE_ZERO
     )
+
+
+def overwrite(help: str = REPLACE_FILE) -> Any:
+    """``--overwrite``."""
+    return setting(False, help, action=True)
+
+
+def overwrite_puzzles() -> Any:
+    """``--overwrite`` of a command that writes a folder of puzzles."""
+    return overwrite(REPLACE_PUZZLES)
 
 
 def output_file(help: str, *options: str, was: tuple[str, ...] = ()) -> Any:

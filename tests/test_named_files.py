@@ -19,8 +19,8 @@ from llm_trm.files import named_in, write_json
 from llm_trm.models.loading import load_thinking_model, require_own_files
 from llm_trm.models.run_folder import best_checkpoint
 from llm_trm.train.lora.callbacks import KeepBest
-from llm_trm.train.run.checkpoints import Checkpoints
-from llm_trm.train.run.trainer_checkpoints import last_checkpoint
+from llm_trm.train.run.checkpoints import Checkpoints, newest_whole
+from llm_trm.train.run.trainer_checkpoints import complete_checkpoints, require_resumable
 
 OUTSIDE = ("../x", "a/../../x", "/etc/passwd", "..", "", ".", "..\\x", "C:\\x", "C:x", "a\0", None, 3, ["a"])
 
@@ -78,7 +78,7 @@ def test_checkpoints(entry: str, name: str, tmp_path: Path) -> None:
     index = json.loads(path.read_text())
     index[entry] = [{"name": name, "validation_loss": 1.0}] if entry == "kept" else name
     write_json(path, index)
-    for use in (lambda: run.last, lambda: run.best, run.sweep):
+    for use in (lambda: run.last, lambda: run.best, lambda: run.go_on_from(tmp_path / "checkpoints" / "c0")):
         with pytest.raises(InputError, match=r"index\.json"):
             use()
     assert (tmp_path / "checkpoints" / "c0" / "content").exists()
@@ -115,7 +115,7 @@ def test_weights_of_a_model(tmp_path: Path) -> None:
     (index.parent / "trainer_state.json").touch()
     index.parent.rename(tmp_path / "checkpoint-1")
     with pytest.raises(InputError, match="names"):
-        last_checkpoint(tmp_path)
+        newest_whole(complete_checkpoints(tmp_path), require_resumable)
 
 
 @pytest.mark.parametrize(

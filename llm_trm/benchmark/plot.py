@@ -10,6 +10,7 @@ from typing import Any
 from llm_trm.benchmark.results import CaseResult
 from llm_trm.benchmark.suites import Axis, scaling_axes
 from llm_trm.benchmark.table import number
+from llm_trm.files import replacing
 
 _COLOURS = {
     "original": "#b0b0b0",
@@ -81,7 +82,9 @@ def figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
     try:
         yield axes
         # Omit the version from the file, so that equal results give equal bytes.
-        drawing.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+        metadata = {"Software": None} if path.suffix == ".png" else None
+        with replacing(path) as temporary:
+            drawing.savefig(temporary, dpi=150, metadata=metadata)
     finally:
         plt.close(drawing)
 

@@ -10,8 +10,11 @@ from typing import Any
 
 from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
+from llm_trm.errors import InputError
 from llm_trm.text import read_lines
 
+#: Bytes of a line that are read to recognise a results file.
+_LONGEST_LINE = 1 << 10
 #: Candidates that others are compared with.
 BASELINES = ("original", "eager", "compile", "eager+graph", "compile+graph", "official+compile")
 
@@ -115,13 +118,36 @@ def add_speedups(rows: Iterable[Row]) -> None:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Append one line to a results file, starting a new line even after an interrupted write."""
-    with path.open("a+b") as file:
-        if file.tell():
+    """Append one line to a results file, starting a new line even after an interrupted write.
+
+    Raises:
+        OSError: The disk is full, for example; the file is as before.
+    """
+    with path.open("a+b", buffering=0) as file:
+        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+        before = file.tell()
+        if before:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+                content = b"\n" + content
+        try:
+            # Without a buffer, a full disk may take a part.
+            while content:
+                content = content[file.write(content) :]
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def require_results(path: Path, option: str) -> None:
+    """Raise InputError if there is a file that is not one of results, to which nothing should be appended."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        first = file.readline(_LONGEST_LINE)
+    # The first line may be incomplete, from an interrupted write.
+    if first and not first.startswith(b"{"):
+        raise InputError(f"{path} is not a file of results: choose another {option}")
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from llm_trm.benchmark.suites import CPU_TRAIN_WIDTH, SUITES, group_of, left_out
 from llm_trm.benchmark.workloads import Case, Mode
 from llm_trm.choices import DeviceName
 from llm_trm.cli.bars import passing_bar
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.options.shape import Dtype, Shape, full_name, reject_shape
 from llm_trm.cli.tables import table_console
@@ -22,7 +23,7 @@ from llm_trm.device import resolve_device
 from llm_trm.extras import require_plot
 from llm_trm.ranges import SECONDS, SEED
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, output_file
+from llm_trm.shared_settings import device, output_file, overwrite
 
 if TYPE_CHECKING:
     import torch
@@ -127,11 +128,13 @@ class BenchSettings(Settings):
         False, "Shrink every case to at most D = 64, L = 32, batch 2, 4 heads, to try a command in seconds."
     )
     json_file: Path | None = output_file(
-        "Append one line of JSON per case: machine, versions, commit, shape, all results.", "--json"
+        "Append one line of JSON per case to this file: machine, versions, commit, shape, all results.",
+        "--json",
     )
     plot: Path | None = output_file(
         'Draw the results as .png, .svg or .pdf. Needs matplotlib: pip install "llm-trm[plot]".', "--plot"
     )
+    overwrite: bool = overwrite("Replace the file of --plot if it exists.")
     budget: float | None = setting(
         None,
         "Seconds for the whole run, including compilation; cases that do not fit are skipped and reported.",
@@ -179,6 +182,11 @@ def bench(context: click.Context, /, suite_name: str | None, given: dict[str, An
         reject_shape(context)
     if asked.plot is not None:
         require_plot(asked.plot)
+    require_new_files({"--plot": asked.plot}, overwrite=asked.overwrite, inputs=[asked.json_file])
+    if asked.json_file is not None:
+        from llm_trm.benchmark.results import require_results
+
+        require_results(asked.json_file, "--json")
     where = resolve_device(asked.device)
     dtype = full_name(asked.dtype or ("bf16" if where.type == "cuda" else "fp32"))
     cases = _cases(suite_name, asked.shape, asked.mode, where.type, dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import shlex
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +47,23 @@ def datagen(context: click.Context, /, given: dict[str, Any]) -> None:
     from llm_trm.data.processes import launched_processes
 
     is_main = launched_processes().is_main
+    display = _Display(shown=is_main)
+    generator = ThinkingDataGenerator(config, on_progress=display.update)
     try:
-        with _Display(shown=is_main) as display:
-            pairs = ThinkingDataGenerator(config, on_progress=display.update).run()
-    except KeyboardInterrupt:
-        advice = "stopped: the same command continues after the last complete shard"
-        raise Interrupted(signal.SIGINT, advice) from None
+        with display:
+            pairs = generator.run()
+    except KeyboardInterrupt as error:
+        replaced = generator.started or not config.overwrite
+        raise Interrupted.during(error, _advice() if replaced else "stopped: nothing was replaced") from error
     if is_main:
         _print(pairs, config.num_samples)
+
+
+def _advice() -> str:
+    """How to continue. Another --overwrite would start over."""
+    again = [word for word in sys.argv[1:] if word not in ("--overwrite", "--fresh")]
+    same = "the same command" + (" without --overwrite" if len(again) < len(sys.argv[1:]) else "")
+    return f"stopped: {same} continues after the last complete shard: {shlex.join(['llm-trm', *again])}"
 
 
 class _Display:

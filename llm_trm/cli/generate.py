@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llm_trm.choices import DeviceName
+from llm_trm.cli.answers_file import AnswersFile, answers_file
 from llm_trm.cli.options.language_model import ModelChoice, chosen_checkpoint, memory_advice
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.text_input import read_input
 from llm_trm.device import resolve_device
-from llm_trm.errors import InputError, shortened
+from llm_trm.errors import InputError, Interrupted, shortened
 from llm_trm.evaluate.decoding import Decoding, Mode
 from llm_trm.extras import require
 from llm_trm.ranges import BATCH, SEED
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, output_file
+from llm_trm.shared_settings import device, output_file, overwrite
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.language_model_modes import Reply, Responder
@@ -51,8 +53,10 @@ class GenerateSettings(Settings):
     seed: int = setting(0, "Seed for sampling; samples also depend on the batch size.", SEED)
     batch_size: int = setting(8, "Questions per batch.", BATCH)
     output: Path | None = output_file(
-        "JSONL file: question, answer, complete text, tokens, steps and seconds of each."
+        "JSONL file: question, answer, complete text, tokens, steps and seconds of each. An interruption "
+        "keeps the answers before it."
     )
+    overwrite: bool = overwrite()
     verbose: bool = setting(
         False, "Show the complete text, the steps, tokens and time.", None, "-v", "--verbose"
     )
@@ -79,6 +83,7 @@ def generate(question: str | None, given: dict[str, Any]) -> None:
     asked = GenerateSettings(**given)
     if question is not None and asked.input is not None:
         raise click.UsageError("give a QUESTION, or a file of questions with --input, not both")
+    require_new_files({"--output": asked.output}, overwrite=asked.overwrite, inputs=[asked.input])
     require("train", "transformers")
     where = resolve_device(asked.device)
     checkpoint = chosen_checkpoint(asked.choice.checkpoint, asked.choice.model)
@@ -89,10 +94,10 @@ def generate(question: str | None, given: dict[str, Any]) -> None:
     import torch
 
     responder = _load_responder(asked, checkpoint, where)
-    # One may be too long: encode all before the first is answered, and before a file is overwritten.
+    # One may be too long: encode all before the first is answered.
     prompts = [responder.encode(text) for text in questions]
     torch.manual_seed(asked.seed)
-    with _writer(asked.output) as written, memory_advice():
+    with answers_file(asked.output) if asked.output else nullcontext() as written, memory_advice():
         if conversing:
             _converse(responder, asked, written)
         else:
@@ -122,24 +127,32 @@ def _answer(
     questions: Sequence[str],
     prompts: Sequence[list[int]],
     asked: GenerateSettings,
-    written: IO[str] | None,
+    written: AnswersFile | None,
 ) -> None:
-    for start in range(0, len(questions), asked.batch_size):
-        batch = slice(start, start + asked.batch_size)
-        replies, seconds = responder.reply(prompts[batch], asked.decoding)
-        for question, reply in zip(questions[batch], replies, strict=True):
-            if asked.verbose:
-                if len(questions) > 1:
-                    click.echo(f"> {question}")
-                click.echo(reply.text)
-                click.echo(_statistics(responder, reply, seconds, len(replies)))
-            else:
-                click.echo(reply.answer)
-            _warn(reply, question if len(questions) > 1 else None, asked.decoding)
-            _record(written, responder, question, reply, seconds / len(replies))
+    done = 0
+    try:
+        for start in range(0, len(questions), asked.batch_size):
+            batch = slice(start, start + asked.batch_size)
+            replies, seconds = responder.reply(prompts[batch], asked.decoding)
+            for question, reply in zip(questions[batch], replies, strict=True):
+                if asked.verbose:
+                    if len(questions) > 1:
+                        click.echo(f"> {question}")
+                    click.echo(reply.text)
+                    click.echo(_statistics(responder, reply, seconds, len(replies)))
+                else:
+                    click.echo(reply.answer)
+                _warn(reply, question if len(questions) > 1 else None, asked.decoding)
+                _record(written, responder, question, reply, seconds / len(replies))
+                done += 1
+    except KeyboardInterrupt as error:
+        kept = f"; the answers are in {asked.output}" if written and done else ""
+        raise Interrupted.during(
+            error, f"stopped after {done} of {len(questions)} questions{kept}"
+        ) from error
 
 
-def _converse(responder: Responder, asked: GenerateSettings, written: IO[str] | None) -> None:
+def _converse(responder: Responder, asked: GenerateSettings, written: AnswersFile | None) -> None:
     from transformers import TextStreamer
 
     from llm_trm.text import is_text, split_lines
@@ -154,8 +167,10 @@ def _converse(responder: Responder, asked: GenerateSettings, written: IO[str] | 
     while True:
         try:
             question = "\n".join(split_lines(input("> "))).strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
             click.echo()
+            if isinstance(end, Interrupted):  # not Ctrl-C
+                raise
             return
         except UnicodeDecodeError:
             question = "\udcff"
@@ -171,8 +186,10 @@ def _converse(responder: Responder, asked: GenerateSettings, written: IO[str] | 
         except InputError as error:
             click.echo(f"llm-trm: error: {error}", err=True)
             continue
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as end:
             click.echo()
+            if isinstance(end, Interrupted):
+                raise
             continue
         if asked.verbose:
             click.echo(_statistics(responder, reply, seconds, 1))
@@ -198,7 +215,7 @@ def _warn(reply: Reply, question: str | None, decoding: Decoding) -> None:
 
 
 def _record(
-    written: IO[str] | None, responder: Responder, question: str, reply: Reply, seconds: float
+    written: AnswersFile | None, responder: Responder, question: str, reply: Reply, seconds: float
 ) -> None:
     if written is None:
         return
@@ -212,18 +229,7 @@ def _record(
         "steps": list(reply.steps),
         "seconds": seconds,
     }
-    written.write(json.dumps(record, ensure_ascii=False) + "\n")
-    written.flush()
-
-
-@contextmanager
-def _writer(path: Path | None) -> Iterator[IO[str] | None]:
-    """The file to write line by line, so that an interruption keeps the answers before it."""
-    if path is None:
-        yield None
-        return
-    with path.open("w", encoding="utf-8") as file:
-        yield file
+    written.add(json.dumps(record, ensure_ascii=False))
 
 
 def _is_terminal() -> bool:

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import click
 
 from llm_trm.choices import Positions, Task
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.options.types import FOLDER, Grid
 from llm_trm.errors import InputError
 from llm_trm.ranges import DEPTH, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH
 from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import REPLACE_FILE
 
 
 @click.group("import")
@@ -62,24 +64,26 @@ class Unrecorded(Settings):
     "--output",
     type=FOLDER,
     required=True,
-    help="Folder for the model; must be empty or not exist.",
+    help="Folder for the model; must be empty or not exist, unless --overwrite is given.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace the model in --output. Other files there stay.")
 @click.option(
     "--grid", metavar="ROWSxCOLUMNS", type=Grid(), help="Rows and columns of a puzzle, for example 9x9."
 )
 @settings_options(Unrecorded, config_file=False)
-def import_official(path: Path, output: Path, grid: tuple[int, int] | None, given: dict[str, Any]) -> None:
+def import_official(
+    path: Path, output: Path, overwrite: bool, grid: tuple[int, int] | None, given: dict[str, Any]
+) -> None:
     """Convert an official checkpoint (step_N) to a folder for eval puzzle and solve.
 
     Its tensors do not determine all settings. The others come from options, or from the all_config.yaml that
     the official code writes next to its checkpoints. An error names those that are still missing.
     """
-    from llm_trm.files import writable_folder
+    from llm_trm.claims import claimed
     from llm_trm.models.puzzle.official import read_official
     from llm_trm.models.puzzle.paper import save_puzzle_model
 
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty: choose another folder")
+    _require_free(output, overwrite=overwrite)
     model, facts = read_official(path, grid=grid, **given)
     lacking = [option for option, fact in (("--task", "task"), ("--grid", "rows")) if fact not in facts]
     if lacking:
@@ -87,8 +91,9 @@ def import_official(path: Path, output: Path, grid: tuple[int, int] | None, give
             f"{path} ({model.config.vocab_size} tokens, {model.config.seq_len} cells) belongs to no official "
             f"data set: give {' and '.join(lacking)}"
         )
-    writable_folder(output)
-    save_puzzle_model(model, output, **facts)
+    with claimed(output):
+        _require_free(output, overwrite=overwrite)  # another process may have written meanwhile
+        save_puzzle_model(model, output, **facts)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{path}: {facts['task']} {facts['rows']}x{facts['columns']}, {parameters:,} parameters.")
@@ -97,6 +102,20 @@ def import_official(path: Path, output: Path, grid: tuple[int, int] | None, give
         values = ", ".join(f"{name} {getattr(model.config, name)}" for name in names)
         click.echo(f"  From {origin}: {values}.")
     click.echo(f"The model is in {output}.")
+
+
+def _require_free(folder: Path, *, overwrite: bool) -> None:
+    from llm_trm.claims import LOCK_FILE
+    from llm_trm.models.run_folder import INDEX_FILE
+
+    if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{folder} is not empty: replace its model with --overwrite, or choose another folder"
+        )
+    if (folder / INDEX_FILE).exists():  # readers would still find the run's own checkpoint
+        raise InputError(f"{folder} is not empty, but contains a training run: choose another folder")
 
 
 @export.command("official", short_help="Export a checkpoint for SamsungSAILMontreal/TinyRecursiveModels.")
@@ -110,7 +129,8 @@ def import_official(path: Path, output: Path, grid: tuple[int, int] | None, give
     metavar="FILE",
     help="File to write, officially named step_N.",
 )
-def export_official(folder: Path, output: Path) -> None:
+@click.option("--overwrite", is_flag=True, help=REPLACE_FILE)
+def export_official(folder: Path, output: Path, overwrite: bool) -> None:
     """Convert a run of train puzzle (its best checkpoint), or an imported model, to an official checkpoint.
 
     An all_config.yaml with the settings that a checkpoint does not contain is written next to it, unless
@@ -120,9 +140,16 @@ def export_official(folder: Path, output: Path) -> None:
     from llm_trm.models.puzzle.official import write_official
     from llm_trm.models.puzzle.official_config import CONFIG_FILE, write_config
 
+    inputs = folder.rglob("*") if folder.is_dir() else ()
+    require_new_files({"--output": output}, overwrite=overwrite, inputs=inputs)
     model, facts = load_puzzle(folder)
     described = write_config(output, model.config, facts)
-    wide = write_official(model, output, facts)
+    try:
+        wide = write_official(model, output, facts)
+    except BaseException:
+        if described:  # settings of a checkpoint that is not there
+            (output.parent / CONFIG_FILE).unlink(missing_ok=True)
+        raise
     click.echo(f"{output} is an official checkpoint.")
     if described:
         click.echo(f"{output.parent / CONFIG_FILE} has the settings that it does not contain.")

@@ -10,12 +10,13 @@ import click
 
 from llm_trm.choices import DeviceName
 from llm_trm.cli.options.attempts import Attempts, max_steps
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.text_input import read_input
 from llm_trm.device import resolve_device
 from llm_trm.ranges import DELAY, SEED
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, output_file
+from llm_trm.shared_settings import device, output_file, overwrite
 
 if TYPE_CHECKING:
     from llm_trm.evaluate.solving import Attempt
@@ -37,6 +38,7 @@ class SolveSettings(Settings):
     attempts: Attempts = field(default_factory=Attempts)
     seed: int = setting(0, "Seed for the noise.", SEED)
     gif: Path | None = output_file("Also write an animation of the steps; for a single puzzle.", "--gif")
+    overwrite: bool = overwrite("Replace the file of --gif if it exists.")
     delay: float = setting(0.4, "Seconds per step on a terminal and in the animation.", DELAY)
     device: DeviceName = device()
 
@@ -66,6 +68,7 @@ def solve(context: click.Context, /, puzzle: str | None, given: dict[str, Any]) 
     asked = SolveSettings(**given)
     if (puzzle is None) == (asked.input is None):
         raise click.UsageError("give a PUZZLE, or a file of puzzles with --input")
+    require_new_files({"--gif": asked.gif}, overwrite=asked.overwrite, inputs=[asked.input])
     from rich.console import Console
 
     from llm_trm.cli.solve_screen import Screen

@@ -17,7 +17,7 @@ from llm_trm.cli.bars import passing_bar
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.options.shape import Dtype, Shape, full_name, reject_shape
 from llm_trm.cli.tables import table_console
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, Interrupted
 from llm_trm.ranges import MINUTES
 from llm_trm.settings import Settings, setting
 
@@ -44,7 +44,7 @@ class TuneSettings(Settings):
     # Not shared_settings.output_file, whose folder must exist: this one is created.
     output: Path | None = setting(
         None,
-        "File to write.",
+        "Table to write. The measurements of a table that exists stay.",
         None,
         "-o",
         "--output",
@@ -180,9 +180,13 @@ def _tune(waiting: Sequence[RecordedCall], target: Target, table: Table, path: P
     with ParallelCompiler() as compiler, passing_bar() as bar:
         task = bar.add_task(target.name, total=len(waiting), numbers="")
         measure = measure_on(torch.device("cuda"))
-        for tuned in run(waiting, target, table, path, compiler, measure, this_run(), budget=budget):
-            done.append(tuned)
-            bar.update(task, advance=1, description=tuned.name)
+        try:
+            for tuned in run(waiting, target, table, path, compiler, measure, this_run(), budget=budget):
+                done.append(tuned)
+                bar.update(task, advance=1, description=tuned.name)
+        except KeyboardInterrupt as error:
+            kept = f"stopped after {len(done)} of {len(waiting)} products; the next run continues in {path}"
+            raise Interrupted.during(error, kept) from error
     _print(done)
     left = len(waiting) - len(done)
     written = Counter(tuned.entry is not None for tuned in done)[True]

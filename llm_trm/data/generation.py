@@ -6,19 +6,30 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_trm.claims import claimed
 from llm_trm.data.decoding import Outcome, Thought, ThoughtDecoder
 from llm_trm.data.generation_config import DataGenConfig
 from llm_trm.data.grading import is_correct
-from llm_trm.data.pairs import DTYPES, Pair, PairFiles, open_pairs, summarize_shard, write_index, write_shard
+from llm_trm.data.pairs import (
+    DTYPES,
+    Pair,
+    PairFiles,
+    damaged_shards,
+    open_pairs,
+    summarize_shard,
+    write_index,
+    write_shard,
+)
 from llm_trm.data.problems import Question, load_questions
-from llm_trm.data.processes import launched_processes
+from llm_trm.data.processes import Processes, launched_processes
 from llm_trm.data.resume import check_settings, start
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
-from llm_trm.files import writable_folder
+from llm_trm.files import require_writable
 from llm_trm.models.loading import ThinkingModel, load_thinking_model
 from llm_trm.settings import settings_of
 
@@ -59,6 +70,9 @@ class ThinkingDataGenerator:
         config: Settings.
         model: A model to use instead of loading ``config.model``; already on its device.
         on_progress: Called with this process's progress after every problem.
+
+    Attributes:
+        started: Whether the folder has the settings of this run, so that the next one can continue it.
     """
 
     def __init__(
@@ -71,13 +85,14 @@ class ThinkingDataGenerator:
         self.config = config
         self._model = model
         self._on_progress = on_progress
+        self.started = False
 
     def run(self) -> PairFiles:
         """Generate the missing shards and write the index.
 
         Raises:
-            InputError: The folder is not writable or has pairs with other settings, or the model or data set
-                cannot be loaded.
+            InputError: The folder is not writable, has pairs with other settings or is in use by another
+                run, or the model or data set cannot be loaded.
         """
         config, processes = self.config, launched_processes()
         questions = load_questions(
@@ -91,12 +106,24 @@ class ThinkingDataGenerator:
             raise InputError(f"--data {config.data} has no problems: choose another data set")
         dtype = self._dtype()
         settings = _settings(config, questions, dtype)
-        folder = writable_folder(config.output)
+        folder = require_writable(config.output)
+        with claimed(folder) if processes.is_main else nullcontext():
+            return self._run(questions, dtype, settings, processes)
+
+    def _run(
+        self, questions: list[Question], dtype: str, settings: dict[str, Any], processes: Processes
+    ) -> PairFiles:
+        config, folder = self.config, self.config.output
         if processes.is_main:
             check_settings(folder, settings, overwrite=config.overwrite)
         shards = range(-(-len(questions) // config.shard_size))
         mine = shards[processes.index :: processes.count]
-        missing = [number for number in mine if config.overwrite or summarize_shard(folder, number) is None]
+        damaged = damaged_shards(folder)
+        missing = [
+            number
+            for number in mine
+            if config.overwrite or number in damaged or summarize_shard(folder, number) is None
+        ]
         maker = None
         if missing:
             # Load the model before removing anything, so that a failure to load loses no pairs.
@@ -110,6 +137,7 @@ class ThinkingDataGenerator:
         if processes.is_main:
             start(folder, settings, overwrite=config.overwrite)
         processes.wait()
+        self.started = True
         if maker is not None:
             self._generate(maker, mine, missing)
         processes.wait()

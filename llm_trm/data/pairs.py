@@ -19,16 +19,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
 
+from llm_trm.checksums import require_unchanged
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import named_in, read_json, read_tensors, write_json, write_tensors, write_text
+from llm_trm.files import (
+    file_digest,
+    named_in,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from llm_trm.ranges import ANY_SEED, PLACE, WIDTH, require_ranges
 from llm_trm.text import parse_json, read_lines
 
@@ -56,7 +65,7 @@ RECORD = {
 
 # A single key, because safetensors does not write metadata in a fixed order.
 _METADATA_KEY = "llm_trm"
-_REMEDY = "run the same llm-trm datagen command again, which generates the missing shards"
+_REMEDY = "run the same llm-trm datagen command again, which generates missing and damaged shards"
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ class ShardEntry:
         file, metadata: Names of the safetensors and the JSONL file in the folder.
         samples, rows: N and the sum of the context lengths.
         bytes: Size of ``file``.
+        sha256, metadata_sha256: Checksums of the two files; None in the index of an older version.
     """
 
     file: str
@@ -89,6 +99,8 @@ class ShardEntry:
     samples: Annotated[int, PLACE]
     rows: Annotated[int, PLACE]
     bytes: Annotated[int, PLACE]
+    sha256: str | None = None
+    metadata_sha256: str | None = None
 
     def __post_init__(self) -> None:
         require_ranges(self)
@@ -161,7 +173,7 @@ class PairFiles:
     def records(self) -> Iterator[dict[str, Any]]:
         """Iterate over the records of all samples, without reading their states."""
         for entry in self.entries:
-            yield from _read_records(self.folder / entry.metadata, entry.samples)
+            yield from _read_metadata(self.folder, entry)
 
 
 def open_pairs(path: Path, hidden_size: int | None = None) -> PairFiles:
@@ -279,6 +291,21 @@ def summarize_shard(folder: Path, number: int) -> ShardSummary | None:
     return ShardSummary(entry, hidden_size, dtype, about["failures"])
 
 
+def damaged_shards(folder: Path) -> set[int]:
+    """Numbers of the shards whose files differ from the checksums in the index, if there is a valid index."""
+    try:
+        entries = [ShardEntry(**entry) for entry in read_json(folder / INDEX, _REMEDY)["shards"]]
+    except (InputError, KeyError, TypeError, ValueError):
+        return set()
+    found = set()
+    for number, entry in enumerate(entries):
+        digests = (entry.sha256, entry.metadata_sha256)
+        for path, digest in zip(shard_paths(folder, number), digests, strict=True):
+            if digest is not None and path.is_file() and file_digest(path) != digest:
+                found.add(number)
+    return found
+
+
 def write_index(
     folder: Path, shards: int, *, model: str, seed: int, settings: Mapping[str, Any]
 ) -> PairFiles:
@@ -312,10 +339,18 @@ def write_index(
         "samples": sum(summary.entry.samples for summary in found),
         "rows": sum(summary.entry.rows for summary in found),
         "failures": dict(sorted(failures.items())),
-        "shards": [asdict(summary.entry) for summary in found],
+        "shards": [asdict(_with_checksums(folder, summary.entry)) for summary in found],
     }
     write_json(folder / INDEX, index)
     return open_pairs(folder)
+
+
+def _with_checksums(folder: Path, entry: ShardEntry) -> ShardEntry:
+    return replace(
+        entry,
+        sha256=file_digest(folder / entry.file),
+        metadata_sha256=file_digest(folder / entry.metadata),
+    )
 
 
 def record_features() -> Features:
@@ -382,8 +417,16 @@ def _read_shard(folder: Path, entry: ShardEntry, hidden_size: int) -> PairShard:
         raise InputError(
             f"{path}: offsets do not increase from 0 to {entry.rows}: delete the file, and {_REMEDY}"
         )
-    records = _read_records(folder / entry.metadata, entry.samples)
+    require_unchanged(path, entry.sha256, _REMEDY)
+    records = _read_metadata(folder, entry)
     return PairShard(tensors["hidden_pre"], tensors["hidden_post"], offsets, records, path)
+
+
+def _read_metadata(folder: Path, entry: ShardEntry) -> list[dict[str, Any]]:
+    path = folder / entry.metadata
+    records = _read_records(path, entry.samples)
+    require_unchanged(path, entry.metadata_sha256, _REMEDY)
+    return records
 
 
 def _read_records(path: Path, samples: int) -> list[dict[str, Any]]:

@@ -63,6 +63,12 @@ def world_size() -> int:
     return count
 
 
+def main_process() -> bool:
+    """Whether this is the main process of the launch. Unlike :func:`launched_processes`, connects nothing."""
+    count = world_size()
+    return count == 1 or _variable("RANK", 0, Whole(0, count - 1)) == 0
+
+
 def _variable(name: str, default: int, within: Whole) -> int:
     text = os.environ.get(name, str(default))
     value = int(text) if re.fullmatch("-?[0-9]{1,20}", text) else text

@@ -13,7 +13,7 @@ from llm_trm.files import read_json, write_json
 SETTINGS = "settings.json"
 _FORMAT = "llm-trm datagen settings"
 _OWN = rf"(?:{re.escape(INDEX)}|{re.escape(SETTINGS)}|shard-\d{{5,}}\.(?:safetensors|jsonl))"
-#: Temporary files of a killed process, from :func:`llm_trm.files.replacing` and safetensors' save_file.
+#: Temporary files that a killed process of an older version left; :func:`llm_trm.files.sweep` removes ours.
 _LEFTOVER = rf"\.{_OWN}\.[A-Za-z0-9_]{{8}}|\.tmp[A-Za-z0-9]{{6}}"
 
 

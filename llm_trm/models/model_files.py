@@ -11,6 +11,7 @@ from torch import nn
 
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
+from llm_trm.publishing import publishing
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,9 +37,14 @@ class ModelFiles:
     def write(
         self, folder: Path, model: nn.Module, config: DataclassInstance, facts: Mapping[str, Any]
     ) -> None:
-        """Write weights and sizes into ``folder``, and ``facts`` (JSON values) with the sizes."""
-        write_tensors(folder / f"{self.stem}.safetensors", model.state_dict())
-        write_json(folder / f"{self.stem}.json", {"kind": self.kind, **asdict(config), "facts": facts})
+        """Write weights and sizes into ``folder``, and ``facts`` (JSON values) with the sizes.
+
+        A model that is there stays until the new one is whole.
+        """
+        sizes = f"{self.stem}.json"
+        with publishing(folder, sizes) as temporary:
+            write_tensors(temporary / f"{self.stem}.safetensors", model.state_dict())
+            write_json(temporary / sizes, {"kind": self.kind, **asdict(config), "facts": facts})
 
     def read(
         self, folder: Path, config: type[C], size: Callable[[C], int], build: Callable[[C], M]

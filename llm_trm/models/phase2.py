@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_trm.errors import InputError
 from llm_trm.models.compression import DimensionCompressor, load_compressor
-from llm_trm.models.run_folder import INDEX_FILE, best_checkpoint
+from llm_trm.models.run_folder import model_folder
 from llm_trm.models.sequence_trm import SequenceTRM, load_sequence_trm
 from llm_trm.ranges import DEPTH, require_in
 
@@ -32,8 +32,7 @@ def load_phase2(folder: Path) -> tuple[SequenceTRM, DimensionCompressor, dict[st
     Raises:
         InputError: A file is missing or invalid.
     """
-    if (folder / INDEX_FILE).exists():
-        folder = best_checkpoint(folder, _REMEDY)
+    folder = model_folder(folder, _REMEDY)
     model, facts = load_sequence_trm(folder)
     require_in(DEPTH, "max_steps", facts.get("max_steps"), InputError, f"{folder}: ")
     compressor = load_compressor(folder / COMPRESSOR_FOLDER)

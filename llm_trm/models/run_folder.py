@@ -6,9 +6,23 @@ from pathlib import Path
 
 from llm_trm.errors import InputError
 from llm_trm.files import named_in, read_json
+from llm_trm.manifest import require_same_model
 
 #: The index of a run's checkpoints, and the folder of the checkpoints.
 INDEX_FILE, CHECKPOINTS_FOLDER = "index.json", "checkpoints"
+
+
+def model_folder(folder: Path, remedy: str) -> Path:
+    """The folder of the model to load: the best checkpoint of a run, or ``folder`` itself.
+
+    Raises:
+        InputError: The run has no checkpoint, or a file of the model has changed since it was written; the
+            message ends in ``remedy``.
+    """
+    if (folder / INDEX_FILE).exists():
+        folder = best_checkpoint(folder, remedy)
+    require_same_model(folder, remedy)
+    return folder
 
 
 def best_checkpoint(folder: Path, remedy: str) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from llm_trm.errors import InputError
 from llm_trm.tuning.calls import RecordedCall, empty
 from trm_kernels.ops._launch import Launch, Target, record
 from trm_kernels.ops.dispatch import chosen_by
@@ -108,7 +110,13 @@ class ParallelCompiler:
     def __enter__(self) -> ParallelCompiler:
         # Spawn, because a forked process cannot use CUDA if its parent did.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+        # Ctrl-C reaches the whole group of processes; this one ends the others.
+        self._pool = ProcessPoolExecutor(
+            self._workers,
+            mp_context=context,
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,4 +128,4 @@ class ParallelCompiler:
         try:
             return [future.result() for future in waiting]
         except BrokenProcessPool as error:
-            raise RuntimeError(f"a compiler process died ({error}): run the command again") from error
+            raise InputError(f"a compiler process died ({error}): run the command again") from error

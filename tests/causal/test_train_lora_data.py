@@ -23,7 +23,7 @@ from llm_trm.train.lora.callbacks import FollowEpochs, KeepBest
 from llm_trm.train.lora.curriculum import StagedOrder, thinking_left, thinking_steps
 from llm_trm.train.lora.data import Collator, Lessons
 from llm_trm.train.lora.metrics import sample_measures, summary
-from llm_trm.train.run.trainer_checkpoints import last_checkpoint
+from llm_trm.train.run.trainer_checkpoints import complete_checkpoints
 from tests.causal.lora_world import write_language_model, write_rows
 
 GSM8K = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5.\nThen 1,000.\n#### 1,000"}
@@ -218,10 +218,10 @@ def test_keeps_the_best_and_the_last(tmp_path: Path) -> None:
         )
         KeepBest(3, 3, 0.0).on_save(SimpleNamespace(output_dir=tmp_path), state, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in (20, 40, 50, 60)]
-    assert last_checkpoint(tmp_path) is None
+    assert complete_checkpoints(tmp_path) == []
     (tmp_path / "checkpoint-40" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-50").rmdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-40"
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-40"]
 
 
 def test_stops_after_evaluations_without_a_lower_loss() -> None:

@@ -390,7 +390,7 @@ def test_problems_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "x.jsonl")]).exit_code == 0
     assert (tmp_path / "x.jsonl").read_text() == printed
     refusal = CliRunner().invoke(
-        main, ["data", "arithmetic", "--num-samples", "1000000000", "-o", str(tmp_path / "x.jsonl")]
+        main, ["data", "arithmetic", "--num-samples", "1000000000", "-o", str(tmp_path / "y.jsonl")]
     )
     if refusal.exit_code:  # a disk of this size
         assert "of disk" in refusal.output

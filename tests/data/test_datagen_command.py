@@ -108,7 +108,7 @@ def test_model_without_thinking_tags_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("llm-trm: error: model ")
     assert "<think>" in result.stderr
-    assert not list((tmp_path / "pairs").iterdir())
+    assert not (tmp_path / "pairs").exists()
 
 
 def test_interruption_explains_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,17 @@ def test_from_a_file(tmp_path: Path, csv_file: Path) -> None:
     assert "24 6x6 Sudokus to train on, 6 held out" in result.output
     assert read_info(tmp_path).facts["source"] == str(csv_file)
     result = command(
-        "--input", csv_file, "--test-samples", 5, "--subsample", 8, "--min-rating", 10, "-o", tmp_path
+        "--input",
+        csv_file,
+        "--test-samples",
+        5,
+        "--subsample",
+        8,
+        "--min-rating",
+        10,
+        "-o",
+        tmp_path,
+        "--overwrite",
     )
     assert "8 6x6 Sudokus to train on, 5 held out" in result.output
 
@@ -87,7 +97,9 @@ def test_from_the_hub(tmp_path: Path, csv_file: Path, monkeypatch: pytest.Monkey
     result = command("--dataset", "sapientinc/sudoku-extreme", "-o", tmp_path)
     assert result.exit_code == 0, result.output
     assert "19 6x6 Sudokus to train on, 11 held out" in result.output
-    result = command("--dataset", "x/y", "--subsample", 5, "--test-samples", 3, "--trust", "-o", tmp_path)
+    result = command(
+        "--dataset", "x/y", "--subsample", 5, "--test-samples", 3, "--trust", "-o", tmp_path / "b"
+    )
     assert "5 6x6 Sudokus to train on, 3 held out" in result.output
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from llm_trm.cli import main
 from llm_trm.data.puzzles.dataset import PuzzleSplit, read_info, read_split, repeated, write_puzzles
 from llm_trm.errors import InputError
+from llm_trm.manifest import MANIFEST_FILE
 from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from llm_trm.train.run.checkpoints import Checkpoints
 from tests.puzzle.toy import toy_config, write_toy
@@ -71,7 +72,7 @@ def trained(folder: Path, **options: object) -> Path:
 
 
 def make_old(run: Path) -> None:
-    """Remove the data digests from the checkpoints of a run, as in older checkpoints."""
+    """Remove the checksums, and the data digests, from the checkpoints of a run, as in older checkpoints."""
     data = read_split(run.parent, "train")
     tokens = int(data.inputs.sum()) + int(data.labels.sum())
     folder = Checkpoints(run).last
@@ -80,6 +81,7 @@ def make_old(run: Path) -> None:
         settings = content["settings"] if "settings" in content else content["facts"]["settings"]
         settings["data"] = {"task": "arc", "puzzles": len(data), "tokens": tokens}
         path.write_text(json.dumps(content))
+    (folder / MANIFEST_FILE).unlink()
 
 
 @CHANGES

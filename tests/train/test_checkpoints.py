@@ -10,11 +10,22 @@ import pytest
 from llm_trm.errors import InputError
 from llm_trm.train.run import checkpoints as module
 from llm_trm.train.run.checkpoints import Checkpoints
+from llm_trm.train.run.run import Progress
+from llm_trm.train.run.training_state import write_state
 
 
 def save(checkpoints: Checkpoints, number: int, loss: float | None) -> None:
-    with checkpoints.new(f"c{number}", loss) as folder:
-        (folder / "content").write_text(str(number))
+    with checkpoints.new(f"step-{number:08d}", loss) as folder:
+        write(folder, str(number))
+
+
+def write(folder: Path, content: str) -> None:
+    write_state(folder, Progress(sums={}, steps=0.0, history=[], settings={}), {})
+    (folder / "content").write_text(content)
+
+
+def names(*numbers: int) -> set[str]:
+    return {f"step-{number:08d}" for number in numbers}
 
 
 def present(folder: Path) -> set[str]:
@@ -25,19 +36,19 @@ def test_the_best_three_and_the_last_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     for number, loss in enumerate([5.0, 2.0, 4.0, None, 3.0, 6.0, float("nan"), None]):
         save(checkpoints, number, loss)
-    assert checkpoints.last.name == "c7"
-    assert checkpoints.best is not None and checkpoints.best.name == "c1"
-    assert present(tmp_path) == {"c1", "c4", "c2", "c7"}
+    assert checkpoints.last.name == "step-00000007"
+    assert checkpoints.best is not None and checkpoints.best.name == "step-00000001"
+    assert present(tmp_path) == names(1, 4, 2, 7)
     assert (checkpoints.last / "content").read_text() == "7"
     save(checkpoints, 8, 1.0)
-    assert present(tmp_path) == {"c8", "c1", "c4"}
+    assert present(tmp_path) == names(8, 1, 4)
 
 
 def test_of_equals_the_first_is_the_best(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for number in range(3):
         save(checkpoints, number, 1.0)
-    assert checkpoints.best is not None and checkpoints.best.name == "c0"
+    assert checkpoints.best is not None and checkpoints.best.name == "step-00000000"
 
 
 class Crash(BaseException):
@@ -60,9 +71,9 @@ def test_a_crash_leaves_the_old_state_or_the_new(
         elif at == "index":
             patched.setattr(module, "write_json", crash)
         elif at == "sweep":
-            patched.setattr(Checkpoints, "sweep", crash)
-        with checkpoints.new("c1", 1.0) as folder:
-            (folder / "content").write_text("half")
+            patched.setattr(Checkpoints, "_remove", crash)
+        with checkpoints.new("step-00000001", 1.0) as folder:
+            write(folder, "half")
             if at == "content":
                 raise Crash
             (folder / "content").write_text("1")
@@ -74,8 +85,8 @@ def test_a_crash_leaves_the_old_state_or_the_new(
     if at != "sweep":
         save(survivor, 1, 1.0)
     else:
-        survivor.sweep()
-    assert present(tmp_path) == {"c1"}
+        survivor.go_on_from(survivor.last)
+    assert present(tmp_path) == names(1)
     assert (survivor.last / "content").read_text() == "1"
 
 

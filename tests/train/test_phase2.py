@@ -19,6 +19,7 @@ from llm_trm.cli.train.phase2_progress import ConsoleReport
 from llm_trm.errors import InputError
 from llm_trm.evaluate.held_out import shared_problems
 from llm_trm.files import read_tensors
+from llm_trm.manifest import MANIFEST_FILE
 from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.train import TRMSequenceTrainer
@@ -110,6 +111,7 @@ def test_a_run_of_an_older_version_is_resumed_with_the_defaults_of_new_settings(
     described = json.loads(state.read_text())
     del described["settings"]["dropout"]
     state.write_text(json.dumps(described))
+    (state.parent / MANIFEST_FILE).unlink()
     with pytest.raises(InputError, match=r"dropout was 0.0 and is 0.5"):
         train(toy, tmp_path, epochs=1, resume=True, dropout=0.5)
     assert train(toy, tmp_path, epochs=1, resume=True).history

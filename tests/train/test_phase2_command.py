@@ -130,23 +130,27 @@ def other_settings(folder: Path) -> tuple[str, ...]:
     return ("--resume", "--learning-rate", "0.5")
 
 
-def last_checkpoint(folder: Path) -> Path:
-    index = json.loads((folder / "run" / "index.json").read_text())
-    return folder / "run" / "checkpoints" / index["last"]
+def every_checkpoint(folder: Path) -> list[Path]:
+    found = list((folder / "run" / "checkpoints").iterdir())
+    assert len(found) == 2
+    return found
 
 
 def broken_tensors(folder: Path) -> tuple[str, ...]:
-    os.truncate(last_checkpoint(folder) / "state.safetensors", 100)
+    for checkpoint in every_checkpoint(folder):
+        os.truncate(checkpoint / "state.safetensors", 100)
     return ("--resume",)
 
 
 def broken_progress(folder: Path) -> tuple[str, ...]:
-    (last_checkpoint(folder) / "state.json").write_text('{"epoch": 1}')
+    for checkpoint in every_checkpoint(folder):
+        (checkpoint / "state.json").write_text('{"epoch": 1}')
     return ("--resume",)
 
 
 def lost_checkpoint(folder: Path) -> tuple[str, ...]:
-    shutil.rmtree(last_checkpoint(folder))
+    for checkpoint in every_checkpoint(folder):
+        shutil.rmtree(checkpoint)
     return ("--resume",)
 
 

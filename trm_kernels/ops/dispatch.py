@@ -16,7 +16,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -201,9 +201,16 @@ class Table:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
         ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+            try:
+                file.write(text)
+                file.close()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:  # a full disk, or Ctrl-C
+                with suppress(OSError):
+                    file.close()  # writes what is buffered, again
+                os.unlink(file.name)
+                raise
 
 
 def read(path: Path, target: Target) -> Table:

@@ -11,11 +11,13 @@ from typing import Any
 import click
 
 from llm_trm.cli.group import Group
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.options.world import SAME_DIFFICULTY, set_difficulty
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.ranges import COUNT, SEED
 from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import overwrite
 
 #: Minimum size of a problem of one operation, with its trace.
 _BYTES_PER_LINE = 70
@@ -44,6 +46,7 @@ class ArithmeticSettings(Settings):
     output: Path | None = setting(
         None, "JSONL file to write.", None, "-o", "--output", unset="standard output", file="write"
     )
+    overwrite: bool = overwrite()
 
 
 @data.command(short_help="Write problems of the arithmetic world as JSONL.")
@@ -65,6 +68,7 @@ def arithmetic(context: click.Context, /, given: dict[str, Any]) -> None:
 
     set_difficulty(context, given)
     asked = ArithmeticSettings(**given)
+    require_new_files({"--output": asked.output}, overwrite=asked.overwrite)
     lines = (
         json.dumps(problem.record()) + "\n"
         for problem in asked.world.problems(asked.num_samples, asked.split, asked.seed)

@@ -10,6 +10,7 @@ from llm_trm.cli.bars import progress_bar
 from llm_trm.cli.options.types import FOLDER, number
 from llm_trm.errors import InputError
 from llm_trm.ranges import SEED, SYMMETRIES
+from llm_trm.shared_settings import REPLACE_PUZZLES
 
 
 @click.command(short_help="Write ARC tasks under many symmetries.")
@@ -37,7 +38,15 @@ from llm_trm.ranges import SEED, SYMMETRIES
     show_default=True,
     help="Folder to write.",
 )
-def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, seed: int, output: Path) -> None:
+@click.option("--overwrite", is_flag=True, help=REPLACE_PUZZLES)
+def arc(
+    paths: tuple[Path, ...],
+    evaluation: tuple[Path, ...],
+    augment: int,
+    seed: int,
+    output: Path,
+    overwrite: bool,
+) -> None:
     """Write ARC tasks as grids of 30 x 30 tokens, each task under many symmetries.
 
     PATH is a folder with one JSON file per task, a single such file, or a *_challenges.json file of the ARC
@@ -51,13 +60,21 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
       llm-trm data arc ARC-AGI/data/training --evaluation ARC-AGI/data/evaluation
       llm-trm data arc arc-agi_evaluation2_challenges.json --augment 1000 -o data/arc2
     """
+    from llm_trm.data.puzzles.dataset import ARC_FILE, new_puzzles
+
+    with new_puzzles(output, overwrite=overwrite, others=(ARC_FILE,)):
+        _write(paths, evaluation, augment, seed, output)
+    click.echo(f"written to {output}")
+
+
+def _write(
+    paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, seed: int, output: Path
+) -> None:
     from llm_trm.data.puzzles.arc_files import is_labelled, merged, read_tasks
     from llm_trm.data.puzzles.arc_folder import write_arc
     from llm_trm.data.puzzles.arc_overlap import learnable, without_tests
     from llm_trm.data.puzzles.arc_splits import plan_tasks
-    from llm_trm.files import writable_folder
 
-    writable_folder(output)
     tasks = merged((path, read_tasks(path)) for path in paths)
     tested = merged((path, read_tasks(path)) for path in evaluation) if evaluation else tasks
     names = {task.name for task in tested}
@@ -106,7 +123,6 @@ def arc(paths: tuple[Path, ...], evaluation: tuple[Path, ...], augment: int, see
     }
     with progress_bar("pairs", sum(sizes.values())) as progress:
         write_arc(output, plan, facts, progress)
-    click.echo(f"written to {output}")
 
 
 def _such_as(pairs: list[tuple[str, str]]) -> str:

@@ -14,6 +14,7 @@ from llm_trm.cli.options.settings import settings_options
 from llm_trm.errors import InputError
 from llm_trm.ranges import COUNT, MAZE_SIDE, NO_OR_COUNT, PATH_STEPS, SEED
 from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import overwrite_puzzles
 
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.maze_files import Mazes
@@ -51,6 +52,7 @@ class MazeSettings(Settings):
         metavar="NAME",
     )
     output: Path = setting(Path("data/maze"), "Folder to write.", None, "-o", "--output")
+    overwrite: bool = overwrite_puzzles()
 
 
 @click.command(short_help="Write mazes and their shortest paths.")
@@ -77,12 +79,17 @@ def maze(context: click.Context, /, given: dict[str, Any]) -> None:
         reads = "--input" if asked.input is not None else "--dataset"
         reason = f"applies only to generated mazes, not to those of {reads}: leave it out"
         reject_given(context, ("size", "min_path"), reason)
+    from llm_trm.data.puzzles.dataset import new_puzzles
+
+    with new_puzzles(asked.output, overwrite=asked.overwrite):
+        _write(asked)
+
+
+def _write(asked: MazeSettings) -> None:
     from llm_trm.data.puzzles.maze import default_min_path
     from llm_trm.data.puzzles.maze_folder import write_mazes
-    from llm_trm.files import writable_folder
 
     facts: dict[str, Any] = {"seed": asked.seed}
-    writable_folder(asked.output)
     held_out = _TEST if asked.test_samples is None else asked.test_samples
     if asked.input is not None:
         splits = _from_file(asked.input, asked.num_samples, held_out, asked.seed)

@@ -16,6 +16,7 @@ from llm_trm.cli.options.types import number
 from llm_trm.errors import InputError
 from llm_trm.ranges import CLUES, COUNT, RATING, SEED, SHARE_WITHIN
 from llm_trm.settings import Settings, setting
+from llm_trm.shared_settings import overwrite_puzzles
 
 if TYPE_CHECKING:
     from llm_trm.data.puzzles.sudoku_rows import SudokuRows
@@ -63,6 +64,7 @@ class SudokuSettings(Settings):
     )
     seed: int = setting(0, "Seed for the puzzles.", SEED)
     output: Path = setting(Path("data/sudoku"), "Folder to write.", None, "-o", "--output")
+    overwrite: bool = overwrite_puzzles()
 
 
 @click.command(short_help="Write Sudokus: generated, from a file, or from the hub.")
@@ -100,12 +102,18 @@ def sudoku(context: click.Context, /, clues: tuple[int, int] | None, given: dict
         raise click.UsageError(
             "--test-samples and --test-fraction cannot be used together: leave one of them out"
         )
+    from llm_trm.data.puzzles.dataset import new_puzzles
+
+    with new_puzzles(asked.output, overwrite=asked.overwrite):
+        _write(asked, clues, reads=reads)
+    click.echo(f"Next: llm-trm train puzzle --task sudoku --data {asked.output}")
+
+
+def _write(asked: SudokuSettings, clues: tuple[int, int] | None, *, reads: bool) -> None:
     from llm_trm.data.puzzles.dataset import write_puzzles
     from llm_trm.data.puzzles.sudoku import SHAPES, number_of_clues
     from llm_trm.data.puzzles.sudoku_splits import generated_splits, held_out_splits, sudoku_info
-    from llm_trm.files import writable_folder
 
-    writable_folder(asked.output)
     facts: dict[str, Any] = {"seed": asked.seed}
     if reads:
         rows = _read(asked.input, asked.dataset)
@@ -139,7 +147,6 @@ def sudoku(context: click.Context, /, clues: tuple[int, int] | None, given: dict
         f"{len(train)} {shape.size}x{shape.size} Sudokus to train on, {len(splits['test'])} held out, with "
         f"{counts.min()} to {counts.max()} clues ({counts.mean():.1f} on average): {asked.output}"
     )
-    click.echo(f"Next: llm-trm train puzzle --task sudoku --data {asked.output}")
 
 
 def _read(file: Path | None, dataset: str | None) -> dict[str, SudokuRows]:

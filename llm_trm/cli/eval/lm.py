@@ -14,6 +14,7 @@ from llm_trm.choices import DeviceName
 from llm_trm.cli.bars import progress_bar
 from llm_trm.cli.eval.lm_tables import group_table, mode_table, remarks
 from llm_trm.cli.options.language_model import ModelChoice, chosen_checkpoint, memory_advice
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options, was_given
 from llm_trm.cli.options.world import SAME_DIFFICULTY, refuse_world_options, set_difficulty
 from llm_trm.cli.tables import table_console
@@ -24,7 +25,7 @@ from llm_trm.evaluate.decoding import MODES, Decoding, Mode
 from llm_trm.extras import require, require_plot
 from llm_trm.ranges import BATCH, COUNT, LENGTH, SEED
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, output_file
+from llm_trm.shared_settings import device, output_file, overwrite
 
 _ARITHMETIC = "arithmetic"
 #: Tokens that suffice for the traces of arithmetic problems, and for most of written-out thinking.
@@ -71,6 +72,7 @@ class EvalLanguageModelSettings(Settings):
     )
     output: Path | None = output_file("JSON file for the results.")
     plot: Path | None = output_file("Draw accuracy against time as .png, .svg or .pdf.", "--plot")
+    overwrite: bool = overwrite("Replace the files of --output and --plot if they exist.")
     write_card: bool = setting(False, "Put the results into the checkpoint's folder and its model card.")
     device: DeviceName = device()
 
@@ -129,6 +131,9 @@ def lm(context: click.Context, /, given: dict[str, Any]) -> None:
     require("train", "transformers")
     if asked.plot is not None:
         require_plot(asked.plot)
+    outputs = {"--output": asked.output, "--plot": asked.plot}
+    inputs = [Path(name.strip()) for name in asked.data.split(",")]
+    require_new_files(outputs, overwrite=asked.overwrite, inputs=inputs)
     from llm_trm.benchmark.environment import run_record
     from llm_trm.data.problems import load_questions
     from llm_trm.evaluate.language_model import evaluate_language_model, require_graded

@@ -10,13 +10,14 @@ import click
 
 from llm_trm.choices import DeviceName, Halting
 from llm_trm.cli.bars import progress_bar
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.tables import new_table, table_console, with_interval
 from llm_trm.device import resolve_device
 from llm_trm.extras import require
 from llm_trm.ranges import BATCH, DEPTH
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, output_file, trust_remote_code
+from llm_trm.shared_settings import device, output_file, overwrite, trust_remote_code
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +63,7 @@ class EvalPhase2Settings(Settings):
     baselines: bool = setting(True, "Also measure baselines.", None, "--baselines/--no-baselines")
     allow_training_data: bool = setting(False, "Allow problems that were trained on.")
     output: Path | None = output_file("JSON file for the results.")
+    overwrite: bool = overwrite()
     trust_remote_code: bool = trust_remote_code()
     device: DeviceName = device()
 
@@ -90,6 +92,7 @@ def phase2(given: dict[str, Any]) -> None:
     from llm_trm.models.phase2 import load_phase2
 
     asked = EvalPhase2Settings(**given)
+    require_new_files({"--output": asked.output}, overwrite=asked.overwrite)
     where = resolve_device(asked.device)
     trm, compressor, facts = load_phase2(asked.checkpoint)
     pairs = open_pairs(asked.data, compressor.d_model)

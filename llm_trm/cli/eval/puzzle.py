@@ -12,12 +12,13 @@ import click
 from llm_trm.choices import DeviceName
 from llm_trm.cli.bars import progress_bar
 from llm_trm.cli.options.attempts import Attempts, max_steps
+from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.tables import new_table, table_console, with_interval
 from llm_trm.device import resolve_device
 from llm_trm.ranges import BATCH, COUNT, SEED, SHARE_BELOW_ONE
 from llm_trm.settings import Settings, setting
-from llm_trm.shared_settings import device, output_file
+from llm_trm.shared_settings import device, output_file, overwrite
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +57,7 @@ class EvalPuzzleSettings(Settings):
     )
     attempts: Attempts = field(default_factory=Attempts)
     output: Path | None = output_file("JSON file for the results.", was=("--json",))
+    overwrite: bool = overwrite()
     seed: int = setting(0, "Seed for the noise and for --num-samples.", SEED)
     device: DeviceName = device()
 
@@ -82,6 +84,7 @@ def puzzle(given: dict[str, Any]) -> None:
     from llm_trm.models.puzzle.loading import load_puzzle
 
     asked = EvalPuzzleSettings(**given)
+    require_new_files({"--output": asked.output}, overwrite=asked.overwrite)
     where = resolve_device(asked.device)
     model, facts = load_puzzle(asked.checkpoint)
     folder = _data_folder(asked.checkpoint, asked.data, facts)

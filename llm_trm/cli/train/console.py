@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from llm_trm.cli.bars import training_bar
+from llm_trm.train.run.figure import CURVES_FILE
 from llm_trm.train.run.report import Plan, Report
 
 
@@ -100,6 +101,6 @@ def show_curves(
 ) -> None:
     """Plot the history of a run to ``curves.png`` in its folder, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") and history:
-        path = folder / "curves.png"
+        path = folder / CURVES_FILE
         plot(history, path)
         click.echo(f"The curves are in {path}.")

@@ -35,13 +35,14 @@ def lm(given: dict[str, Any]) -> None:
     from llm_trm.data.processes import launched_processes
     from llm_trm.memory import require_memory
     from llm_trm.train.lm.train import train_language_model
+    from llm_trm.train.run.interruption import advising
 
     config = LanguageModelConfig(**given)
     # The problems at the end, and the order of all samples, which is drawn at once.
     require_problems(config.eval_samples)
     samples = config.steps * config.batch_size
     require_memory(8 * samples, f"{samples:,} samples", "choose fewer --steps")
-    with ConsoleReport() as report:
+    with advising(config), ConsoleReport() as report:
         model, tokenizer = train_language_model(config, report)
     if launched_processes().is_main:
         _summarise(config, model, tokenizer)

@@ -49,9 +49,10 @@ def lora(given: dict[str, Any]) -> None:
     from llm_trm.cli.train.lora_progress import ConsoleReport
     from llm_trm.data.processes import launched_processes
     from llm_trm.train.lora.train import train_lora
+    from llm_trm.train.run.interruption import advising
 
     config = LoraTrainingConfig(**given)
-    with ConsoleReport() as report:
+    with advising(config), ConsoleReport() as report:
         result = train_lora(config, report)
     if launched_processes().is_main:
         _summarise(_unseen(config), result)

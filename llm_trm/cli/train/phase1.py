@@ -32,9 +32,10 @@ def phase1(given: dict[str, Any]) -> None:
 
     from llm_trm.cli.train.phase1_progress import ConsoleProgress, result_table
     from llm_trm.train.phase1.trainer import SWEEP_FILE, SWEEP_PLOT, CompressorPretrainer
+    from llm_trm.train.run.interruption import advising
 
     config = Phase1Config(**given)
-    with ConsoleProgress() as progress:
+    with advising(config), ConsoleProgress() as progress:
         trainer = CompressorPretrainer(config, progress)
         results = trainer.train()
     if not trainer.accelerator.is_main_process:

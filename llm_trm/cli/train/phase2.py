@@ -50,9 +50,10 @@ def phase2(given: dict[str, Any]) -> None:
     require("train", "accelerate")
     from llm_trm.cli.train.phase2_progress import ConsoleReport
     from llm_trm.train.phase2.trainer import TRMSequenceTrainer
+    from llm_trm.train.run.interruption import advising
 
     config = Phase2Config(**given)
-    with ConsoleReport() as report:
+    with advising(config), ConsoleReport() as report:
         trainer = TRMSequenceTrainer(config, report)
         result = trainer.train()
     if trainer.accelerator.is_main_process:

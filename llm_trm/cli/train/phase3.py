@@ -55,8 +55,9 @@ def phase3(context: click.Context, /, given: dict[str, Any]) -> None:
     from llm_trm.cli.train.phase3_progress import ConsoleReport
     from llm_trm.data.processes import launched_processes
     from llm_trm.train.phase3.train import train_phase3
+    from llm_trm.train.run.interruption import advising
 
-    with memory_advice(), ConsoleReport() as report:
+    with memory_advice(), advising(config), ConsoleReport() as report:
         result = train_phase3(config, report)
     if launched_processes().is_main:
         _summarise(config.output, result)

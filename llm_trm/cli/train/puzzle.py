@@ -50,6 +50,7 @@ def puzzle(task: Task | None, preset: Preset, given: dict[str, Any]) -> None:
     from llm_trm.data.puzzles.dataset import read_info
     from llm_trm.errors import InputError
     from llm_trm.train.puzzle.trainer import PuzzleTrainer
+    from llm_trm.train.run.interruption import advising
 
     if task is None and "data" not in given:
         raise click.UsageError("give --task, or --data FOLDER")
@@ -61,7 +62,7 @@ def puzzle(task: Task | None, preset: Preset, given: dict[str, Any]) -> None:
         )
     given.setdefault("output", Path("runs") / info.task)
     config = configure(preset, info.task, **given)
-    with ConsoleReport() as report:
+    with advising(config), ConsoleReport() as report:
         result = PuzzleTrainer(config, report).train()
     _summarise(config.output, result)
 

@@ -12,11 +12,16 @@ import numpy as np
 
 from llm_trm.data.puzzles.arc import SIDE, VOCAB_SIZE, Grid, Pair, Transform
 from llm_trm.data.puzzles.arc_splits import ArcPlan, Progress
-from llm_trm.data.puzzles.dataset import INFO_FILE, PuzzleInfo, write_puzzles
+from llm_trm.data.puzzles.dataset import (
+    ARC_FILE,
+    INFO_FILE,
+    PuzzleInfo,
+    require_unchanged_file,
+    write_puzzles,
+)
 from llm_trm.errors import InputError
-from llm_trm.files import read_json, writable_folder, write_text
+from llm_trm.files import read_json
 
-_NAME = "arc.json"
 _REMEDY = "name a folder that `llm-trm data arc` wrote"
 
 
@@ -51,13 +56,9 @@ def write_arc(
     }
     info = PuzzleInfo("arc", SIDE, SIDE, VOCAB_SIZE, plan.num_puzzles, dict(facts))
     splits = plan.splits(progress)
-    # Never leave an old dataset.json with a new arc.json.
-    (writable_folder(folder) / INFO_FILE).unlink(missing_ok=True)
     # On one line: with indentation, a thousand symmetries of 400 tasks would take two million lines.
-    write_text(
-        folder / _NAME, json.dumps({"identifiers": identifiers, "tests": tests}, separators=(",", ":"))
-    )
-    write_puzzles(folder, info, splits)
+    key = json.dumps({"identifiers": identifiers, "tests": tests}, separators=(",", ":"))
+    write_puzzles(folder, info, splits, {ARC_FILE: key})
     return info
 
 
@@ -67,7 +68,7 @@ def read_arc(folder: Path) -> ArcKey:
     Raises:
         InputError: The file is missing or invalid.
     """
-    content = read_json(folder / _NAME, _REMEDY)
+    content = read_json(folder / ARC_FILE, _REMEDY)
     try:
         identifiers = [
             None if entry is None else (str(entry[0]), Transform(entry[1], tuple(map(int, entry[2]))))
@@ -78,7 +79,9 @@ def read_arc(folder: Path) -> ArcKey:
             for name, pairs in content["tests"].items()
         }
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise InputError(f"{folder / _NAME} does not describe ARC puzzles: {_REMEDY}") from None
+        raise InputError(f"{folder / ARC_FILE} does not describe ARC puzzles: {_REMEDY}") from None
+    if (folder / INFO_FILE).exists():
+        require_unchanged_file(folder, ARC_FILE)
     return ArcKey(identifiers, tests)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,20 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from llm_trm.checksums import require_unchanged
 from llm_trm.choices import Task
+from llm_trm.claims import claimed
 from llm_trm.errors import InputError
-from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.files import (
+    file_digest,
+    read_json,
+    read_tensors,
+    writable_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from llm_trm.publishing import publishing
 from llm_trm.ranges import COUNT, GRID_SIDE, VOCABULARY, require_ranges
 
 #: The padding token in every vocabulary; losses ignore cells with this label.
@@ -21,7 +33,12 @@ PADDING = 0
 
 #: The description of a folder; written last.
 INFO_FILE = "dataset.json"
+#: The meaning of the puzzle identifiers, in folders of ARC puzzles.
+ARC_FILE = "arc.json"
 _REMEDY = "name a folder that `llm-trm data sudoku`, `maze` or `arc` wrote"
+_SPLITS = ("train", "test")
+#: Key of the checksums by file name, in the description; folders of older versions have none.
+_CHECKSUMS = "sha256"
 
 
 @dataclass(frozen=True)
@@ -85,20 +102,66 @@ class PuzzleSplit:
         return PuzzleSplit(self.inputs.to(device), self.labels.to(device), self.puzzles.to(device))
 
 
-def write_puzzles(folder: Path, info: PuzzleInfo, splits: Mapping[str, PuzzleSplit]) -> None:
-    """Write a folder, with ``dataset.json`` last, so that a folder that has it is complete.
+@contextmanager
+def new_puzzles(folder: Path, *, overwrite: bool, others: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Create ``folder`` for puzzles, and be the only process that writes in it until the block ends.
+
+    Args:
+        overwrite: Whether :func:`write_puzzles` may replace puzzles of any task that are in the folder.
+        others: Further files that will be written.
+
+    Raises:
+        InputError: The folder has puzzles, another process writes in it, or it is not writable.
+    """
+    with claimed(folder):
+        for name in (INFO_FILE, *map(_split_file, _SPLITS), *others):
+            if (folder / name).exists() and not overwrite:
+                raise InputError(
+                    f"{folder} already has puzzles ({name}): replace them with --overwrite, or choose "
+                    "another --output"
+                )
+        yield folder
+
+
+def write_puzzles(
+    folder: Path,
+    info: PuzzleInfo,
+    splits: Mapping[str, PuzzleSplit],
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder of puzzles in place of those that are there, which stay until the new ones are whole.
+
+    ``dataset.json`` is moved last, so that a folder that has it is complete. It records the SHA-256 of every
+    other file. Files that are not of puzzles are not touched.
+
+    Args:
+        others: Further files, as text by name.
 
     Raises:
         InputError: The folder is not writable.
     """
-    writable_folder(folder)
-    (folder / INFO_FILE).unlink(missing_ok=True)
     for name, split in splits.items():
         _check(info, split, f"split {name!r}")
-        tensors = {"inputs": split.inputs, "labels": split.labels, "puzzles": split.puzzles}
-        write_tensors(folder / f"{name}.safetensors", tensors)
-    sizes = {name: len(split) for name, split in splits.items()}
-    write_json(folder / INFO_FILE, {**asdict(info), "splits": sizes})
+    writable_folder(folder)
+    with publishing(folder, INFO_FILE, _written_before(folder)) as temporary:
+        for name, split in splits.items():
+            tensors = {"inputs": split.inputs, "labels": split.labels, "puzzles": split.puzzles}
+            write_tensors(temporary / _split_file(name), tensors)
+        for name, text in (others or {}).items():
+            write_text(temporary / name, text)
+        sizes = {name: len(split) for name, split in splits.items()}
+        checksums = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / INFO_FILE, {**asdict(info), "splits": sizes, _CHECKSUMS: checksums})
+
+
+def _written_before(folder: Path) -> list[str]:
+    """Files of the puzzles in a folder."""
+    found = [_split_file(name) for name in _SPLITS]
+    try:
+        arc = read_info(folder).task == "arc"
+    except InputError:  # none, or a broken description
+        arc = False
+    return [*found, ARC_FILE] if arc else found
 
 
 def read_info(folder: Path) -> PuzzleInfo:
@@ -107,15 +170,27 @@ def read_info(folder: Path) -> PuzzleInfo:
     Raises:
         InputError: The folder is not a folder of puzzles.
     """
+    return _read_info(folder)[0]
+
+
+def require_unchanged_file(folder: Path, name: str) -> None:
+    """Raise InputError unless a file has the content that ``dataset.json`` recorded, if it recorded any."""
+    info, checksums = _read_info(folder)
+    remedy = f"copy the folder again, or write it again with llm-trm data {info.task} --overwrite"
+    require_unchanged(folder / name, checksums.get(name), remedy)
+
+
+def _read_info(folder: Path) -> tuple[PuzzleInfo, dict[str, Any]]:
+    """The description of a folder, and its checksums."""
     content = read_json(folder / INFO_FILE, _REMEDY)
     try:
         content.pop("splits")
-        info = PuzzleInfo(**content)
+        checksums = dict(content.pop(_CHECKSUMS, {}))
+        return PuzzleInfo(**content), checksums
     except ValueError as error:
         raise InputError(f"{folder / INFO_FILE}: {error}: {_REMEDY}") from error
     except (AttributeError, KeyError, TypeError):
         raise InputError(f"{folder / INFO_FILE} does not describe puzzles: {_REMEDY}") from None
-    return info
 
 
 def read_split(folder: Path, name: str) -> PuzzleSplit:
@@ -124,13 +199,14 @@ def read_split(folder: Path, name: str) -> PuzzleSplit:
     Raises:
         InputError: The split is missing, invalid, or does not match ``dataset.json``.
     """
-    path = folder / f"{name}.safetensors"
+    path = folder / _split_file(name)
     tensors = read_tensors(path, _REMEDY)
     try:
         split = PuzzleSplit(tensors["inputs"], tensors["labels"], tensors["puzzles"])
     except KeyError as error:
         raise InputError(f"{path} has no {error}: {_REMEDY}") from None
     _check(read_info(folder), split, str(path))
+    require_unchanged_file(folder, path.name)
     return split
 
 
@@ -142,6 +218,10 @@ def repeated(split: PuzzleSplit, learned: PuzzleSplit) -> int:
     wanted = set(asked)
     found = {question for row in learned.inputs.cpu().numpy() if (question := row.tobytes()) in wanted}
     return sum(question in found for question in asked)
+
+
+def _split_file(name: str) -> str:
+    return f"{name}.safetensors"
 
 
 def _check(info: PuzzleInfo, split: PuzzleSplit, what: str) -> None:

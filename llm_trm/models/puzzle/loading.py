@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.models.puzzle.paper import PuzzleTRM, load_puzzle_model
-from llm_trm.models.run_folder import INDEX_FILE, best_checkpoint
+from llm_trm.models.run_folder import model_folder
 
 _REMEDY = "name a folder that `llm-trm train puzzle` or `llm-trm import official` wrote"
 
@@ -26,6 +26,5 @@ def load_puzzle(folder: Path, *, backend: str | None = None) -> tuple[PuzzleTRM,
     Raises:
         InputError: A file is missing or invalid.
     """
-    if (folder / INDEX_FILE).exists():
-        folder = best_checkpoint(folder, _REMEDY)
+    folder = model_folder(folder, _REMEDY)
     return load_puzzle_model(folder, backend=backend)

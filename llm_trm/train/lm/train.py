@@ -12,11 +12,11 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from llm_trm.data.lessons import encode_prompt, question_prompt
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.files import writable_folder
 from llm_trm.models.loading import no_bars
 from llm_trm.models.tiny import END, tiny_language_model, tiny_tokenizer
 from llm_trm.train.lm.config import LanguageModelConfig
 from llm_trm.train.lm.report import LanguageModelPlan
+from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.trainer import TrainerRun, count_parameters, training_arguments
 
@@ -57,11 +57,18 @@ def train_language_model(
         The model as it was saved (bfloat16 values, in float32) in eval mode, and its tokenizer.
 
     Raises:
-        InputError: A folder that contains a run or cannot be written, nothing to resume, or other settings.
+        InputError: A folder that contains a run, cannot be written or is in use, nothing to resume, or other
+            settings.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    run = TrainerRun(config, report, model_file="config.json")
-    writable_folder(config.output)
+    with alone_in(config.output):
+        return _train(config, report)
+
+
+def _train(
+    config: LanguageModelConfig, report: Report | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    run = TrainerRun(config, report, model_file="config.json", keep_last=2)
     trainer, tokenizer = _trainer(config)
     run.start(trainer, functools.partial(_plan, trainer))
     run.train()
@@ -90,7 +97,6 @@ def _trainer(config: LanguageModelConfig) -> tuple[Trainer, PreTrainedTokenizerB
         max_grad_norm=1.0,
         bf16=config.device_type == "cuda",
         save_steps=config.save_every,
-        save_total_limit=2,
     )
     padding_right = tiny_tokenizer()
     padding_right.padding_side = "right"

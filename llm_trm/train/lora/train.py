@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 
 from llm_trm.data.problems import located
 from llm_trm.errors import InputError
-from llm_trm.files import writable_folder
 from llm_trm.models.causal.loading import clear_model, save_latent_model
 from llm_trm.models.loading import language_model_source, no_bars
 from llm_trm.train.lora.callbacks import KeepBest, WriteFacts, eval_losses
@@ -24,6 +23,7 @@ from llm_trm.train.lora.inputs import Inputs, read_inputs
 from llm_trm.train.lora.model import Trainee
 from llm_trm.train.lora.report import LoraPlan, LoraResult
 from llm_trm.train.lora.trainer import LatentTrainer
+from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.trainer import TrainerRun, count_parameters, training_arguments
 from llm_trm.upstream import checkpointing_option
@@ -38,9 +38,14 @@ def train_lora(config: LoraTrainingConfig, report: Report | None = None) -> Lora
     """Train, and write the best model to ``config.output`` for ``load_latent_model``.
 
     Raises:
-        InputError: Data, a model or a folder that cannot be used, or nothing to resume.
+        InputError: Data, a model or a folder that cannot be used or is in use, or nothing to resume.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    with alone_in(config.output):
+        return _train(config, report)
+
+
+def _train(config: LoraTrainingConfig, report: Report | None) -> LoraResult:
     run = TrainerRun(config, report, sources=(language_model_source(config.model), config.trm))
     keeper = KeepBest(config.keep, config.patience, _CHANGING if config.curriculum else 0.0)
     if run.state and keeper.exhausted(run.state["log_history"], run.state["max_steps"]):
@@ -49,7 +54,6 @@ def train_lora(config: LoraTrainingConfig, report: Report | None = None) -> Lora
             "--patience to go on"
         )
     inputs = read_inputs(config, run)
-    writable_folder(config.output)
     trainer = _trainer(config, inputs, keeper)
     run.start(trainer, functools.partial(_plan, inputs))
     began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from llm_trm.claims import claimed
 from llm_trm.errors import InputError
 from llm_trm.memory import require_memory
 from llm_trm.models.loading import ARITHMETIC, ThinkingModel
@@ -17,7 +19,13 @@ from llm_trm.train.phase1.config import DEFAULT_DATASETS, Phase1Config, Stage
 from llm_trm.train.phase1.fit import Material
 from llm_trm.train.phase1.pca import moments
 from llm_trm.train.phase1.report import Progress
-from llm_trm.train.phase1.states import StateFiles, collect_states, fingerprint, write_index
+from llm_trm.train.phase1.states import (
+    StateFiles,
+    collect_states,
+    fingerprint,
+    is_complete,
+    write_index,
+)
 from llm_trm.train.phase1.texts import arithmetic_texts, read_texts, tokenised
 
 if TYPE_CHECKING:
@@ -96,19 +104,25 @@ def collect(
     """Compute the hidden states of a stage that are not on disk yet, and open them."""
     sides = (("training", inputs.training), ("held-out", inputs.held_out))
     for (what, sequences), folder in zip(sides, inputs.folders, strict=True):
-        collect_states(
-            model,
-            sequences,
-            folder,
-            batch_size=config.lm_batch_size,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            progress=partial(progress.states, f"stage {inputs.stage}, {what} states"),
-        )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_index(model, sequences, folder)
-        accelerator.wait_for_everyone()
+        complete = is_complete(sequences, folder)
+        accelerator.wait_for_everyone()  # every process has looked before one writes
+        if complete:
+            continue
+        # Runs may share the folder.
+        with claimed(folder) if accelerator.is_main_process else nullcontext():
+            collect_states(
+                model,
+                sequences,
+                folder,
+                batch_size=config.lm_batch_size,
+                process=accelerator.process_index,
+                processes=accelerator.num_processes,
+                progress=partial(progress.states, f"stage {inputs.stage}, {what} states"),
+            )
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_index(model, sequences, folder)
+            accelerator.wait_for_everyone()
     training, held_out = map(StateFiles.open, inputs.folders)
     rows = (rows.to(accelerator.device) for rows in training.batches(_MOMENT_ROWS))
     return Material(training, held_out, moments(rows))

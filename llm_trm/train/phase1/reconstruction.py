@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trm.models.compression import Compressor, DimensionCompressor, LatentDecoder
+from llm_trm.ranges import FINITE
 
 #: States [rows, D] and None, or sequences [B, L, D] with their mask [B, L].
 Batch = tuple[Tensor, Tensor | None]
@@ -25,9 +27,9 @@ class Quality:
         relative_error: |r - h| / |h|, Frobenius norms over all states.
     """
 
-    mse: float
-    cosine_similarity: float
-    relative_error: float
+    mse: Annotated[float, FINITE]
+    cosine_similarity: Annotated[float, FINITE]
+    relative_error: Annotated[float, FINITE]
 
 
 class Reconstruction(nn.Module):

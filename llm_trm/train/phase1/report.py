@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from llm_trm.errors import InputError
+from llm_trm.ranges import FINITE, PLACE, require_ranges
 from llm_trm.train.phase1.config import Stage
 from llm_trm.train.phase1.reconstruction import Quality
 
@@ -28,14 +30,14 @@ class StageResult:
     """
 
     stage: Stage
-    size: int
-    ratio: float
+    size: Annotated[int, PLACE]
+    ratio: Annotated[float, FINITE]
     folder: Path
     learned: Quality
     reference: Quality
-    training_mse: float
-    training_bound: float
-    epochs: int
+    training_mse: Annotated[float, FINITE]
+    training_bound: Annotated[float, FINITE]
+    epochs: Annotated[int, PLACE]
 
     def record(self) -> dict[str, Any]:
         """The result as JSON values, without the folder."""
@@ -52,18 +54,30 @@ class StageResult:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], folder: Path) -> StageResult:
-        """The result that :meth:`record` returned."""
-        return cls(
-            stage=record["stage"],
-            size=record["size"],
-            ratio=record["compression_ratio"],
-            folder=folder,
-            learned=Quality(**record["metrics"]),
-            reference=Quality(**record["reference"]),
-            training_mse=record["training_mse"],
-            training_bound=record["training_bound"],
-            epochs=record["epochs"],
-        )
+        """The result that :meth:`record` returned.
+
+        Raises:
+            InputError: A value is missing or of the wrong type.
+        """
+        try:
+            result = cls(
+                stage=record["stage"],
+                size=record["size"],
+                ratio=record["compression_ratio"],
+                folder=folder,
+                learned=Quality(**record["metrics"]),
+                reference=Quality(**record["reference"]),
+                training_mse=record["training_mse"],
+                training_bound=record["training_bound"],
+                epochs=record["epochs"],
+            )
+            for part in (result.learned, result.reference, result):
+                require_ranges(part)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder} does not record how its compressor was made: start over with --overwrite"
+            ) from error
+        return result
 
 
 class Progress:

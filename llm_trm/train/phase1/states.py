@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_trm.checksums import require_unchanged
 from llm_trm.errors import InputError
-from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.files import file_digest, read_json, read_tensors, writable_folder, write_json, write_tensors
 from llm_trm.ranges import PLACE, WIDTH, require_in
 
 if TYPE_CHECKING:
     from llm_trm.models.loading import ThinkingModel
 
 INDEX = "states.json"
+_SHARDS = "states-*.safetensors"
 _SHARD_ROWS = 16_384
 #: Number of shards that are shuffled together, and the size up to which shards stay in memory.
 _POOL = 8
@@ -117,11 +120,32 @@ def collect_states(
         progress(done, total)
 
 
+def is_complete(sequences: Sequence[Tensor], folder: Path) -> bool:
+    """Whether ``folder`` has its index and all shards."""
+    shards = len(_plan([len(tokens) for tokens in sequences]))
+    return (folder / INDEX).exists() and all(_shard_path(folder, number).exists() for number in range(shards))
+
+
 def write_index(model: ThinkingModel, sequences: Sequence[Tensor], folder: Path) -> None:
-    """Write the index of ``folder``, once all its shards exist."""
+    """Write the index of ``folder``, with the SHA-256 of each shard, once all its shards exist."""
     lengths = [len(tokens) for tokens in sequences]
-    shards = [{"rows": sum(lengths[a:b]), "sequences": b - a} for a, b in _plan(lengths)]
+    shards = [
+        {
+            "rows": sum(lengths[a:b]),
+            "sequences": b - a,
+            "sha256": file_digest(_shard_path(folder, number)),
+        }
+        for number, (a, b) in enumerate(_plan(lengths))
+    ]
     write_json(folder / INDEX, {"model": model.name, "width": model.hidden_size, "shards": shards})
+
+
+def remove_states(folder: Path) -> None:
+    """Remove the files of a folder of states, and the folder too if nothing else is in it."""
+    for path in (folder / INDEX, *folder.glob(_SHARDS)):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # missing, not empty, or a link
+        folder.rmdir()
 
 
 @dataclass
@@ -132,11 +156,13 @@ class StateFiles:
         folder: Folder of the files.
         width: D.
         shards: Number of rows and sequences in each shard.
+        checksums: SHA-256 of each shard's file, or None in the index of an older version.
     """
 
     folder: Path
     width: int
     shards: list[tuple[int, int]]
+    checksums: list[str | None]
     _kept: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -149,8 +175,9 @@ class StateFiles:
             for count in (count for shard in shards for count in shard):
                 require_in(PLACE, "a number of states", count)
             require_in(WIDTH, "width", index["width"])
-            return cls(folder, index["width"], shards)
-        except (KeyError, TypeError, ValueError):
+            checksums = [shard.get("sha256") for shard in index["shards"]]
+            return cls(folder, index["width"], shards, checksums)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path} is not an index of states: {_again(folder)}") from None
 
     @property
@@ -214,6 +241,7 @@ class StateFiles:
             raise InputError(f"{path}: its lengths do not add up to {rows} states: {remedy}")
         if not states.isfinite().all():
             raise InputError(f"{path} contains NaN or infinite states: {remedy}")
+        require_unchanged(path, self.checksums[number], remedy)
         split = list(states.split(lengths))
         if self.rows * self.width * states.element_size() <= _KEPT_BYTES:
             self._kept[number] = split

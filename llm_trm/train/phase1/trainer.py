@@ -9,7 +9,6 @@ compressor is trained. A run leaves one folder per stage with the compressor
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.files import read_tensors, require_writable, sweep, writable_folder, write_json, write_tensors
 from llm_trm.memory import require_training_memory
 from llm_trm.models.compression import (
     FACTS_FILE,
@@ -38,8 +37,9 @@ from llm_trm.train.phase1.fit import Fit, Material, every_batch, fit
 from llm_trm.train.phase1.inputs import SMALL_WIDTH, StageInputs, collect, read_stage
 from llm_trm.train.phase1.reconstruction import Quality, Reconstruction, quality
 from llm_trm.train.phase1.report import Progress, StageResult
-from llm_trm.train.phase1.states import StateFiles
+from llm_trm.train.phase1.states import StateFiles, remove_states
 from llm_trm.train.phase1.unfinished import Unfinished
+from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.tracking import finish_tracking, new_accelerator, start_tracking
 
@@ -72,7 +72,7 @@ class CompressorPretrainer:
         self.config = config
         if config.resume and not (config.output / config.FILE).exists():
             raise InputError(f"{config.output} holds no run to resume: leave --resume out")
-        writable_folder(config.output)
+        require_writable(config.output)
         self.accelerator: Accelerator = new_accelerator(config.track, config.output, device=config.device)
         self.progress = progress if progress and self.accelerator.is_main_process else Progress()
         self.interruption = Interruption(config, _AGREE_EVERY)
@@ -87,10 +87,15 @@ class CompressorPretrainer:
             those of the last stage.
 
         Raises:
-            InputError: Bad texts, states, sizes or files; nothing was overwritten.
+            InputError: Bad texts, states, sizes or files, or another process writes in the output folder;
+                nothing was overwritten.
             Interrupted: Ctrl-C or SIGTERM. Finished stages, hidden states and the progress of the stage are
                 kept, so that the same settings continue from there.
         """
+        with alone_in(self.config.output, main=self.accelerator.is_main_process):
+            return self._train()
+
+    def _train(self) -> list[StageResult]:
         config = self.config
         model = load_thinking_model(
             config.model, self.accelerator.device, trust_remote_code=config.trust_remote_code
@@ -105,6 +110,8 @@ class CompressorPretrainer:
                 self._starting_point(size, width)
         if self.accelerator.is_main_process:
             write_json(config.output / config.FILE, config.record())
+            for folder in {self._folder(stage, size) for size in sizes for stage in stages}:
+                sweep(folder)
         materials = {
             stage: collect(config, inputs, model, self.accelerator, self.progress)
             for stage, inputs in stages.items()
@@ -123,7 +130,7 @@ class CompressorPretrainer:
                 self._write_sweep(results)
             if not config.keep_states:
                 for folder in {folder for inputs in stages.values() for folder in inputs.folders}:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove_states(folder)
         return results
 
     def _sizes(self, width: int) -> tuple[int, ...]:
@@ -182,7 +189,10 @@ class CompressorPretrainer:
         if not (folder / FACTS_FILE).exists():
             return None
         facts = compressor_facts(folder)
-        made = {"compressor": facts["kind"], "size": facts.get("size"), **facts.get("settings", {})}
+        recorded = facts.get("settings", {})
+        if not isinstance(recorded, dict):
+            raise InputError(f"{folder / FACTS_FILE} holds no settings by name: start over with --overwrite")
+        made = {"compressor": facts["kind"], "size": facts.get("size"), **recorded}
         for name, value in {"compressor": self.config.compressor, "size": size, **settings}.items():
             if made.get(name) != value:
                 if self.config.overwrite:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_trm.files import writable_folder
+from llm_trm.files import publish, unfinished, writable_folder
+from llm_trm.manifest import MANIFEST_FILE, require_whole, write_manifest
 from llm_trm.ranges import FINITE, PLACE, require_ranges
+from llm_trm.train.phase1.reconstruction import Quality
 from llm_trm.train.run.training_state import (
+    PROGRESS_FILE,
+    TENSORS_FILE,
     read_progress,
     restore_training,
     training_tensors,
     write_state,
 )
+
+#: In the order of their writing.
+_FILES = (TENSORS_FILE, PROGRESS_FILE, MANIFEST_FILE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class FitProgress:
 
     def __post_init__(self) -> None:
         require_ranges(self)
+        for name in ("best", "now"):
+            if getattr(self, name).keys() != {field.name for field in fields(Quality)}:
+                raise ValueError(f"{name} does not describe the quality of a compressor")
 
 
 class Unfinished:
@@ -63,7 +73,14 @@ class Unfinished:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Write progress, the current and the best weights, and the state of the optimizer."""
-        write_state(writable_folder(self.folder), progress, training_tensors(module, optimizer, best=best))
+        writable_folder(self.folder.parent)
+        with unfinished(self.folder.parent, self.folder.name) as temporary:
+            write_state(temporary, progress, training_tensors(module, optimizer, best=best))
+            write_manifest(temporary)
+            self.remove()
+            writable_folder(self.folder)
+            for name in _FILES:
+                publish(temporary / name, self.folder / name)
 
     def read(
         self, module: nn.Module, best: Iterable[Tensor], optimizer: torch.optim.Optimizer
@@ -73,8 +90,9 @@ class Unfinished:
         Raises:
             InputError: Files that are broken, or of another compressor.
         """
-        if not self.folder.exists():
+        if not any((self.folder / name).exists() for name in _FILES[1:]):  # tensors alone: killed in writing
             return None
+        require_whole(self.folder, "start over with --overwrite")
         progress = read_progress(self.folder, FitProgress)
         if progress.settings != self.settings:
             return None
@@ -82,5 +100,8 @@ class Unfinished:
         return progress
 
     def remove(self) -> None:
-        """Remove the state: the stage is finished, or starts over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the state: the stage is finished, or starts over. Files of the user stay."""
+        for name in _FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # missing, not empty, or a link
+            self.folder.rmdir()

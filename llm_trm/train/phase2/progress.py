@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from llm_trm.ranges import AMOUNT, COSINE, PLACE
 from llm_trm.train.run import run
@@ -19,6 +19,9 @@ class Progress(run.Progress):
         skipped: Number of updates so far that were skipped since a gradient was not finite.
         threshold: Threshold of the halting loss.
     """
+
+    NUMBERS = ("epoch", "updates", "skipped", "learning_rate", "threshold")
+    TABLES: ClassVar[dict[str, tuple[str, ...]]] = {"train": (), "validation": ("mse",)}
 
     epoch: Annotated[int, PLACE]
     batch: Annotated[int, PLACE]

@@ -6,12 +6,13 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_trm.files import writable_folder
+from llm_trm.files import require_writable
 from llm_trm.memory import require_training_memory
 from llm_trm.models.compression import save_compressor
 from llm_trm.models.phase2 import COMPRESSOR_FOLDER
@@ -74,20 +75,24 @@ class TRMSequenceTrainer:
         lengths, batch_size = self.inputs.contexts.lengths, config.batch_size * self.processes
         self.order = EpochOrder(self.inputs.training, lengths, batch_size, config.seed, **pool)
         self._bucket = graph_lengths(max(lengths)) if self.device.type == "cuda" else None
-        writable_folder(config.output)
+        require_writable(config.output)
         self._build()
         self.epoch = self.batch = self.updates = 0
         self.rate = 0.0
-        if resumed is not None:
-            self._restore(resumed)
+        if resumed is not None and self.run.checkpoint is not None:
+            self._restore(self.run.checkpoint, resumed)
 
     def train(self) -> Phase2Result:
         """Train to the end, or until patience is exhausted.
 
         Raises:
-            InputError: No update of an epoch was finite.
+            InputError: No update of an epoch was finite, or another process writes in the output folder.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
+        with self.run.alone():
+            return self._train()
+
+    def _train(self) -> Phase2Result:
         config = self.config
         self.run.start(self._plan())
         with self.run.interruption:
@@ -246,12 +251,10 @@ class TRMSequenceTrainer:
                 write_state(folder, progress, {**tensors, **randoms})
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, progress: Progress) -> None:
+    def _restore(self, folder: Path, progress: Progress) -> None:
         self.config.require_same(progress.settings, self.settings)
-        tensors = restore_training(
-            self.run.checkpoints.last, self.model, self.optimizer, average=self.average.averages
-        )
-        restore_random_states(under(f"random.{self.rank}.", tensors), self.device)
+        tensors = restore_training(folder, self.model, self.optimizer, average=self.average.averages)
+        restore_random_states(under(f"random.{self.rank}.", tensors), self.device, folder)
         self.loss.threshold.fill_(progress.threshold)
         self.epoch, self.batch, self.updates = progress.epoch, progress.batch, progress.updates
         self.run.step = self.epoch * len(self.order) + self.batch

@@ -54,7 +54,6 @@ def grpo_arguments(config: Phase3Config) -> GRPOConfig:
             eval_steps=config.eval_every,
             eval_on_start=not config.resume,
             save_steps=config.save_every,
-            save_total_limit=3,
             use_cache=True,  # Otherwise Trainer turns it off in the model's config, which is saved.
         )
     except ValueError as error:

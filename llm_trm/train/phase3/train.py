@@ -12,13 +12,14 @@ from llm_trm.data.problems import Question, located
 from llm_trm.data.tags import THINK
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import writable_folder, write_text
+from llm_trm.files import write_text
 from llm_trm.models.causal.loading import LatentModel
 from llm_trm.models.loading import no_bars
 from llm_trm.train.phase3.config import Phase3Config
 from llm_trm.train.phase3.inputs import Inputs, Problems, read_inputs
 from llm_trm.train.phase3.report import Accuracy, Phase3Plan, Phase3Result
 from llm_trm.train.phase3.rewards import correctness_reward, format_reward
+from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.tracking import lines_until
 from llm_trm.train.run.trainer import TrainerRun, count_parameters
@@ -36,14 +37,19 @@ def train_phase3(config: Phase3Config, report: Report | None = None) -> Phase3Re
     """Train the reasoner of ``config.checkpoint``, and write the model to ``config.output``.
 
     Raises:
-        InputError: Settings that do not fit together, no such model, too few problems, nothing to resume.
+        InputError: Settings that do not fit together, no such model, too few problems, a folder in use,
+            nothing to resume.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    with alone_in(config.output):
+        return _train(config, report)
+
+
+def _train(config: Phase3Config, report: Report | None) -> Phase3Result:
     arguments = grpo_arguments(config)
-    run = TrainerRun(config, report, sources=(config.checkpoint,))
+    run = TrainerRun(config, report, keep_last=3, sources=(config.checkpoint,))
     prompts = (arguments.generation_batch_size or 0) // config.group_size
     inputs = read_inputs(config, run, prompts, arguments.device)
-    writable_folder(config.output)
     trainer = make_trainer(config, arguments, inputs.latent, inputs.problems)
     if trainer.is_world_process_zero():
         _keep_completions(config.output / COMPLETIONS_FILE, run.start_step)

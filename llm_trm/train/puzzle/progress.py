@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from llm_trm.ranges import AMOUNT, PLACE
 from llm_trm.train.run.run import Progress
@@ -17,6 +17,10 @@ class PuzzleProgress(Progress):
         step: Number of steps so far.
         seconds: Seconds of training so far.
     """
+
+    NUMBERS = ("step", "seconds")
+    TABLES: ClassVar[dict[str, tuple[str, ...]]] = {"train": (), "test": ("exact", "puzzles")}
+    OPTIONAL = frozenset({"test"})
 
     step: Annotated[int, PLACE]
     seconds: Annotated[float, AMOUNT]

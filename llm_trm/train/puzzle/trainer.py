@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
 from llm_trm.evaluate.puzzle import PuzzleScore, score
-from llm_trm.files import writable_folder
+from llm_trm.files import require_writable
 from llm_trm.memory import require_training_memory
 from llm_trm.models.puzzle.losses import puzzle_loss
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, load_puzzle_model, save_puzzle_model
@@ -70,21 +71,26 @@ class PuzzleTrainer:
         self.inputs = read_inputs(config, self.device)
         self.feed = Feed(self.inputs.training, config.batch_size, config.seed, self.inputs.symmetries)
         self.settings = {**config.critical, "precision": self._precision, "data": self.inputs.identity}
-        writable_folder(config.output)
+        require_writable(config.output)
         if config.track is not None:  # only for the trackers: a run is one process, and needs no accelerate
             self.run.launch(resumed.step if resumed else None)
         self._build()
         self.seconds = 0.0
-        if resumed is not None:
-            self._restore(resumed)
+        if resumed is not None and self.run.checkpoint is not None:
+            self._restore(self.run.checkpoint, resumed)
 
     def train(self) -> PuzzleResult:
         """Train to the end.
 
         Raises:
-            InputError: No gradient since the last evaluation was finite.
+            InputError: No gradient since the last evaluation was finite, or another process writes in the
+                output folder.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         """
+        with self.run.alone():
+            return self._train()
+
+    def _train(self) -> PuzzleResult:
         config = self.config
         self.run.start(self._plan())
         self.model.train()
@@ -188,14 +194,14 @@ class PuzzleTrainer:
                 },
             )
 
-    def _restore(self, progress: PuzzleProgress) -> None:
-        if "train" not in progress.settings.get("data", {}):
+    def _restore(self, folder: Path, progress: PuzzleProgress) -> None:
+        data = progress.settings.get("data")
+        if not isinstance(data, dict) or "train" not in data:
             raise InputError(
                 f"{self.config.output} was started before checkpoints identified their data, and "
                 f"{self.config.data} may contain other puzzles now: start over with --overwrite"
             )
         self.config.require_same(progress.settings, self.settings)
-        folder = self.run.checkpoints.last
         tensors = restore_training(folder, self.model, self.optimizer, average=self.average.averages)
         self.run.step, self.seconds = progress.step, progress.seconds
         carry = self.step.prepare(*self.feed.batch(self.run.step))
@@ -207,7 +213,7 @@ class PuzzleTrainer:
                     if name in saved:
                         buffer.copy_(saved[name])
             carry.load_state_dict(under("carry.", tensors))
-            restore_random_states(under("random.", tensors), self.device)
+            restore_random_states(under("random.", tensors), self.device, folder)
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"{folder} contains a different model from this run's: start over with --overwrite"

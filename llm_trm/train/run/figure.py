@@ -9,6 +9,9 @@ from typing import Any
 
 from llm_trm.files import replacing
 
+#: The figure that a run leaves in its folder.
+CURVES_FILE = "curves.png"
+
 #: Colours of training data, held-out data, and everything else.
 TRAIN, HELD_OUT, OTHER = "#7f8fa6", "#2e7d22", "#e1b12c"
 

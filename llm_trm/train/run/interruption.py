@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.errors import Interrupted
+from llm_trm.models.run_folder import INDEX_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,6 +23,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interruption:
     """While it is entered, the first Ctrl-C or SIGTERM asks the training to stop; a second one acts at once.
+
+    A signal that the process was started to ignore, as in a background job of a script, stays ignored.
 
     Args:
         config: Settings of the run.
@@ -35,7 +40,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other
-            self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,9 +74,51 @@ class Interruption:
 
     def stop(self, step: int) -> Interrupted:
         """The exception that ends the training, once the checkpoint of ``step`` is written."""
-        file = self._config.output / self._config.FILE
-        again = ["llm-trm", "train", self._config.COMMAND, "--config", str(file), "--resume"]
-        name = signal.Signals(self._signal).name
-        return Interrupted(
-            self._signal, f"{name}: stopped after step {step}; to continue: {shlex.join(again)}"
+        return _Advised(
+            self._signal, f"{_name(self._signal)}: stopped after step {step}; {_advice(self._config)}"
         )
+
+
+class _Advised(Interrupted):
+    """Its message says how to continue."""
+
+
+@contextmanager
+def advising(config: RunSettings) -> Iterator[None]:
+    """Say how to continue if a signal ends the block before, between or after the steps of the training.
+
+    Args:
+        config: Settings of the run. If it neither resumes nor has written its settings yet, there is nothing
+            to continue, and the interruption passes unchanged.
+    """
+    file = _settings_file(config)
+    before = file.stat().st_mtime_ns if file.exists() else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        started = config.resume or (file.exists() and file.stat().st_mtime_ns != before)
+        if isinstance(error, _Advised) or not started or not _has_progress(config):
+            raise
+        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(number, f"{_name(number)}: stopped; {_advice(config)}") from error
+
+
+def _has_progress(config: Any) -> bool:
+    """Whether the run has left something that --resume continues from."""
+    if config.COMMAND == "phase1":  # its stages and hidden states count too
+        return True
+    output = config.output
+    return (output / INDEX_FILE).exists() or any(output.glob("checkpoint-*/trainer_state.json"))
+
+
+def _advice(config: Any) -> str:
+    again = ["llm-trm", "train", config.COMMAND, "--config", str(_settings_file(config)), "--resume"]
+    return f"to continue: {shlex.join(again)}"
+
+
+def _settings_file(config: Any) -> Any:
+    return config.output / config.FILE
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

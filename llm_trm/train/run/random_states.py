@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from llm_trm.errors import InputError
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
@@ -20,11 +23,23 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the generators to the states that :func:`random_states` returned."""
-    gauss = states.get("python_gauss")
-    words = tuple(states["python"].tolist())
-    random.setstate((3, words, None if gauss is None else float(gauss)))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device, where: Path) -> None:
+    """Set the generators to the states that :func:`random_states` returned.
+
+    Args:
+        where: The checkpoint that ``states`` are from, for the message.
+
+    Raises:
+        InputError: A state is missing, or is none.
+    """
+    try:
+        gauss = states.get("python_gauss")
+        words = tuple(states["python"].tolist())
+        random.setstate((3, words, None if gauss is None else float(gauss)))
+        torch.set_rng_state(states["torch"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"{where} has no states of the random number generators: start over with --overwrite"
+        ) from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from llm_trm.errors import InputError, Interrupted
 from llm_trm.files import write_json
-from llm_trm.ranges import AMOUNT, FINITE, require_ranges
+from llm_trm.ranges import AMOUNT, FINITE, require_in, require_ranges, shown
 from llm_trm.train.run.checkpoints import Checkpoints
+from llm_trm.train.run.folder import alone_in, clear_records
 from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.metrics import RunMetrics
 from llm_trm.train.run.report import Plan, Report
@@ -30,9 +32,17 @@ class Progress:
         history: Records of the evaluations.
         settings: What a resumed run must share.
 
+        NUMBERS: Finite numbers in every record of the history.
+        TABLES: Tables of numbers in every record, and numbers that each must have.
+        OPTIONAL: Tables that may be null.
+
     Raises:
         ValueError: A number that is not finite, out of range or of the wrong type.
     """
+
+    NUMBERS: ClassVar[tuple[str, ...]] = ()
+    TABLES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
 
     sums: dict[str, Annotated[float, FINITE]]
     steps: Annotated[float, AMOUNT]
@@ -41,6 +51,19 @@ class Progress:
 
     def __post_init__(self) -> None:
         require_ranges(self)
+        for place, record in enumerate(self.history):
+            at = f"history[{place}]: "
+            for name in self.NUMBERS:
+                require_in(FINITE, name, record.get(name), where=at)
+            for name, needed in self.TABLES.items():
+                table = record.get(name)
+                if table is None and name in self.OPTIONAL and name in record:
+                    continue
+                # An error of a model that diverged is NaN.
+                if not isinstance(table, dict) or not all(type(n) in (int, float) for n in table.values()):
+                    raise ValueError(f"{at}{name} must be a table of numbers, not {shown(table)}")
+                if missing := set(needed) - table.keys():
+                    raise ValueError(f"{at}{name} lacks {min(missing)}")
 
 
 P = TypeVar("P", bound=Progress)
@@ -55,7 +78,8 @@ class Run(Generic[P]):
         progress: Dataclass of the progress that a checkpoint records.
 
     Attributes:
-        resumed: Progress of the checkpoint that the run continues from; None for a new run.
+        checkpoint: The checkpoint that the run continues from; None for a new run.
+        resumed: Progress of that checkpoint; None for a new run.
         history: Records of the evaluations so far.
         step: Steps so far.
         accelerator: From :meth:`launch`; None without it, for a single process without trackers.
@@ -69,7 +93,9 @@ class Run(Generic[P]):
         self.report = report or Report()
         self.checkpoints = Checkpoints(config.output, self.config.keep)
         self.checkpoints.permit(resume=self.config.resume, overwrite=self.config.overwrite)
-        self.resumed = read_progress(self.checkpoints.last, progress) if self.config.resume else None
+        self._seen = self.checkpoints.index() if config.resume else None
+        self.checkpoint = self.checkpoints.newest_whole() if self.config.resume else None
+        self.resumed = None if self.checkpoint is None else read_progress(self.checkpoint, progress)
         self.metrics = RunMetrics()
         self.history: list[dict[str, Any]] = []
         self.step = 0
@@ -95,13 +121,31 @@ class Run(Generic[P]):
         """Whether this process writes and reports."""
         return self.accelerator is None or self.accelerator.is_main_process
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only run in the folder until the block ends; everything is written within it.
+
+        Raises:
+            InputError: Another process writes in the folder, or has done so since this run looked.
+        """
+        with alone_in(self.config.output, main=self.is_main):
+            if self.is_main:
+                self.checkpoints.permit(resume=self.config.resume, overwrite=self.config.overwrite)
+                if self.config.resume and self.checkpoints.index() != self._seen:
+                    raise InputError(
+                        f"{self.config.output} has been continued by another process: run the same command "
+                        "again"
+                    )
+            yield
+
     def start(self, plan: Plan) -> None:
         """Write the settings, and tell the report and the trackers that training starts."""
         if self.is_main:
             if self.config.overwrite:
                 self.checkpoints.clear()
-            elif self.config.resume:
-                self.checkpoints.sweep()
+                clear_records(self.config.output)
+            elif self.checkpoint is not None:
+                self.checkpoints.go_on_from(self.checkpoint)
             write_json(self.config.output / self.config.FILE, self.config.record())
             self.report.begin(plan)
         if self.accelerator is not None:

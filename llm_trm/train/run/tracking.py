@@ -131,8 +131,8 @@ def lines_until(path: Path, step: int) -> str:
     for line in read_lines(path, only_text=True) if path.exists() else ():
         try:
             at = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if at is None or at <= step:
+        if at is None or (isinstance(at, (int, float)) and at <= step):
             kept.append(line + "\n")
     return "".join(kept)

@@ -12,15 +12,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from llm_trm.data.processes import world_size
 from llm_trm.errors import InputError
 from llm_trm.files import read_json, write_json
+from llm_trm.manifest import write_manifest
 from llm_trm.models.causal.loading import FACTS_FILE, clear_model
 from llm_trm.models.loading import no_bars
-from llm_trm.train.run.checkpoints import permit
+from llm_trm.train.run.checkpoints import newest_whole, permit
+from llm_trm.train.run.folder import clear_records, sweep_weights
 from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.report import Plan, Report
 from llm_trm.train.run.tracking import finish_tracking, require_tracker, start_tracking, track_with
 from llm_trm.train.run.trainer_checkpoints import (
+    checkpoint_of,
     checkpoints,
-    last_checkpoint,
+    complete_checkpoints,
+    require_resumable,
+    require_room,
     step_of,
     take_up_finished,
     trainer_state,
@@ -65,6 +70,7 @@ class TrainerRun(TrainerCallback):
             :func:`training_arguments`, ``track``, ``resume`` and ``overwrite``.
         report: Follows the run.
         model_file: A file that the output folder contains once the run is finished.
+        keep_last: Number of newest checkpoints to keep; None if a callback decides.
         sources: Folders or names of models that the run starts from.
 
     Attributes:
@@ -82,6 +88,7 @@ class TrainerRun(TrainerCallback):
         report: Report | None,
         *,
         model_file: str = FACTS_FILE,
+        keep_last: int | None = None,
         sources: tuple[str | Path | None, ...] = (),
     ) -> None:
         world_size()  # otherwise accelerate would end with a traceback
@@ -89,6 +96,7 @@ class TrainerRun(TrainerCallback):
         self.config = config
         self.report = report or Report()
         self._settings = config.record()
+        self._keep_last = keep_last
         self._earlier: dict[str, Any] = {}
         self._interruption = Interruption(config, config.log_every)
         if any(source and Path(source).resolve() == config.output.resolve() for source in sources):
@@ -102,18 +110,21 @@ class TrainerRun(TrainerCallback):
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     def _permitted(self, model_file: str) -> Path | None:
-        config, last = self.config, last_checkpoint(self.config.output)
+        config, complete = self.config, complete_checkpoints(self.config.output)
         # A run that stopped before its first checkpoint left nothing to lose.
         has_model = (config.output / model_file).exists()
-        permit(config.output, last is not None, has_model, resume=config.resume, overwrite=config.overwrite)
+        permit(config.output, bool(complete), has_model, resume=config.resume, overwrite=config.overwrite)
         if not config.resume:
+            require_room(config.output, 0)
             return None
         path, remedy = config.output / config.FILE, "start over with --overwrite"
         self._earlier = read_json(path, remedy)
         if not isinstance(self._earlier, dict):
             raise InputError(f"{path} holds no settings by name: {remedy}")
         config.require_same(self._earlier)
-        return last
+        checkpoint = newest_whole(complete, require_resumable)
+        require_room(config.output, step_of(checkpoint))
+        return checkpoint
 
     def require_same_data(self, kind: str, digest: str, *names: str | None) -> None:
         """Record the data of the run, and raise InputError if the run started with other data.
@@ -146,6 +157,7 @@ class TrainerRun(TrainerCallback):
         if self._main:
             if self.config.overwrite:
                 self._clear()
+            self._sweep()
             write_json(self.config.output / self.config.FILE, self._settings)
         trainer.accelerator.wait_for_everyone()
         resumed_at = None if self.checkpoint is None else self.start_step
@@ -158,6 +170,15 @@ class TrainerRun(TrainerCallback):
         for path in checkpoints(self.config.output):
             shutil.rmtree(path)
         clear_model(self.config.output)
+        clear_records(self.config.output)
+
+    def _sweep(self) -> None:
+        """Remove what crashes left: incomplete and damaged checkpoints, temporary files of weights."""
+        sweep_weights(self.config.output)
+        complete = complete_checkpoints(self.config.output)
+        for path in checkpoints(self.config.output):
+            if path not in complete or step_of(path) > self.start_step:
+                shutil.rmtree(path)
 
     def train(self, *, best: bool = False) -> None:
         """Train to the end, or until a signal arrives; see :meth:`stop_if_interrupted`.
@@ -200,6 +221,17 @@ class TrainerRun(TrainerCallback):
             self.report.step(state.global_step)
         if self._interruption.wanted(state.global_step, self._trainer.accelerator):
             control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """List the files of a complete checkpoint; this callback is the last one."""
+        self._trainer.accelerator.wait_for_everyone()  # each process writes its random state
+        if not self._main:
+            return
+        if (checkpoint := checkpoint_of(self.config.output, state.global_step)).is_dir():
+            write_manifest(checkpoint)
+        if self._keep_last is not None:
+            for path in checkpoints(self.config.output)[: -self._keep_last]:
+                shutil.rmtree(path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Pass metrics to the report and the trackers."""

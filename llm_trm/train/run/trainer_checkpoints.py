@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,38 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json
+from llm_trm.manifest import MANIFEST_FILE, require_same_model, require_whole
 from llm_trm.models.loading import require_own_files
-from llm_trm.ranges import AMOUNT, PLACE, Range, require_in
+from llm_trm.ranges import AMOUNT, PLACE, Range, require_in, shown
 
 _STATE_FILE = "trainer_state.json"
+_REMEDY = "start over with --overwrite"
 _STATE: dict[str, Range] = {"global_step": PLACE, "max_steps": PLACE, "epoch": AMOUNT}
+#: Further numbers, which may be missing or null.
+_OPTIONAL: dict[str, Range] = {
+    "best_global_step": PLACE,
+    "num_train_epochs": PLACE,
+    "train_batch_size": PLACE,
+    "num_input_tokens_seen": PLACE,
+    **dict.fromkeys(("total_flos", "eval_steps", "logging_steps", "save_steps"), AMOUNT),
+}
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]{{1,18}}")
+#: Files by which a checkpoint that a crash left incomplete is recognised.
+_MARKS = (
+    *(_STATE_FILE, MANIFEST_FILE, "training_args.bin", "optimizer*", "scheduler.pt", "rng_state*"),
+    ".tmp*",  # of safetensors
+)
+#: Files that the Trainer writes first, as users do who copy a model.
+_BEGUN = ("model*.safetensors", "adapter_model*", "config.json", "tokenizer*", "*.jinja")
+#: DeepSpeed keeps weights and states in such a folder.
+_SHARDED = "global_step*"
+#: What the Trainer needs, and patterns of the names of its files.
+_NEEDED = {
+    "weights": ("model*.safetensors", "adapter_model*", "pytorch_model*", _SHARDED),
+    "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer_*", _SHARDED),
+    "scheduler.pt": ("scheduler.pt", _SHARDED),
+    "rng_state.pth": ("rng_state*.pth",),
+}
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
@@ -28,44 +59,115 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, complete or not, in the order of their steps."""
+    """The checkpoints in ``folder`` that a Trainer wrote, complete or not, in the order of their steps.
+
+    Not among them are links, and what users keep under a similar name.
+    """
     found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted((path for path in found if path.name.rpartition("-")[2].isdigit()), key=step_of)
+    return sorted((path for path in found if _is_own(path)), key=step_of)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; None if there is none.
+def _is_own(path: Path) -> bool:
+    if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    return _has(path, _MARKS) or not any(path.iterdir())
 
-    A checkpoint is complete if it has the Trainer's state, which is written last.
+
+def _has(folder: Path, patterns: Iterable[str]) -> bool:
+    """Whether a folder has a file whose name matches one of the patterns."""
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+def require_room(folder: Path, start: int) -> None:
+    """Raise InputError if a user's folder or link is where a run would write a checkpoint after ``start``."""
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not _NAME.fullmatch(path.name) or step_of(path) <= start or _is_own(path):
+            continue
+        if path.is_symlink() or not path.is_dir() or not _has(path, _BEGUN):
+            raise InputError(f"{path} is no checkpoint of this run: move it to another folder")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in ``folder`` that have the Trainer's state, which is written last, the newest first.
+
+    Links are among them: users move checkpoints to other disks.
+    """
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    named = (path for path in found if _NAME.fullmatch(path.name) and (path / _STATE_FILE).exists())
+    return sorted(named, key=step_of, reverse=True)
+
+
+def require_resumable(checkpoint: Path, remedy: str) -> None:
+    """Check that a checkpoint has all that the Trainer needs, as it was written.
+
+    The Trainer itself goes on without what is missing, with a fresh optimizer for example. It loads the best
+    checkpoint at the end, so that one must be whole too.
 
     Raises:
-        InputError: A checkpoint's index of weights names files outside it.
+        InputError: It cannot be resumed; the message ends in ``remedy``.
     """
-    complete = [path for path in checkpoints(folder) if (path / _STATE_FILE).exists()]
-    for path in complete:
-        require_own_files(path)
-    return complete[-1] if complete else None
+    require_own_files(checkpoint)
+    state = trainer_state(checkpoint, remedy)
+    _require_files(checkpoint, remedy)
+    best = checkpoint_of(checkpoint.parent, state.get("best_global_step") or 0)
+    if best != checkpoint and best.is_dir():
+        require_same_model(best, remedy)
 
 
-def trainer_state(checkpoint: Path) -> dict[str, Any]:
+def _require_files(checkpoint: Path, remedy: str) -> None:
+    require_whole(checkpoint, remedy)
+    for name, patterns in _NEEDED.items():
+        if not _has(checkpoint, patterns):
+            raise InputError(f"{checkpoint} has no {name}: {remedy}")
+    if not (checkpoint / MANIFEST_FILE).exists():
+        for path in sorted(checkpoint.glob("*.pt*")):
+            _require_archive(path, remedy)
+
+
+def _require_archive(path: Path, remedy: str) -> None:
+    """Raise InputError unless a file of ``torch.save``, a ZIP archive, is complete and has its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}): {remedy}") from error
+    if damaged is not None:
+        raise InputError(f"{path} is damaged (the checksum of {damaged} differs): {remedy}")
+
+
+def trainer_state(checkpoint: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """The progress of a run, as the Trainer recorded it.
 
     Raises:
-        InputError: The file is missing, or a number in it makes no sense.
+        InputError: The file is missing, or a value in it makes no sense; the message ends in ``remedy``.
     """
     path = checkpoint / _STATE_FILE
-    remedy = "start over with --overwrite, or delete the checkpoint"
     state = read_json(path, remedy)
     try:
         for name, within in _STATE.items():
             require_in(within, name, state[name])
+        for name, within in _OPTIONAL.items():
+            if state.get(name) is not None:
+                require_in(within, name, state[name])
         for record in state["log_history"]:
             require_in(PLACE, "log_history: step", record["step"])
-    except (KeyError, TypeError, ValueError) as error:
+            for name, value in record.items():
+                if not _is_number(value) and (value is not None or name.startswith("eval_")):
+                    raise ValueError(f"log_history: {name} must be a number, not {shown(value)}")
+        if state.get("best_metric") is not None and not _is_number(state["best_metric"]):
+            raise ValueError("best_metric must be a number")
+        if not isinstance(state.get("stateful_callbacks", {}), dict):
+            raise ValueError("stateful_callbacks must be a table")
+        TrainerState(**state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} does not record the progress of the run ({one_line(error)}): {remedy}"
         ) from error
     return dict(state)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # NaN is one: a loss may be
 
 
 def take_up_finished(trainer: Any, checkpoint: Path, *, best: bool) -> bool:

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 from llm_trm.files import read_json, read_tensors, write_json, write_tensors
 
 P = TypeVar("P")
 
-_TENSORS, _PROGRESS = "state.safetensors", "state.json"
+TENSORS_FILE, PROGRESS_FILE = "state.safetensors", "state.json"
 _REMEDY = "start over with --overwrite"
 
 
 def write_state(folder: Path, progress: Any, tensors: Mapping[str, Tensor]) -> None:
     """Write the progress of a run, a dataclass of JSON values, and its tensors to ``folder``."""
-    write_tensors(folder / _TENSORS, tensors)
-    write_json(folder / _PROGRESS, asdict(progress))
+    write_tensors(folder / TENSORS_FILE, tensors)
+    write_json(folder / PROGRESS_FILE, asdict(progress))
 
 
 def read_progress(folder: Path, kind: type[P]) -> P:
     """The progress that :func:`write_state` wrote; InputError if it is missing, broken or another kind."""
-    path = folder / _PROGRESS
+    path = folder / PROGRESS_FILE
     described = read_json(path, _REMEDY)
     try:
         return kind(**described)
@@ -36,6 +36,19 @@ def read_progress(folder: Path, kind: type[P]) -> P:
         raise InputError(f"{path}: {error}: {_REMEDY}") from error
     except TypeError as error:
         raise InputError(f"{path} does not record the progress of the run: {_REMEDY}") from error
+
+
+def require_state(folder: Path, remedy: str) -> None:
+    """Raise InputError, ending in ``remedy``, unless the files of :func:`write_state` can be opened."""
+    from safetensors import SafetensorError, safe_open
+
+    read_json(folder / PROGRESS_FILE, remedy)
+    path = folder / TENSORS_FILE
+    try:
+        with safe_open(path, "pt"):  # reads the header, and compares it with the length of the file
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +82,7 @@ def restore_training(
     Raises:
         InputError: A missing or broken file, or one of another model.
     """
-    tensors = read_tensors(folder / _TENSORS, _REMEDY)
+    tensors = read_tensors(folder / TENSORS_FILE, _REMEDY)
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     positions = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -79,10 +92,12 @@ def restore_training(
                 value.copy_(tensors[f"{kind}.{name}"])
         for key, tensor in under("optimizer.", tensors).items():
             moment, name = key.split(".", 1)
+            if tensor.ndim and tensor.shape != parameters[name].shape:
+                raise ValueError(f"{key} has another shape than the parameter")
             state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{folder / _TENSORS} contains a different model from this run's: {_REMEDY}"
+            f"{folder / TENSORS_FILE} contains a different model from this run's: {_REMEDY}"
         ) from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return tensors
