@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from signal import SIGINT
 
 
@@ -37,3 +38,8 @@ def one_line(error: Exception | str, longest: int | None = 200) -> str:
 def shortened(question: str, longest: int = 40) -> str:
     """Quote ``question`` for an error message, shortened to ``longest`` characters."""
     return repr(question) if len(question) <= longest else f"{question[:longest]!r}..."
+
+
+def listed(names: Iterable[str], longest: int = 160) -> str:
+    """``names``, separated by commas, for an error message; shortened to ``longest`` characters."""
+    return text if len(text := ", ".join(names)) <= longest else f"{text[:longest]}..."

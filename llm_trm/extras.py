@@ -19,6 +19,6 @@ def require(extra: str, *packages: str) -> None:
 
 def require_plot(path: Path) -> None:
     """Raise InputError unless matplotlib is installed and can write a file of this name."""
-    if path.suffix not in _PLOTS:
+    if path.suffix.lower() not in _PLOTS:
         raise InputError(f"--plot {path}: name a file that ends in {', '.join(_PLOTS)}")
     require("plot", "matplotlib")

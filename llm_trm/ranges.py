@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import reprlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -65,6 +66,10 @@ Range = Whole | Real
 
 _LARGEST = sys.float_info.max
 
+#: repr() of a value from a file may take gigabytes, or nest too deeply for Python's stack.
+_QUOTING = reprlib.Repr()
+_QUOTING.maxstring = _QUOTING.maxother = _QUOTING.maxlong = 500
+
 #: Numbers of samples, steps and epochs: more than any run has.
 COUNT, NO_OR_COUNT = Whole(1, 10**9), Whole(0, 10**9)
 #: Numbers of samples, contexts or completions at a time.
@@ -121,8 +126,8 @@ ROPE_THETA = Real(0, 10**15, least_open=True)
 
 
 def shown(value: object, longest: int = 30) -> str:
-    """``value`` as a message quotes it: long numbers are shortened."""
-    text = _huge(value) or repr(value)
+    """``value`` as a message quotes it: what is long, deep or a huge number is shortened."""
+    text = _huge(value) or _QUOTING.repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
@@ -191,7 +196,7 @@ def _fault(allowed: Any, value: object) -> str | None:
         if not isinstance(value, dict):
             return f"must be a mapping, not {shown(value)}"
         inner = get_args(allowed)[1]
-        return next((f"[{key!r}] {f}" for key, one in value.items() if (f := _fault(inner, one))), None)
+        return next((f"[{shown(key)}] {f}" for key, one in value.items() if (f := _fault(inner, one))), None)
     return None
 
 

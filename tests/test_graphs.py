@@ -400,7 +400,10 @@ def test_the_environment_can_turn_graphs_off(monkeypatch: pytest.MonkeyPatch) ->
     assert fallback_of(GraphedFunction(double), torch.ones(3)) == "TRM_GRAPHS=0"
     assert graphs.unavailable() == "TRM_GRAPHS=0"
     monkeypatch.setattr(capture_internals, "_SETTING", "maybe")
-    assert "neither 0 nor 1" in str(graphs.unavailable())
+    with pytest.raises(ValueError, match=r"^TRM_GRAPHS: 'maybe' is neither 0 nor 1"):
+        graphs.unavailable()
+    with pytest.raises(ValueError, match="TRM_GRAPHS"):
+        GraphedFunction(double)(torch.ones(3))
 
 
 def test_recording_gradients_prevents_replays() -> None:

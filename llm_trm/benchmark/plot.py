@@ -82,7 +82,7 @@ def figure(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
     try:
         yield axes
         # Omit the version from the file, so that equal results give equal bytes.
-        metadata = {"Software": None} if path.suffix == ".png" else None
+        metadata = {"Software": None} if path.suffix.lower() == ".png" else None
         with replacing(path) as temporary:
             drawing.savefig(temporary, dpi=150, metadata=metadata)
     finally:

@@ -29,6 +29,8 @@ _REMEDIES = {
     errno.ENOMEM: "use smaller batches or a smaller model",
 }
 _MEMORY = "memory ran out: use smaller batches or a smaller model"
+#: How trm_kernels, which knows no InputError, begins its errors about environment variables.
+_VARIABLE = re.compile(r"TRM_[A-Z_]+: ")
 #: How torch, which has no classes for these errors, words them.
 _WORDINGS = {
     re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs"): (
@@ -52,7 +54,11 @@ def expected(error: BaseException) -> str | None:
         message = f"text cannot be read or written ({error}): use UTF-8"
     elif isinstance(error, EOFError):
         message = f"the input ends too early ({error or 'no more data'}): check that its files are complete"
-    elif _is_safetensors(error):
+    elif isinstance(error, ValueError) and _VARIABLE.match(str(error)):
+        message = str(error)
+    elif _is_loaded(error, "trm_kernels.backends.choice", "BackendError"):
+        message = f"{error}: choose another backend with TRM_BACKEND, or none for the fastest that works"
+    elif _is_loaded(error, "safetensors", "SafetensorError"):
         message = f"weights cannot be read or written ({error}): check the file and the space on its disk"
     else:
         return next((line for wording, line in _WORDINGS.items() if wording.search(str(error))), None)
@@ -76,7 +82,7 @@ def _system(error: OSError) -> str:
     return f"{files or 'a file or standard output'}: {error.strerror}: {remedy}"
 
 
-def _is_safetensors(error: BaseException) -> bool:
-    # Not imported: a command that has not loaded safetensors cannot have raised its error.
-    module = sys.modules.get("safetensors")
-    return module is not None and isinstance(error, module.SafetensorError)
+def _is_loaded(error: BaseException, module: str, name: str) -> bool:
+    # Not imported: a command that has not loaded the module cannot have raised its error.
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(error, getattr(loaded, name))

@@ -237,14 +237,14 @@ def _is_terminal() -> bool:
 
 
 def _questions(question: str | None, file: Path | None) -> list[str]:
-    from llm_trm.data.problems import read_questions
+    from llm_trm.data.problems import is_file, read_questions
     from llm_trm.text import is_text, split_lines
 
     if question is not None:
         if not is_text(question):
-            raise InputError(f"the question {question!a} is not text in UTF-8: ask it in UTF-8")
+            raise InputError(f"the question {shortened(question)} is not text in UTF-8: ask it in UTF-8")
         return ["\n".join(split_lines(question))]
-    if file is not None and file.suffix in (".jsonl", ".json"):
+    if file is not None and is_file(file.name):
         found = [asked.text for asked in read_questions(file)]
     else:
         text, _ = read_input(file, "questions")

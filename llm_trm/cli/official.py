@@ -12,7 +12,7 @@ from llm_trm.choices import Positions, Task
 from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.output import output_file
 from llm_trm.cli.options.settings import settings_options
-from llm_trm.cli.options.types import FOLDER, Grid
+from llm_trm.cli.options.types import FOLDER, PATH, Grid
 from llm_trm.errors import InputError
 from llm_trm.ranges import DEPTH, LENGTH, NO_OR_LENGTH, ROPE_THETA, WIDTH
 from llm_trm.settings import Settings, setting
@@ -58,7 +58,7 @@ class Unrecorded(Settings):
 
 
 @import_.command("official", short_help="Import a checkpoint of SamsungSAILMontreal/TinyRecursiveModels.")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option(
     "-o",
     "--output",
@@ -97,6 +97,8 @@ def import_official(
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{path}: {facts['task']} {facts['rows']}x{facts['columns']}, {parameters:,} parameters.")
+    if "averaged" in facts:
+        click.echo("  The weights are the exponential moving average in it (ema), not the last ones.")
     for origin in dict.fromkeys(facts["origins"].values()):
         names = [name for name, its in facts["origins"].items() if its == origin]
         values = ", ".join(f"{name} {getattr(model.config, name)}" for name in names)
@@ -123,7 +125,7 @@ def _require_free(folder: Path, *, overwrite: bool) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     callback=output_file,
     metavar="FILE",

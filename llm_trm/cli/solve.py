@@ -50,10 +50,10 @@ class SolveSettings(Settings):
 def solve(context: click.Context, /, puzzle: str | None, given: dict[str, Any]) -> None:
     """Solve PUZZLE with a trained model, step by step.
 
-    PUZZLE is a Sudoku of 16, 36 or 81 cells, row by row: digits, and any of 0 . _ - * for blanks; spaces and
-    line breaks are ignored. Or it is a maze with one row per line: # is a wall, a space is open, S is the
-    start and G the goal. A file contains Sudokus, each on one line or with one line per row, or mazes that
-    are separated by empty lines.
+    PUZZLE is a Sudoku of 16, 36 or 81 cells, row by row: digits, and any of 0 . _ - * for blanks; spaces,
+    line breaks, the lines of a drawing and what follows a # are ignored. Or it is a maze with one row per
+    line: # is a wall, a space is open, S is the start and G the goal. A file contains Sudokus, each on one
+    line or with one line per row, or mazes that are separated by empty lines.
 
     The model stops when its halting head considers the answer right. The rules and the clues then decide
     whether it is valid. The exit code is 0 if every answer is valid, and 1 otherwise.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from llm_trm.errors import InputError
-from llm_trm.ranges import COUNT, MODULUS, OPERATIONS
+from llm_trm.ranges import COUNT, MODULUS, OPERATIONS, shown
 from llm_trm.settings import Settings, setting
 
 Split = Literal["train", "test"]
@@ -101,7 +101,7 @@ class World(Settings):
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         """Problem ``index`` of the infinite sequence given by ``split`` and ``seed``."""
         if split not in get_args(Split):
-            raise InputError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
+            raise InputError(f"split must be one of {', '.join(get_args(Split))}, not {shown(split)}")
         # A string seed is hashed with SHA-512, the same in every process and version.
         generator = random.Random(f"{split}/{seed}/{index}")
         while True:

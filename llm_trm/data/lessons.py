@@ -13,6 +13,7 @@ from llm_trm.data.reasoning import IGNORED
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_prompt, chat_template
 from llm_trm.errors import InputError
+from llm_trm.ranges import shown
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -27,7 +28,9 @@ def prompt_form(tokenizer: PreTrainedTokenizerBase, form: PromptForm | None = No
     if form is None:
         form = "chat" if tokenizer.chat_template else "plain"
     if form not in get_args(PromptForm):
-        raise InputError(f"the prompt form must be one of {', '.join(get_args(PromptForm))}, not {form!r}")
+        raise InputError(
+            f"the prompt form must be one of {', '.join(get_args(PromptForm))}, not {shown(form)}"
+        )
     if form == "chat":
         if not tokenizer.chat_template:
             raise InputError("this tokenizer has no chat template: use the plain prompt form")

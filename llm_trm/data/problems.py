@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, listed, shortened
 from llm_trm.extras import require
 from llm_trm.memory import require_memory
 from llm_trm.ranges import shown
@@ -106,7 +106,7 @@ def load_questions(
     """
     names = [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
-        raise InputError(f"--data {dataset!r} is empty: use {_choices()}")
+        raise InputError(f"--data {shortened(dataset)} is empty: use {_choices()}")
     if ARITHMETIC in names:  # infinite
         require_problems(count // len(names))
     sources = [_source(name, split, seed, world or World()) for name in names]
@@ -124,7 +124,7 @@ def located(dataset: str) -> str:
 
 def is_file(name: str) -> bool:
     """Whether ``name`` is a file of records, rather than a data set on the hub."""
-    return name.endswith((".jsonl", ".json"))
+    return name.lower().endswith((".jsonl", ".json"))
 
 
 def require_problems(count: int) -> None:
@@ -144,7 +144,7 @@ def _source(name: str, split: Split, seed: int, world: World) -> Iterator[Questi
         return _hub(name, HUB[name], split)
     if is_file(name):
         return read_questions(Path(name))
-    raise InputError(f"--data {name!r} is unknown: use {_choices()}")
+    raise InputError(f"--data {shortened(name)} is unknown: use {_choices()}")
 
 
 def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:
@@ -181,7 +181,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: The file cannot be read, or one of its records is not an object.
     """
-    read = _json_lines if path.suffix == ".jsonl" else _json_array
+    read = _json_lines if path.suffix.lower() == ".jsonl" else _json_array
     for place, record in read(path):
         if not isinstance(record, dict):
             raise InputError(
@@ -226,12 +226,12 @@ def _question(place: str, record: dict[str, Any]) -> Question:
     column = next((name for name in QUESTION_COLUMNS if name in record), None)
     if column is None:
         raise InputError(
-            f"{place}: no question among the columns {', '.join(map(repr, record)) or '(none)'}: rename one "
+            f"{place}: no question among the columns {listed(map(repr, record)) or '(none)'}: rename one "
             f"of them to {' or '.join(QUESTION_COLUMNS)}"
         )
     text = record[column]
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{place}: {column!r} is {text!r:.40}, not text: fix the file")
+        raise InputError(f"{place}: {column!r} is {shown(text)}, not text: fix the file")
     answer = first_text(place, record, ANSWER_COLUMNS)
     require_untagged(place, "answer", answer or "")
     return Question(text, answer, record)
@@ -250,7 +250,9 @@ def first_text(place: str, record: Mapping[str, Any], names: Sequence[str]) -> s
         if isinstance(value, (dict, list)):
             raise InputError(f"{place}: {name!r} is a {type(value).__name__}, not text: fix the row")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not isinstance(value, str) and not (number and math.isfinite(value)):
+        # A whole number may be too large for a float, but never infinite.
+        finite = number and (isinstance(value, int) or math.isfinite(value))
+        if not isinstance(value, str) and not finite:
             raise InputError(
                 f"{place}: {name!r} is {shown(value)}, neither text nor a finite number: fix the row"
             )

@@ -18,8 +18,9 @@ from llm_trm.data.problems import (
     read_records,
     require_untagged,
 )
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, listed, one_line
 from llm_trm.extras import require
+from llm_trm.ranges import shown
 
 #: Columns of written reasoning; the first one present is used.
 THINKING_COLUMNS = ("thinking", "reasoning")
@@ -120,7 +121,7 @@ def _solved(place: str, row: dict[str, Any], whole_answers: bool) -> Solved:
     require_untagged(place, "thinking", thinking or "")
     thinks = row.get("think", True)
     if not isinstance(thinks, bool):
-        raise InputError(f"{place}: think is {thinks!r:.40}: write true or false")
+        raise InputError(f"{place}: think is {shown(thinks)}: write true or false")
     return Solved(question, answer, thinking or "", thinks)
 
 
@@ -128,6 +129,6 @@ def _column(place: str, row: dict[str, Any], names: tuple[str, ...], what: str) 
     if (text := first_text(place, row, names)) is not None:
         return text
     raise InputError(
-        f"{place}: no {what} among the columns {', '.join(map(repr, row)) or '(none)'}: rename one of them "
+        f"{place}: no {what} among the columns {listed(map(repr, row)) or '(none)'}: rename one of them "
         f"to {' or '.join(names)}"
     )

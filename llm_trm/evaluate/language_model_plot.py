@@ -58,6 +58,6 @@ def plot_modes(modes: Mapping[Mode, ModeScores], path: Path, title: str = "") ->
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
         with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format=path.suffix[1:])
+            figure.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
     finally:
         plt.close(figure)

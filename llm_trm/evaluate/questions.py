@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_trm.choices import Task
 from llm_trm.data.puzzles import maze, sudoku
+from llm_trm.data.puzzles.sudoku_text import SIZES, grids, only_cells
 from llm_trm.errors import InputError
 from llm_trm.text import split_lines
 
@@ -77,23 +78,31 @@ class Question:
 def read_questions(text: str, source: str) -> list[Question]:
     """Parse the puzzles in a text: Sudokus, each on one or several lines, or mazes separated by empty lines.
 
+    What ``llm-trm solve`` draws reads as the grid that it shows.
+
     Args:
-        text: The text. Whitespace between the cells of a Sudoku is ignored; in a maze, spaces are open cells.
+        text: The text. Whitespace between the cells of a Sudoku is ignored, and so are the rules, bars and
+            comments of :mod:`~llm_trm.data.puzzles.sudoku_text`. In a maze, spaces are open cells.
         source: Name of the source for messages.
 
     Raises:
         InputError: The text contains something else; the message gives the location.
     """
     lines = split_lines(text)
-    if text.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
+    if re.match(r"[\ufeff\s]*(\{|\[(?!Puzzle\]|State\]))", text):
         raise InputError(
             f"{source} looks like JSON. ARC tasks only work with `llm-trm eval puzzle`: {_REMEDY}"
         )
     if not any(line.strip() for line in lines):
         raise InputError(f"{source} contains no puzzle: {_REMEDY}")
-    if re.search("[#SG]", text):
+    # In a maze, # is a wall; before the metadata of a Sudoku, it is the start of a comment.
+    if re.search("[#SG]", text) and not only_cells(lines):
         return [_maze(block, where) for block, where in _mazes(lines, source)]
-    return [_sudoku(cells, where) for cells, where in _sudokus(lines, source)]
+    alone = sum(map(bool, map(str.strip, lines))) == 1
+    found = list(grids(lines))
+    if not found:
+        raise InputError(f"{source} contains no puzzle: {_REMEDY}")
+    return [_sudoku(cells, source if alone else f"{source}, line {number}") for number, cells in found]
 
 
 def _mazes(lines: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
@@ -109,7 +118,7 @@ def _mazes(lines: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
 
 def _maze(text: str, where: str) -> Question:
     try:
-        grid = maze.parse_maze(text)
+        grid = _halved(maze.parse_maze(text))
     except ValueError as error:
         raise InputError(f"{where}: {error}: {_REMEDY}") from None
     try:
@@ -120,38 +129,17 @@ def _maze(text: str, where: str) -> Question:
     return Question("maze", rows, columns, torch.from_numpy(grid.reshape(-1)))
 
 
-def _sudokus(texts: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
-    lines = [(number, "".join(line.split())) for number, line in enumerate(texts, 1)]
-    blocks: list[list[tuple[int, str]]] = [[]]
-    for number, line in lines:
-        if line:
-            blocks[-1].append((number, line))
-        elif blocks[-1]:
-            blocks.append([])
-    everything = [line for block in blocks for line in block]
-    # A single puzzle may have empty lines between its bands.
-    if not all(len(line) in _SIZES for _, line in everything) and _cells(everything) in _SIZES:
-        blocks = [everything]
-    for block in filter(None, blocks):
-        where = source if len(everything) == 1 else f"{source}, line {block[0][0]}"
-        if _cells(block) in _SIZES:
-            yield "".join(line for _, line in block), where
-            continue
-        for number, line in block:
-            yield line, source if len(everything) == 1 else f"{source}, line {number}"
-
-
-_SIZES = {shape.cells for shape in sudoku.SHAPES.values()}
-
-
-def _cells(lines: Sequence[tuple[int, str]]) -> int:
-    return sum(len(line) for _, line in lines)
+def _halved(grid: maze.MazeGrid) -> maze.MazeGrid:
+    """The maze of a drawing that has each cell twice in a row, and so two starts; any other grid as it is."""
+    left, right = grid[:, ::2], grid[:, 1::2]
+    drawn = left.shape == right.shape and (left == right).all() and (grid == maze.START).sum() == 2
+    return np.ascontiguousarray(left) if drawn else grid
 
 
 def _sudoku(cells: str, where: str) -> Question:
     if unknown := re.search(f"[^1-9{re.escape(sudoku.BLANKS)}]", cells):
         raise InputError(f"{where}: {unknown[0]!r} is neither a digit nor a blank: {_REMEDY}")
-    if len(cells) not in _SIZES:
+    if len(cells) not in SIZES:
         raise InputError(f"{where}: the puzzle has {len(cells)} cells: {_REMEDY}")
     shape = sudoku.shape_of(len(cells))
     grid = [0 if cell in sudoku.BLANKS else int(cell) for cell in cells]

@@ -287,3 +287,17 @@ def test_rejects_unsupported_decoders() -> None:
         tiny_trm(reasoner="sequence", d_compressed=32)
     with pytest.raises(InputError, match="reasoner must be one of"):
         tiny_trm(reasoner="other")
+
+
+def test_wraps_a_decoder_with_dropout_in_training_mode() -> None:
+    decoder = tiny_decoder("gpt2").train()
+    assert decoder.config.resid_pdrop > 0
+    wrapped = TRMForCausalLM.wrap(decoder, num_latents=3, soft_tokens=3, d_compressed=16, n_heads=4)
+    assert wrapped.training and decoder.transformer.drop.training
+
+
+def test_says_that_weights_are_nan_rather_than_scaled() -> None:
+    decoder = tiny_decoder()
+    decoder.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        tiny_trm(decoder=decoder)

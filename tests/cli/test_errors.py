@@ -18,6 +18,7 @@ from torch import OutOfMemoryError
 
 from llm_trm.cli.group import Group
 from llm_trm.errors import InputError, Interrupted
+from trm_kernels.backends import BackendError
 
 
 def fails_with(error: BaseException) -> click.Group:
@@ -56,6 +57,8 @@ def fails_with(error: BaseException) -> click.Group:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
         (RuntimeError("PytorchStreamWriter failed writing file data/3"), "could not be written completely"),
         (EOFError(), "the input ends too early"),
+        (ValueError("TRM_GRAPHS: 'x' is neither 0 nor 1"), "error: TRM_GRAPHS: 'x' is neither 0 nor 1"),
+        (BackendError("backend 'triton' cannot"), "cannot: choose another backend with TRM_BACKEND"),
     ],
 )
 def test_an_expected_error_is_one_line(error: BaseException, words: str) -> None:

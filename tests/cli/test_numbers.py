@@ -31,7 +31,7 @@ def _commands(
         yield from _commands(found, (*path, name))
 
 
-def _parameters() -> Iterator[Option]:
+def parameters() -> Iterator[Option]:
     for path, command in _commands(main):
         for parameter in command.params:
             yield path, command, parameter
@@ -42,7 +42,7 @@ def _kinds(kind: click.ParamType) -> tuple[click.ParamType, ...]:
 
 
 OURS = (WholeNumber, RealNumber, WholeNumbers, Grid)
-OPTIONS = [one for one in _parameters() if isinstance(one[2].type, OURS)]
+OPTIONS = [one for one in parameters() if isinstance(one[2].type, OURS)]
 NAMES = [" ".join((*path, parameter.opts[0])) for path, _, parameter in OPTIONS]
 
 
@@ -55,7 +55,7 @@ def test_every_number_is_of_a_type_with_finite_bounds() -> None:
     builtin = (click.types.IntParamType, click.types.FloatParamType)
     loose = [
         " ".join((*path, parameter.opts[0]))
-        for path, _, parameter in _parameters()
+        for path, _, parameter in parameters()
         for kind in _kinds(parameter.type)
         if isinstance(kind, builtin) and not isinstance(kind, OURS)
     ]

@@ -193,6 +193,23 @@ def test_a_config_file_may_name_other_parameters_of_the_command(tmp_path: Path) 
         ("c.toml", "data = ", "is not TOML"),
         ("c.toml", "\udcff", "is not TOML"),
         ("none.toml", None, "does not exist"),
+        ("c.json", '{"data": ""}', "the name is empty"),
+        ("c.json", '{"data": "x", "output": " "}', "the name is empty"),
+        ("c.json", '{"data": "x", "rate": 1e999}', "must be in (0, 100], not inf"),
+        ("c.json", '{"data": "x", "steps": 1e9999}', "must be a whole number, not inf"),
+        ("c.json", f'{{"data": "x", "steps": {"9" * 5000}}}', "is not JSON (Exceeds the limit"),
+        ("c.toml", f"steps = {'9' * 5000}", "is not TOML (Exceeds the limit"),
+        ("c.json", f'{{"data": "x", "steps": {"9" * 4000}}}', "must be at most"),
+        ("c.json", f'{{"data": "x", "steps": {{"a": {"[" * 900}{"]" * 900}}}}}', "must be a whole number"),
+        ("c.json", f'{{"data": "x", "{"k" * 4_000_000}": 1}}', "is not a setting of llm-trm toy"),
+        ("c.json", f'{{"data": "x", "steps": "{"k" * 4_000_000}"}}', "is not a whole number"),
+        ("c.json", f'{{"data": "x", "kind": "{"k" * 4_000_000}"}}', "is not one of 'a', 'b'"),
+        ("c.json", "[" * 100_000, "is not JSON (it nests too deeply)"),
+        ("c.toml", "a = " + "[" * 100_000, "is not TOML"),
+        ("c.toml", "", "Missing option '--data'"),
+        ("c.json", "", "is not JSON"),
+        ("c.json", "\0", "is not JSON"),
+        ("c.json", '\ufeff\ufeff{"data": "x"}', "is not JSON"),
     ],
 )
 def test_bad_config_files_get_one_line(name: str, text: str | None, words: str, tmp_path: Path) -> None:
@@ -200,7 +217,17 @@ def test_bad_config_files_get_one_line(name: str, text: str | None, words: str, 
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     result = invoke("--config", str(tmp_path / name))
     assert result.exit_code == 2 and words in result.stderr, result.stderr
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("\n") == 1 and len(result.stderr) < 2000
+
+
+def test_a_config_file_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "c.TOML").write_bytes('\ufeffdata = "x"\r\nnum-steps = 3\r\n'.encode())
+    assert parsed("--config", str(tmp_path / "c.TOML")).steps == 3
+
+
+def test_a_folder_is_no_config_file(tmp_path: Path) -> None:
+    result = invoke("--config", str(tmp_path))
+    assert result.exit_code == 2 and "is a directory" in result.stderr
 
 
 def test_a_record_reads_back(tmp_path: Path) -> None:

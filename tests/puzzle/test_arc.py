@@ -145,6 +145,18 @@ def test_both_layouts_give_the_same_tasks(tmp_path: Path) -> None:
     assert len(merged([(folder, read_tasks(folder)), (challenges, read_tasks(challenges))])) == 2
 
 
+def test_hidden_files_and_upper_case_endings(tmp_path: Path) -> None:
+    one, two = FLAT, RISE
+    write(tmp_path / f"{one.name}.JSON", record(one))
+    write(tmp_path / f"{two.name}.json", record(two))
+    (tmp_path / f"._{one.name}.json").write_bytes(b"\0\5\x16\7\0\2")
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / f"{one.name}-checkpoint.json").write_text("{")
+    (tmp_path / "old.json").mkdir()
+    assert as_json(read_tasks(tmp_path)) == as_json([one, two])
+
+
 def test_tasks_without_solutions(tmp_path: Path) -> None:
     tasks = read_tasks(write_prize(tmp_path, [RISE, FLAT], solved=False))
     assert not any(is_labelled(task) for task in tasks)

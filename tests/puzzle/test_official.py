@@ -214,7 +214,13 @@ def cut(part: str, rows: int) -> Callable[[dict[str, Tensor]], Any]:
     ("change", "said"),
     [
         (lambda content: [1, 2], "is not a state dict"),
-        (lambda content: {"model": content}, "is not a state dict"),
+        (lambda content: {"model": [content]}, "is not a state dict"),
+        (lambda content: {"model": {**content, "step": 7}}, "is not a state dict"),
+        (lambda content: {"model": content, "teacher": content}, "has the weights of 2 models"),
+        (
+            lambda content: {**content, f"{PREFIX}lm_head.weight": torch.full((11, 32), torch.nan)},
+            "NaN or infinity in lm_head.weight",
+        ),
         (lambda content: {}, "not a TRM checkpoint"),
         (lambda content: {"weight": torch.ones(2)}, "not a TRM checkpoint"),
         (lambda content: {**content, f"{PREFIX}H_level.layers.0.x": torch.ones(1)}, "checkpoint of HRM"),
@@ -253,6 +259,59 @@ def test_refused_checkpoints(change: Callable[[dict[str, Tensor]], Any], said: s
     with pytest.raises(InputError, match=said) as error:
         read_official(path, **options(Config()))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def averaged(content: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an EMA helper keeps: an average of every parameter, without buffers."""
+    buffers = ("H_init", "L_init", "puzzle_emb")
+    return {name: tensor + 1 for name, tensor in content.items() if not any(part in name for part in buffers)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: {"model": content, "ema": averaged(content), "step": 7},
+        lambda content: {
+            "train": {"model_state_dict": content, "ema": {"decay": 0.999, "shadow": averaged(content)}},
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]},
+        },
+        lambda content: {
+            **{f"model.{name}": tensor for name, tensor in content.items()},
+            **{f"ema.{name.removeprefix(PREFIX)}": tensor for name, tensor in averaged(content).items()},
+        },
+        lambda content: {**content, **{f"ema.{name}": t for name, t in averaged(content).items()}},
+        lambda content: {"ema": {**content, **averaged(content)}},
+    ],
+    ids=["entries", "nested", "prefixes", "a prefix of the other", "the average alone"],
+)
+def test_takes_the_average_next_to_the_weights(
+    change: Callable[[dict[str, Tensor]], Any], tmp_path: Path
+) -> None:
+    plain, _ = read_official(saved(Config(), tmp_path / "step_6"), **options(Config()))
+    model, facts = read_official(saved(Config(), tmp_path / "step_7", change), **options(Config()))
+    assert facts["averaged"]
+    torch.testing.assert_close(model.lm_head.weight, plain.lm_head.weight + 1)
+    torch.testing.assert_close(model.y_init, plain.y_init)
+
+
+def test_weights_within_a_mapping(tmp_path: Path) -> None:
+    plain, _ = read_official(saved(Config(), tmp_path / "step_6"), **options(Config()))
+    path = saved(Config(), tmp_path / "step_7", lambda content: {"model": content, "step": 7})
+    model, facts = read_official(path, **options(Config()))
+    assert same_bits(model.state_dict(), plain.state_dict()) and "averaged" not in facts
+
+
+def test_buffers_saved_as_parameters_stay_buffers(tmp_path: Path) -> None:
+    plain, _ = read_official(saved(Config(), tmp_path / "step_6"), **options(Config()))
+    path = saved(
+        Config(),
+        tmp_path / "step_7",
+        lambda content: {name: torch.nn.Parameter(tensor) for name, tensor in content.items()},
+    )
+    model, _ = read_official(path, **options(Config()))
+    names = [[name for name, _ in one.named_parameters()] for one in (model, plain)]
+    assert names[0] == names[1]
+    assert same_bits(model.state_dict(), plain.state_dict())
 
 
 def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
@@ -404,6 +463,9 @@ def test_commands_there_and_back(tmp_path: Path) -> None:
     result = run("export", "official", tmp_path / "model", "-o", back)
     assert result.exit_code == 0, result.stderr
     assert same_bits(load(back), load(path))
+    both = saved(SUDOKU, tmp_path / "both", lambda content: {"model": content, "ema": averaged(content)})
+    result = run("import", "official", both, "-o", tmp_path / "average", "--grid", "9x9", *SAID)
+    assert "The weights are the exponential moving average" in result.stdout
     # A second export finds the configuration of the first.
     assert run("export", "official", tmp_path / "model", "-o", tmp_path / "out" / "step_8").exit_code == 0
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -373,6 +376,29 @@ def test_refuses_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     refused(run(PUZZLE), "no model in runs/sudoku", "`llm-trm train puzzle --task sudoku` first")
     refused(run(MAZE), "no model in runs/maze", "`llm-trm train puzzle --task maze` first")
     refused(run(PUZZLE, "--checkpoint", tmp_path), "does not exist", "llm-trm train puzzle")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("TRM_BACKEND", "foo", "TRM_BACKEND: unknown backend 'foo': choose from auto, "),
+        ("TRM_BACKEND", "x" * 100_000, "TRM_BACKEND: unknown backend 'xxxx"),
+        ("TRM_BACKEND", "triton", "choose another backend with TRM_BACKEND"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the triton backend works")
+def test_a_wrong_environment_variable_is_one_line(sudoku: Path, name: str, value: str, words: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_trm", "solve", PUZZLE, "--checkpoint", str(sudoku)],
+        env={**environment, name: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("llm-trm: error: ") and len(done.stderr) < 500
+    assert done.stderr.count("\n") == 1
 
 
 def test_refusals_about_options(sudoku: Path, tmp_path: Path) -> None:

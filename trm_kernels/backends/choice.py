@@ -43,7 +43,7 @@ _context: str | None = None
 def validate_name(name: str, source: str = "") -> str:
     """Return ``name``; raise ValueError, with the prefix ``source``, if there is no such backend."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source}unknown backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}unknown backend {name[:40]!r}: choose from auto, {', '.join(BACKENDS)}")
     return name
 
 

@@ -73,10 +73,14 @@ class Capturer(Protocol):
 
 
 def disabled() -> str | None:
-    """Return why the environment disables graphs, or None."""
-    if _SETTING == "1":
-        return None
-    return "TRM_GRAPHS=0" if _SETTING == "0" else f"TRM_GRAPHS={_SETTING} is neither 0 nor 1"
+    """Return why the environment disables graphs, or None.
+
+    Raises:
+        ValueError: If ``TRM_GRAPHS`` is neither 0 nor 1.
+    """
+    if _SETTING not in ("0", "1"):
+        raise ValueError(f"TRM_GRAPHS: {_SETTING[:40]!r} is neither 0 nor 1: choose one of them")
+    return "TRM_GRAPHS=0" if _SETTING == "0" else None
 
 
 class _CudaGraph:

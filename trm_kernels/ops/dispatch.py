@@ -274,7 +274,7 @@ def _tables(target: Target) -> tuple[Table, ...]:
 def _heuristic_only() -> bool:
     if _MODE not in get_args(Mode):
         known = " or ".join(get_args(Mode))
-        raise ValueError(f"TRM_DISPATCH: unknown mode {_MODE!r}: choose {known}")
+        raise ValueError(f"TRM_DISPATCH: unknown mode {_MODE[:40]!r}: choose {known}")
     return _MODE == "heuristic"
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import click
 
 from llm_trm.cli.bars import progress_bar
-from llm_trm.cli.options.types import FOLDER, number
+from llm_trm.cli.options.types import FOLDER, PATH, number
 from llm_trm.errors import InputError
 from llm_trm.ranges import SEED, SYMMETRIES
 from llm_trm.shared_settings import REPLACE_PUZZLES
 
 
 @click.command(short_help="Write ARC tasks under many symmetries.")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=PATH)
 @click.option(
     "--evaluation",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help="Hold out only the test pairs of these tasks, and train on all pairs of the tasks in PATH. May be "
     "repeated. [default: the test pairs of all tasks are held out]",

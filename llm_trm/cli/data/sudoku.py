@@ -44,7 +44,7 @@ class SudokuSettings(Settings):
     input: Path | None = setting(
         None,
         "Read a CSV or JSONL file with the columns puzzle (or quizzes, question) and, optionally, solution "
-        "(or solutions, answer).",
+        "(or solutions, answer); or a .sdk, .sdm or .ss file of grids.",
         file="read",
     )
     dataset: str | None = setting(

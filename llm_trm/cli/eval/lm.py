@@ -20,7 +20,7 @@ from llm_trm.cli.options.world import SAME_DIFFICULTY, refuse_world_options, set
 from llm_trm.cli.tables import table_console
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.device import resolve_device
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, shortened
 from llm_trm.evaluate.decoding import MODES, Decoding, Mode
 from llm_trm.extras import require, require_plot
 from llm_trm.ranges import BATCH, COUNT, LENGTH, SEED
@@ -81,7 +81,7 @@ class EvalLanguageModelSettings(Settings):
         """The modes to compare, in their usual order."""
         names = {name.strip() for name in self.mode.split(",") if name.strip()}
         if not names or names - set(MODES):
-            raise InputError(f"--mode {self.mode!r}: name one or more of {', '.join(MODES)}")
+            raise InputError(f"--mode {shortened(self.mode)}: name one or more of {', '.join(MODES)}")
         return [mode for mode in MODES if mode in names]
 
     @property
@@ -92,8 +92,10 @@ class EvalLanguageModelSettings(Settings):
     @property
     def problems(self) -> str:
         """The problems as text."""
+        from llm_trm.data.problems import is_file
+
         if self.data != _ARITHMETIC:
-            return self.data if self.data.endswith((".json", ".jsonl")) else f"{self.data} ({self.split})"
+            return self.data if is_file(self.data) else f"{self.data} ({self.split})"
         low, high = self.world.min_operations, self.world.max_operations
         count = f"{high}" if low == high else f"{low} to {high}"
         largest = self.world.modulus - 1 if self.world.max_operand is None else self.world.max_operand

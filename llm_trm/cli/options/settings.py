@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from llm_trm.cli.options.output import output_file
-from llm_trm.cli.options.types import FILE, FOLDER, WholeNumbers, number
+from llm_trm.cli.options.types import FILE, FOLDER, NAME, PATH, WholeNumbers, number
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError, one_line
 from llm_trm.ranges import Whole, shown
@@ -139,8 +139,8 @@ def _type(one: Setting) -> click.ParamType[Any]:
         return number(one.within)
     if one.kind is Path:
         # output_file checks a file to write, with better messages.
-        return {"read": FILE, "write": click.Path(path_type=Path), None: FOLDER}[one.file]
-    return click.STRING
+        return {"read": FILE, "write": PATH, None: FOLDER}[one.file]
+    return NAME
 
 
 def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Command]:
@@ -160,7 +160,9 @@ def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Comma
             if (plain := key.replace("-", "_")) in names:
                 values[plain] = read[key]
             elif key not in _BESIDE_SETTINGS:
-                raise InputError(f"{path}: {key} is not a setting of {context.command_path}: remove it")
+                raise InputError(
+                    f"{path}: {one_line(key)} is not a setting of {context.command_path}: remove it"
+                )
         values = {name: value for name, value in values.items() if name not in actions}
         for name, value in values.items():
             if (fault := _fault(settings.get(name, _PARAMETER), value)) is not None:
@@ -170,7 +172,7 @@ def _config_option(kind: type[DataclassInstance]) -> Callable[[_Command], _Comma
 
     return click.option(
         "--config",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=FILE,
         is_eager=True,
         expose_value=False,
         callback=apply,
@@ -202,13 +204,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     import tomllib  # 2 ms, which --help need not wait for
 
-    toml = path.suffix == ".toml"
+    toml = path.suffix.lower() == ".toml"
     try:
         text = read_text(path)
         values = tomllib.loads(text) if toml else parse_json(text)
     except FileNotFoundError:
         raise InputError(f"--config: {path} does not exist: name a TOML or JSON file") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(
+            f"--config: {path} cannot be read ({error.strerror}): change its permissions, or name another"
+        ) from error
+    except (ValueError, RecursionError) as error:
         kind = "TOML" if toml else "JSON"
         raise InputError(f"--config: {path} is not {kind} ({one_line(error)}): correct the file") from error
     if not isinstance(values, dict):

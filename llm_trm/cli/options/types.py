@@ -1,4 +1,4 @@
-"""Types of options: finite numbers within bounds, lists of them, files and folders.
+"""Types of options: finite numbers within bounds, lists of them, names, files and folders.
 
 A number out of range is rejected before any work starts. The ranges are those of :mod:`llm_trm.ranges`, which
 also apply to settings and files.
@@ -14,6 +14,7 @@ import click
 
 from llm_trm import ranges
 from llm_trm.ranges import Range, Real, Whole, shown
+from llm_trm.text import is_text
 
 
 class WholeNumber(click.IntRange):
@@ -96,9 +97,45 @@ def _number(
     return value
 
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
+class Name(click.types.StringParamType):
+    """A name that is not empty, in UTF-8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See :meth:`click.ParamType.convert`."""
+        return str(super().convert(_named(self, value, param, ctx), param, ctx))
+
+
+class AnyPath(click.Path):
+    """A path that is not empty, as a :class:`Path`.
+
+    An empty one would be the current folder, and so ``--output "$UNSET"`` would write into it. A name that is
+    not UTF-8 could not be read back from the JSON files that record it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See :meth:`click.ParamType.convert`."""
+        return super().convert(_named(self, value, param, ctx), param, ctx)
+
+
+def _named(
+    kind: click.ParamType[Any], value: Any, param: click.Parameter | None, ctx: click.Context | None
+) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            kind.fail("the name is empty: give one, or leave the option out", param, ctx)
+        if not is_text(value):
+            kind.fail(f"{shown(value, 200)} is not text in UTF-8: choose another name", param, ctx)
+    return value
+
+
+NAME = Name()
+PATH = AnyPath()
+FOLDER = AnyPath(file_okay=False)
 #: A file to read; ``-`` is standard input where the command supports it.
-FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+FILE = AnyPath(dir_okay=False, allow_dash=True)
 
 
 def number(within: Range) -> WholeNumber | RealNumber:

@@ -74,9 +74,9 @@ def _summarise(data: str, result: LoraResult) -> None:
 
 def _unseen(config: LoraTrainingConfig) -> str:
     """The data to name for ``eval lm``: questions that the model was not trained on."""
-    from llm_trm.data.problems import HUB
+    from llm_trm.data.problems import HUB, is_file
 
     held_out = config.val_data if config.val_data is not None else config.data
-    if held_out in HUB or (config.val_data is not None and held_out.endswith((".jsonl", ".json"))):
+    if held_out in HUB or (config.val_data is not None and is_file(held_out)):
         return held_out
     return "FILE (questions that it was not trained on)"

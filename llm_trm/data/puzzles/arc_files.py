@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from llm_trm.data.folders import data_files
 from llm_trm.data.puzzles.arc import COLOURS, SIDE, ArcTask, Grid, Pair
 from llm_trm.errors import InputError
 from llm_trm.files import read_json
+from llm_trm.ranges import shown
 
-_CHALLENGES, _SOLUTIONS = "_challenges.json", "_solutions.json"
+_CHALLENGES, _SOLUTIONS = "_challenges", "_solutions"
 _REMEDY = "name a folder of ARC tasks, a task's .json file, or an ARC Prize *_challenges.json file"
 
 
@@ -30,16 +32,16 @@ def read_tasks(path: Path) -> list[ArcTask]:
         InputError: A file cannot be read, or a task in it is invalid; the message names both.
     """
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = data_files(path, ".json")
         if not files:
             raise InputError(f"{path} has no .json file: {_REMEDY}")
-        if paired := [file.name for file in files if file.name.endswith(_CHALLENGES)]:
+        if paired := [file.name for file in files if file.stem.endswith(_CHALLENGES)]:
             raise InputError(f"{path} contains sets of tasks: name one of them, such as {path / paired[0]}")
         tasks = [_task(file, file.stem, read_json(file, _REMEDY)) for file in files]
-    elif path.name.endswith(_CHALLENGES):
+    elif path.stem.endswith(_CHALLENGES) and path.suffix.lower() == ".json":
         content = _mapping(path, read_json(path, _REMEDY))
         tasks = [_task(path, name, content[name]) for name in sorted(content)]
-        solutions = path.with_name(path.name.removesuffix(_CHALLENGES) + _SOLUTIONS)
+        solutions = path.with_stem(path.stem.removesuffix(_CHALLENGES) + _SOLUTIONS)
         if solutions.exists():
             answers = _mapping(solutions, read_json(solutions, _REMEDY))
             tasks = [_solved(solutions, task, answers.get(task.name)) for task in tasks]
@@ -145,7 +147,9 @@ def _grid(where: str, rows: Any) -> Grid:
         for colour in row:
             # In Python, True is an int and equals 1.
             if type(colour) is not int or not 0 <= colour < COLOURS:
-                raise InputError(f"{where}, row {number}: {colour!r} is not a colour: colours are 0 to 9")
+                raise InputError(
+                    f"{where}, row {number}: {shown(colour)} is not a colour: colours are 0 to 9"
+                )
     if max(len(rows), len(rows[0])) > SIDE:
         raise InputError(f"{where} has {len(rows)} x {len(rows[0])} cells: the maximum is {SIDE} x {SIDE}")
     return np.array(rows, dtype=np.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,14 @@ def read_arc(folder: Path) -> ArcKey:
     content = read_json(folder / ARC_FILE, _REMEDY)
     try:
         identifiers = [
-            None if entry is None else (str(entry[0]), Transform(entry[1], tuple(map(int, entry[2]))))
+            None if entry is None else (str(entry[0]), Transform(index(entry[1]), tuple(map(int, entry[2]))))
             for entry in content["identifiers"]
         ]
         tests = {
             name: tuple(Pair(_grid(pair["input"]), _output(pair["output"])) for pair in pairs)
             for name, pairs in content["tests"].items()
         }
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
         raise InputError(f"{folder / ARC_FILE} does not describe ARC puzzles: {_REMEDY}") from None
     if (folder / INFO_FILE).exists():
         require_unchanged_file(folder, ARC_FILE)

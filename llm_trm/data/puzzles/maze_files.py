@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trm.data.puzzles.maze import MazeGrid, parse_maze, solution_fault
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, listed, one_line
 from llm_trm.extras import require
 from llm_trm.text import csv_lines, parse_json, read_lines
 
@@ -31,10 +31,10 @@ def read_mazes(path: Path) -> Mazes:
         InputError: The file cannot be read, or a row is not a solved maze; the message names the row.
     """
     readers = {".csv": _csv_records, ".jsonl": _json_records}
-    if path.suffix not in readers:
+    if (read := readers.get(path.suffix.lower())) is None:
         raise InputError(f"{path} is neither a .csv nor a .jsonl file: name one")
     try:
-        return _mazes(str(path), readers[path.suffix](path))
+        return _mazes(str(path), read(path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: name a .csv or .jsonl file") from None
     except UnicodeDecodeError as error:
@@ -102,7 +102,7 @@ def _texts(where: str, record: Any) -> tuple[str, str]:
     for question, answer in _COLUMNS:
         if isinstance(names.get(question), str) and isinstance(names.get(answer), str):
             return names[question], names[answer]
-    there = ", ".join(repr(name) for name in names) or "none"
+    there = listed(map(repr, names)) or "none"
     raise InputError(
         f"{where} lacks a maze or its answer (columns: {there}): it needs the text columns 'question' and "
         "'answer', or 'maze' and 'solution'"

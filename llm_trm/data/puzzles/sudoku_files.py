@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_trm.data.puzzles.sudoku import BLANKS, SHAPES, Shape, shape_of
+from llm_trm.data.puzzles.sudoku import BLANKS, Shape, shape_of
 from llm_trm.data.puzzles.sudoku_rows import Progress, SudokuRows, row_error, untracked
-from llm_trm.errors import InputError, one_line
+from llm_trm.data.puzzles.sudoku_text import SIZES, grids, is_grid, numbered_rows, without_comment
+from llm_trm.errors import InputError, listed, one_line
 from llm_trm.extras import require
-from llm_trm.text import csv_lines, parse_json
+from llm_trm.ranges import shown
+from llm_trm.text import csv_lines, parse_json, read_lines
 
 #: Column names in lower case.
 _PUZZLE_COLUMNS = ("puzzle", "puzzles", "quiz", "quizzes", "question")
@@ -29,9 +32,10 @@ _DIGITS = np.full(256, _UNKNOWN, dtype=np.uint8)
 _DIGITS[[ord(blank) for blank in BLANKS]] = 0
 _DIGITS[ord("1") : ord("9") + 1] = range(1, 10)
 
-_SIZES = {shape.cells for shape in SHAPES.values()}
+#: Endings of files with grids as text; see :mod:`llm_trm.data.puzzles.sudoku_text`.
+_TEXT = (".sdk", ".sdm", ".ss")
 _COLUMNS = "name the columns puzzle and solution"
-_FILE = "name a CSV or JSONL file of puzzles"
+_FILE = "name a CSV, JSONL, .sdk, .sdm or .ss file of puzzles"
 
 
 class _Row(NamedTuple):
@@ -46,16 +50,22 @@ def read_sudoku_file(path: Path) -> SudokuRows:
     """Read the puzzles of a file; :func:`~llm_trm.data.puzzles.sudoku_rows.verified` checks them.
 
     CSV: the columns are puzzle and solution, quizzes and solutions, or question and answer, in any order and
-    among others. Without a header, the first column has puzzles and the second has solutions. JSONL: one
-    object per line with the same names. A grid is a string, or a list of rows or cells. In strings
-    ``. 0 _ - *`` are blanks, and spaces and line breaks are ignored. In lists, 0 and null are blanks as well.
+    among others, separated by commas or tabs. Without a header, the first column has puzzles and the second
+    has solutions. JSONL: one object per line with the same names. A grid is a string, or a list of rows or
+    cells. In strings ``. 0 _ - *`` are blanks, and spaces, line breaks, bars and what follows a ``#`` are
+    ignored. In lists, 0 and null are blanks as well. ``.sdk``, ``.sdm`` and ``.ss``: see
+    :mod:`~llm_trm.data.puzzles.sudoku_text`.
 
     Raises:
         InputError: The file cannot be read, or a row has no grid or a grid of another size than the first.
     """
     try:
-        read = _json_rows if path.suffix == ".jsonl" else _csv_rows
-        rows = read(path, csv_lines(path))
+        if path.suffix.lower() in _TEXT:
+            rows: Iterator[_Row] = (_Row(cells) for _, cells in grids(list(read_lines(path))))
+        elif path.suffix.lower() == ".jsonl":
+            rows = _json_rows(path, csv_lines(path))
+        else:
+            rows = _csv_rows(path, csv_lines(path))
         return _collected(str(path), rows)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {_FILE}") from None
@@ -101,7 +111,7 @@ def _collected(source: str, rows: Iterable[_Row]) -> SudokuRows:
             solution = _text(row.solution, "solution") if row.solution else "0" * size
             for name, text in (("puzzle", puzzle), ("solution", solution)):
                 if len(text) != size:
-                    mixed = " as before: use one size per file" if len(text) in _SIZES else ""
+                    mixed = " as before: use one size per file" if len(text) in SIZES else ""
                     raise InputError(f"the {name} has {len(text)} cells instead of {size}{mixed}")
         except InputError as error:
             raise row_error(source, number, one_line(error, None)) from None
@@ -125,12 +135,11 @@ def _text(grid: Any, name: str) -> str:
     """Convert a string, a list of cells or a list of rows to the characters of a grid."""
     if isinstance(grid, str):
         # The common case, four times as fast as the general one.
-        if len(parts := grid.split()) == 1:
+        if len(parts := grid.split()) == 1 and "#" not in grid:
             return parts[0]
-        lines = ["".join(line.split()) for line in grid.split("\n")]
-        lines = [line for line in lines if line]
+        lines = [row for _, row in numbered_rows(grid.split("\n")) if row]
     elif not isinstance(grid, list):
-        raise InputError(f"the {name} is {grid!r}, which is not a grid: use a string or a list")
+        raise InputError(f"the {name} is {shown(grid)}, which is not a grid: use a string or a list")
     elif any(isinstance(row, (list, str)) and len(row) != 1 for row in grid):
         lines = [_text(row, name) for row in grid]
     else:
@@ -144,9 +153,9 @@ def _text(grid: Any, name: str) -> str:
 
 
 def _cell(cell: Any, name: str) -> str:
-    text = "0" if cell is None else str(cell)
-    if isinstance(cell, (bool, float)) or len(text) != 1:
-        raise InputError(f"the {name} has a cell {cell!r}: use digits 1 to 9, and 0 or null for a blank")
+    text = "0" if cell is None else shown(cell) if isinstance(cell, int) else cell
+    if isinstance(cell, bool) or not isinstance(text, str) or len(text) != 1:
+        raise InputError(f"the {name} has a cell {shown(cell)}: use digits 1 to 9, and 0 or null for a blank")
     return text
 
 
@@ -174,26 +183,30 @@ def _columns(names: tuple[str, ...]) -> tuple[str, str | None, str | None]:
 
     puzzle = named(_PUZZLE_COLUMNS)
     if puzzle is None:
-        raise InputError(f"no column puzzle, quizzes or question among {', '.join(names)}: {_COLUMNS}")
+        raise InputError(f"no column puzzle, quizzes or question among {listed(names)}: {_COLUMNS}")
     return puzzle, named(_SOLUTION_COLUMNS), named(_RATING_COLUMNS)
 
 
-def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
-    records = (record for record in csv.reader(lines) if any(cell.strip() for cell in record))
-    first = next(records, None)
-    if first is None:
+def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[_Row]:
+    start = next((line for line in lines if not _is_preface(line)), None)
+    if start is None:
+        return
+    records = (
+        record
+        for record in csv.reader(chain((start,), lines), delimiter=_delimiter(start))
+        if any(cell.strip() for cell in record)
+    )
+    if (first := next(records, None)) is None:
         return
     try:
         columns = _columns(tuple(first))
     except InputError as error:
-        if len("".join(first[0].split())) not in _SIZES:
+        if not is_grid(first[0]):
             raise InputError(
                 f"{path} does not start with a grid of 16, 36 or 81 cells, and as a header this line has "
                 f"{error}"
             ) from None
-        yield _Row(*first[:2])
-        for record in records:
-            yield _Row(*record[:2])
+        yield from (_Row(*record[:2]) for record in chain((first,), records) if without_comment(record[0]))
         return
     indices = [first.index(name) if name else None for name in columns]
     for record in records:
@@ -201,6 +214,23 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
         yield _Row(
             *(record[index] if index is not None and index < len(record) else None for index in indices)
         )
+
+
+def _is_preface(line: str) -> bool:
+    """Whether a line before the first row is empty or a comment."""
+    start = line.strip()
+    return not start or (start.startswith("#") and not _names_puzzles(start))
+
+
+def _delimiter(line: str) -> str:
+    """The delimiter of a file, by its first row. Tabs may also stand between the cells of a grid."""
+    first, tab, _ = line.partition("\t")
+    return "\t" if tab and "," not in line and (_names_puzzles(line) or is_grid(first)) else ","
+
+
+def _names_puzzles(header: str) -> bool:
+    names = re.split("[,\t]", header)
+    return any(name.strip().strip('"').lower() in _PUZZLE_COLUMNS for name in names)
 
 
 def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy.typing as npt
 
 from llm_trm.data.puzzles.sudoku import Shape, grid_fault, solution_fault, solutions
 from llm_trm.errors import InputError
+from llm_trm.ranges import shown
 
 #: Wraps an iterable with the given number of items to show progress.
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -76,11 +79,12 @@ class SudokuRows:
 
     def _rating(self, index: int) -> float:
         assert self.ratings is not None
-        try:
-            return float(self.ratings[index])
-        except (TypeError, ValueError):
-            fault = f"the rating {self.ratings[index]!r} is not a number"
-            raise row_error(self.source, self.numbers[index], fault) from None
+        given = self.ratings[index]
+        with suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(given, bool) and isfinite(rating := float(given)):
+                return rating
+        fault = f"the rating {shown(given)} is not a number"
+        raise row_error(self.source, self.numbers[index], fault)
 
 
 def row_error(source: str, number: int, fault: str) -> InputError:

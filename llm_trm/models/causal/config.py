@@ -18,6 +18,7 @@ from llm_trm.ranges import (
     WIDTH,
     Range,
     require_in,
+    shown,
 )
 
 _RANGES: dict[str, Range] = {
@@ -172,8 +173,8 @@ def _decoder_config(given: PretrainedConfig | dict[str, Any] | None) -> Any:
             config = AutoConfig.for_model(kind, **settings)
         except ValueError as error:
             raise InputError(
-                f"the decoder has the type {kind!r}, which transformers does not know: save a language model "
-                "that needs its own code as adapters only"
+                f"the decoder has the type {shown(kind)}, which transformers does not know: save a language "
+                "model that needs its own code as adapters only"
             ) from error
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise InputError(f"a {config.model_type} model is not a text-only decoder and cannot be wrapped")
@@ -189,5 +190,5 @@ def _decoder_config(given: PretrainedConfig | dict[str, Any] | None) -> Any:
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}")
     return value

@@ -237,7 +237,7 @@ def _require_pattern(within: Range, setting: str, values: Any, where: str) -> No
     if values is not None and not isinstance(values, dict):
         raise InputError(f"{where}{setting} must be a mapping from layer names, not {shown(values)}")
     for layer, value in (values or {}).items():
-        require_in(within, f"{setting}[{layer!r}]", value, InputError, where)
+        require_in(within, f"{setting}[{shown(layer)}]", value, InputError, where)
 
 
 def _require_tags(settings: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -529,8 +530,29 @@ def _require_plain_head(language_model: PreTrainedModel) -> None:
         raise InputError(f"a {kind} model has no output head and cannot be wrapped")
     # Several tokens, because the embedding of a padding token is zero, and so are its logits at any scale.
     tokens = torch.arange(min(4, head.out_features), device=language_model.device)[None]
-    whole = language_model(input_ids=tokens, use_cache=False).logits
-    if not torch.equal(head(language_model.base_model(input_ids=tokens, use_cache=False)[0]), whole):
+    # With dropout, two passes in training mode differ.
+    with _evaluating(language_model):
+        whole = language_model(input_ids=tokens, use_cache=False).logits
+        plain = head(language_model.base_model(input_ids=tokens, use_cache=False)[0])
+    if torch.equal(plain, whole):
+        return
+    # NaN differs from itself, so it would look like a scale.
+    if not torch.isfinite(whole).all():
         raise InputError(
-            f"this {kind} model scales or caps its logits after the output head and cannot be wrapped"
+            f"the logits of this {kind} model contain NaN or infinity: load weights that are finite"
         )
+    raise InputError(
+        f"this {kind} model scales or caps its logits after the output head and cannot be wrapped"
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, then restore the mode of every submodule."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

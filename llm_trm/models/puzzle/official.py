@@ -76,7 +76,9 @@ def read_official(
     ``all_config.yaml`` next to the file. The only default is the base of the rotary frequencies, 10,000.
 
     Args:
-        path: A file written by ``torch.save(model.state_dict(), path)``, with any prefix or none.
+        path: A file written by ``torch.save(model.state_dict(), path)``, with any prefix or none. It may also
+            contain the state dict within mappings, and an exponential moving average of it (``ema``), whose
+            weights are then taken.
         positions: Position encoding. The tensors show whether positions are learned.
         heads: Number of attention heads; a token mixer has none.
         rope_theta: Base of the rotary frequencies.
@@ -91,13 +93,14 @@ def read_official(
 
     Returns:
         The model, and facts for :func:`~llm_trm.models.puzzle.paper.save_puzzle_model`: ``source``; ``task``,
-        ``rows`` and ``columns`` if known; ``origins``, the origin of each size; and ``official``, with which
-        :func:`write_official` restores the prefix and dtypes.
+        ``rows`` and ``columns`` if known; ``origins``, the origin of each size; ``official``, with which
+        :func:`write_official` restores the prefix and dtypes; and ``averaged``, if the weights are an
+        average.
 
     Raises:
         InputError: The checkpoint does not exist or has another architecture, or a size is unknown.
     """
-    prefix, tensors = read_checkpoint(path)
+    prefix, tensors, averaged = read_checkpoint(path)
     resolver = SizeResolver(path)
     inferred, length = _sizes_from_shapes(path, tensors)
     attention = inferred["mixer"] == "attention"
@@ -132,6 +135,7 @@ def read_official(
         "source": str(path),
         "origins": resolver.origins,
         "official": {"prefix": prefix, "dtypes": others},
+        **({"averaged": True} if averaged else {}),
     }
     return model.eval(), facts
 
@@ -269,7 +273,9 @@ def _stream(resolver: SizeResolver, tensors: dict[str, Tensor], dtype: str | Non
     if dtype is None and "dtype" not in resolver.configured:
         resolver.origins["dtype"] = TENSORS
     if found not in ("float32", "bfloat16"):
-        raise InputError(f"{resolver.path} was trained in {found}: choose --dtype float32 or bfloat16")
+        raise InputError(
+            f"{resolver.path} was trained in {one_line(found)}: choose --dtype float32 or bfloat16"
+        )
     return found
 
 

@@ -10,6 +10,7 @@ from llm_trm.choices import Task
 from llm_trm.errors import InputError, one_line
 from llm_trm.files import write_text
 from llm_trm.models.puzzle.paper import PuzzleTRMConfig
+from llm_trm.ranges import shown
 from llm_trm.text import read_text
 
 CONFIG_FILE = "all_config.yaml"
@@ -54,7 +55,9 @@ def read_config(checkpoint: Path) -> tuple[dict[str, Any], str]:
         return {**_translate(architecture), **_own(content.get(_OWN) or {})}, ""
     except KeyError as error:
         raise InputError(f"{path} has no entry {error}: {_remedy(path)}") from None
-    except (OSError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise InputError(f"{path} nests too deeply: {_remedy(path)}") from None
+    except (OSError, TypeError, ValueError, OverflowError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be used ({one_line(error)}): {_remedy(path)}") from error
 
 
@@ -65,9 +68,9 @@ def _remedy(path: Path) -> str:
 def _translate(arch: dict[str, Any]) -> dict[str, Any]:
     """Fields of the official ``arch`` under our names. Raises ValueError for unsupported values."""
     if arch["name"].split("@")[0] != _ARCHITECTURE.split("@")[0]:
-        raise ValueError(f"it describes {arch['name']}, not {_ARCHITECTURE}")
+        raise ValueError(f"it describes {one_line(arch['name'])}, not {_ARCHITECTURE}")
     if float(arch.get("rms_norm_eps", _EPS)) != _EPS:
-        raise ValueError(f"its norms have eps {arch['rms_norm_eps']}, but only {_EPS} is supported")
+        raise ValueError(f"its norms have eps {one_line(arch['rms_norm_eps'])}, but only {_EPS} is supported")
     if not arch.get("no_ACT_continue", True):
         raise ValueError(
             "its halting compares two Q-values (no_ACT_continue: false), but only the first is supported"
@@ -94,7 +97,7 @@ def _translate(arch: dict[str, Any]) -> dict[str, Any]:
 def _count(arch: dict[str, Any], name: str, least: int = 1) -> int:
     value = arch[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, not an integer of at least {least}")
+        raise ValueError(f"{name} is {shown(value)}, not an integer of at least {least}")
     return value
 
 
@@ -103,7 +106,7 @@ def _own(content: dict[str, Any]) -> dict[str, Any]:
     if "task" not in content:
         return counts
     if content["task"] not in get_args(Task):
-        raise ValueError(f"{content['task']!r} is not a task")
+        raise ValueError(f"{shown(content['task'])} is not a task")
     return {**counts, "task": content["task"]}
 
 

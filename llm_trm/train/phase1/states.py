@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llm_trm.checksums import require_unchanged
 from llm_trm.errors import InputError
 from llm_trm.files import file_digest, read_json, read_tensors, writable_folder, write_json, write_tensors
-from llm_trm.ranges import PLACE, WIDTH, require_in
+from llm_trm.ranges import PLACE, WIDTH, require_in, shown
 
 if TYPE_CHECKING:
     from llm_trm.models.loading import ThinkingModel
@@ -272,8 +272,8 @@ def _read(model: ThinkingModel, sequences: Sequence[Tensor]) -> list[Tensor]:
         if not rows.isfinite().all():
             text = model.tokenizer.decode(tokens[:20].tolist())
             raise InputError(
-                f"model {model.name} returns NaN or infinite states for the text that starts with {text!r}: "
-                "leave it out, or use another model"
+                f"model {model.name} returns NaN or infinite states for the text that starts with "
+                f"{shown(text, 60)}: leave it out, or use another model"
             )
     return states
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from llm_trm.data.arithmetic import World
+from llm_trm.data.folders import data_files
 from llm_trm.data.lessons import answer_at_once, opens_thought
 from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError, one_line, shortened
+from llm_trm.errors import InputError, listed, one_line, shortened
 from llm_trm.extras import require
 from llm_trm.models.loading import ThinkingModel
+from llm_trm.ranges import shown
 from llm_trm.text import parse_json, read_lines
 
 _QUESTION = ("question", "problem")
@@ -45,14 +47,14 @@ def read_texts(source: str, model: ThinkingModel, *, thinking: bool) -> Iterator
     path = Path(source)
     records: Iterable[tuple[str, Any]]
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = data_files(path, ".jsonl")
         if not files:
             raise InputError(f"{path} contains no .jsonl file: name a folder or a file of records")
         records = chain.from_iterable(map(_json_lines, files))
-    elif path.suffix == ".txt":
+    elif path.suffix.lower() == ".txt":
         yield from _paragraphs(path)
         return
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         records = _json_lines(path)
     elif path.exists():
         raise InputError(f"{path} is neither .txt nor .jsonl: convert it to one of them")
@@ -202,7 +204,7 @@ def _text_of(record: Any, where: str, model: ThinkingModel, thinking: bool) -> s
     whole = _first(record, ("text", "content"))
     if whole is None:
         raise InputError(
-            f"{where} has the columns {', '.join(map(repr, record)) or '(none)'}: expected are 'text', or "
+            f"{where} has the columns {listed(map(repr, record)) or '(none)'}: expected are 'text', or "
             f"'messages', or 'question' and 'answer'{' and thinking' * thinking}"
         )
     return whole
@@ -224,7 +226,20 @@ def _chat(turns: list[Any], where: str, model: ThinkingModel) -> str:
         raise InputError(
             f'{where}: the turns of a chat need "role" and "content", or "from" and "value"'
         ) from None
-    rendered = model.tokenizer.apply_chat_template(messages, tokenize=False)
+    for message in messages:
+        # Some templates accept lists of parts, or null for a turn that only calls a tool.
+        for name, kinds in (("role", str), ("content", (str, list, type(None)))):
+            if not isinstance(message[name], kinds):
+                wrong = shown(message[name])
+                raise InputError(f"{where}: the {name} of a turn is {wrong}, not text: fix the record")
+    try:
+        rendered = model.tokenizer.apply_chat_template(messages, tokenize=False)
+    # A template is a program, so rendering can raise any exception.
+    except Exception as error:
+        raise InputError(
+            f"{where}: the chat template of {model.name} cannot render the chat ({one_line(error)}): fix or "
+            "remove the record"
+        ) from error
     assert isinstance(rendered, str)
     return Passage(rendered, _said_by_others(rendered, messages, where, model))
 
