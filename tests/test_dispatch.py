@@ -102,6 +102,8 @@ def test_rows_and_batch_fall_into_buckets() -> None:
         ('{"format": 1, "device": {}, "run": {}}', "has no device, run or entries"),
         ('{"format": 1, "device": {"name": "another"}, "run": {}, "entries": {}}', "measured on 'another'"),
         ("\udcff", "cannot be read"),
+        ('{"run":' * 200_000, "nests too deeply"),
+        (f'{{"format": "{"x" * 10_000}"}}', r"its format is 'x{99}\)"),
     ],
 )
 def test_an_unusable_table_warns_once(text: str, says: str) -> None:
@@ -133,6 +135,11 @@ def test_an_unusable_table_warns_once(text: str, says: str) -> None:
         {"route": "magic"},
         {"splits": 2},
         {"measured": {"M": 256, "N": 512, "K": 256, "batch": 1}},
+        {"ms": float("nan")},
+        {"ms": 10**400},
+        {"ms": "0.1"},
+        {"heuristic_ms": float("inf")},
+        {"heuristic_ms": -1.0},
     ],
 )
 def test_an_invalid_entry_is_ignored_and_the_others_are_used(change: dict[str, object]) -> None:

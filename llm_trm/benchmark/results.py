@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
-from llm_trm.errors import InputError
+from llm_trm.errors import InputError, one_line
 from llm_trm.text import read_lines
 
 #: Bytes of a line that are read to recognise a results file.
@@ -94,10 +94,20 @@ class CaseResult:
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> CaseResult:
-        """The inverse of :meth:`to_json`, ignoring metadata of the run."""
-        fields = {key: line[key] for key in ("device", "floor_ms", "matmul_tflops", "copy_gbps")}
-        rows = [Row(**row) for row in line["rows"]]
-        return cls(Case(**line["case"]), rows=rows, group=line.get("group", "main"), **fields)
+        """The inverse of :meth:`to_json`, ignoring metadata of the run.
+
+        Raises:
+            InputError: The line does not describe a case with its rows.
+        """
+        try:
+            fields = {key: line[key] for key in ("device", "floor_ms", "matmul_tflops", "copy_gbps")}
+            rows = [Row(**row) for row in line["rows"]]
+            return cls(Case(**line["case"]), rows=rows, group=line.get("group", "main"), **fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"a result of {line.get('name')!r:.100} has no valid case and rows ({one_line(error)}): "
+                "remove its line from the results file, and measure the case again"
+            ) from error
 
 
 def key_of(case: Case, group: Group) -> str:
@@ -151,12 +161,25 @@ def require_results(path: Path, option: str) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a results file, skipping incomplete ones from an interrupted write."""
+    """Yield the lines of a results file, skipping incomplete ones from an interrupted write.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
     if not path.exists():
         return
-    for text in read_lines(path, only_text=True):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        yield line
+    try:
+        for text in read_lines(path, only_text=True):
+            try:
+                line = json.loads(text, parse_constant=_refuse)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict):
+                yield line
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name a file of results") from error
+
+
+def _refuse(constant: str) -> None:
+    """Raise ValueError for NaN and infinity, which :func:`append` does not write."""
+    raise ValueError(constant)

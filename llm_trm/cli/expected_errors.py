@@ -31,8 +31,9 @@ _REMEDIES = {
 _MEMORY = "memory ran out: use smaller batches or a smaller model"
 #: How trm_kernels, which knows no InputError, begins its errors about environment variables.
 _VARIABLE = re.compile(r"TRM_[A-Z_]+: ")
-#: How torch, which has no classes for these errors, words them.
+#: How torch, and Path.resolve before Python 3.13, which have no classes for these errors, word them.
 _WORDINGS = {
+    re.compile(r"^Symlink loop from "): "a symbolic link leads back to itself: choose another path",
     re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs"): (
         f"a file could not be written completely: {_SPACE}"
     ),

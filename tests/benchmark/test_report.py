@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from llm_trm.benchmark.plot import plot_scaling
 from llm_trm.benchmark.results import CaseResult, Row, append, read
 from llm_trm.benchmark.suites import suite
 from llm_trm.benchmark.table import footnotes, markdown_table
+from llm_trm.errors import InputError
 from tests.benchmark.sample import sample_result
 
 CPU = torch.device("cpu")
@@ -115,6 +118,37 @@ def test_results_written_before_there_were_groups_are_read() -> None:
         for name in ("differs", "flops", "coarser"):
             del row[name]
     assert CaseResult.from_json(line) == sample_result()
+
+
+def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.jsonl"
+    append(path, sample_result().to_json())
+    deep, numbers = "[" * 200_000, ('{"rows": NaN}', "5", "null", "[]")
+    path.write_text("\n".join([path.read_text(), deep, "9" * 5000, '{"rows": [', *numbers]))
+    assert [CaseResult.from_json(line) for line in read(path)] == [sample_result()]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.pop("floor_ms"),
+        lambda line: line.update(case={"mode": "x"}),
+        lambda line: line.update(case=[]),
+        lambda line: line.update(rows=[[]]),
+        lambda line: line.update(rows=5),
+        lambda line: line["rows"][0].update(colour="red"),
+    ],
+)
+def test_a_line_that_is_no_result_is_named(damage: Any) -> None:
+    line = sample_result().to_json()
+    damage(line)
+    with pytest.raises(InputError, match=re.escape(f"a result of {line['name']!r} has no valid case")):
+        CaseResult.from_json(line)
+
+
+def test_results_in_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Is a directory"):
+        list(read(tmp_path))
 
 
 def test_one_case_of_two_groups_is_two_results(tmp_path: Path) -> None:

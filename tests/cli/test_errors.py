@@ -56,6 +56,7 @@ def fails_with(error: BaseException) -> click.Group:
         (OutOfMemoryError("CUDA out of memory. Tried"), "memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
         (RuntimeError("PytorchStreamWriter failed writing file data/3"), "could not be written completely"),
+        (RuntimeError("Symlink loop from '/a/loop'"), "a symbolic link leads back to itself"),
         (EOFError(), "the input ends too early"),
         (ValueError("TRM_GRAPHS: 'x' is neither 0 nor 1"), "error: TRM_GRAPHS: 'x' is neither 0 nor 1"),
         (BackendError("backend 'triton' cannot"), "cannot: choose another backend with TRM_BACKEND"),

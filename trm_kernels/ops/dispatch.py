@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from trm_kernels.ops._launch import Target
 
 FORMAT = 1
+#: Longest time that an entry may have, in milliseconds: a day. No float holds every larger integer.
+_LONGEST_MS = 86_400_000
 PACKAGED = Path(__file__).parent.parent / "tables"
 
 Mode = Literal["tables", "heuristic"]
@@ -138,8 +140,8 @@ class Entry:
         heuristic_ms = value["heuristic_ms"]
         return Entry(
             choice,
-            float(value["ms"]),
-            None if heuristic_ms is None else float(heuristic_ms),
+            _milliseconds(value["ms"]),
+            None if heuristic_ms is None else _milliseconds(heuristic_ms),
             problem,
             value["source"],
             value["triton"],
@@ -150,6 +152,12 @@ def _integer(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} is not an integer")
     return value
+
+
+def _milliseconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= _LONGEST_MS:
+        raise ValueError(f"{value!r:.40} is not a time in milliseconds")
+    return float(value)
 
 
 def _problem(name: str, sizes: Mapping[str, Any]) -> Problem:
@@ -223,26 +231,28 @@ def read(path: Path, target: Target) -> Table:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise TableError(f"{path} cannot be read: {error}") from error
+    except RecursionError:
+        raise TableError(f"{path} cannot be read: it nests too deeply") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise TableError(f"{path} is not a table of format {FORMAT} (its format is {found!r})")
+        raise TableError(f"{path} is not a table of format {FORMAT} (its format is {found!r:.100})")
     device, run, raw = content.get("device"), content.get("run"), content.get("entries")
     if not isinstance(device, dict) or not isinstance(run, dict) or not isinstance(raw, dict):
         raise TableError(f"{path} has no device, run or entries")
     if device.get("name") != target.name:
-        raise TableError(f"{path} was measured on {device.get('name')!r}, but this is {target.name!r}")
+        raise TableError(f"{path} was measured on {device.get('name')!r:.100}, but this is {target.name!r}")
     table = Table(device, run)
     for name, value in raw.items():
         try:
             entry = Entry.from_json(name, value)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            table.flaws.append(f"{name!r}: {type(error).__name__}: {error}")
+            table.flaws.append(f"{name!r:.100}: {type(error).__name__}: {error!s:.200}")
             continue
         reason = flaw(entry.problem, entry.choice, target)
         if reason is None:
             table.entries[name] = entry
         else:
-            table.flaws.append(f"{name!r}: {reason}")
+            table.flaws.append(f"{name!r:.100}: {reason!s:.200}")
     return table
 
 
