@@ -28,7 +28,7 @@ if [[ ! -e $out/lm/model.safetensors ]]; then
 fi
 
 heading "Training a compressor of its hidden states on problems and their worked traces"
-llm-trm data arithmetic --num-samples 20000 --min-operations 1 -o "$out/problems.jsonl"
+llm-trm data arithmetic --num-samples 20000 --min-operations 1 -o "$out/problems.jsonl" --overwrite
 llm-trm train phase1 --model "$out/lm" --text "$out/problems.jsonl" --traces "$out/problems.jsonl" -o "$out/phase1"
 
 heading "Recording its states before and after thinking"
@@ -47,11 +47,11 @@ if [[ ! -e $out/phase2/curves.png ]]; then
 fi
 
 heading "Evaluating the recursion, by number of operations"
-llm-trm eval phase2 --checkpoint "$out/phase2" --data "$out/held_out" --by operations -o "$out/phase2.json"
+llm-trm eval phase2 --checkpoint "$out/phase2" --data "$out/held_out" --by operations -o "$out/phase2.json" --overwrite
 
 heading "Training language model and recursion together on problems and answers, without written thinking"
 world=(--min-operations 1 --operations 5 --max-operand 2)
-llm-trm data arithmetic "${world[@]}" --num-samples 100000 --seed "$seed" -o "$out/questions.jsonl"
+llm-trm data arithmetic "${world[@]}" --num-samples 100000 --seed "$seed" -o "$out/questions.jsonl" --overwrite
 if [[ ! -e $out/lora/latent.json ]]; then
     resume=()
     compgen -G "$out/lora/checkpoint-*/trainer_state.json" >/dev/null && resume=(--resume)
@@ -71,6 +71,6 @@ for stage in lora phase3; do
     heading "Evaluating direct answers, written thinking, and the recursion: after $stage"
     # --model loads the language model separately, because disabled adapters would make it about 5% slower.
     llm-trm eval lm --checkpoint "$out/$stage" --model "$out/lm" --mode no-think,think,latent "${world[@]}" \
-        --num-samples 2000 --by operations -o "$out/$stage.json" --plot "$out/$stage.png" --write-card
+        --num-samples 2000 --by operations -o "$out/$stage.json" --plot "$out/$stage.png" --write-card --overwrite
 done
 heading "Done"

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llm_trm.errors import InputError
-from llm_trm.files import sweep, writable_folder
+from llm_trm.files import naming, sweep, writable_folder
 
 #: While a process writes a folder, it holds a lock on this file in it.
 LOCK_FILE = ".llm-trm.lock"
@@ -46,9 +46,9 @@ def claimed(folder: Path) -> Iterator[Path]:
             f"{folder} is in use by {_holder(path)}: wait until it ends, or choose another --output"
         ) from None
     try:
-        path.write_text(
-            f"process {os.getpid()} on {socket.gethostname()} ({shlex.join(_command())})\n", encoding="utf-8"
-        )
+        holder = f"process {os.getpid()} on {socket.gethostname()} ({shlex.join(_command())})\n"
+        with naming(path):
+            path.write_text(holder, encoding="utf-8")
         sweep(folder)
         yield folder
     finally:

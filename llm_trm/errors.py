@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from signal import SIGINT
 
 
@@ -43,3 +43,9 @@ def shortened(question: str, longest: int = 40) -> str:
 def listed(names: Iterable[str], longest: int = 160) -> str:
     """``names``, separated by commas, for an error message; shortened to ``longest`` characters."""
     return text if len(text := ", ".join(names)) <= longest else f"{text[:longest]}..."
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """``names`` for an error message: the first, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return listed(names[:most]) + more

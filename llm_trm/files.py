@@ -7,17 +7,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_trm.errors import InputError, one_line
 from llm_trm.text import parse_json, read_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 #: Ending of the temporary folders of this package, by which those of a killed process are recognised.
 _UNFINISHED = ".llm-trm-tmp"
@@ -52,16 +49,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The content reaches the disk before the rename, so a crash leaves either the old file or the new one. A
     symbolic link stays, and the file that it names is replaced. What is no regular file, such as
-    ``/dev/stdout`` or a pipe, is written directly.
+    ``/dev/stdout`` or a pipe, is written directly. An error of the disk names ``path``.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
-        yield path
+        with naming(path):
+            yield path
         return
-    with unfinished(path.parent, path.name) as folder:
+    with naming(path), unfinished(path.parent, path.name) as folder:
         temporary = folder / path.name
         yield temporary
         publish(temporary, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in errors of the disk that name no file, as those of writing to an open file do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -83,6 +92,17 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_all(file: RawIOBase, content: bytes, path: Path) -> None:
+    """Write ``content`` to an unbuffered file, of which a full disk may first take a part.
+
+    Raises:
+        OSError: The error names ``path``.
+    """
+    with naming(path):
+        while content:
+            content = content[file.write(content) or 0 :]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:
@@ -100,14 +120,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically."""
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-
-
 def read_json(path: Path, remedy: str) -> Any:
     """Read a JSON file. Raises InputError, ending in ``remedy``, if it is missing or invalid."""
     try:
@@ -116,6 +128,14 @@ def read_json(path: Path, remedy: str) -> Any:
         raise InputError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON file with an object. Raises InputError, ending in ``remedy``, if it contains none."""
+    content = read_json(path, remedy)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not contain a JSON object: {remedy}")
+    return content
 
 
 def named_in(folder: Path, name: Any, index: Path, remedy: str) -> Path:
@@ -132,32 +152,6 @@ def named_in(folder: Path, name: Any, index: Path, remedy: str) -> Path:
     if not all(path.parts and not path.anchor and ".." not in path.parts for path in paths) or not known:
         raise InputError(f"{index} names {name!r:.200}, which is not a file below {folder}: {remedy}")
     return folder / name
-
-
-def read_tensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file. Raises InputError, ending in ``remedy``, if it is missing or invalid."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path, device)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: {remedy}") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
-
-
-def require_size(path: Path, parameters: int, tensors: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise InputError unless ``tensors`` have ``parameters`` elements, as the sizes in ``path`` imply.
-
-    Call it before building a model from sizes in a file: sizes that do not match the weights may describe a
-    model that does not fit into memory.
-    """
-    found = sum(tensor.numel() for tensor in tensors.values())
-    if found != parameters:
-        raise InputError(
-            f"{path} describes a model of {parameters:,} parameters, but its weights have {found:,}: {remedy}"
-        )
 
 
 def file_digest(path: Path) -> str:

@@ -6,13 +6,16 @@ Python's own readers disagree: standard input keeps a byte order mark and follow
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _MARK = "\ufeff"
+#: Bytes of the longest line: /dev/zero would fill the memory with one, before Python reacts to Ctrl-C.
+_LONGEST_LINE = 2**30
 _NUL = "a NUL, as found in UTF-16 text,"
 
 
@@ -24,7 +27,7 @@ def read_lines(path: Path, *, only_text: bool = False) -> Iterator[str]:
         only_text: Skip lines that are not text, which a crash can leave behind, instead of raising.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or has a line of over 1 GiB, as endless devices have.
         UnicodeDecodeError: The file is not UTF-8 or contains a NUL; ``reason`` names the line.
     """
     with path.open("rb") as file:
@@ -82,9 +85,11 @@ def is_text(argument: str) -> bool:
     return "\0" not in argument
 
 
-def _decoded(lines: Iterable[bytes], only_text: bool = False) -> Iterator[str]:
+def _decoded(file: IO[bytes], only_text: bool = False) -> Iterator[str]:
     # Splitting bytes at newlines is safe: no multi-byte UTF-8 character contains one.
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+            raise OSError(errno.EFBIG, f"line {number} is longer than {_LONGEST_LINE:,} bytes")
         try:
             text = line.decode()
             if (at := line.find(b"\0")) >= 0:

@@ -119,6 +119,12 @@ def test_an_unusable_table_warns_once(text: str, says: str) -> None:
     assert str(path) in dispatch.describe_target(TARGET)
 
 
+def test_a_device_is_no_table() -> None:
+    for path in (Path("/dev/zero"), Path("/")):
+        with pytest.raises(dispatch.TableError, match="no regular file"):
+            dispatch.read(path, TARGET)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -10,16 +10,15 @@ from llm_trm.errors import InputError
 from llm_trm.files import (
     file_digest,
     read_json,
-    read_tensors,
     replacing,
     require_digest,
     require_new,
     require_writable,
     writable_folder,
     write_json,
-    write_tensors,
     write_text,
 )
+from llm_trm.weights import read_tensors, write_tensors
 
 
 def test_written_files_are_read_back(tmp_path) -> None:

@@ -16,7 +16,8 @@ from llm_trm.cli import main
 from llm_trm.data.pairs import Pair, open_pairs, write_index, write_shard
 from llm_trm.errors import InputError
 from llm_trm.files import named_in, write_json
-from llm_trm.models.loading import load_thinking_model, require_own_files
+from llm_trm.models.loading import load_thinking_model
+from llm_trm.models.own_files import require_own_files
 from llm_trm.models.run_folder import best_checkpoint
 from llm_trm.train.lora.callbacks import KeepBest
 from llm_trm.train.run.checkpoints import Checkpoints, newest_whole

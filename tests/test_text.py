@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import llm_trm.text
 from llm_trm.benchmark import results
 from llm_trm.cli import main
 from llm_trm.cli.group import UserError
@@ -54,6 +55,18 @@ def test_invalid_bytes_are_rejected_with_their_line(content: bytes, tmp_path: Pa
         read_text(tmp_path / "a.txt")
 
 
+def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_trm.text, "_LONGEST_LINE", 8)
+    (tmp_path / "a.txt").write_bytes(b"1234567\n\n12345678\n")
+    lines = read_lines(tmp_path / "a.txt")
+    assert [next(lines), next(lines)] == ["1234567", ""]
+    with pytest.raises(OSError, match="line 3 is longer than 8 bytes"):
+        next(lines)
+    if (zeros := Path("/dev/zero")).exists():
+        with pytest.raises(InputError, match=r"/dev/zero cannot be read \(.*line 1 is longer"):
+            read_json(zeros, "name a file")
+
+
 def test_questions_are_compared_by_their_words() -> None:
     assert normalise_spaces(" 1 +\t\u00a02\r\n") == normalise_spaces("1 + 2") != normalise_spaces("1+2")
 
@@ -80,7 +93,7 @@ def test_only_newlines_separate_questions(cut: str, tmp_path: Path) -> None:
     file, written = tmp_path / "q.txt", tmp_path / "said.jsonl"
     file.write_bytes(f"7+1{cut}+2\n3+3\n".encode())
     for arguments, stdin in ((("--input", file), None), ((), file.read_bytes())):
-        result = generate(*arguments, "-o", written, stdin=stdin)
+        result = generate(*arguments, "-o", written, "--overwrite", stdin=stdin)
         assert result.exit_code == 0, result.output
         assert [json.loads(line)["question"] for line in read_lines(written)] == [f"7+1{cut}+2", "3+3"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from llm_trm.benchmark.suites import Group
 from llm_trm.benchmark.workloads import Case
 from llm_trm.errors import InputError, one_line
+from llm_trm.files import write_all
 from llm_trm.text import read_lines
 
 #: Bytes of a line that are read to recognise a results file.
@@ -141,12 +143,10 @@ def append(path: Path, line: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 content = b"\n" + content
         try:
-            # Without a buffer, a full disk may take a part.
-            while content:
-                content = content[file.write(content) :]
-        except OSError as error:
+            write_all(file, content, path)
+        except BaseException:
             file.truncate(before)
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
 
 
 def require_results(path: Path, option: str) -> None:
@@ -171,7 +171,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for text in read_lines(path, only_text=True):
             try:
-                line = json.loads(text, parse_constant=_refuse)
+                line = json.loads(text, parse_constant=_finite, parse_float=_finite)
             except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict):
@@ -180,6 +180,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} cannot be read ({error.strerror}): name a file of results") from error
 
 
-def _refuse(constant: str) -> None:
-    """Raise ValueError for NaN and infinity, which :func:`append` does not write."""
-    raise ValueError(constant)
+def _finite(text: str) -> float:
+    """The number; ValueError for NaN and infinity, which :func:`append` does not write, and 1e400."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
-from llm_trm.files import publish, unfinished
+from llm_trm.files import publish, unfinished, write_all
+from llm_trm.publishing import uninterrupted
 
 
 class AnswersFile:
@@ -18,18 +19,14 @@ class AnswersFile:
         size: Bytes of the complete lines.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: RawIOBase) -> None:
         self._path, self._file = path, file
         self.count = self.size = 0
 
     def add(self, line: str) -> None:
         """Write a line, which has no line ending yet."""
         content = line.encode() + b"\n"
-        try:
-            self._file.write(content)
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        write_all(self._file, content, self._path)
         self.count += 1
         self.size += len(content)
 
@@ -44,7 +41,7 @@ def answers_file(path: Path) -> Iterator[AnswersFile]:
     """
     target = path.resolve()
     if target.exists() and not target.is_file():
-        with path.open("wb") as file:
+        with path.open("wb", buffering=0) as file:
             yield AnswersFile(path, file)
         return
     with unfinished(target.parent, target.name) as folder:
@@ -56,5 +53,6 @@ def answers_file(path: Path) -> Iterator[AnswersFile]:
                 yield answers
             finally:
                 if answers.count:
-                    file.truncate(answers.size)
-                    publish(temporary, target)
+                    with uninterrupted():
+                        file.truncate(answers.size)
+                        publish(temporary, target)

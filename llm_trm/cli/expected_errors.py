@@ -10,6 +10,7 @@ from llm_trm.errors import InputError, one_line
 
 #: Longest message: a path or a value that a file repeats a million times must not fill the screen.
 _LONGEST = 1500
+_UNKNOWN = "check the path and the disk"
 _PLACE = "choose a path that you can write to"
 _SPACE = "free some space, or choose a path on another disk"
 #: Remedies by the error number of an OSError.
@@ -31,6 +32,8 @@ _REMEDIES = {
 _MEMORY = "memory ran out: use smaller batches or a smaller model"
 #: How trm_kernels, which knows no InputError, begins its errors about environment variables.
 _VARIABLE = re.compile(r"TRM_[A-Z_]+: ")
+#: How safetensors and tokenizers, which raise no OSError, give its number.
+_RUST = re.compile(r"\(os error (\d{1,4})\)")
 #: How torch, and Path.resolve before Python 3.13, which have no classes for these errors, word them.
 _WORDINGS = {
     re.compile(r"^Symlink loop from "): "a symbolic link leads back to itself: choose another path",
@@ -59,6 +62,9 @@ def expected(error: BaseException) -> str | None:
         message = str(error)
     elif _is_loaded(error, "trm_kernels.backends.choice", "BackendError"):
         message = f"{error}: choose another backend with TRM_BACKEND, or none for the fastest that works"
+    elif found := _RUST.search(str(error)):
+        remedy = _REMEDIES.get(int(found[1]), _UNKNOWN)
+        message = f"a file cannot be read or written ({error}): {remedy}"
     elif _is_loaded(error, "safetensors", "SafetensorError"):
         message = f"weights cannot be read or written ({error}): check the file and the space on its disk"
     else:
@@ -79,7 +85,7 @@ def _system(error: OSError) -> str:
     if error.errno is None:
         return f"{error or type(error).__name__}"
     files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    remedy = _REMEDIES.get(error.errno, "check the path and the disk")
+    remedy = _REMEDIES.get(error.errno, _UNKNOWN)
     return f"{files or 'a file or standard output'}: {error.strerror}: {remedy}"
 
 

@@ -78,16 +78,17 @@ def _terminable() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Standard streams that are closed take everything; open ones replace what their encoding lacks.
+    """Standard streams that are closed take everything; open ones escape what their encoding lacks.
 
-    cp1252, the default of a Windows pipe, has no box-drawing characters, for example.
+    cp1252, the default of a Windows pipe, has no Greek letters, for example. Escapes such as ``\\u03c0`` lose
+    no part of an answer, and a path can still be told from another.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _flush_stdout() -> None:

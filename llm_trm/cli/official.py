@@ -77,7 +77,8 @@ def import_official(
     """Convert an official checkpoint (step_N) to a folder for eval puzzle and solve.
 
     Its tensors do not determine all settings. The others come from options, or from the all_config.yaml that
-    the official code writes next to its checkpoints. An error names those that are still missing.
+    the official code writes next to its checkpoints. An error names those that are still missing. If the file
+    has an exponential moving average (ema) next to the model, its weights are taken.
     """
     from llm_trm.claims import claimed
     from llm_trm.models.puzzle.official import read_official

@@ -30,7 +30,7 @@ from llm_trm.data.resume import check_settings, start
 from llm_trm.device import resolve_device
 from llm_trm.errors import InputError
 from llm_trm.files import require_writable
-from llm_trm.models.loading import ThinkingModel, load_thinking_model
+from llm_trm.models.loading import ThinkingModel, load_thinking_model, require_padding
 from llm_trm.settings import settings_of
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -102,8 +102,6 @@ class ThinkingDataGenerator:
             seed=config.sampling.seed,
             world=config.world,
         )
-        if not questions:
-            raise InputError(f"--data {config.data} has no problems: choose another data set")
         dtype = self._dtype()
         settings = _settings(config, questions, dtype)
         folder = require_writable(config.output)
@@ -132,6 +130,7 @@ class ThinkingDataGenerator:
                 processes.place(resolve_device(config.device)),
                 trust_remote_code=config.trust_remote_code,
             )
+            require_padding(model.name, model.tokenizer)
             maker = _ShardMaker(config, model, questions, dtype)
             maker.check(missing)
         if processes.is_main:

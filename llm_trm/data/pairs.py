@@ -29,17 +29,10 @@ from torch import Tensor
 from llm_trm.checksums import require_unchanged
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import (
-    file_digest,
-    named_in,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from llm_trm.files import file_digest, named_in, read_json, write_json, write_text
 from llm_trm.ranges import ANY_SEED, PLACE, WIDTH, require_ranges
 from llm_trm.text import parse_json, read_lines
+from llm_trm.weights import read_shapes, read_tensors, require_present, write_tensors
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -369,21 +362,14 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
 
 def _check(folder: Path, entry: ShardEntry, files: PairFiles) -> None:
     """Compare a shard with the index without reading its states."""
-    from safetensors import SafetensorError, safe_open
-
     path = folder / entry.file
     for name in (entry.file, entry.metadata):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing: {_REMEDY}")
+    require_present(path, _REMEDY)
     if (size := path.stat().st_size) != entry.bytes:
         raise InputError(f"{path} has {size} bytes, not {entry.bytes}: {_REMEDY}")
-    expected = _expected(entry, files.hidden_size)
-    try:
-        with safe_open(path, "pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in expected}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}): {_REMEDY}") from error
-    _compare(path, shapes, expected)
+    _compare(path, read_shapes(path, _REMEDY), _expected(entry, files.hidden_size))
 
 
 def _expected(entry: ShardEntry, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -406,12 +392,9 @@ def _compare(
 
 def _read_shard(folder: Path, entry: ShardEntry, hidden_size: int) -> PairShard:
     path = folder / entry.file
-    tensors = read_tensors(path, _REMEDY)
+    tensors = read_tensors(path, f"delete the file, and {_REMEDY}")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _compare(path, shapes, _expected(entry, hidden_size))
-    for name in ("hidden_pre", "hidden_post"):
-        if not torch.isfinite(tensors[name]).all():
-            raise InputError(f"{path}: {name} contains NaN or infinity: delete the file, and {_REMEDY}")
     offsets = tensors["offsets"]
     if offsets[0] != 0 or offsets[-1] != entry.rows or bool((offsets.diff() < 1).any()):
         raise InputError(

@@ -59,8 +59,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> list[
     """Encode each passage, without the tokens that the tokenizer would add around it.
 
     Raises:
-        InputError: A text contains a control token that the tokenizer cannot encode as text.
+        InputError: A text contains a control token that the tokenizer cannot encode as text, or half of a
+            surrogate pair.
     """
+    for passage in passages:
+        try:
+            passage.encode()
+        except UnicodeEncodeError as error:
+            near = shortened(passage[max(0, error.start - 20) :])
+            raise InputError(
+                f"the text {near} contains half of a surrogate pair, which is not a character: remove it"
+            ) from None
     found: list[list[int]] = []
     for start in range(0, len(passages), _BATCH):
         found += _encode(tokenizer, passages[start : start + _BATCH])

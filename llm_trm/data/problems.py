@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError, listed, shortened
+from llm_trm.errors import InputError, listed, one_line, shortened
 from llm_trm.extras import require
 from llm_trm.memory import require_memory
 from llm_trm.ranges import shown
@@ -102,7 +102,7 @@ def load_questions(
         seed, world: Settings of the arithmetic world.
 
     Raises:
-        InputError: A data set is unknown or cannot be loaded, or a record has no question.
+        InputError: A data set is unknown, empty or cannot be loaded, or a record has no question.
     """
     names = [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
@@ -112,6 +112,8 @@ def load_questions(
     sources = [_source(name, split, seed, world or World()) for name in names]
     shares = [count // len(names) + (place < count % len(names)) for place in range(len(names))]
     drawn = [list(islice(source, share)) for source, share in zip(sources, shares, strict=True)]
+    if count and not any(drawn):
+        raise InputError(f"--data {one_line(dataset)} has no problems: choose another data set")
     turns = max(map(len, drawn))
     return [questions[turn] for turn in range(turns) for questions in drawn if turn < len(questions)]
 

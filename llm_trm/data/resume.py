@@ -33,9 +33,9 @@ def check_settings(folder: Path, settings: dict[str, Any], *, overwrite: bool) -
             )
         return
     found = read_json(path, "use another --output")
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+    before = found.get("settings", {}) if isinstance(found, dict) and found.get("format") == _FORMAT else None
+    if not isinstance(before, dict):
         raise InputError(f"{path} was not written by llm-trm datagen: use another --output")
-    before = found.get("settings", {})
     changed = [
         f"{name} ({before.get(name)} before, {settings.get(name)} now)"
         for name in dict.fromkeys([*before, *settings])

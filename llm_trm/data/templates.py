@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.passages import Passage, cached_per_tokenizer, joined, text
 from llm_trm.data.tags import END_THINK, THINK
@@ -140,6 +141,28 @@ def chat_prompt(
     return joined(_without_tags(frame.before), text(asked), _without_tags(frame.after, frame.opens))
 
 
+def rendered_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
+) -> str:
+    """Render a whole chat.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: The turns, as ``apply_chat_template`` takes them.
+        where: Place of the chat for the error message, for instance a file and a line.
+
+    Raises:
+        InputError: The template rejects the chat, for instance a system message, roles that do not alternate,
+            or content that is a list instead of a string.
+    """
+    return _applied(
+        tokenizer,
+        messages,
+        f"{where}: {_whose(tokenizer)}",
+        "change or remove the record, or use a model whose chat template accepts it",
+    )
+
+
 def _question_in(rendered: str, frame: Frame, question: str) -> str | None:
     """The question as it appears in a prompt with this frame; None if it does not."""
     ways = (question, question.strip(), question.rstrip(), question.lstrip())
@@ -168,16 +191,23 @@ def _frame(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Frame:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, question: str, thinking: bool) -> str:
+    options = {"add_generation_prompt": True, "enable_thinking": thinking}
+    return _applied(tokenizer, [{"role": "user", "content": question}], _whose(tokenizer), _REMEDY, **options)
+
+
+def _applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    whose: str,
+    remedy: str,
+    **options: Any,
+) -> str:
     try:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
+        turns: Any = list(messages)  # transformers' hint knows only strings
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, **options)
     # A template is a program, so rendering can raise any exception.
     except Exception as error:
-        raise InputError(f"{_whose(tokenizer)} cannot be rendered ({one_line(error)}): {_REMEDY}") from error
+        raise InputError(f"{whose} cannot be rendered ({one_line(error)}): {remedy}") from error
     assert isinstance(rendered, str)
     return rendered
 

@@ -23,7 +23,7 @@ from llm_trm.models.causal.card import inner
 from llm_trm.models.causal.loading import ADAPTERS_FILE, LatentModel, load_latent_model
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import think_ids
-from llm_trm.models.loading import language_model_source, pretrained
+from llm_trm.models.loading import language_model_source, pretrained, require_padding
 from llm_trm.upstream import cache_of
 
 if TYPE_CHECKING:
@@ -268,8 +268,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
     tokenizer = pretrained(
         AutoTokenizer, name, language_model_source(name), trust_remote_code=trust_remote_code
     )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    require_padding(name, tokenizer)
     return tokenizer
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.ranges import LAYERS, LENGTH, WIDTH, require_in
+from llm_trm.weights import read_tensors, write_tensors
 
 #: The files of a saved compressor.
 WEIGHTS_FILE, FACTS_FILE = "compressor.safetensors", "compressor.json"

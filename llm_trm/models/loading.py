@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from llm_trm.data.lessons import encode_each, question_prompt
 from llm_trm.data.passages import Passage, own_token
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, few, one_line
 from llm_trm.extras import require
-from llm_trm.files import named_in, read_json
+from llm_trm.models.own_files import require_no_pointers, require_own_files, require_weights
+from llm_trm.weights import RESTORE, require_finite
 
 if TYPE_CHECKING:
     import torch
@@ -118,20 +120,22 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
     a ``y`` as consent.
 
     Raises:
-        InputError: The model does not exist, its configuration has invalid values, or it does not fit into
-            memory. The message calls it ``name``, as the user does.
+        InputError: The model does not exist, a file of it is missing or invalid, its weights are incomplete
+            or contain NaN, or it does not fit into memory. The message calls it ``name``, as the user does.
         UntrustedCodeError: The model needs code of its own. Kernels on the hub are rejected as well.
     """
-    from huggingface_hub.errors import StrictDataclassError
+    import torch
     from transformers import AutoConfig
 
-    from llm_trm.models.decoder_config import require_buildable, require_valid_values
+    from llm_trm.models.decoder_config import require_buildable, require_valid_decoding, require_valid_values
     from llm_trm.models.hub_code import require_no_hub_kernels, without_hub_decoding
 
     folder = Path(source)
+    builds = kind.__name__ in ("AutoModelForCausalLM", "TRMForCausalLM")
     if folder.is_dir():
         require_own_files(folder)
-    builds = kind.__name__ in ("AutoModelForCausalLM", "TRMForCausalLM")
+        if builds:
+            require_weights(folder)
     options["trust_remote_code"] = trust_remote_code
     known = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
     try:
@@ -144,11 +148,19 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
             if builds or (kind is not AutoConfig and described):
                 # Load the config first: a tokenizer would warn about an unknown model type.
                 config = AutoConfig.from_pretrained(source, **known)
-                if builds:
-                    require_buildable(name, config, options.get("dtype"), trust_remote_code=trust_remote_code)
-            return without_hub_decoding(kind.from_pretrained(source, **options))
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
-        if isinstance(error, InputError) and name in str(error):
+            if not builds:
+                return kind.from_pretrained(source, **options)
+            require_valid_decoding(folder / "generation_config.json")
+            require_buildable(name, config, options.get("dtype"), trust_remote_code=trust_remote_code)
+            with _report_held_back():
+                model, info = kind.from_pretrained(source, output_loading_info=True, **options)
+                _require_complete(name, model, info)
+            return without_hub_decoding(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # Code of transformers, and perhaps the model's own, on a user's files: any exception can result.
+    except Exception as error:
+        if isinstance(error, InputError) and (name in str(error) or source in str(error)):
             raise  # the message is complete
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise UntrustedCodeError(
@@ -163,6 +175,12 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
                 f"model {name} needs a package that is not installed ({one_line(error)}): install it, or "
                 "choose another model"
             ) from error
+        if folder.is_dir():
+            require_no_pointers(folder)
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            raise InputError(
+                f"model {name}: the shapes of its weights do not match its config.json: {RESTORE}"
+            ) from error
         raise InputError(
             f"model {name} cannot be loaded ({one_line(error)}): name a folder in Hugging Face format, a "
             f"model on the hub, or {ARITHMETIC!r}"
@@ -175,37 +193,60 @@ def _description(source: str, **options: Any) -> dict[str, Any]:
 
     try:
         described, _ = PretrainedConfig.get_config_dict(source, **options)
-    except (OSError, ValueError):
+    except Exception:
         return {}  # loading the model reports the error
     return dict(described)
 
 
-def require_own_files(folder: Path) -> None:
-    """Check the file names in a model's files, because transformers follows them to any path.
+def require_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with the end token if a tokenizer has no padding token.
 
     Raises:
-        InputError: A file is invalid, or names a file outside the folder.
+        InputError: It has neither.
     """
-    remedy = "load a model whose files are all in its own folder"
+    if tokenizer.pad_token_id is not None:
+        return
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"model {name}: its tokenizer has neither a padding nor an end token: set one in its "
+            "tokenizer_config.json"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
 
-    def entries(path: Path, key: str) -> Any:
-        content = read_json(path, remedy) if path.exists() else {}
-        if not isinstance(content, dict):
-            raise InputError(f"{path} does not contain a JSON object: {remedy}")
-        return content.get(key)
 
-    named: list[tuple[Path, Any]] = []
-    for path in sorted(folder.glob("*.index.json")):
-        weights = entries(path, "weight_map")
-        if not isinstance(weights, dict):
-            raise InputError(f"{path} is not an index of weights: {remedy}")
-        named += [(path, name) for name in dict.fromkeys(map(str, weights.values()))]
-    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
-    if (name := entries(config, "transformers_weights")) is not None:
-        named.append((config, name))
-    named += [(tokenizer, name) for name in entries(tokenizer, "fast_tokenizer_files") or ()]
-    for path, name in named:
-        named_in(folder, name, path, remedy)
+def _require_complete(name: str, model: Any, info: dict[str, Any]) -> None:
+    """Raise InputError if a loaded model has weights that its files lack, or that contain NaN.
+
+    transformers draws missing weights at random, and only prints a table of them.
+
+    Args:
+        info: What ``from_pretrained`` returned with ``output_loading_info``.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"model {name} lacks {len(missing)} of its weights ({few(missing)}): {RESTORE}")
+    require_finite(model.named_parameters(), f"model {name}", RESTORE)
+
+
+@contextmanager
+def _report_held_back() -> Iterator[None]:
+    """Hold back transformers' table of missing and unexpected weights, in case an error replaces it."""
+    from transformers.utils.logging import get_logger
+
+    held: list[logging.LogRecord] = []
+
+    class Hold(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            held.append(record)
+            return False
+
+    logger, hold = get_logger("transformers.modeling_utils"), Hold()
+    logger.addFilter(hold)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 @contextmanager

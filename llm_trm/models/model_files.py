@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, require_size, write_json, write_tensors
+from llm_trm.files import read_object, write_json
 from llm_trm.publishing import publishing
+from llm_trm.weights import read_tensors, require_size, write_tensors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -61,7 +62,7 @@ class ModelFiles:
             InputError: A file is missing or invalid, or describes another kind of model.
         """
         path = folder / f"{self.stem}.json"
-        described = read_json(path, self.remedy)
+        described = read_object(path, self.remedy)
         try:
             kind, facts = described.pop("kind"), dict(described.pop("facts"))
             if kind != self.kind:

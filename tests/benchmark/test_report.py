@@ -123,7 +123,7 @@ def test_results_written_before_there_were_groups_are_read() -> None:
 def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "cpu.jsonl"
     append(path, sample_result().to_json())
-    deep, numbers = "[" * 200_000, ('{"rows": NaN}', "5", "null", "[]")
+    deep, numbers = "[" * 200_000, ('{"rows": NaN}', '{"rows": 1e400}', "5", "null", "[]")
     path.write_text("\n".join([path.read_text(), deep, "9" * 5000, '{"rows": [', *numbers]))
     assert [CaseResult.from_json(line) for line in read(path)] == [sample_result()]
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -119,3 +123,54 @@ def test_interruption_explains_how_to_resume(tmp_path: Path, monkeypatch: pytest
     result = run("-o", tmp_path / "pairs")
     assert result.exit_code == 130
     assert "the same command continues" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_an_interruption_names_the_command_that_continues(
+    shard: int, number: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pairs"
+    options = ("--model", str(model_folder), "--max-new-tokens", "30", "--shard-size", "3", "-o", str(folder))
+    asked = ("--num-samples", "9", *options)
+    assert run(*asked).exit_code == 0
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run("--num-samples", "6", *options, "--overwrite").exit_code == 0
+    before = generation.write_shard
+
+    def stop(place: Path, which: int, *arguments: Any) -> None:
+        if which == shard:
+            signal.raise_signal(number)
+        before(place, which, *arguments)
+
+    command = ["datagen", *asked]
+    monkeypatch.setattr(sys, "argv", ["llm-trm", *command, "--overwrite"])
+    monkeypatch.setattr(generation, "write_shard", stop)
+    result = run(*asked, "--overwrite")
+    assert result.exit_code == 128 + number
+    assert result.stderr.splitlines()[-1] == (
+        "llm-trm: stopped: the same command without --overwrite continues after the last complete shard: "
+        f"{shlex.join(['llm-trm', *command])}"
+    )
+    assert len(list(folder.glob("*.jsonl"))) == shard
+    monkeypatch.setattr(generation, "write_shard", before)
+    assert run(*asked).exit_code == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_an_interruption_before_the_start_replaces_nothing(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    options = ("--model", model_folder, "--max-new-tokens", "30", "-o", tmp_path / "pairs")
+    assert run("--num-samples", "3", *options).exit_code == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
+    monkeypatch.setattr(generation, "load_thinking_model", stop)
+    result = run("--num-samples", "6", *options, "--overwrite")
+    assert result.exit_code == 143
+    assert result.stderr.splitlines()[-1] == "llm-trm: stopped: nothing was replaced"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == whole
+    assert run("--num-samples", "3", *options, "-o", tmp_path / "new").exit_code == 143
+    assert not (tmp_path / "new").exists()

@@ -236,8 +236,13 @@ def test_overwrite_keeps_the_pairs_if_the_model_cannot_be_loaded(folder: Path, t
     assert _contents(folder) == before
 
 
-def test_folder_with_other_files_is_rejected(folder: Path, model_folder: Path, no_model: None) -> None:
-    (folder / "settings.json").write_text('{"editor.fontSize": 12}')
+@pytest.mark.parametrize(
+    "content", ['{"editor.fontSize": 12}', '{"format": "llm-trm datagen settings", "settings": 1e400}']
+)
+def test_folder_with_other_files_is_rejected(
+    content: str, folder: Path, model_folder: Path, no_model: None
+) -> None:
+    (folder / "settings.json").write_text(content)
     for overwrite in (False, True):
         with pytest.raises(
             InputError, match=r"settings\.json was not written by llm-trm datagen: use another --output"

@@ -106,6 +106,15 @@ def test_control_tokens() -> None:
     assert "COVID-19" not in control_tokens(tokenizer).values()
 
 
+@pytest.mark.parametrize("half", ["\ud83d", "\udcff"])
+def test_half_a_surrogate_pair_is_rejected(half: str) -> None:
+    tokenizer = tokenizer_of("bytes", "<think>", "</s>", "<|user|>")
+    for passage in (f"{'a' * 10**6}{half}", joined("a", text(half))):
+        with pytest.raises(InputError, match="half of a surrogate pair") as error:
+            encode(tokenizer, ["a", passage])
+        assert len(str(error.value)) < 300 and str(error.value).isascii()
+
+
 def test_tokens_that_cannot_be_encoded_as_text() -> None:
     backend = Tokenizer(models.WordLevel({"?": 0, "a": 1, "</s>": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

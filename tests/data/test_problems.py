@@ -53,6 +53,13 @@ def test_names_of_files_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert located(f"{tmp_path}/a.jsonl") == f"{tmp_path}/a.jsonl"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_an_empty_file_has_no_problems(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[]" if name == "a.json" else "\n")
+    with pytest.raises(InputError, match=f"{name} has no problems"):
+        load_questions(str(tmp_path / name), 3)
+
+
 def test_only_as_many_lines_are_read_as_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"question": "how?"}\nnot json\n')

@@ -106,7 +106,7 @@ def test_options_reach_the_evaluation(shared: World, tmp_path: Path) -> None:
     assert list(found["rows"]) == ["TRM", "true state"]
     assert found["rows"]["TRM"]["steps"] == 2
     other = shared.pairs("other", 30, seed=5)
-    assert shared.evaluate("--train-data", str(other.folder), "-o", str(output)).exit_code == 0
+    assert shared.evaluate("--train-data", str(other.folder), "-o", str(output), "--overwrite").exit_code == 0
     assert json.loads(output.read_text())["train_data"] == str(other.folder)
 
 

@@ -24,7 +24,7 @@ def main(names: tuple[str, ...], minutes: float, seed: int, number: int | None, 
     """Fuzz the options, the readers of files, and changes of weights; exit with 1 if a case fails."""
     chosen = names or tuple(CASES)
     failed = 0
-    with tempfile.TemporaryDirectory() as temporary, made(keep or Path(temporary)) as parts:
+    with tempfile.TemporaryDirectory() as temporary, made(keep or Path(temporary), seed) as parts:
         for name in chosen:
             numbers = count() if number is None else iter([number])
             tally = run(name, parts[name], seed, numbers, 60 * minutes / len(chosen), click.echo)

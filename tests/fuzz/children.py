@@ -27,8 +27,8 @@ from typing import Any
 _MEMORY = 8 * 2**30
 #: Seconds that a child has to end after SIGTERM.
 _GRACE = 15.0
-#: The text of stdout and stderr that is kept.
-_KEPT = 2**16
+#: Bytes at the end of stdout and stderr that are kept.
+_KEPT = 2**18
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def _wait(child: int, seconds: float) -> int | None:
 def _text(path: Path) -> str:
     if not path.exists():
         return ""
-    with path.open("rb") as file:
-        return file.read(_KEPT).decode(errors="backslashreplace")
+    return path.read_bytes()[-_KEPT:].decode(errors="backslashreplace")
 
 
 if __name__ == "__main__":

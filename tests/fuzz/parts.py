@@ -18,7 +18,7 @@ CASES = {"options": 500, "readers": 300, "weights": 150}
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[dict[str, Part]]:
+def made(folder: Path, seed: int = 0) -> Iterator[dict[str, Part]]:
     """The parts by name, with their files in ``folder``, which is empty.
 
     Raises:
@@ -32,7 +32,7 @@ def made(folder: Path) -> Iterator[dict[str, Part]]:
         world.make(files, children)
         before = world.listing(files)
         yield {
-            "options": Options(children, files, folder / "options"),
+            "options": Options(children, files, folder / "options", seed),
             "readers": Readers(children, files, folder / "readers"),
             "weights": Weights(),
         }

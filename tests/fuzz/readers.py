@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.fuzz.cases import Outcome, fault_of_message
 from tests.fuzz.children import Children
+from tests.fuzz.judging import judge, last_line, shown
 from tests.fuzz.mutations import copy_of, mutate
-from tests.fuzz.options import judge, last_line, shown
 from tests.fuzz.world import RESUMED, arguments, resolved
 
 

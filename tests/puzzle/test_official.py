@@ -326,7 +326,10 @@ def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
     torch.save({"x": CliRunner}, code)
     with pytest.raises(InputError, match="could run code"):
         read_official(code)
-    for path in (text, empty, half, code, tmp_path, tmp_path / "missing"):
+    wrong = saved(Config(), tmp_path / "nan", lambda tensors: {**tensors, "x": torch.tensor([torch.nan])})
+    pointer = tmp_path / "pointer"
+    pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    for path in (text, empty, half, code, wrong, pointer, tmp_path, tmp_path / "missing"):
         with pytest.raises(InputError, match=str(path)) as error:
             read_official(path)
         assert "\n" not in str(error.value)

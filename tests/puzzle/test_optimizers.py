@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_trm.files import write_tensors
 from llm_trm.train.run.training_state import restore_training, training_tensors
+from llm_trm.weights import write_tensors
 from tests.graph_double import RecordingCapturer
 from tests.no_host_reads import NoHostReads
 from trm_kernels import (

@@ -235,7 +235,7 @@ def test_the_animation(monkeypatch: pytest.MonkeyPatch, sudoku: Path, tmp_path: 
     answering(monkeypatch, [(WRONG, -1.0), (WRONG, -1.0), (SOLUTION, 2.0)])
     file = tmp_path / "solved.gif"
     file.write_text("an older file")
-    result = run(PUZZLE, "--checkpoint", sudoku, "--gif", file, "--delay", "0.2")
+    result = run(PUZZLE, "--checkpoint", sudoku, "--gif", file, "--delay", "0.2", "--overwrite")
     assert result.exit_code == 0, result.output
     assert f"The animation is in {file}.\n" in result.stdout
     assert list(tmp_path.iterdir()) == [file]

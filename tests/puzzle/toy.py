@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from llm_trm.data.puzzles.dataset import PuzzleInfo, PuzzleSplit, write_puzzles
-from llm_trm.files import read_tensors
 from llm_trm.models.puzzle.paper import PuzzleTRM
 from llm_trm.train.puzzle.config import PuzzleConfig
 from llm_trm.train.run.checkpoints import Checkpoints
+from llm_trm.weights import read_tensors
 
 VOCABULARY, PUZZLES = 7, 5
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,18 @@ import pytest
 import torch
 
 from llm_trm.errors import InputError
-from llm_trm.files import read_tensors
 from llm_trm.manifest import MANIFEST_FILE
 from llm_trm.models.phase2 import load_phase2
 from llm_trm.models.puzzle.loading import load_puzzle
+from llm_trm.models.run_folder import model_folder
+from llm_trm.train.phase2.progress import Progress
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
+from llm_trm.train.puzzle.progress import PuzzleProgress
 from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from llm_trm.train.run.checkpoints import Checkpoints
 from llm_trm.train.run.tracking import lines_until
+from llm_trm.train.run.training_state import read_progress
+from llm_trm.weights import read_tensors
 from tests.puzzle import toy as puzzles
 from tests.train import toy as contexts
 
@@ -173,12 +177,12 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
-def try_nonsense(file: Path, use: Callable[[], object]) -> int:
+def try_nonsense(file: Path, use: Callable[[], object], values: Sequence[Any] = NONSENSE) -> int:
     """Put nonsense in each field of a JSON file: refused in one line, or harmless. Returns how often."""
     text, refused = file.read_text(), 0
     content = json.loads(text)
     for path in fields(content):
-        for nonsense in NONSENSE:
+        for nonsense in values:
             try:
                 file.write_text(json.dumps(put(content, path, nonsense)))
             except ValueError:  # Python writes no numbers of thousands of digits
@@ -209,9 +213,12 @@ def test_wrong_types_in_a_run_get_one_line(copied: Own) -> None:
             TRMSequenceTrainer(contexts.toy_config(copied.folder, output=run, resume=True))
 
     construct()
-    assert try_nonsense(run / "index.json", construct) > 30
-    assert try_nonsense(run / "index.json", lambda: copied.load("run")) > 5
-    assert try_nonsense(checkpoint / "state.json", construct) > 200
+    assert try_nonsense(run / "index.json", Checkpoints(run).newest_whole) > 30
+    assert try_nonsense(run / "index.json", lambda: model_folder(run, "")) > 5
+    progress = PuzzleProgress if copied.kind == "puzzle" else Progress
+    assert try_nonsense(checkpoint / "state.json", lambda: read_progress(checkpoint, progress)) > 100
+    # What the settings and the progress are used for.
+    assert try_nonsense(checkpoint / "state.json", construct, [None, [5]]) > 40
 
 
 def test_wrong_random_states_get_one_line(trained: Own, copied: Own) -> None:
@@ -390,6 +397,17 @@ def test_a_damaged_best_checkpoint_is_not_written_at_the_end(
         train("lora", world, run, resume=True)
 
 
+def test_a_damaged_checkpoint_with_a_recursion_is_not_loaded(world: Path, tmp_path: Path) -> None:
+    from llm_trm.models.causal.loading import load_latent_model
+
+    run = interrupted_copy("lora", world, tmp_path / "run", old=False)
+    flip(run / "checkpoint-2" / "optimizer.pt")
+    assert load_latent_model(run / "checkpoint-2")
+    flip(run / "checkpoint-2" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=rf"adapter_model.safetensors has changed .*{MANIFEST_FILE}"):
+        load_latent_model(run / "checkpoint-2")
+
+
 @pytest.mark.parametrize("kind", ["lm", "lora"])
 def test_wrong_types_in_a_trainers_run_get_one_line(kind: str, world: Path, tmp_path: Path) -> None:
     run = interrupted_copy(kind, world, tmp_path / "run", old=True)
@@ -403,3 +421,62 @@ def test_wrong_types_in_a_trainers_run_get_one_line(kind: str, world: Path, tmp_
         with pytest.raises(InputError) as refused:
             train(kind, world, run, resume=True)
         assert "\n" not in str(refused.value)
+
+
+def spoil(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors in a safetensors file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def fill(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[max(tensors)].view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize("kind", ["lm", "lora"])
+@pytest.mark.parametrize(
+    ("pattern", "damage", "words"),
+    [
+        ("*model.safetensors", lambda path: spoil(path, fill), "NaN or infinity in"),
+        ("*model.safetensors", halve, "incomplete"),
+        ("*model.safetensors", lambda path: path.write_bytes(b"version https://git-lfs"), "git lfs pull"),
+        ("optimizer.pt", lambda path: path.write_bytes(b"version https://git-lfs"), "git lfs pull"),
+        ("optimizer.pt", lambda path: torch.save({"x": Path}, path), "could run code"),
+        ("scheduler.pt", lambda path: torch.save([1, 2], path), "state of a Trainer"),
+        ("rng_state.pth", lambda path: torch.save({"x": Path}, path), "could run code"),
+    ],
+)
+def test_contents_of_a_trainers_checkpoint_are_checked(
+    kind: str, pattern: str, damage: Damage, words: str, world: Path, tmp_path: Path
+) -> None:
+    run = interrupted_copy(kind, world, tmp_path / "run", old=True)
+    shutil.rmtree(run / "checkpoint-2")
+    path = next((run / "checkpoint-4").glob(pattern))
+    damage(path)
+    with pytest.raises(InputError, match=f"{path} .*{words}") as refused:
+        train(kind, world, run, resume=True)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["lm", "lora"])
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_weights_of_another_model_are_not_resumed(
+    kind: str, change: str, world: Path, tmp_path: Path
+) -> None:
+    run = interrupted_copy(kind, world, tmp_path / "run", old=True)
+    shutil.rmtree(run / "checkpoint-2")
+    path = next((run / "checkpoint-4").glob("*model.safetensors"))
+
+    def other(tensors: dict[str, torch.Tensor]) -> None:
+        name = max(tensors)
+        weight = tensors.pop(name)
+        if change == "shape":
+            tensors[name] = weight[:-1].clone()
+
+    spoil(path, other)
+    with pytest.raises(InputError, match=r"checkpoint.*start over with --overwrite") as refused:
+        train(kind, world, run, resume=True)
+    assert "\n" not in str(refused.value)

@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from llm_trm.cli import main
 from llm_trm.data.arithmetic import World
 from llm_trm.errors import InputError, Interrupted
-from llm_trm.files import read_tensors
 from llm_trm.train.phase1.config import Phase1Config
 from llm_trm.train.phase1.report import Progress
 from llm_trm.train.phase1.trainer import CompressorPretrainer
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
 from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from llm_trm.train.run.report import Report
+from llm_trm.weights import read_tensors
 from tests.data.tiny import save_tiny_model
 from tests.puzzle import toy as puzzles
 from tests.train.signals import SignalAt, send_to_commands

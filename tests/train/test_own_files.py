@@ -125,6 +125,23 @@ def test_phase1_removes_its_own_files_only(tmp_path: Path) -> None:
     assert stage.read(module, best, optimizer) is None
 
 
+def test_a_model_that_is_replaced_leaves_the_users_files(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from llm_trm.models.causal.loading import clear_model
+
+    own = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "latent.json",
+    )
+    users = ("model.safetensors.bak", "model-before.safetensors", "README.md")
+    for name in (*own, *users):
+        (tmp_path / name).touch()
+    clear_model(tmp_path)
+    assert content(tmp_path) == set(users)
+
+
 def lm(output: Path, **changes: Any) -> None:
     pytest.importorskip("transformers")
     from dataclasses import replace

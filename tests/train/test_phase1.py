@@ -16,10 +16,10 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from llm_trm.claims import claimed
 from llm_trm.cli import main
 from llm_trm.data.arithmetic import World
 from llm_trm.errors import InputError
-from llm_trm.files import write_tensors
 from llm_trm.models.compression import compressor_facts, load_compressor, save_compressor
 from llm_trm.models.loading import ThinkingModel, load_thinking_model
 from llm_trm.models.tiny import PRESETS, tiny_language_model, tiny_tokenizer
@@ -29,6 +29,8 @@ from llm_trm.train.phase1.report import StageResult
 from llm_trm.train.phase1.states import StateFiles, collect_states, fingerprint, write_index
 from llm_trm.train.phase1.texts import read_texts, solved_text, tokenised
 from llm_trm.train.phase1.trainer import DECODER_FILE, CompressorPretrainer
+from llm_trm.weights import write_tensors
+from tests.data.flips import flip
 
 WIDTH = 16
 _SIZES = {
@@ -214,6 +216,33 @@ def test_records_become_texts(model: ThinkingModel, tmp_path: Path) -> None:
     prose = tmp_path / "prose.txt"
     prose.write_text("first\nblock\n\n\nsecond\n")
     assert list(read_texts(str(prose), model, thinking=False)) == ["first\nblock", "second"]
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "fault"),
+    [
+        (None, [{"type": "text", "text": "hello"}], "can only concatenate str"),
+        (None, None, "no attribute 'content'"),
+        (
+            "{{ raise_exception('no chats') if messages|length > 1 else messages[0].content }}",
+            "hi",
+            "no chats",
+        ),
+        ("{{ messages[0].content }}{{ messages[1].parts[0] }}", "hi", "no attribute 'parts'"),
+    ],
+)
+def test_a_chat_that_the_template_rejects(
+    template: str | None, content: Any, fault: str, model_folder: Path, tmp_path: Path
+) -> None:
+    model = load_thinking_model(str(model_folder))
+    if template is not None:
+        model.tokenizer.chat_template = template
+    file = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "bye"}]
+    file.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(InputError, match=f"{file} line 1: .*{fault}.*: change or") as refused:
+        list(read_texts(str(file), model, thinking=False))
+    assert "\n" not in str(refused.value) and str(model_folder) in str(refused.value)
 
 
 def test_learned_reaches_pca_and_never_beats_it_where_it_learned(config: Phase1Config) -> None:
@@ -455,3 +484,32 @@ def test_damaged_states_are_refused(damage: str, model: ThinkingModel, tmp_path:
         path.write_text("{}")
     with pytest.raises(InputError, match=f"{path}.*delete {tmp_path}"):
         StateFiles.open(tmp_path).shard(0)
+
+
+def test_runs_that_share_states_write_them_one_at_a_time(config: Phase1Config, tmp_path: Path) -> None:
+    shared = replace(config, stage="1a", epochs=1, states=tmp_path / "states")
+    train(shared)
+    folders = sorted(path for path in (tmp_path / "states").iterdir())
+    assert len(folders) == 2
+    second = replace(shared, output=tmp_path / "second")
+    with claimed(folders[0]), claimed(folders[1]):
+        train(second)  # which only reads them
+    for folder in folders:
+        (folder / "states-00000.safetensors").unlink()
+    with (
+        claimed(folders[0]),
+        claimed(folders[1]),
+        pytest.raises(InputError, match="is in use by process"),
+    ):
+        train(replace(shared, output=tmp_path / "third"))
+    train(replace(shared, output=tmp_path / "third"))
+    assert all(StateFiles.open(folder).shard(0) for folder in folders)
+
+
+def test_a_changed_bit_in_the_states_is_found(config: Phase1Config, tmp_path: Path) -> None:
+    shared = replace(config, stage="1a", epochs=1, states=tmp_path / "states")
+    train(shared)
+    path = next((tmp_path / "states").glob("*/states-00000.safetensors"))
+    flip(path, -1)
+    with pytest.raises(InputError, match=rf"{path} has changed.*delete {path.parent} and run the same"):
+        train(replace(shared, output=tmp_path / "second"))

@@ -18,7 +18,6 @@ from torch import Tensor
 from llm_trm.cli.train.phase2_progress import ConsoleReport
 from llm_trm.errors import InputError
 from llm_trm.evaluate.held_out import shared_problems
-from llm_trm.files import read_tensors
 from llm_trm.manifest import MANIFEST_FILE
 from llm_trm.models.compression import load_compressor
 from llm_trm.models.phase2 import load_phase2
@@ -26,6 +25,7 @@ from llm_trm.train import TRMSequenceTrainer
 from llm_trm.train.phase2.report import Phase2Result
 from llm_trm.train.run.checkpoints import Checkpoints
 from llm_trm.train.run.report import Report
+from llm_trm.weights import read_tensors
 from tests.train.toy import content_of, toy_config, write_compressor, write_pairs, write_toy
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm_trm.files import read_json, read_tensors
+from llm_trm.files import read_json
 from llm_trm.train.run.checkpoints import Checkpoints
+from llm_trm.weights import read_tensors
 from tests.killing import check_kills, finished
 from tests.train import worker
 from tests.train.toy import content_of, write_toy

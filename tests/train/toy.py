@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from llm_trm.data.pairs import RECORD, Pair, write_index, write_shard
-from llm_trm.files import read_tensors
 from llm_trm.models.compression import DimensionCompressor, save_compressor
 from llm_trm.train.phase2.trainer import Phase2Config
+from llm_trm.weights import read_tensors
 
 WIDTH, COMPRESSED = 16, 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch._dynamo
 
 from llm_trm.errors import Interrupted
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
+from llm_trm.train.puzzle.trainer import PuzzleTrainer
 from llm_trm.train.run.report import Report
+from tests.puzzle import toy as puzzles
 from tests.train.toy import toy_config
 
 
@@ -62,3 +65,24 @@ def run_rank(rank: int, processes: int, port: int, *arguments: Any) -> None:
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }
     run(*arguments)
+
+
+class Held(Report):
+    """Waits in the first step until a file ``go`` is in a folder, after it has written ``held`` there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def step(self, step: int) -> None:
+        (self.folder / "held").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.05)
+
+
+def hold(folder: Path, kind: str) -> None:
+    """Train ``"puzzle"`` or ``"phase2"`` on the toy in ``folder``, with a :class:`Held`."""
+    torch.set_num_threads(1)
+    if kind == "puzzle":
+        PuzzleTrainer(puzzles.toy_config(folder), Held(folder)).train()
+    else:
+        TRMSequenceTrainer(toy_config(folder), Held(folder)).train()

@@ -227,6 +227,8 @@ def read(path: Path, target: Target) -> Table:
     Raises:
         TableError: If the file is unreadable, not a table in this format, or for another device.
     """
+    if path.exists() and not path.is_file():
+        raise TableError(f"{path} is no regular file")  # /dev/zero has no end
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

@@ -16,17 +16,10 @@ from llm_trm.checksums import require_unchanged
 from llm_trm.choices import Task
 from llm_trm.claims import claimed
 from llm_trm.errors import InputError
-from llm_trm.files import (
-    file_digest,
-    read_json,
-    read_tensors,
-    writable_folder,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from llm_trm.files import file_digest, read_json, writable_folder, write_json, write_text
 from llm_trm.publishing import publishing
 from llm_trm.ranges import COUNT, GRID_SIDE, VOCABULARY, require_ranges
+from llm_trm.weights import read_tensors, write_tensors
 
 #: The padding token in every vocabulary; losses ignore cells with this label.
 PADDING = 0
@@ -176,16 +169,22 @@ def read_info(folder: Path) -> PuzzleInfo:
 def require_unchanged_file(folder: Path, name: str) -> None:
     """Raise InputError unless a file has the content that ``dataset.json`` recorded, if it recorded any."""
     info, checksums = _read_info(folder)
+    if checksums is None:
+        return
     remedy = f"copy the folder again, or write it again with llm-trm data {info.task} --overwrite"
-    require_unchanged(folder / name, checksums.get(name), remedy)
+    if name not in checksums:
+        raise InputError(f"{folder / INFO_FILE} has no checksum of {name}: {remedy}")
+    require_unchanged(folder / name, checksums[name], remedy)
 
 
-def _read_info(folder: Path) -> tuple[PuzzleInfo, dict[str, Any]]:
-    """The description of a folder, and its checksums."""
+def _read_info(folder: Path) -> tuple[PuzzleInfo, dict[str, Any] | None]:
+    """The description of a folder, and its checksums; None for those of a folder of an older version."""
     content = read_json(folder / INFO_FILE, _REMEDY)
     try:
         content.pop("splits")
-        checksums = dict(content.pop(_CHECKSUMS, {}))
+        checksums = content.pop(_CHECKSUMS, None)
+        if checksums is not None and not isinstance(checksums, dict):
+            raise TypeError
         return PuzzleInfo(**content), checksums
     except ValueError as error:
         raise InputError(f"{folder / INFO_FILE}: {error}: {_REMEDY}") from error

@@ -13,21 +13,24 @@ from llm_trm.choices import PromptForm
 from llm_trm.data.lessons import prompt_form, prompts_fingerprint
 from llm_trm.errors import InputError, one_line
 from llm_trm.extras import require
-from llm_trm.files import read_json
+from llm_trm.files import read_object
+from llm_trm.manifest import require_same_model
 from llm_trm.models.causal.card import EVALUATION_FILE, About, about, inner, read_evaluation, write_about
 from llm_trm.models.causal.card import FACTS_FILE as FACTS_FILE
 from llm_trm.models.causal.config import TRMConfig
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.hub_code import require_own_kernels
-from llm_trm.models.loading import language_model_source, pretrained
-from llm_trm.ranges import ADAPTER_RANK, SHARE_BELOW_ONE, WEIGHT, Range, Whole, require_in, shown
+from llm_trm.models.loading import language_model_source, pretrained, require_padding
+from llm_trm.ranges import ADAPTER_RANK, SHARE_BELOW_ONE, VOCABULARY, WEIGHT, Range, Whole, require_in, shown
 
 #: Only folders of adapters have this file.
 ADAPTERS_FILE = "adapter_config.json"
 _ADAPTERS: dict[str, Range] = {"r": ADAPTER_RANK, "lora_alpha": WEIGHT, "lora_dropout": SHARE_BELOW_ONE}
 #: The same settings for single layers, by layer name.
 _PATTERNS: dict[str, Range] = {"rank_pattern": ADAPTER_RANK, "alpha_pattern": WEIGHT}
+_TOKEN = Whole(0, VOCABULARY.most)
 _CONFIG_FILE = "config.json"
+_PART = "[0-9]" * 5
 _REMEDY = "name a folder that `llm-trm train lora` or `llm-trm train phase3` wrote"
 
 
@@ -110,10 +113,10 @@ def clear_model(folder: Path) -> None:
 
     Otherwise the adapters of an older model would be loaded instead of a complete model saved there later.
     """
-    patterns = (FACTS_FILE, EVALUATION_FILE, ADAPTERS_FILE, "adapter_model.safetensors")
-    for pattern in (*patterns, _CONFIG_FILE, "model.safetensors*", "model-*.safetensors"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    names = [FACTS_FILE, EVALUATION_FILE, ADAPTERS_FILE, "adapter_model.safetensors", _CONFIG_FILE]
+    names += ["model.safetensors", "model.safetensors.index.json"]
+    for path in (*(folder / name for name in names), *folder.glob(f"model-{_PART}-of-{_PART}.safetensors")):
+        path.unlink(missing_ok=True)
 
 
 def load_latent_model(
@@ -137,18 +140,18 @@ def load_latent_model(
         InputError: The model does not exist, has no recursion, or has adapters whose base cannot be found.
     """
     source = _snapshot(str(name))
+    require_same_model(source, _REMEDY)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    known = read_json(source / FACTS_FILE, _REMEDY) if (source / FACTS_FILE).exists() else {}
+    known = _known(source / FACTS_FILE)
     tokenizer = pretrained(AutoTokenizer, str(name), str(source), trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    require_padding(str(name), tokenizer)
     form = _form(str(name), tokenizer, known)
     _require_tags(known.get("settings"), tokenizer, f"{source / FACTS_FILE}: settings: ")
     if (source / ADAPTERS_FILE).exists():
         model = _with_adapters(source, known, tokenizer, device, dtype, trust_remote_code)
     else:
-        config = read_json(source / _CONFIG_FILE, _REMEDY)
+        config = read_object(source / _CONFIG_FILE, _REMEDY)
         kind = config.get("model_type")
         if kind != TRMConfig.model_type:
             raise InputError(
@@ -160,11 +163,25 @@ def load_latent_model(
     model.requires_grad_(False)
     if trainable:
         _train_reasoner(model)
-    base, facts = known.get("base"), known.get("facts", {})
+    base, facts = known.get("base"), known.get("facts") or {}
     # Training will make the evaluation out of date.
     measured = None if trainable else read_evaluation(source)
     inner(model).about = About(base, form, facts, measured, known.get("prompts"))
     return LatentModel(str(name), model.eval(), tokenizer, base, form, facts)
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """The facts that training saved with a model; empty if there are none."""
+    known = read_object(path, _REMEDY) if path.exists() else {}
+    for name, kind, what in (
+        ("base", str, "a name"),
+        ("prompt_form", str, "a name"),
+        ("settings", dict, "an object"),
+        ("facts", dict, "an object"),
+    ):
+        if not isinstance(known.get(name), kind | None):
+            raise InputError(f"{path}: {name} must be {what}, not {shown(known[name])}: {_REMEDY}")
+    return known
 
 
 def _form(name: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any]) -> PromptForm:
@@ -192,23 +209,12 @@ def _with_adapters(
     trust_remote_code: bool,
 ) -> Any:
     require("train", "peft")
-    from peft import PeftModel
-
-    from llm_trm.models.causal.adapters import quietly, with_card
+    from llm_trm.models.causal.adapters import read_adapters
 
     if not known.get("base") or not known.get("settings"):
         raise InputError(f"{folder} contains adapters, but no {FACTS_FILE} that names their base: {_REMEDY}")
-    adapters = read_json(folder / ADAPTERS_FILE, _REMEDY)
-    if adapters.get("megatron_config"):
-        # peft imports any module that megatron_core names.
-        raise InputError(
-            f"{folder / ADAPTERS_FILE} describes Megatron adapters, which are not supported: {_REMEDY}"
-        )
+    _require_adapters(folder / ADAPTERS_FILE)
     base = known["base"]
-    for setting, within in _ADAPTERS.items():
-        require_in(within, setting, adapters.get(setting), InputError, f"{folder / ADAPTERS_FILE}: ")
-    for setting, within in _PATTERNS.items():
-        _require_pattern(within, setting, adapters.get(setting), f"{folder / ADAPTERS_FILE}: ")
     if not trust_remote_code:
         require_own_kernels(known["settings"], f"{folder / FACTS_FILE}: settings: ")
     language_model = pretrained(
@@ -224,13 +230,26 @@ def _with_adapters(
         model = TRMForCausalLM.wrap(language_model, **known["settings"])
     except (InputError, TypeError) as error:
         raise InputError(f"{folder / FACTS_FILE}: {one_line(error)}: {_REMEDY}") from error
-    try:
-        with quietly():
-            return with_card(PeftModel.from_pretrained(model, folder))
-    except RuntimeError as error:
-        raise InputError(
-            f"{folder} does not fit the language model {base}: it was trained on a different one"
-        ) from error
+    return read_adapters(model, folder, base)
+
+
+def _require_adapters(path: Path) -> None:
+    """Raise InputError if a setting in a folder's ``adapter_config.json`` is invalid, or not supported."""
+    adapters, where = read_object(path, _REMEDY), f"{path}: "
+    if adapters.get("megatron_config"):
+        # peft imports any module that megatron_core names.
+        raise InputError(f"{path} describes Megatron adapters, which are not supported: {_REMEDY}")
+    if (task := adapters.get("task_type")) != "CAUSAL_LM":
+        raise InputError(f"{where}task_type must be 'CAUSAL_LM', not {shown(task)}: {_REMEDY}")
+    for setting, within in _ADAPTERS.items():
+        require_in(within, setting, adapters.get(setting), InputError, where)
+    for setting, within in _PATTERNS.items():
+        _require_pattern(within, setting, adapters.get(setting), where)
+    # Otherwise peft would fail in the first forward pass.
+    tokens = adapters.get("alora_invocation_tokens")
+    tokens = [] if tokens is None else tokens
+    if not isinstance(tokens, list) or any(_TOKEN.fault(token) for token in tokens):
+        raise InputError(f"{where}alora_invocation_tokens must be a list of ids: {_REMEDY}")
 
 
 def _require_pattern(within: Range, setting: str, values: Any, where: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
 from llm_trm.data.reasoning import IGNORED
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, few, one_line
 from llm_trm.models.causal.cache import Past, TRMCache, trm_cache
 from llm_trm.models.causal.card import CardMixin
 from llm_trm.models.causal.config import TRMConfig
@@ -21,6 +21,7 @@ from llm_trm.models.causal.outputs import TRMCausalLMOutput, TRMModelOutput
 from llm_trm.models.causal.passes import Passes, reads_in_portions
 from llm_trm.models.causal.reasoners import build_reasoner
 from llm_trm.upstream import cache_name, cache_of, either_cache
+from llm_trm.weights import RESTORE
 
 #: Columns that the decoder reads per pass when gradients are disabled. A pass over c columns that ends at
 #: column C needs memory for a c x C mask and c rows of the widest layer. With 65,536 columns and SmolLM3's
@@ -59,7 +60,7 @@ class TRMPreTrainedModel(PreTrainedModel):
             ) from error
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
-            raise InputError(f"{name} lacks {len(missing)} weights of this model, including {missing[0]}")
+            raise InputError(f"{name} lacks {len(missing)} weights of this model ({few(missing)}): {RESTORE}")
         return (model, info) if output_loading_info else model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm_trm.errors import InputError, listed, one_line
+from llm_trm.errors import InputError, few
+from llm_trm.weights import read_torch, require_finite
 
 TOKENS, LAYERS = "embed_tokens.embedding_weight", "L_level.layers."
 
@@ -69,8 +69,7 @@ def read_checkpoint(path: Path) -> OfficialWeights:
         if tensor.dtype not in _WIDENED:
             dtype = dtype_name(tensor.dtype)
             raise InputError(f"{path} has {name} in {dtype}, which float32 cannot represent: {REMEDY}")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path} has NaN or infinity in {name}: use an earlier checkpoint")
+    require_finite(tensors.items(), str(path), "use an earlier checkpoint")
     return OfficialWeights(prefix, tensors, averaged=bool(averages))
 
 
@@ -121,17 +120,7 @@ def _models(path: Path, place: str, tensors: dict[str, Tensor]) -> list[Official
 def _load(path: Path) -> Mapping[Any, Any]:
     if path.is_dir():
         raise InputError(f"{path} is a folder: {REMEDY}")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: {REMEDY}") from None
-    except pickle.UnpicklingError:
-        # torch's own message is a page long and explains how to load the file in spite of the danger.
-        raise InputError(
-            f"{path} contains objects other than tensors, which could run code: {REMEDY}"
-        ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a checkpoint ({one_line(error, 120)}): {REMEDY}") from error
+    content = read_torch(path, REMEDY)
     if not isinstance(content, Mapping):
         raise _not_a_state_dict(path)
     return content
@@ -144,18 +133,13 @@ def _not_a_state_dict(path: Path) -> InputError:
 def require_tensors(path: Path, names: list[str]) -> None:
     """Raise InputError if tensors ``names`` are missing."""
     if names:
-        raise InputError(f"{path} lacks {_first(names)}: {REMEDY}")
+        raise InputError(f"{path} lacks {few(names)}: {REMEDY}")
 
 
 def reject_unexpected(path: Path, names: list[str]) -> None:
     """Raise InputError if there are tensors ``names`` that a PuzzleTRM does not have."""
     if names:
-        raise InputError(f"{path} has unexpected tensors, {_first(names)}: {REMEDY}")
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return listed(names[:3]) + more
+        raise InputError(f"{path} has unexpected tensors, {few(names)}: {REMEDY}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -19,6 +19,7 @@ from llm_trm.train.lm.report import LanguageModelPlan
 from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.trainer import TrainerRun, count_parameters, training_arguments
+from llm_trm.train.run.trainer_checkpoints import WholeCheckpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +101,7 @@ def _trainer(config: LanguageModelConfig) -> tuple[Trainer, PreTrainedTokenizerB
     )
     padding_right = tiny_tokenizer()
     padding_right.padding_side = "right"
-    trainer = Trainer(
+    trainer = WholeCheckpoints(
         model=tiny_language_model(tokenizer, config.preset, config.seed),
         args=arguments,
         train_dataset=Lessons(config, tokenizer),

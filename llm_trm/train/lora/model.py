@@ -17,7 +17,7 @@ from llm_trm.models.causal import TRMForCausalLM, add_lora, add_think_tokens, th
 from llm_trm.models.causal.creation import train_reasoner
 from llm_trm.models.causal.loading import ADAPTERS_FILE
 from llm_trm.models.causal.starting import require_width, start_from_phase2
-from llm_trm.models.loading import language_model_source, pretrained
+from llm_trm.models.loading import language_model_source, pretrained, require_padding
 from llm_trm.train.lora.config import LoraTrainingConfig
 
 #: A language model with narrower states is a toy, and gets a small reasoner.
@@ -71,10 +71,7 @@ def build_trainee(config: LoraTrainingConfig) -> Trainee:
             "model: save only adapters, without --merge and --no-lora"
         )
     added = add_think_tokens(tokenizer, language_model)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"model {config.model}: its tokenizer has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
+    require_padding(config.model, tokenizer)
     tokenizer.padding_side = "left"
     think, end_think = think_ids(tokenizer)
     width = language_model.config.get_text_config().hidden_size

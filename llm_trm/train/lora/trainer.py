@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 from llm_trm.data.reasoning import IGNORED
 from llm_trm.train.lora.callbacks import FollowEpochs
 from llm_trm.train.lora.curriculum import StagedOrder
 from llm_trm.train.lora.distillation import state_distance, states_at, teacher_states
 from llm_trm.train.lora.metrics import sample_measures, summary
-from llm_trm.train.run.trainer_checkpoints import forget_tied
+from llm_trm.train.run.trainer_checkpoints import WholeCheckpoints
 
 #: Parameters of a reasoner that phase 2 has trained.
 _STARTED = re.compile(r"\.reasoner\.(.*\.)?(trm|compressor)\.")
 
 
-class LatentTrainer(Trainer):
+class LatentTrainer(WholeCheckpoints):
     """A Trainer with the order of a curriculum, distillation, and its own held-out metrics.
 
     Args:
@@ -129,10 +128,6 @@ class LatentTrainer(Trainer):
                 logs[name] = float(torch.stack(values).mean())
             self._noted.clear()
         super().log(logs, *args, **kwargs)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        forget_tied(self.model, load_result)
-        super()._issue_warnings_after_load(load_result)
 
     def _note(self, name: str, value: Tensor | None) -> None:
         if value is not None:

@@ -26,8 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm_trm.checksums import require_unchanged
 from llm_trm.errors import InputError
-from llm_trm.files import file_digest, read_json, read_tensors, writable_folder, write_json, write_tensors
+from llm_trm.files import file_digest, read_json, writable_folder, write_json
 from llm_trm.ranges import PLACE, WIDTH, require_in, shown
+from llm_trm.weights import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from llm_trm.models.loading import ThinkingModel
@@ -239,8 +240,6 @@ class StateFiles:
         states, lengths = tensors["states"], tensors["lengths"].tolist()
         if min(lengths) < 1 or sum(lengths) != rows:
             raise InputError(f"{path}: its lengths do not add up to {rows} states: {remedy}")
-        if not states.isfinite().all():
-            raise InputError(f"{path} contains NaN or infinite states: {remedy}")
         require_unchanged(path, self.checksums[number], remedy)
         split = list(states.split(lengths))
         if self.rows * self.width * states.element_size() <= _KEPT_BYTES:

@@ -17,6 +17,7 @@ from llm_trm.data.folders import data_files
 from llm_trm.data.lessons import answer_at_once, opens_thought
 from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
 from llm_trm.data.tags import END_THINK, THINK
+from llm_trm.data.templates import rendered_chat
 from llm_trm.errors import InputError, listed, one_line, shortened
 from llm_trm.extras import require
 from llm_trm.models.loading import ThinkingModel
@@ -232,15 +233,7 @@ def _chat(turns: list[Any], where: str, model: ThinkingModel) -> str:
             if not isinstance(message[name], kinds):
                 wrong = shown(message[name])
                 raise InputError(f"{where}: the {name} of a turn is {wrong}, not text: fix the record")
-    try:
-        rendered = model.tokenizer.apply_chat_template(messages, tokenize=False)
-    # A template is a program, so rendering can raise any exception.
-    except Exception as error:
-        raise InputError(
-            f"{where}: the chat template of {model.name} cannot render the chat ({one_line(error)}): fix or "
-            "remove the record"
-        ) from error
-    assert isinstance(rendered, str)
+    rendered = rendered_chat(model.tokenizer, messages, where)
     return Passage(rendered, _said_by_others(rendered, messages, where, model))
 
 

@@ -17,7 +17,7 @@ import torch
 
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import read_tensors, require_writable, sweep, writable_folder, write_json, write_tensors
+from llm_trm.files import require_writable, sweep, writable_folder, write_json
 from llm_trm.memory import require_training_memory
 from llm_trm.models.compression import (
     FACTS_FILE,
@@ -42,6 +42,7 @@ from llm_trm.train.phase1.unfinished import Unfinished
 from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.tracking import finish_tracking, new_accelerator, start_tracking
+from llm_trm.weights import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm_trm.files import publish, unfinished, writable_folder
 from llm_trm.manifest import MANIFEST_FILE, require_whole, write_manifest
+from llm_trm.publishing import uninterrupted
 from llm_trm.ranges import FINITE, PLACE, require_ranges
 from llm_trm.train.phase1.reconstruction import Quality
 from llm_trm.train.run.training_state import (
@@ -77,10 +78,11 @@ class Unfinished:
         with unfinished(self.folder.parent, self.folder.name) as temporary:
             write_state(temporary, progress, training_tensors(module, optimizer, best=best))
             write_manifest(temporary)
-            self.remove()
-            writable_folder(self.folder)
-            for name in _FILES:
-                publish(temporary / name, self.folder / name)
+            with uninterrupted():
+                self.remove()
+                writable_folder(self.folder)
+                for name in _FILES:
+                    publish(temporary / name, self.folder / name)
 
     def read(
         self, module: nn.Module, best: Iterable[Tensor], optimizer: torch.optim.Optimizer

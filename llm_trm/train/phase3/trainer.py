@@ -19,7 +19,7 @@ from llm_trm.data.lessons import encode_prompt
 from llm_trm.evaluate.language_model_modes import UNPENALISED
 from llm_trm.models.causal.loading import LatentModel, save_latent_model
 from llm_trm.train.phase3.rewards import Reward
-from llm_trm.train.run.trainer_checkpoints import forget_tied
+from llm_trm.train.run.trainer_checkpoints import WholeCheckpoints
 from trm_kernels import NetworkConfig
 
 #: File in the folder of the run that every logged step adds completions to, each with its rewards.
@@ -52,7 +52,7 @@ class Reference:
             self._backbone.reasoner = trained
 
 
-class LatentGRPOTrainer(GRPOTrainer):
+class LatentGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """Trains the reasoner on rewards, and nothing else.
 
     TRL scores ``base_model(input_ids, attention_mask).last_hidden_state``: that of the backbone, which
@@ -217,10 +217,6 @@ class LatentGRPOTrainer(GRPOTrainer):
         # peft loads all adapters as trainable when training is to continue.
         for name, weight in self.model.named_parameters():
             weight.requires_grad_(name in self._trained)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        forget_tied(self.model, load_result)
-        super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no card: TRL's describes a fine-tuned language model."""

@@ -9,14 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+import torch
+from transformers import Trainer, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, few, one_line
 from llm_trm.files import read_json
 from llm_trm.manifest import MANIFEST_FILE, require_same_model, require_whole
-from llm_trm.models.loading import require_own_files
+from llm_trm.models.own_files import require_own_files
 from llm_trm.ranges import AMOUNT, PLACE, Range, require_in, shown
+from llm_trm.weights import read_tensors, read_torch
 
 _STATE_FILE = "trainer_state.json"
 _REMEDY = "start over with --overwrite"
@@ -119,13 +122,20 @@ def _require_files(checkpoint: Path, remedy: str) -> None:
     for name, patterns in _NEEDED.items():
         if not _has(checkpoint, patterns):
             raise InputError(f"{checkpoint} has no {name}: {remedy}")
+    # A run that diverged writes NaN with the right checksums, and an older version wrote no checksums.
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        read_tensors(path, remedy)
     if not (checkpoint / MANIFEST_FILE).exists():
         for path in sorted(checkpoint.glob("*.pt*")):
             _require_archive(path, remedy)
 
 
 def _require_archive(path: Path, remedy: str) -> None:
-    """Raise InputError unless a file of ``torch.save``, a ZIP archive, is complete and has its checksums."""
+    """Raise InputError unless a file of ``torch.save`` contains an object, and has its checksums."""
+    with safe_globals():
+        content = read_torch(path, remedy, mapped=True)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not contain the state of a Trainer: {remedy}")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -189,7 +199,31 @@ def take_up_finished(trainer: Any, checkpoint: Path, *, best: bool) -> bool:
     return True
 
 
-def forget_tied(model: Any, load_result: Any) -> None:
+class WholeCheckpoints(Trainer):
+    """A Trainer that refuses checkpoints without all weights of its model, instead of warning of them."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                f"{resume_from_checkpoint} does not contain the weights of this run's model "
+                f"({one_line(error, 120)}): {_REMEDY}"
+            ) from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        _forget_tied(self.model, load_result)
+        if missing := sorted(load_result.missing_keys):
+            raise InputError(
+                f"a checkpoint in {self.args.output_dir} lacks {len(missing)} weights of this run's model "
+                f"({few(missing)}): {_REMEDY}"
+            )
+        super()._issue_warnings_after_load(load_result)
+
+
+def _forget_tied(model: Any, load_result: Any) -> None:
     """Remove an output head that shares the embeddings from the missing weights: no file has it."""
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if model.config.tie_word_embeddings and set(load_result.missing_keys) <= tied:

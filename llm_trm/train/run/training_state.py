@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm_trm.errors import InputError, one_line
-from llm_trm.files import read_json, read_tensors, write_json, write_tensors
+from llm_trm.files import read_json, write_json
+from llm_trm.weights import read_tensors, write_tensors
 
 P = TypeVar("P")
 
