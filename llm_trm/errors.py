@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from signal import SIGINT
+
+_RUST = re.compile(r"\(os error (\d{1,4})\)|\bOs \{ code: (\d{1,4}),")
 
 
 class InputError(ValueError):
@@ -26,8 +29,24 @@ class Interrupted(KeyboardInterrupt):
 
     @classmethod
     def during(cls, error: KeyboardInterrupt, message: str) -> Interrupted:
-        """``error`` with a message that says what is kept; any but our own error is Ctrl-C."""
-        return cls(error.signal if isinstance(error, Interrupted) else SIGINT, message)
+        """``error`` with a message that says what is kept."""
+        return cls(signal_of(error), message)
+
+
+def signal_of(error: KeyboardInterrupt) -> int:
+    """The number of the signal that ``error`` stands for; any but our own error is Ctrl-C."""
+    return error.signal if isinstance(error, Interrupted) else SIGINT
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error behind ``error``; None if there is none.
+
+    safetensors and tokenizers, which are written in Rust, raise no OSError, but give the number in the text.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    found = _RUST.search(str(error))
+    return None if found is None else int(found[1] or found[2])
 
 
 def one_line(error: Exception | str, longest: int | None = 200) -> str:
@@ -35,14 +54,9 @@ def one_line(error: Exception | str, longest: int | None = 200) -> str:
     return " ".join(str(error).split())[:longest]
 
 
-def shortened(question: str, longest: int = 40) -> str:
-    """Quote ``question`` for an error message, shortened to ``longest`` characters."""
-    return repr(question) if len(question) <= longest else f"{question[:longest]!r}..."
-
-
 def listed(names: Iterable[str], longest: int = 160) -> str:
-    """``names``, separated by commas, for an error message; shortened to ``longest`` characters."""
-    return text if len(text := ", ".join(names)) <= longest else f"{text[:longest]}..."
+    """``names`` on one line, separated by commas, for an error message; cut to ``longest`` characters."""
+    return text if len(text := one_line(", ".join(names), None)) <= longest else f"{text[:longest]}..."
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,6 +18,10 @@ from llm_trm.text import parse_json, read_text
 
 #: Ending of the temporary folders of this package, by which those of a killed process are recognised.
 _UNFINISHED = ".llm-trm-tmp"
+
+
+#: Names of the streams that a process has open.
+_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
 @contextmanager
@@ -51,15 +55,24 @@ def replacing(path: Path) -> Iterator[Path]:
     symbolic link stays, and the file that it names is replaced. What is no regular file, such as
     ``/dev/stdout`` or a pipe, is written directly. An error of the disk names ``path``.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    if is_special(path):
         with naming(path):
             yield path
         return
+    path = path.resolve()
     with naming(path), unfinished(path.parent, path.name) as folder:
         temporary = folder / path.name
         yield temporary
         publish(temporary, path)
+
+
+def is_special(path: Path) -> bool:
+    """Whether ``path`` is an open stream such as ``/dev/stdout``, or no regular file, such as a pipe.
+
+    Ask before resolving it: the link of a pipe in ``/proc`` leads to a name that no folder has. A stream may
+    be a file that the shell has opened; replacing that would not reach the stream.
+    """
+    return path.exists() and (not path.is_file() or _STREAM.fullmatch(str(path.absolute())) is not None)
 
 
 @contextmanager
@@ -130,8 +143,14 @@ def read_json(path: Path, remedy: str) -> Any:
         raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON file with an object. Raises InputError, ending in ``remedy``, if it contains none."""
+def read_object(path: Path, remedy: str, *, optional: bool = False) -> dict[str, Any]:
+    """Read a JSON file with an object. Raises InputError, ending in ``remedy``, if it contains none.
+
+    Args:
+        optional: Whether a missing file counts as an empty object.
+    """
+    if optional and not path.exists():
+        return {}
     content = read_json(path, remedy)
     if not isinstance(content, dict):
         raise InputError(f"{path} does not contain a JSON object: {remedy}")
@@ -154,29 +173,13 @@ def named_in(folder: Path, name: Any, index: Path, remedy: str) -> Path:
     return folder / name
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of the content of a file, in hexadecimal; about 2 GB/s on a processor with SHA extensions."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_digest(path: Path, digest: str | None, remedy: str) -> None:
-    """Raise InputError, ending in ``remedy``, unless a file has the content that an index recorded.
-
-    Args:
-        digest: From :func:`file_digest`; None if the index, from an older version, has none.
-    """
-    if digest is not None and file_digest(path) != digest:
-        raise InputError(f"{path} has changed since it was written (its checksum differs): {remedy}")
-
-
 def require_new(path: Path, *, overwrite: bool, option: str = "--output") -> None:
     """Raise InputError if an output file exists, unless ``overwrite``.
 
     Args:
         option: The option that named ``path``. Special files such as ``/dev/null`` always pass.
     """
-    if path.is_file() and not overwrite:
+    if path.exists() and not is_special(path) and not overwrite:
         raise InputError(f"{path} already exists: replace it with --overwrite, or choose another {option}")
 
 
@@ -187,7 +190,10 @@ def require_writable(folder: Path) -> Path:
         InputError: Files cannot be written in it, or it cannot be created.
     """
     existing = next(
-        path for path in (folder, *folder.resolve().parents) if path.exists() or path.is_symlink()
+        # Path.resolve raises RuntimeError for a link to itself before Python 3.13.
+        path
+        for path in (folder, *Path(os.path.realpath(folder)).parents)
+        if path.exists() or path.is_symlink()
     )
     if not existing.is_dir():
         raise InputError(f"{folder} cannot be written ({existing} is not a folder): choose another folder")

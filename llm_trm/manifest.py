@@ -5,16 +5,23 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
+from llm_trm.checksums import file_digest, require_unchanged
 from llm_trm.errors import InputError
-from llm_trm.files import file_digest, named_in, read_json, require_digest, write_json
+from llm_trm.files import named_in, read_object, write_json
 
 #: The list, in the folder whose files it names.
 MANIFEST_FILE = "llm-trm-files.json"
 
 #: Files that only a run that continues reads: our own, and those of a Hugging Face Trainer.
 _STATE_FILES = (
-    *("state.safetensors", "state.json", "trainer_state.json", "training_args.bin", "rng_state*"),
-    *("optimizer*", "scheduler.pt", "scaler.pt"),
+    "state.safetensors",
+    "state.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "rng_state*",
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
 )
 _KEY = "sha256"
 
@@ -34,7 +41,7 @@ def require_whole(folder: Path, remedy: str) -> None:
     for path, digest in _listed(folder, remedy):
         if not path.is_file():
             raise InputError(f"{path} is missing: {remedy}")
-        require_digest(path, digest, remedy)
+        require_unchanged(path, digest, remedy)
 
 
 def require_same_model(folder: Path, remedy: str) -> None:
@@ -42,15 +49,14 @@ def require_same_model(folder: Path, remedy: str) -> None:
     for path, digest in _listed(folder, remedy):
         name = path.relative_to(folder).parts[0]
         if path.is_file() and not any(fnmatch(name, pattern) for pattern in _STATE_FILES):
-            require_digest(path, digest, f"{remedy}, or delete {folder / MANIFEST_FILE} if you changed it")
+            require_unchanged(path, digest, f"{remedy}, or delete {folder / MANIFEST_FILE} if you changed it")
 
 
 def _listed(folder: Path, remedy: str) -> list[tuple[Path, str]]:
     path = folder / MANIFEST_FILE
     if not path.exists():
         return []
-    content = read_json(path, remedy)
-    digests = content.get(_KEY) if isinstance(content, dict) else None
+    digests = read_object(path, remedy).get(_KEY)
     if not isinstance(digests, dict):
         raise InputError(f"{path} lists no checksums of files: {remedy}")
     return [(named_in(folder, name, path, remedy), digest) for name, digest in digests.items()]

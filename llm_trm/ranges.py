@@ -125,8 +125,10 @@ RATING = Real(-(10**9), 10**9)
 ROPE_THETA = Real(0, 10**15, least_open=True)
 
 
-def shown(value: object, longest: int = 30) -> str:
+def shown(value: object, longest: int = 40) -> str:
     """``value`` as a message quotes it: what is long, deep or a huge number is shortened."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= longest else f"{value[:longest]!r}..."
     text = _huge(value) or _QUOTING.repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -17,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, one_line, system_error
 from llm_trm.files import replacing
 
 #: Begins the small file that Git leaves in place of one that Git LFS stores.
 _POINTER = b"version https://git-lfs"
-#: How safetensors, whose errors are no OSError, gives the number of an error of the system.
-_SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 _ZIP, _INCOMPLETE = b"PK\3\4", "the file is incomplete or damaged"
 #: In torch's messages about objects whose creation could run code.
 _UNSAFE = ("Unsupported global", "Unsupported class", "unrecognized function", "Can only build", "GLOBAL")
+#: In safetensors' (before 0.5 too) and torch's messages about files that end too early.
+_CUT = ("not fully covered", "MetadataIncompleteBuffer", "central directory")
 #: Ends the message about every faulty file whose source is unknown.
 RESTORE = "copy or download it again"
 
@@ -40,9 +39,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
-            if (found := _SYSTEM_ERROR.search(str(error))) is None:
+            if (number := system_error(error)) is None:
                 raise
-            number = int(found[1])
             raise OSError(number, os.strerror(number), str(path)) from error
 
 
@@ -182,8 +180,8 @@ def _fault(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = one_line(error, 120)
-    if "not fully covered" in text or "central directory" in text or isinstance(error, EOFError):
+    if isinstance(error, EOFError) or any(sign in text for sign in _CUT):
         return _INCOMPLETE
-    if "header" in text:
+    if "header" in text.lower():
         return "it is not a safetensors file, or incomplete"
     return text or type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,7 @@ def _holder(folder: Path) -> subprocess.Popen[str]:
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with _holder(folder) as first:
-        words = f"in use by process {first.pid} on .*choose another --output"
+        words = f"in use by process {first.pid} on .*choose another folder"
         with pytest.raises(InputError, match=words), claimed(folder):
             pytest.fail("two processes hold one folder")
         (left,) = folder.glob(".curves.png.*")
@@ -88,3 +90,30 @@ def test_a_refused_second_claim_touches_nothing(tmp_path: Path) -> None:
             pytest.fail("one folder is claimed twice")
         assert temporary.exists()
         assert (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gets_a_warning(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / LOCK_FILE).write_text("a killed process\n")
+    with unfinished(tmp_path, "a") as temporary:  # of a process that may still be alive
+        with claimed(tmp_path):
+            pass
+        assert temporary.exists()
+    assert f"{tmp_path}: its file system has no locks ({os.strerror(number)})" in caplog.text
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_module_that_a_launcher_starts_is_named_as_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/site-packages/llm_trm/__main__.py", "datagen"])
+    with claimed(tmp_path), pytest.raises(InputError, match=r"\(llm-trm datagen\)"), claimed(tmp_path):
+        pass

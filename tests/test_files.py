@@ -2,16 +2,16 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 
 from llm_trm.errors import InputError
 from llm_trm.files import (
-    file_digest,
     read_json,
+    read_object,
     replacing,
-    require_digest,
     require_new,
     require_writable,
     writable_folder,
@@ -78,6 +78,27 @@ def test_a_special_file_is_written_and_not_replaced(tmp_path) -> None:
     assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no names of open files")
+def test_a_pipe_is_written_directly() -> None:
+    reading, writing = os.pipe()
+    try:
+        write_text(Path(f"/dev/fd/{writing}"), "new")  # as /dev/stdout, if a command follows in a pipe
+        assert os.read(reading, 10) == b"new"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no streams by name")
+def test_a_stream_into_a_file_is_written_directly(tmp_path) -> None:
+    with (tmp_path / "a").open("w") as file:  # as `command -o /dev/stdout > a`
+        stream = Path(f"/dev/fd/{file.fileno()}")
+        require_new(stream, overwrite=False)
+        write_text(stream, "new")
+        assert (tmp_path / "a").samefile(stream)
+    assert (tmp_path / "a").read_text() == "new"
+
+
 def test_an_existing_file_is_only_replaced_on_request(tmp_path) -> None:
     require_new(tmp_path / "a", overwrite=False)
     (tmp_path / "a").touch()
@@ -92,14 +113,19 @@ def test_a_folder_that_can_be_written_is_not_created(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file is not a folder"):
         require_writable(tmp_path / "file" / "b")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop is not a folder"):
+        require_writable(tmp_path / "loop")
 
 
-def test_one_flipped_bit_changes_the_digest(tmp_path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(bytes(1000))
-    digest = file_digest(path)
-    require_digest(path, digest, "do this")
-    require_digest(path, None, "do this")
-    path.write_bytes(bytes(999) + b"\x01")
-    with pytest.raises(InputError, match=r"a has changed .* do this"):
-        require_digest(path, digest, "do this")
+def test_an_object_is_required(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    assert read_object(path, "do this", optional=True) == {}
+    with pytest.raises(InputError, match=r"a\.json does not exist: do this"):
+        read_object(path, "do this")
+    path.write_text("[1]")
+    for optional in (False, True):
+        with pytest.raises(InputError, match=r"a\.json does not contain a JSON object: do this"):
+            read_object(path, "do this", optional=optional)
+    path.write_text('{"a": 1}')
+    assert read_object(path, "do this", optional=True) == {"a": 1}

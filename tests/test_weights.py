@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from llm_trm.errors import InputError
 from llm_trm.weights import read_shapes, read_tensors, read_torch, require_finite
+
+pytestmark = pytest.mark.upstream
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 
@@ -52,6 +55,7 @@ def write(path: Path, content: bytes | None) -> Path:
         (TENSORS[:4], "not a safetensors file"),
         (PICKLED, "not a safetensors file"),
     ],
+    ids=itertools.count(),
 )
 def test_safetensors(read: Callable[..., Any], content: bytes | None, words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", content)
@@ -82,6 +86,7 @@ def test_whole_files(tmp_path: Path) -> None:
         (b"step", "cannot be read .*: do this"),
         (b"\x80\x02]q\x00" + b"(" * 1000, "cannot be read .*: do this"),
     ],
+    ids=itertools.count(),
 )
 def test_torch_files(mapped: bool, content: bytes | None, words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "optimizer.pt", content)

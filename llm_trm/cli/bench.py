@@ -20,9 +20,8 @@ from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.options.shape import Dtype, Shape, full_name, reject_shape
 from llm_trm.cli.tables import table_console
 from llm_trm.device import resolve_device
-from llm_trm.errors import shortened
 from llm_trm.extras import require_plot
-from llm_trm.ranges import SECONDS, SEED
+from llm_trm.ranges import SECONDS, SEED, shown
 from llm_trm.settings import Settings, setting
 from llm_trm.shared_settings import device, output_file, overwrite
 
@@ -53,7 +52,7 @@ def _backend_names(value: str | None) -> tuple[str, ...] | None:
     for name in names:
         if name not in CANDIDATES:
             raise click.UsageError(
-                f"--backends: unknown backend {shortened(name)}: choose from {', '.join(CANDIDATES)}"
+                f"--backends: unknown backend {shown(name)}: choose from {', '.join(CANDIDATES)}"
             )
     return names
 

@@ -6,7 +6,7 @@ import errno
 import re
 import sys
 
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError, one_line, system_error
 
 #: Longest message: a path or a value that a file repeats a million times must not fill the screen.
 _LONGEST = 1500
@@ -32,8 +32,6 @@ _REMEDIES = {
 _MEMORY = "memory ran out: use smaller batches or a smaller model"
 #: How trm_kernels, which knows no InputError, begins its errors about environment variables.
 _VARIABLE = re.compile(r"TRM_[A-Z_]+: ")
-#: How safetensors and tokenizers, which raise no OSError, give its number.
-_RUST = re.compile(r"\(os error (\d{1,4})\)")
 #: How torch, and Path.resolve before Python 3.13, which have no classes for these errors, word them.
 _WORDINGS = {
     re.compile(r"^Symlink loop from "): "a symbolic link leads back to itself: choose another path",
@@ -57,13 +55,13 @@ def expected(error: BaseException) -> str | None:
     elif isinstance(error, UnicodeError):
         message = f"text cannot be read or written ({error}): use UTF-8"
     elif isinstance(error, EOFError):
-        message = f"the input ends too early ({error or 'no more data'}): check that its files are complete"
+        message = f"the input ends too early ({str(error) or 'no more data'}): check its files"
     elif isinstance(error, ValueError) and _VARIABLE.match(str(error)):
         message = str(error)
     elif _is_loaded(error, "trm_kernels.backends.choice", "BackendError"):
         message = f"{error}: choose another backend with TRM_BACKEND, or none for the fastest that works"
-    elif found := _RUST.search(str(error)):
-        remedy = _REMEDIES.get(int(found[1]), _UNKNOWN)
+    elif (number := system_error(error)) is not None:
+        remedy = _REMEDIES.get(number, _UNKNOWN)
         message = f"a file cannot be read or written ({error}): {remedy}"
     elif _is_loaded(error, "safetensors", "SafetensorError"):
         message = f"weights cannot be read or written ({error}): check the file and the space on its disk"
@@ -83,7 +81,7 @@ def shortened_middle(line: str) -> str:
 def _system(error: OSError) -> str:
     """The line for an error of the operating system, or of a library that derives its errors from OSError."""
     if error.errno is None:
-        return f"{error or type(error).__name__}"
+        return str(error) or type(error).__name__
     files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     remedy = _REMEDIES.get(error.errno, _UNKNOWN)
     return f"{files or 'a file or standard output'}: {error.strerror}: {remedy}"

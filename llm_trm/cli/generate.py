@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_trm.choices import DeviceName
-from llm_trm.cli.answers_file import AnswersFile, answers_file
+from llm_trm.cli.answers_file import AnswersFile, answers_file, require_no_partial
 from llm_trm.cli.options.language_model import ModelChoice, chosen_checkpoint, memory_advice
 from llm_trm.cli.options.new_files import require_new_files
 from llm_trm.cli.options.settings import settings_options
 from llm_trm.cli.text_input import read_input
 from llm_trm.device import resolve_device
-from llm_trm.errors import InputError, Interrupted, shortened
+from llm_trm.errors import InputError, Interrupted
 from llm_trm.evaluate.decoding import Decoding, Mode
 from llm_trm.extras import require
-from llm_trm.ranges import BATCH, SEED
+from llm_trm.files import is_special
+from llm_trm.ranges import BATCH, SEED, shown
 from llm_trm.settings import Settings, setting
 from llm_trm.shared_settings import device, output_file, overwrite
 
@@ -53,8 +54,8 @@ class GenerateSettings(Settings):
     seed: int = setting(0, "Seed for sampling; samples also depend on the batch size.", SEED)
     batch_size: int = setting(8, "Questions per batch.", BATCH)
     output: Path | None = output_file(
-        "JSONL file: question, answer, complete text, tokens, steps and seconds of each. An interruption "
-        "keeps the answers before it."
+        "JSONL file: question, answer, complete text, tokens, steps and seconds of each. It is named "
+        "FILE.partial until the end. An interruption keeps the answers before it."
     )
     overwrite: bool = overwrite()
     verbose: bool = setting(
@@ -84,6 +85,9 @@ def generate(question: str | None, given: dict[str, Any]) -> None:
     if question is not None and asked.input is not None:
         raise click.UsageError("give a QUESTION, or a file of questions with --input, not both")
     require_new_files({"--output": asked.output}, overwrite=asked.overwrite, inputs=[asked.input])
+    if asked.output is not None and not is_special(asked.output):
+        partial = require_no_partial(asked.output, overwrite=asked.overwrite)
+        require_new_files({"--output": partial}, overwrite=True, inputs=[asked.input])
     require("train", "transformers")
     where = resolve_device(asked.device)
     checkpoint = chosen_checkpoint(asked.choice.checkpoint, asked.choice.model)
@@ -97,7 +101,8 @@ def generate(question: str | None, given: dict[str, Any]) -> None:
     # One may be too long: encode all before the first is answered.
     prompts = [responder.encode(text) for text in questions]
     torch.manual_seed(asked.seed)
-    with answers_file(asked.output) if asked.output else nullcontext() as written, memory_advice():
+    file = answers_file(asked.output, overwrite=asked.overwrite) if asked.output else nullcontext()
+    with file as written, memory_advice():
         if conversing:
             _converse(responder, asked, written)
         else:
@@ -208,7 +213,7 @@ def _statistics(responder: Responder, reply: Reply, seconds: float, batch: int) 
 
 def _warn(reply: Reply, question: str | None, decoding: Decoding) -> None:
     if not reply.finished:
-        which = "the answer" if question is None else f"the answer to {shortened(question)}"
+        which = "the answer" if question is None else f"the answer to {shown(question)}"
         click.echo(
             f"{which} did not end within {decoding.max_new_tokens} tokens (--max-new-tokens)", err=True
         )
@@ -242,7 +247,7 @@ def _questions(question: str | None, file: Path | None) -> list[str]:
 
     if question is not None:
         if not is_text(question):
-            raise InputError(f"the question {shortened(question)} is not text in UTF-8: ask it in UTF-8")
+            raise InputError(f"the question {shown(question)} is not text in UTF-8: ask it in UTF-8")
         return ["\n".join(split_lines(question))]
     if file is not None and is_file(file.name):
         found = [asked.text for asked in read_questions(file)]

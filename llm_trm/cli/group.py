@@ -17,7 +17,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from llm_trm.cli.expected_errors import expected, shortened_middle
-from llm_trm.errors import Interrupted
+from llm_trm.errors import Interrupted, signal_of
 
 #: Set to anything but 0, it shows the traceback of an error in addition to the line.
 _DEBUG = "TRM_DEBUG"
@@ -44,9 +44,8 @@ def _one_line_errors() -> Iterator[None]:
         line = shortened_middle(" ".join(error.format_message().split()))
         raise UserError(line + hint) from error
     except KeyboardInterrupt as interrupted:
-        number = interrupted.signal if isinstance(interrupted, Interrupted) else signal.SIGINT
         click.echo(f"llm-trm: {str(interrupted) or 'interrupted'}", err=True)
-        raise click.exceptions.Exit(128 + number) from interrupted
+        raise click.exceptions.Exit(128 + signal_of(interrupted)) from interrupted
     except Exception as error:
         if (known := expected(error)) is None:
             raise

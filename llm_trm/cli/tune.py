@@ -116,6 +116,7 @@ def tune(context: click.Context, /, given: dict[str, Any]) -> None:
         reject_shape(context)
     cases = asked.cases()
     target = _target(asked.dry_run)
+    from llm_trm.files import require_writable
     from llm_trm.tuning.recording import record_cases
     from llm_trm.tuning.tuner import open_table, pending
     from trm_kernels.ops import dispatch
@@ -136,6 +137,7 @@ def tune(context: click.Context, /, given: dict[str, Any]) -> None:
     elif not waiting:
         click.echo(f"{path}: all {len(calls)} products are measured")
     else:
+        require_writable(path.parent)
         _tune(waiting, target, table, path, asked.budget * 60)
 
 

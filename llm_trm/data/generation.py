@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +104,7 @@ class ThinkingDataGenerator:
         dtype = self._dtype()
         settings = _settings(config, questions, dtype)
         folder = require_writable(config.output)
-        with claimed(folder) if processes.is_main else nullcontext():
+        with claimed(folder, main=processes.is_main):
             return self._run(questions, dtype, settings, processes)
 
     def _run(
@@ -116,7 +115,7 @@ class ThinkingDataGenerator:
             check_settings(folder, settings, overwrite=config.overwrite)
         shards = range(-(-len(questions) // config.shard_size))
         mine = shards[processes.index :: processes.count]
-        damaged = damaged_shards(folder)
+        damaged = set() if config.overwrite else damaged_shards(folder, mine)
         missing = [
             number
             for number in mine

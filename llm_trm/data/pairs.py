@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from llm_trm.checksums import require_unchanged
+from llm_trm.checksums import file_digest, is_unchanged, require_unchanged
 from llm_trm.errors import InputError
 from llm_trm.extras import require
-from llm_trm.files import file_digest, named_in, read_json, write_json, write_text
+from llm_trm.files import named_in, read_json, write_json, write_text
 from llm_trm.ranges import ANY_SEED, PLACE, WIDTH, require_ranges
 from llm_trm.text import parse_json, read_lines
 from llm_trm.weights import read_shapes, read_tensors, require_present, write_tensors
@@ -284,17 +284,20 @@ def summarize_shard(folder: Path, number: int) -> ShardSummary | None:
     return ShardSummary(entry, hidden_size, dtype, about["failures"])
 
 
-def damaged_shards(folder: Path) -> set[int]:
-    """Numbers of the shards whose files differ from the checksums in the index, if there is a valid index."""
+def damaged_shards(folder: Path, numbers: Sequence[int]) -> set[int]:
+    """Those of ``numbers`` whose files differ from the checksums in the index, if there is a valid index."""
     try:
         entries = [ShardEntry(**entry) for entry in read_json(folder / INDEX, _REMEDY)["shards"]]
     except (InputError, KeyError, TypeError, ValueError):
         return set()
     found = set()
-    for number, entry in enumerate(entries):
+    for number in numbers:
+        if number >= len(entries):  # an index of fewer problems
+            continue
+        entry = entries[number]
         digests = (entry.sha256, entry.metadata_sha256)
         for path, digest in zip(shard_paths(folder, number), digests, strict=True):
-            if digest is not None and path.is_file() and file_digest(path) != digest:
+            if path.is_file() and not is_unchanged(path, digest):
                 found.add(number)
     return found
 

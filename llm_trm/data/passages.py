@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError, shortened
+from llm_trm.errors import InputError
+from llm_trm.ranges import shown
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -66,7 +67,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> list[
         try:
             passage.encode()
         except UnicodeEncodeError as error:
-            near = shortened(passage[max(0, error.start - 20) :])
+            near = shown(passage[max(0, error.start - 20) :])
             raise InputError(
                 f"the text {near} contains half of a surrogate pair, which is not a character: remove it"
             ) from None
@@ -254,5 +255,5 @@ def _cannot(tokenizer: PreTrainedTokenizerBase, name: str, passage: Passage) -> 
     where = next((part for part in texts if name in part), texts[0])
     return InputError(
         f"{whose} parses {name} as a control token and cannot encode it as text, but it is in the text "
-        f"{shortened(where)}: remove or reword it"
+        f"{shown(where)}: remove or reword it"
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError, listed, one_line, shortened
+from llm_trm.errors import InputError, listed, one_line
 from llm_trm.extras import require
 from llm_trm.memory import require_memory
 from llm_trm.ranges import shown
@@ -106,7 +106,7 @@ def load_questions(
     """
     names = [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
-        raise InputError(f"--data {shortened(dataset)} is empty: use {_choices()}")
+        raise InputError(f"--data {shown(dataset)} is empty: use {_choices()}")
     if ARITHMETIC in names:  # infinite
         require_problems(count // len(names))
     sources = [_source(name, split, seed, world or World()) for name in names]
@@ -146,7 +146,7 @@ def _source(name: str, split: Split, seed: int, world: World) -> Iterator[Questi
         return _hub(name, HUB[name], split)
     if is_file(name):
         return read_questions(Path(name))
-    raise InputError(f"--data {shortened(name)} is unknown: use {_choices()}")
+    raise InputError(f"--data {shown(name)} is unknown: use {_choices()}")
 
 
 def _hub(name: str, source: HubDataset, split: Split) -> Iterator[Question]:

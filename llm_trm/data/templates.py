@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trm.data.passages import Passage, cached_per_tokenizer, joined, text
 from llm_trm.data.tags import END_THINK, THINK
-from llm_trm.errors import InputError, one_line, shortened
+from llm_trm.errors import InputError, one_line
+from llm_trm.ranges import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ def chat_prompt(
         asked = _question_in(rendered, frame, question)
     if asked is None:
         raise InputError(
-            f"{template.whose} changes the question {shortened(question)}: reword the question, or {_REMEDY}"
+            f"{template.whose} changes the question {shown(question)}: reword the question, or {_REMEDY}"
         )
     if not thinking:
         return joined(frame.before, text(asked), frame.after, template.closing)

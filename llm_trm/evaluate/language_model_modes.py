@@ -16,7 +16,7 @@ from llm_trm.choices import PromptForm
 from llm_trm.data.lessons import encode_prompt, prompt_form, question_prompt
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
-from llm_trm.errors import InputError, shortened
+from llm_trm.errors import InputError
 from llm_trm.evaluate.answers import answer_tokens, own_answer, written_length
 from llm_trm.evaluate.decoding import Decoding, Mode
 from llm_trm.models.causal.card import inner
@@ -24,6 +24,7 @@ from llm_trm.models.causal.loading import ADAPTERS_FILE, LatentModel, load_laten
 from llm_trm.models.causal.modeling import TRMForCausalLM
 from llm_trm.models.causal.tokens import think_ids
 from llm_trm.models.loading import language_model_source, pretrained, require_padding
+from llm_trm.ranges import shown
 from llm_trm.upstream import cache_of
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Responder:
         prompt = encode_prompt(self.tokenizer, asked, self.form)
         if self.context is not None and len(prompt) >= self.context:
             raise InputError(
-                f"the question {shortened(question)} gives a prompt of {len(prompt)} tokens, but {self.name} "
+                f"the question {shown(question)} gives a prompt of {len(prompt)} tokens, but {self.name} "
                 f"has a context of {self.context}: shorten the question"
             )
         return prompt

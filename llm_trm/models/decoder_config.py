@@ -83,7 +83,7 @@ def require_valid_decoding(path: Path) -> None:
     Args:
         path: The file, which may be missing.
     """
-    described = read_object(path, RESTORE) if path.exists() else {}
+    described = read_object(path, RESTORE, optional=True)
     for name, value in described.items():
         if name in _DECODING and value is not None:
             require_in(_DECODING[name], name, value, InputError, f"{path}: ")

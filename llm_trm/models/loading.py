@@ -15,6 +15,7 @@ from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import chat_template
 from llm_trm.errors import InputError, few, one_line
 from llm_trm.extras import require
+from llm_trm.manifest import require_same_model
 from llm_trm.models.own_files import require_no_pointers, require_own_files, require_weights
 from llm_trm.weights import RESTORE, require_finite
 
@@ -136,6 +137,7 @@ def pretrained(kind: Any, name: str, source: str, *, trust_remote_code: bool = F
         require_own_files(folder)
         if builds:
             require_weights(folder)
+            require_same_model(folder, RESTORE)
     options["trust_remote_code"] = trust_remote_code
     known = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,11 @@ from torch import Tensor
 
 pytest.importorskip("peft")
 
+from peft import PeftModel
+
 from llm_trm.cli import main
 from llm_trm.errors import InputError
+from llm_trm.manifest import write_manifest
 from llm_trm.models.causal.loading import load_latent_model
 from llm_trm.models.loading import load_thinking_model
 from tests.causal.lora_world import write_language_model
@@ -25,7 +29,6 @@ from tests.causal.saved import latent_model, save
 from tests.test_weights import POINTER
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
-WEIGHT = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,18 @@ def test_adapters_that_peft_rejects(field: str, value: Any, saved: Path, tmp_pat
     refusal(path.parent)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_runs_out_is_no_fault_of_the_adapters(
+    error: type[Exception], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", full)
+    with pytest.raises(error):
+        load_latent_model(saved / "adapters")
+
+
 def test_a_missing_adapter_config(saved: Path, tmp_path: Path) -> None:
     folder = copied(saved, "adapters", tmp_path)
     (folder / "adapter_config.json").unlink()
@@ -235,3 +250,37 @@ def test_the_only_line_on_stderr(kind: str, saved: Path, tmp_path: Path) -> None
     result = CliRunner().invoke(main, ["generate", option, str(path.parent), "--device", "cpu", "1+1"])
     assert result.exit_code == 2
     assert result.stderr.startswith("llm-trm: error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapters", "merged"])
+def test_a_checkpoint_that_has_changed_is_refused(saved: Path, kind: str, tmp_path: Path) -> None:
+    folder = copied(saved, kind, tmp_path)
+    write_manifest(folder)
+    path = folder / WEIGHT_FILES[kind]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # the lowest bit of the last weight: a valid file of finite weights
+    path.write_bytes(content)
+    assert f"{path} has changed since it was written" in refusal(folder)
+
+
+def test_reports_of_transformers(saved: Path, tmp_path: Path) -> None:
+    """An error replaces the table of missing weights; that of unexpected ones is still printed."""
+    records: list[str] = []
+
+    class Record(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    handler, logger = Record(), logging.getLogger("transformers")
+    path = copied(saved, "whole", tmp_path) / "model.safetensors"
+    logger.addHandler(handler)
+    try:
+        change(path, lambda tensors: tensors.update(other=torch.zeros(1)))
+        load_thinking_model(str(path.parent))
+        assert "UNEXPECTED" in "".join(records)
+        records.clear()
+        change(path, lambda tensors: tensors.pop("model.norm.weight"))
+        refusal(path.parent)
+        assert not records
+    finally:
+        logger.removeHandler(handler)

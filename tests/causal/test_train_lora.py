@@ -502,7 +502,7 @@ def test_refuses_in_one_line(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").touch()
     refused("already contains a run")
     (tmp_path / "run" / "lora.json").write_text("[1]")
-    refused("lora.json holds no settings by name: start over", resume=True)
+    refused("lora.json does not contain a JSON object: start over", resume=True)
     long = [{"question": str(n), "answer": "1" * (200 if n % 2 else 1)} for n in range(12)]
     data = write_rows(tmp_path / "long.jsonl", long)
     assert train_lora(settings(world, data=str(data), output=tmp_path / "cut", steps=1)).metrics["step"] == 1

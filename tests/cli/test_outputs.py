@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -211,6 +212,15 @@ def test_a_full_disk_keeps_what_was_there(command: str, world: Path, tmp_path: P
     assert content(tmp_path) == before
 
 
+def test_a_failed_export_leaves_no_settings_of_a_missing_checkpoint(world: Path, tmp_path: Path) -> None:
+    arguments = ("export", "official", world / "model", "-o", tmp_path / "step_1")
+    with full_disk((world / "official" / "all_config.yaml").stat().st_size + 500):
+        refusal(run(*arguments))
+    assert content(tmp_path) == {}
+    assert run(*arguments).exit_code == 0
+    assert content(tmp_path).keys() == {"step_1", "all_config.yaml"}
+
+
 @pytest.mark.parametrize("command", ["sudoku", "maze", "arc"])
 def test_puzzles_are_replaced_only_with_overwrite(command: str, world: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -254,19 +264,22 @@ def test_an_input_is_never_replaced(overwrite: tuple[str, ...], world: Path, tmp
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "1+1", "answer": "2"}\n')
     (tmp_path / "link.jsonl").symlink_to(questions)
-    puzzles = tmp_path / "puzzles.txt"
+    (tmp_path / "a.jsonl.partial").symlink_to(questions)
+    puzzles, chart = tmp_path / "puzzles.txt", tmp_path / "chart.png"
     puzzles.write_text(PUZZLE)
+    chart.write_text("{}")
     weights = world / "model" / "puzzle_trm.safetensors"
     before = content(tmp_path), content(world)
     for arguments in (
         ("generate", *ARITHMETIC, "--input", questions, "-o", tmp_path / "link.jsonl"),
+        ("generate", *ARITHMETIC, "--input", questions, "-o", tmp_path / "a.jsonl"),
         ("eval", "lm", *ARITHMETIC, "--data", f"aime,{questions}", "-o", questions),
         ("solve", "--input", puzzles, "--gif", puzzles),
         ("export", "official", world / "model", "-o", weights),
-        ("bench", "--json", questions, "--plot", tmp_path / "link.jsonl"),
+        ("bench", "--json", chart, "--plot", chart),
     ):
         line = refusal(run(*arguments, *overwrite))
-        assert "is also an input: choose another --" in line or "--plot" in line
+        assert "is also an input: choose another --" in line or "a.jsonl.partial" in line
     assert (content(tmp_path), content(world)) == before
 
 
@@ -294,6 +307,16 @@ def test_results_are_appended_only_to_results(tmp_path: Path) -> None:
 def test_special_files_need_no_overwrite() -> None:
     assert run("data", "arithmetic", "--num-samples", 2, "-o", "/dev/null").exit_code == 0
     assert run("generate", "1+1", *ARITHMETIC, "-o", "/dev/null").exit_code == 0
+
+
+def test_answers_go_into_a_pipe() -> None:
+    reading, writing = os.pipe()
+    try:
+        assert run("generate", "1+1", *ARITHMETIC, "-o", f"/dev/fd/{writing}").exit_code == 0
+        assert json.loads(os.read(reading, 10_000))["question"] == "1+1"
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 class Stopping:
@@ -367,6 +390,23 @@ def test_a_full_disk_keeps_the_complete_answers(questions: tuple[object, ...], t
     assert content(tmp_path).keys() == {"q.txt", "answers.jsonl"}
 
 
+def test_answers_of_a_killed_run_are_found(
+    questions: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    seen: list[list[str]] = []
+    Stopping(monkeypatch, lambda: seen.append(answers(partial)))
+    assert run(*questions, output).exit_code == 0
+    assert seen == [["1+1", "2+2"]]
+    assert len(answers(output)) == 5 and not partial.exists()
+    output.rename(partial)
+    line = refusal(run(*questions, output))
+    assert f"{partial} has the answers of a run that goes on or was killed: rename it" in line
+    assert len(answers(partial)) == 5 and not output.exists()
+    assert run(*questions, output, "--overwrite").exit_code == 0
+    assert content(tmp_path).keys() == {"q.txt", "answers.jsonl"}
+
+
 def test_the_end_of_a_job_ends_a_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm_trm.cli.generate._is_terminal", lambda: True)
     Stopping(monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
@@ -375,3 +415,12 @@ def test_the_end_of_a_job_ends_a_conversation(tmp_path: Path, monkeypatch: pytes
     result = CliRunner().invoke(main, conversation, input="1+1\n2+2\n3+3\n4+4\n")
     assert result.exit_code == 143
     assert answers(output) == ["1+1", "2+2"]
+
+
+def test_a_folder_of_states_that_cannot_be_made_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    line = refusal(
+        run("train", "phase1", *ARITHMETIC, "-o", tmp_path / "out", "--states", tmp_path / "file" / "in")
+    )
+    assert "is not a folder" in line
+    assert not (tmp_path / "out").exists()

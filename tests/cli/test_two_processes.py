@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_trm.claims import LOCK_FILE
-from tests.cli.test_outputs import content
+from tests.cli.test_outputs import content, refusal, run
 
 DATAGEN = ("datagen", "--model", "arithmetic", "--device", "cpu", "--shard-size", "8", "--batch-size", "1")
 #: Capabilities with which root writes in folders that their mode protects.
@@ -25,11 +25,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "llm_trm", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
-
-
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while not path.exists():
@@ -37,15 +32,12 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_datagen_is_alone_stops_and_continues(tmp_path: Path) -> None:
+def test_datagen_is_alone_and_stops(tmp_path: Path) -> None:
     folder = tmp_path / "pairs"
-    long = (*DATAGEN, "--num-samples", "2000", "--seed", "1", "-o", folder)
-    first = start(*long)
+    first = start(*DATAGEN, "--num-samples", "2000", "--seed", "1", "-o", folder)
     wait_for(folder / "shard-00001.jsonl", first)
     second = run(*DATAGEN, "--num-samples", "20", "--seed", "2", "-o", folder)
-    assert second.returncode == 2
-    line = second.stderr.strip()
-    assert line.startswith(f"llm-trm: error: {folder} is in use by process {first.pid} on "), line
+    assert refusal(second).startswith(f"llm-trm: error: {folder} is in use by process {first.pid} on ")
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=60)
     assert first.returncode == 143
@@ -54,13 +46,6 @@ def test_datagen_is_alone_stops_and_continues(tmp_path: Path) -> None:
     )
     assert not (folder / LOCK_FILE).exists()
     assert all(path.name.startswith(("shard-", "settings.json")) for path in folder.iterdir())
-    made = {name: data for name, data in content(folder).items() if name.startswith("shard-0000")}
-    again = start(*long)
-    wait_for(folder / f"shard-{len(list(folder.glob('*.jsonl'))):05d}.jsonl", again)
-    again.send_signal(signal.SIGINT)
-    again.communicate(timeout=60)
-    assert again.returncode == 130
-    assert content(folder).items() >= made.items()
 
 
 def test_one_process_writes_puzzles(tmp_path: Path) -> None:
@@ -68,8 +53,7 @@ def test_one_process_writes_puzzles(tmp_path: Path) -> None:
     long = start("data", "sudoku", "--num-samples", "100000", "-o", folder)
     wait_for(folder / LOCK_FILE, long)
     second = run("data", "maze", "--size", "5", "--num-samples", "2", "-o", folder)
-    assert second.returncode == 2 and f"{folder} is in use by process {long.pid}" in second.stderr
-    assert second.stderr.count("\n") == 1
+    assert f"{folder} is in use by process {long.pid}" in refusal(second)
     long.send_signal(signal.SIGINT)
     _, said = long.communicate(timeout=60)
     assert long.returncode == 130

@@ -79,10 +79,11 @@ def test_flips_in_states(states: Path) -> None:
 
 def test_the_same_command_repairs_pairs(pairs: Path, model_folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in pairs.iterdir()}
-    assert damaged_shards(pairs) == set()
+    assert damaged_shards(pairs, range(3)) == set()
     flip(pairs / "shard-00000.safetensors", -1)
     flip(pairs / "shard-00001.jsonl", 9)
-    assert damaged_shards(pairs) == {0, 1}
+    assert damaged_shards(pairs, range(3)) == {0, 1}
+    assert damaged_shards(pairs, [1]) == {1}
     _generate(pairs, model_folder)
     assert {path.name: path.read_bytes() for path in pairs.iterdir()} == before
 
@@ -104,7 +105,7 @@ def test_folders_of_older_versions_still_open(arc: Path, pairs: Path, states: Pa
     read_split(arc, "train")
     assert len(list(open_pairs(pairs).shards())) == 2
     StateFiles.open(states).shard(0)
-    assert damaged_shards(pairs) == set()
+    assert damaged_shards(pairs, range(2)) == set()
 
 
 @pytest.mark.parametrize("value", [5, ["a"], {"a": 1}, "", "0" * 64])
@@ -131,13 +132,33 @@ def test_wrong_checksums_are_refused(value: Any, arc: Path, pairs: Path, states:
 
 def test_a_process_checks_a_file_once(arc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
-    before = checksums.require_digest
+    digest = checksums.file_digest
 
-    def count(path: Path, digest: str | None, remedy: str) -> None:
+    def count(path: Path) -> str:
         checked.append(path.name)
-        before(path, digest, remedy)
+        return digest(path)
 
-    monkeypatch.setattr(checksums, "require_digest", count)
+    monkeypatch.setattr(checksums, "file_digest", count)
     for _ in range(3):
         read_split(arc, "train")
     assert checked == ["train.safetensors"]
+
+
+def test_a_file_is_hashed_once_whatever_the_remedy_and_again_after_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"whole")
+    digest = checksums.file_digest(path)
+    checksums.require_unchanged(path, None, "")
+    checksums.require_unchanged(path, digest, "do this")
+    flip(path, 0)
+    for remedy in ("do this", "do that"):
+        with pytest.raises(InputError, match=f"a has changed .* {remedy}"):
+            checksums.require_unchanged(path, digest, remedy)
+    assert not checksums.is_unchanged(path, digest)
+    assert not checksums.is_unchanged(path, [digest])
+    flip(path, 0)
+    checksums.require_unchanged(path, digest, "do this")
+    monkeypatch.setattr(checksums, "file_digest", None)
+    checksums.require_unchanged(path, digest, "do that")

@@ -67,6 +67,7 @@ class Children:
             "HF_HOME": str(home / "hub"),
             "HF_HUB_OFFLINE": "1",
             "MPLBACKEND": "agg",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "100",

@@ -12,6 +12,7 @@ import click
 from tests.fuzz.cases import Outcome
 from tests.fuzz.children import Children
 from tests.fuzz.judging import judge, shown
+from tests.fuzz.mutations import copy_of
 from tests.fuzz.nonsense import Nonsense, Parameter, nonsense, parameters, plausible
 from tests.fuzz.world import BASES, arguments
 
@@ -54,6 +55,10 @@ class Options:
         if chance.random() < 0.05:
             line.insert(chance.randrange(len(line)), chance.choice(_STRAY))
             refuse = False
+        if "--write-card" in line:
+            # It writes into the checkpoint.
+            copy_of(self._world / "lora", self._folder / "lora")
+            line = [word.replace(str(self._world / "lora"), "lora") for word in line]
         ended = self._children.run("tests.fuzz.child:command", line, folder=self._folder)
         happened, fault = judge(one.command, ended, refuse=refuse)
         return Outcome(f"llm-trm {shown(line)}", happened, fault)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.fuzz.cases import Part, run
 from tests.fuzz.parts import CASES, made
+from tests.fuzz.weights import Weights
 
-pytestmark = [
-    pytest.mark.fuzz,
-    pytest.mark.skipif(sys.platform != "linux", reason="children are limited and watched as Linux allows"),
-]
+pytestmark = pytest.mark.fuzz
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Part]]:
-    with made(tmp_path_factory.mktemp("fuzz")) as found:
-        yield found
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_traceback_and_no_nonsense(name: str, parts: dict[str, Part]) -> None:
-    tally = run(name, parts[name], 0, iter(range(CASES[name])), float("inf"), lambda _: None)
+def check(name: str, part: Part) -> None:
+    tally = run(name, part, 0, iter(range(CASES[name])), float("inf"), lambda _: None)
     print(tally)
     assert not tally.failed, f"{tally}\n" + "\n".join(tally.failed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are limited and watched as Linux allows")
+def test_options_and_readers(tmp_path: Path) -> None:
+    # One test, as both need the same files.
+    with made(tmp_path) as parts:
+        for name in ("options", "readers"):
+            check(name, parts[name])
+
+
+@pytest.mark.interpreter
+def test_weights() -> None:
+    check("weights", Weights())

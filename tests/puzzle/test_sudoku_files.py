@@ -281,3 +281,10 @@ def test_expert_puzzles_are_verified_in_seconds() -> None:
     assert len(rows) == 3000 and rows.shape == SHAPES[9]
     assert np.count_nonzero(rows.puzzles, axis=1).min() >= 17
     assert time.process_time() - start < 15
+
+
+def test_a_header_of_several_lines_is_named_on_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"\n1...,2\n3,4\n')
+    with pytest.raises(InputError, match=r"question among 1\.\.\.,2 3,4: name") as refused:
+        read_sudoku_file(tmp_path / "a.csv")
+    assert "\n" not in str(refused.value)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from llm_trm.train.phase2 import trainer as phase2_trainer
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
 from llm_trm.train.run.checkpoints import Checkpoints
 from tests.data.tiny import save_tiny_model
+from tests.train.signals import SignalAt
 from tests.train.toy import toy_config, write_toy
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -187,24 +186,12 @@ def test_while_a_trainer_saves(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_was_ignored_stays_ignored(ignored: signal.Signals, toy: Path) -> None:
     """As Ctrl-C is in a background job of a script."""
-    script = (
-        "import signal, sys, torch\n"
-        "from pathlib import Path\n"
-        "from llm_trm.train.phase2.trainer import TRMSequenceTrainer\n"
-        "from tests.train.signals import SignalAt\n"
-        "from tests.train.toy import toy_config\n"
-        f"report = SignalAt(2, {int(ignored)})\n"
-        "TRMSequenceTrainer(toy_config(Path(sys.argv[1])), report).train()\n"
-        f"assert signal.getsignal({int(ignored)}) is signal.SIG_IGN\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(toy)],
-        preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        TRMSequenceTrainer(toy_config(toy), SignalAt(2, ignored)).train()
+        assert signal.getsignal(ignored) is signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
     assert len(json.loads((Checkpoints(toy / "run").last / "state.json").read_text())["history"]) == 2
 
 

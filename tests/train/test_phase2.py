@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.cli.train.phase2_progress import ConsoleReport
+from llm_trm.data.pairs import write_index
 from llm_trm.errors import InputError
 from llm_trm.evaluate.held_out import shared_problems
 from llm_trm.manifest import MANIFEST_FILE
@@ -294,6 +295,7 @@ def test_problems_that_come_twice_are_told(
     for path in write_pairs(tmp_path / "pairs").glob("*.jsonl"):
         records = [{**json.loads(line), "problem": "1+1"} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_index(tmp_path / "pairs", 2, model="toy", seed=0, settings={})  # the checksums
     plan = trainer(toy, tmp_path / "run", data=tmp_path / "pairs")._plan()
     assert plan.repeated == plan.held_out == 8
     with ConsoleReport() as report:

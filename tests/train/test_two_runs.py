@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from llm_trm.claims import LOCK_FILE, claimed
+from llm_trm.cli import main
+from llm_trm.data.processes import main_process
 from llm_trm.errors import InputError
 from llm_trm.train.phase1.config import Phase1Config
 from llm_trm.train.phase2.trainer import TRMSequenceTrainer
@@ -55,6 +57,18 @@ def test_of_two_processes_one_is_refused(build: Build, tmp_path: Path) -> None:
     assert finished([held]) == [0]
     assert not (tmp_path / "run" / LOCK_FILE).exists()
     build(tmp_path, resume=True).train()
+
+
+def test_a_run_in_use_is_named_and_not_its_checkpoints(build: Build, tmp_path: Path) -> None:
+    """They come and go while the other process trains, so that the newest may be missing."""
+    build(tmp_path).train()
+    for path in tmp_path.glob("run/checkpoints/*"):
+        shutil.rmtree(path)
+    with claimed(tmp_path / "run"), pytest.raises(InputError, match="run is in use by process"):
+        build(tmp_path, resume=True)
+    with pytest.raises(InputError, match="does not exist: start over"):
+        build(tmp_path, resume=True)
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
 def test_what_changed_after_a_look_is_seen(build: Build, tmp_path: Path) -> None:
@@ -108,40 +122,23 @@ def test_trainers_runs_and_phase1_are_refused_before_they_load_anything(tmp_path
 
 
 def test_only_the_main_process_of_a_launch_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_trm.train.run.folder import alone_in
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     with claimed(tmp_path):
         monkeypatch.setenv("RANK", "1")
-        with alone_in(tmp_path):
+        with claimed(tmp_path, main=main_process()):
             pass
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(InputError, match="in use"), alone_in(tmp_path):
+        with pytest.raises(InputError, match="in use"), claimed(tmp_path, main=main_process()):
             pass
 
 
 def test_the_second_command_ends_with_one_line(tmp_path: Path) -> None:
     contexts.write_toy(tmp_path)
-    main = [sys.executable, "-c", "from llm_trm.cli import main; main()", "train", "phase2"]
-    command = [
-        *main,
-        "--data",
-        tmp_path / "pairs",
-        "--compressor",
-        tmp_path / "compressor",
-        "--device",
-        "cpu",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = ("--data", tmp_path / "pairs", "--compressor", tmp_path / "compressor", "-o", tmp_path / "run")
+    words = ["train", "phase2", *map(str, paths), "--device", "cpu", "--overwrite"]
     with claimed(tmp_path / "run"):
-        done = subprocess.run(
-            [*command, "-o", tmp_path / "run", "--overwrite"],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-    assert done.returncode == 2
+        done = CliRunner().invoke(main, words, prog_name="llm-trm")
+    assert done.exit_code == 2
     assert done.stderr.startswith(f"llm-trm: error: {tmp_path / 'run'} is in use by process {os.getpid()} on")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -20,10 +20,10 @@ from llm_trm.cli.options.world import SAME_DIFFICULTY, refuse_world_options, set
 from llm_trm.cli.tables import table_console
 from llm_trm.data.arithmetic import Split, World
 from llm_trm.device import resolve_device
-from llm_trm.errors import InputError, shortened
+from llm_trm.errors import InputError
 from llm_trm.evaluate.decoding import MODES, Decoding, Mode
 from llm_trm.extras import require, require_plot
-from llm_trm.ranges import BATCH, COUNT, LENGTH, SEED
+from llm_trm.ranges import BATCH, COUNT, LENGTH, SEED, shown
 from llm_trm.settings import Settings, setting
 from llm_trm.shared_settings import device, output_file, overwrite
 
@@ -81,7 +81,7 @@ class EvalLanguageModelSettings(Settings):
         """The modes to compare, in their usual order."""
         names = {name.strip() for name in self.mode.split(",") if name.strip()}
         if not names or names - set(MODES):
-            raise InputError(f"--mode {shortened(self.mode)}: name one or more of {', '.join(MODES)}")
+            raise InputError(f"--mode {shown(self.mode)}: name one or more of {', '.join(MODES)}")
         return [mode for mode in MODES if mode in names]
 
     @property
@@ -238,13 +238,13 @@ def _report_trained_on(model: Any, data: str, split: str, asked: list[str]) -> N
 
 
 def _require_card(checkpoint: str | None, modes: list[Mode]) -> None:
-    from llm_trm.files import writable_folder
+    from llm_trm.files import require_writable
 
     if checkpoint is None or not Path(checkpoint).is_dir():
         raise click.UsageError("--write-card needs a --checkpoint that is a folder here")
     if "latent" not in modes:
         raise click.UsageError("--write-card needs the mode latent, which the card describes")
-    writable_folder(Path(checkpoint))
+    require_writable(Path(checkpoint))
 
 
 def _write_card(model: Any, folder: Path, record: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from llm_trm.errors import InputError
-from llm_trm.files import require_new
+from llm_trm.files import is_special, require_new
 
 
 def require_new_files(
@@ -28,7 +28,7 @@ def require_new_files(
         require_new(path, overwrite=overwrite, option=option)
         # A new file takes the place of the old one, which needs a folder that can be written.
         folder = path.resolve().parent
-        if (path.is_file() or not path.exists()) and not os.access(folder, os.W_OK | os.X_OK):
+        if not is_special(path) and not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"{option} {path}: the folder {folder} is read-only: choose another {option}")
     for (first, one), (second, other) in combinations(given.items(), 2):
         if _same(one, other):
@@ -36,6 +36,6 @@ def require_new_files(
 
 
 def _same(one: Path, other: Path) -> bool:
-    if one.exists() and not one.is_file():  # such as /dev/null
+    if is_special(one):  # /dev/null, for example
         return False
     return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from llm_trm.checksums import require_unchanged
+from llm_trm.checksums import file_digest, require_unchanged
 from llm_trm.choices import Task
 from llm_trm.claims import claimed
 from llm_trm.errors import InputError
-from llm_trm.files import file_digest, read_json, writable_folder, write_json, write_text
+from llm_trm.files import read_json, writable_folder, write_json, write_text
 from llm_trm.publishing import publishing
 from llm_trm.ranges import COUNT, GRID_SIDE, VOCABULARY, require_ranges
 from llm_trm.weights import read_tensors, write_tensors

@@ -81,7 +81,8 @@ class SudokuRows:
         assert self.ratings is not None
         given = self.ratings[index]
         with suppress(TypeError, ValueError, OverflowError):
-            if not isinstance(given, bool) and isfinite(rating := float(given)):
+            # An array, of a list in the file, may be converted with no more than a warning.
+            if not isinstance(given, (bool, np.ndarray)) and isfinite(rating := float(given)):
                 return rating
         fault = f"the rating {shown(given)} is not a number"
         raise row_error(self.source, self.numbers[index], fault)

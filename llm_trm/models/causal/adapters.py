@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 from torch import Tensor
 
@@ -60,6 +61,8 @@ def read_adapters(model: Any, folder: Path, base: str) -> TRMPeftModel:
             adapted = with_card(PeftModel.from_pretrained(model, folder))
         # peft leaves missing weights as they are, which for the reasoner is at random.
         wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
         raise InputError(
             f"{folder} does not fit the language model {base}: it was trained on a different one"

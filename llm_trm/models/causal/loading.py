@@ -172,7 +172,7 @@ def load_latent_model(
 
 def _known(path: Path) -> dict[str, Any]:
     """The facts that training saved with a model; empty if there are none."""
-    known = read_object(path, _REMEDY) if path.exists() else {}
+    known = read_object(path, _REMEDY, optional=True)
     for name, kind, what in (
         ("base", str, "a name"),
         ("prompt_form", str, "a name"),

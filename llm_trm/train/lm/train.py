@@ -10,16 +10,17 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from llm_trm.claims import claimed
 from llm_trm.data.lessons import encode_prompt, question_prompt
+from llm_trm.data.processes import main_process
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.models.loading import no_bars
 from llm_trm.models.tiny import END, tiny_language_model, tiny_tokenizer
 from llm_trm.train.lm.config import LanguageModelConfig
 from llm_trm.train.lm.report import LanguageModelPlan
-from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.trainer import TrainerRun, count_parameters, training_arguments
-from llm_trm.train.run.trainer_checkpoints import WholeCheckpoints
+from llm_trm.train.run.trainer_checkpoints import StrictTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def train_language_model(
             settings.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    with alone_in(config.output):
+    with claimed(config.output, main=main_process()):
         return _train(config, report)
 
 
@@ -101,7 +102,7 @@ def _trainer(config: LanguageModelConfig) -> tuple[Trainer, PreTrainedTokenizerB
     )
     padding_right = tiny_tokenizer()
     padding_right.padding_side = "right"
-    trainer = WholeCheckpoints(
+    trainer = StrictTrainer(
         model=tiny_language_model(tokenizer, config.preset, config.seed),
         args=arguments,
         train_dataset=Lessons(config, tokenizer),

@@ -22,7 +22,8 @@ from llm_trm.data.passages import encode
 from llm_trm.data.questions import Solved
 from llm_trm.data.reasoning import IGNORED
 from llm_trm.data.tags import THINK
-from llm_trm.errors import InputError, shortened
+from llm_trm.errors import InputError
+from llm_trm.ranges import shown
 from llm_trm.train.lora.curriculum import thinking_left
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Lessons(Dataset[Lesson]):
         if at_once is not None and opens_thought(tokenizer, form):
             raise InputError(
                 f"the chat template ends every prompt in {THINK}, and the question "
-                f"{shortened(at_once.question)} has think false: remove such rows, or choose "
+                f"{shown(at_once.question)} has think false: remove such rows, or choose "
                 "--prompt-form plain"
             )
         prompts = [question_prompt(tokenizer, row.question, form) for row in self.solved]

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from llm_trm.claims import claimed
 from llm_trm.data.problems import located
+from llm_trm.data.processes import main_process
 from llm_trm.errors import InputError
 from llm_trm.models.causal.loading import clear_model, save_latent_model
 from llm_trm.models.loading import language_model_source, no_bars
@@ -23,7 +25,6 @@ from llm_trm.train.lora.inputs import Inputs, read_inputs
 from llm_trm.train.lora.model import Trainee
 from llm_trm.train.lora.report import LoraPlan, LoraResult
 from llm_trm.train.lora.trainer import LatentTrainer
-from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.trainer import TrainerRun, count_parameters, training_arguments
 from llm_trm.upstream import checkpointing_option
@@ -41,7 +42,7 @@ def train_lora(config: LoraTrainingConfig, report: Report | None = None) -> Lora
         InputError: Data, a model or a folder that cannot be used or is in use, or nothing to resume.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    with alone_in(config.output):
+    with claimed(config.output, main=main_process()):
         return _train(config, report)
 
 

@@ -15,13 +15,13 @@ from llm_trm.train.lora.callbacks import FollowEpochs
 from llm_trm.train.lora.curriculum import StagedOrder
 from llm_trm.train.lora.distillation import state_distance, states_at, teacher_states
 from llm_trm.train.lora.metrics import sample_measures, summary
-from llm_trm.train.run.trainer_checkpoints import WholeCheckpoints
+from llm_trm.train.run.trainer_checkpoints import StrictTrainer
 
 #: Parameters of a reasoner that phase 2 has trained.
 _STARTED = re.compile(r"\.reasoner\.(.*\.)?(trm|compressor)\.")
 
 
-class LatentTrainer(WholeCheckpoints):
+class LatentTrainer(StrictTrainer):
     """A Trainer with the order of a curriculum, distillation, and its own held-out metrics.
 
     Args:

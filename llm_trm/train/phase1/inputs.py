@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def collect(
         if complete:
             continue
         # Runs may share the folder.
-        with claimed(folder) if accelerator.is_main_process else nullcontext():
+        with claimed(folder, main=accelerator.is_main_process):
             collect_states(
                 model,
                 sequences,

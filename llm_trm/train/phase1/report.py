@@ -10,6 +10,7 @@ from llm_trm.errors import InputError
 from llm_trm.ranges import FINITE, PLACE, require_ranges
 from llm_trm.train.phase1.config import Stage
 from llm_trm.train.phase1.reconstruction import Quality
+from llm_trm.train.run.settings import START_OVER
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ class StageResult:
             for part in (result.learned, result.reference, result):
                 require_ranges(part)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{folder} does not record how its compressor was made: start over with --overwrite"
-            ) from error
+            raise InputError(f"{folder} does not record how its compressor was made: {START_OVER}") from error
         return result
 
 

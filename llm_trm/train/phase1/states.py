@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llm_trm.checksums import require_unchanged
+from llm_trm.checksums import file_digest, require_unchanged
 from llm_trm.errors import InputError
-from llm_trm.files import file_digest, read_json, writable_folder, write_json
+from llm_trm.files import read_json, writable_folder, write_json
 from llm_trm.ranges import PLACE, WIDTH, require_in, shown
 from llm_trm.weights import read_tensors, write_tensors
 

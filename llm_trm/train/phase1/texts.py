@@ -18,7 +18,7 @@ from llm_trm.data.lessons import answer_at_once, opens_thought
 from llm_trm.data.passages import Passage, control_tokens, encode, joined, surroundings, text
 from llm_trm.data.tags import END_THINK, THINK
 from llm_trm.data.templates import rendered_chat
-from llm_trm.errors import InputError, listed, one_line, shortened
+from llm_trm.errors import InputError, listed, one_line
 from llm_trm.extras import require
 from llm_trm.models.loading import ThinkingModel
 from llm_trm.ranges import shown
@@ -253,7 +253,7 @@ def _said_by_others(
             texts += [] if own else [(found, place)]
         elif not own and any(name in said for name in names):
             raise InputError(
-                f"{where}: {shortened(said)} names a special token, and the chat template changes the text: "
+                f"{where}: {shown(said)} names a special token, and the chat template changes the text: "
                 "remove the record, or reword it"
             )
     return tuple(texts)

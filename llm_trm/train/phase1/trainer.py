@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llm_trm.claims import claimed
 from llm_trm.errors import InputError
 from llm_trm.extras import require
 from llm_trm.files import require_writable, sweep, writable_folder, write_json
@@ -39,8 +40,8 @@ from llm_trm.train.phase1.reconstruction import Quality, Reconstruction, quality
 from llm_trm.train.phase1.report import Progress, StageResult
 from llm_trm.train.phase1.states import StateFiles, remove_states
 from llm_trm.train.phase1.unfinished import Unfinished
-from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.interruption import Interruption
+from llm_trm.train.run.settings import START_OVER
 from llm_trm.train.run.tracking import finish_tracking, new_accelerator, start_tracking
 from llm_trm.weights import read_tensors, write_tensors
 
@@ -74,6 +75,8 @@ class CompressorPretrainer:
         if config.resume and not (config.output / config.FILE).exists():
             raise InputError(f"{config.output} holds no run to resume: leave --resume out")
         require_writable(config.output)
+        if config.states is not None:
+            require_writable(config.states)
         self.accelerator: Accelerator = new_accelerator(config.track, config.output, device=config.device)
         self.progress = progress if progress and self.accelerator.is_main_process else Progress()
         self.interruption = Interruption(config, _AGREE_EVERY)
@@ -93,7 +96,7 @@ class CompressorPretrainer:
             Interrupted: Ctrl-C or SIGTERM. Finished stages, hidden states and the progress of the stage are
                 kept, so that the same settings continue from there.
         """
-        with alone_in(self.config.output, main=self.accelerator.is_main_process):
+        with claimed(self.config.output, main=self.accelerator.is_main_process):
             return self._train()
 
     def _train(self) -> list[StageResult]:
@@ -192,7 +195,7 @@ class CompressorPretrainer:
         facts = compressor_facts(folder)
         recorded = facts.get("settings", {})
         if not isinstance(recorded, dict):
-            raise InputError(f"{folder / FACTS_FILE} holds no settings by name: start over with --overwrite")
+            raise InputError(f"{folder / FACTS_FILE} holds no settings by name: {START_OVER}")
         made = {"compressor": facts["kind"], "size": facts.get("size"), **recorded}
         for name, value in {"compressor": self.config.compressor, "size": size, **settings}.items():
             if made.get(name) != value:

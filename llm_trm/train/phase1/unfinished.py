@@ -16,6 +16,7 @@ from llm_trm.manifest import MANIFEST_FILE, require_whole, write_manifest
 from llm_trm.publishing import uninterrupted
 from llm_trm.ranges import FINITE, PLACE, require_ranges
 from llm_trm.train.phase1.reconstruction import Quality
+from llm_trm.train.run.settings import START_OVER
 from llm_trm.train.run.training_state import (
     PROGRESS_FILE,
     TENSORS_FILE,
@@ -94,7 +95,7 @@ class Unfinished:
         """
         if not any((self.folder / name).exists() for name in _FILES[1:]):  # tensors alone: killed in writing
             return None
-        require_whole(self.folder, "start over with --overwrite")
+        require_whole(self.folder, START_OVER)
         progress = read_progress(self.folder, FitProgress)
         if progress.settings != self.settings:
             return None

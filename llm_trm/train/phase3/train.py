@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from llm_trm.claims import claimed
 from llm_trm.data.lessons import encode_each, opens_thought, question_prompt
 from llm_trm.data.problems import Question, located
+from llm_trm.data.processes import main_process
 from llm_trm.data.tags import THINK
 from llm_trm.errors import InputError
 from llm_trm.extras import require
@@ -19,7 +21,6 @@ from llm_trm.train.phase3.config import Phase3Config
 from llm_trm.train.phase3.inputs import Inputs, Problems, read_inputs
 from llm_trm.train.phase3.report import Accuracy, Phase3Plan, Phase3Result
 from llm_trm.train.phase3.rewards import correctness_reward, format_reward
-from llm_trm.train.run.folder import alone_in
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.tracking import lines_until
 from llm_trm.train.run.trainer import TrainerRun, count_parameters
@@ -41,7 +42,7 @@ def train_phase3(config: Phase3Config, report: Report | None = None) -> Phase3Re
             nothing to resume.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    with alone_in(config.output):
+    with claimed(config.output, main=main_process()):
         return _train(config, report)
 
 

@@ -19,7 +19,7 @@ from llm_trm.data.lessons import encode_prompt
 from llm_trm.evaluate.language_model_modes import UNPENALISED
 from llm_trm.models.causal.loading import LatentModel, save_latent_model
 from llm_trm.train.phase3.rewards import Reward
-from llm_trm.train.run.trainer_checkpoints import WholeCheckpoints
+from llm_trm.train.run.trainer_checkpoints import StrictTrainer
 from trm_kernels import NetworkConfig
 
 #: File in the folder of the run that every logged step adds completions to, each with its rewards.
@@ -52,7 +52,7 @@ class Reference:
             self._backbone.reasoner = trained
 
 
-class LatentGRPOTrainer(WholeCheckpoints, GRPOTrainer):
+class LatentGRPOTrainer(StrictTrainer, GRPOTrainer):
     """Trains the reasoner on rewards, and nothing else.
 
     TRL scores ``base_model(input_ids, attention_mask).last_hidden_state``: that of the backbone, which

@@ -28,6 +28,7 @@ from llm_trm.train.run.random_states import random_states, restore_random_states
 from llm_trm.train.run.report import Report
 from llm_trm.train.run.run import Run
 from llm_trm.train.run.schedule import warmup_cosine
+from llm_trm.train.run.settings import START_OVER
 from llm_trm.train.run.training_state import restore_training, training_tensors, under, write_state
 from trm_kernels import (
     JointOptimizer,
@@ -199,7 +200,7 @@ class PuzzleTrainer:
         if not isinstance(data, dict) or "train" not in data:
             raise InputError(
                 f"{self.config.output} was started before checkpoints identified their data, and "
-                f"{self.config.data} may contain other puzzles now: start over with --overwrite"
+                f"{self.config.data} may contain other puzzles now: {START_OVER}"
             )
         self.config.require_same(progress.settings, self.settings)
         tensors = restore_training(folder, self.model, self.optimizer, average=self.average.averages)
@@ -215,9 +216,7 @@ class PuzzleTrainer:
             carry.load_state_dict(under("carry.", tensors))
             restore_random_states(under("random.", tensors), self.device, folder)
         except (KeyError, RuntimeError) as error:
-            raise InputError(
-                f"{folder} contains a different model from this run's: start over with --overwrite"
-            ) from error
+            raise InputError(f"{folder} contains a different model from this run's: {START_OVER}") from error
 
     def _build(self) -> None:
         config, info = self.config, self.inputs.info

@@ -17,9 +17,9 @@ from llm_trm.files import named_in, publish, read_json, sweep, unfinished, write
 from llm_trm.manifest import require_whole, write_manifest
 from llm_trm.models.run_folder import CHECKPOINTS_FOLDER, INDEX_FILE
 from llm_trm.ranges import FINITE
+from llm_trm.train.run.settings import START_OVER
 from llm_trm.train.run.training_state import PROGRESS_FILE, require_state
 
-_START_OVER = "start over with --overwrite"
 #: Names of checkpoints, and of what a crash of an older version left of them.
 _NAMES = re.compile(r"(?:batch|step)-\d{8}")
 _LEFTOVERS = re.compile(r"\.(?:batch|step)-\d{8}\.\w{8}")
@@ -56,12 +56,12 @@ def newest_whole(newest_first: list[Path], require: Callable[[Path, str], None])
     faults: list[InputError] = []
     for path in newest_first:
         try:
-            require(path, _START_OVER)
+            require(path, START_OVER)
         except InputError as error:
             faults.append(error)
             continue
         for fault in faults:
-            damage = str(fault).partition(f": {_START_OVER}")[0]
+            damage = str(fault).partition(f": {START_OVER}")[0]
             if main_process():
                 _logger.warning("%s: resuming from the checkpoint before it, %s", damage, path.name)
         return path
@@ -204,17 +204,17 @@ class Checkpoints:
         Raises:
             InputError: It is missing or broken.
         """
-        index = read_json(self._index_path, _START_OVER)
+        index = read_json(self._index_path, START_OVER)
         try:
             losses = [entry["validation_loss"] for entry in index["kept"]]
             names = [index["last"], *(entry["name"] for entry in index["kept"])]
             names += [index["best"]] if index["best"] is not None else []
-            whole = all(named_in(self._folder, n, self._index_path, _START_OVER).name == n for n in names)
+            whole = all(named_in(self._folder, n, self._index_path, START_OVER).name == n for n in names)
             whole = whole and all(loss is None or FINITE.fault(loss) is None for loss in losses)
         except (KeyError, TypeError):
             whole = False
         if not whole:
-            raise InputError(f"{self._index_path} is not an index of checkpoints: {_START_OVER}")
+            raise InputError(f"{self._index_path} is not an index of checkpoints: {START_OVER}")
         return dict(index)
 
 

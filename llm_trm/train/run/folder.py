@@ -1,33 +1,11 @@
-"""The output folder of a run: one process at a time writes in it, and a new run drops old records."""
+"""What a run removes from its output folder: records of an earlier run, leftovers of a killed one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from llm_trm.claims import claimed
-from llm_trm.data.processes import main_process
 from llm_trm.train.run.figure import CURVES_FILE
 from llm_trm.train.run.tracking import JSONL_FILE
-
-
-@contextmanager
-def alone_in(folder: Path, *, main: bool | None = None) -> Iterator[None]:
-    """Be the only run in ``folder`` until the block ends; see :func:`llm_trm.claims.claimed`.
-
-    Args:
-        main: Whether this is the main process of its run, which alone claims the folder; by default, what
-            the environment variables of the launcher say.
-
-    Raises:
-        InputError: Another run writes in the folder, or it is not writable.
-    """
-    if main_process() if main is None else main:
-        with claimed(folder):
-            yield
-    else:
-        yield
 
 
 def clear_records(folder: Path) -> None:

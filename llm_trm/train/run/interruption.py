@@ -7,10 +7,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from llm_trm.errors import Interrupted
+from llm_trm.errors import Interrupted, signal_of
 from llm_trm.models.run_folder import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def advising(config: RunSettings) -> Iterator[None]:
         started = config.resume or (file.exists() and file.stat().st_mtime_ns != before)
         if isinstance(error, _Advised) or not started or not _has_progress(config):
             raise
-        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
-        raise Interrupted(number, f"{_name(number)}: stopped; {_advice(config)}") from error
+        message = f"{_name(signal_of(error))}: stopped; {_advice(config)}"
+        raise Interrupted.during(error, message) from error
 
 
 def _has_progress(config: Any) -> bool:
@@ -116,8 +117,8 @@ def _advice(config: Any) -> str:
     return f"to continue: {shlex.join(again)}"
 
 
-def _settings_file(config: Any) -> Any:
-    return config.output / config.FILE
+def _settings_file(config: Any) -> Path:
+    return Path(config.output, config.FILE)
 
 
 def _name(number: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_trm.errors import InputError
+from llm_trm.train.run.settings import START_OVER
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
@@ -40,6 +41,4 @@ def restore_random_states(states: Mapping[str, Tensor], device: torch.device, wh
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], device)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(
-            f"{where} has no states of the random number generators: start over with --overwrite"
-        ) from error
+        raise InputError(f"{where} has no states of the random number generators: {START_OVER}") from error

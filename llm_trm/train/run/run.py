@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
+from llm_trm.claims import claimed, require_unclaimed
+from llm_trm.data.processes import main_process
 from llm_trm.errors import InputError, Interrupted
 from llm_trm.files import write_json
 from llm_trm.ranges import AMOUNT, FINITE, require_in, require_ranges, shown
 from llm_trm.train.run.checkpoints import Checkpoints
-from llm_trm.train.run.folder import alone_in, clear_records
+from llm_trm.train.run.folder import clear_records
 from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.metrics import RunMetrics
 from llm_trm.train.run.report import Plan, Report
@@ -85,12 +87,14 @@ class Run(Generic[P]):
         accelerator: From :meth:`launch`; None without it, for a single process without trackers.
 
     Raises:
-        InputError: The folder contains a run, or none to resume.
+        InputError: The folder contains a run, or none to resume, or another process writes in it.
     """
 
     def __init__(self, config: Any, report: Report | None, progress: type[P]) -> None:
         self.config = config
         self.report = report or Report()
+        if main_process():
+            require_unclaimed(config.output)
         self.checkpoints = Checkpoints(config.output, self.config.keep)
         self.checkpoints.permit(resume=self.config.resume, overwrite=self.config.overwrite)
         self._seen = self.checkpoints.index() if config.resume else None
@@ -128,7 +132,7 @@ class Run(Generic[P]):
         Raises:
             InputError: Another process writes in the folder, or has done so since this run looked.
         """
-        with alone_in(self.config.output, main=self.is_main):
+        with claimed(self.config.output, main=self.is_main):
             if self.is_main:
                 self.checkpoints.permit(resume=self.config.resume, overwrite=self.config.overwrite)
                 if self.config.resume and self.checkpoints.index() != self._seen:

@@ -14,6 +14,9 @@ from llm_trm.ranges import BATCH, CLIP_NORM, COUNT, DEPTH, LAYERS, SHARE_BELOW_O
 from llm_trm.settings import Settings, flat, setting, settings_of
 from llm_trm.shared_settings import device
 
+#: Ends the message about a run that cannot be continued.
+START_OVER = "start over with --overwrite"
+
 
 def output(default: str | None, help: str = "Folder for the model, its checkpoints and its settings.") -> Any:
     """``--output``; None for a folder that must be given."""
@@ -140,5 +143,5 @@ class RunSettings(Settings):
             folder: Path = self.output  # type: ignore[attr-defined]
             raise InputError(
                 f"{folder} cannot be resumed with other settings ({'; '.join(changed)}): use those of the "
-                "run, or start over with --overwrite"
+                f"run, or {START_OVER}"
             )

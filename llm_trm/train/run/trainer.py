@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from llm_trm.data.processes import world_size
 from llm_trm.errors import InputError
-from llm_trm.files import read_json, write_json
+from llm_trm.files import read_object, write_json
 from llm_trm.manifest import write_manifest
 from llm_trm.models.causal.loading import FACTS_FILE, clear_model
 from llm_trm.models.loading import no_bars
@@ -19,6 +19,7 @@ from llm_trm.train.run.checkpoints import newest_whole, permit
 from llm_trm.train.run.folder import clear_records, sweep_weights
 from llm_trm.train.run.interruption import Interruption
 from llm_trm.train.run.report import Plan, Report
+from llm_trm.train.run.settings import START_OVER
 from llm_trm.train.run.tracking import finish_tracking, require_tracker, start_tracking, track_with
 from llm_trm.train.run.trainer_checkpoints import (
     checkpoint_of,
@@ -117,10 +118,7 @@ class TrainerRun(TrainerCallback):
         if not config.resume:
             require_room(config.output, 0)
             return None
-        path, remedy = config.output / config.FILE, "start over with --overwrite"
-        self._earlier = read_json(path, remedy)
-        if not isinstance(self._earlier, dict):
-            raise InputError(f"{path} holds no settings by name: {remedy}")
+        self._earlier = read_object(config.output / config.FILE, START_OVER)
         config.require_same(self._earlier)
         checkpoint = newest_whole(complete, require_resumable)
         require_room(config.output, step_of(checkpoint))
@@ -140,7 +138,7 @@ class TrainerRun(TrainerCallback):
             raise InputError(
                 f"{' or '.join(name for name in names if name)} no longer contains the {kind} that the "
                 f"run in {self.config.output} started with, so {kind} that it was trained on may now be held "
-                "out: start over with --overwrite, or choose another folder"
+                f"out: {START_OVER}, or choose another folder"
             )
 
     def start(self, trainer: Trainer, plan: Callable[..., Plan]) -> None:
@@ -229,7 +227,7 @@ class TrainerRun(TrainerCallback):
             return
         if (checkpoint := checkpoint_of(self.config.output, state.global_step)).is_dir():
             write_manifest(checkpoint)
-        if self._keep_last is not None:
+        if self._keep_last is not None:  # save_total_limit would delete a user's checkpoint-5-mine too
             for path in checkpoints(self.config.output)[: -self._keep_last]:
                 shutil.rmtree(path)
 

@@ -19,10 +19,10 @@ from llm_trm.files import read_json
 from llm_trm.manifest import MANIFEST_FILE, require_same_model, require_whole
 from llm_trm.models.own_files import require_own_files
 from llm_trm.ranges import AMOUNT, PLACE, Range, require_in, shown
+from llm_trm.train.run.settings import START_OVER
 from llm_trm.weights import read_tensors, read_torch
 
 _STATE_FILE = "trainer_state.json"
-_REMEDY = "start over with --overwrite"
 _STATE: dict[str, Range] = {"global_step": PLACE, "max_steps": PLACE, "epoch": AMOUNT}
 #: Further numbers, which may be missing or null.
 _OPTIONAL: dict[str, Range] = {
@@ -35,7 +35,12 @@ _OPTIONAL: dict[str, Range] = {
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]{{1,18}}")
 #: Files by which a checkpoint that a crash left incomplete is recognised.
 _MARKS = (
-    *(_STATE_FILE, MANIFEST_FILE, "training_args.bin", "optimizer*", "scheduler.pt", "rng_state*"),
+    _STATE_FILE,
+    MANIFEST_FILE,
+    "training_args.bin",
+    "optimizer*",
+    "scheduler.pt",
+    "rng_state*",
     ".tmp*",  # of safetensors
 )
 #: Files that the Trainer writes first, as users do who copy a model.
@@ -145,7 +150,7 @@ def _require_archive(path: Path, remedy: str) -> None:
         raise InputError(f"{path} is damaged (the checksum of {damaged} differs): {remedy}")
 
 
-def trainer_state(checkpoint: Path, remedy: str = _REMEDY) -> dict[str, Any]:
+def trainer_state(checkpoint: Path, remedy: str = START_OVER) -> dict[str, Any]:
     """The progress of a run, as the Trainer recorded it.
 
     Raises:
@@ -199,7 +204,7 @@ def take_up_finished(trainer: Any, checkpoint: Path, *, best: bool) -> bool:
     return True
 
 
-class WholeCheckpoints(Trainer):
+class StrictTrainer(Trainer):
     """A Trainer that refuses checkpoints without all weights of its model, instead of warning of them."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -210,7 +215,7 @@ class WholeCheckpoints(Trainer):
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"{resume_from_checkpoint} does not contain the weights of this run's model "
-                f"({one_line(error, 120)}): {_REMEDY}"
+                f"({one_line(error, 120)}): {START_OVER}"
             ) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -218,7 +223,7 @@ class WholeCheckpoints(Trainer):
         if missing := sorted(load_result.missing_keys):
             raise InputError(
                 f"a checkpoint in {self.args.output_dir} lacks {len(missing)} weights of this run's model "
-                f"({few(missing)}): {_REMEDY}"
+                f"({few(missing)}): {START_OVER}"
             )
         super()._issue_warnings_after_load(load_result)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llm_trm.errors import InputError, one_line
+from llm_trm.errors import InputError
 from llm_trm.files import read_json, write_json
-from llm_trm.weights import read_tensors, write_tensors
+from llm_trm.train.run.settings import START_OVER
+from llm_trm.weights import read_shapes, read_tensors, write_tensors
 
 P = TypeVar("P")
 
 TENSORS_FILE, PROGRESS_FILE = "state.safetensors", "state.json"
-_REMEDY = "start over with --overwrite"
 
 
 def write_state(folder: Path, progress: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -30,26 +30,19 @@ def write_state(folder: Path, progress: Any, tensors: Mapping[str, Tensor]) -> N
 def read_progress(folder: Path, kind: type[P]) -> P:
     """The progress that :func:`write_state` wrote; InputError if it is missing, broken or another kind."""
     path = folder / PROGRESS_FILE
-    described = read_json(path, _REMEDY)
+    described = read_json(path, START_OVER)
     try:
         return kind(**described)
     except ValueError as error:
-        raise InputError(f"{path}: {error}: {_REMEDY}") from error
+        raise InputError(f"{path}: {error}: {START_OVER}") from error
     except TypeError as error:
-        raise InputError(f"{path} does not record the progress of the run: {_REMEDY}") from error
+        raise InputError(f"{path} does not record the progress of the run: {START_OVER}") from error
 
 
 def require_state(folder: Path, remedy: str) -> None:
     """Raise InputError, ending in ``remedy``, unless the files of :func:`write_state` can be opened."""
-    from safetensors import SafetensorError, safe_open
-
     read_json(folder / PROGRESS_FILE, remedy)
-    path = folder / TENSORS_FILE
-    try:
-        with safe_open(path, "pt"):  # reads the header, and compares it with the length of the file
-            pass
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({one_line(error, None)}): {remedy}") from error
+    read_shapes(folder / TENSORS_FILE, remedy)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +76,7 @@ def restore_training(
     Raises:
         InputError: A missing or broken file, or one of another model.
     """
-    tensors = read_tensors(folder / TENSORS_FILE, _REMEDY)
+    tensors = read_tensors(folder / TENSORS_FILE, START_OVER)
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     positions = {id(p): n for n, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -98,7 +91,7 @@ def restore_training(
             state.setdefault(positions[id(parameters[name])], {})[moment] = tensor
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{folder / TENSORS_FILE} contains a different model from this run's: {_REMEDY}"
+            f"{folder / TENSORS_FILE} contains a different model from this run's: {START_OVER}"
         ) from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return tensors
