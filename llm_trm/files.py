@@ -18,8 +18,6 @@ from llm_trm.text import parse_json, read_text
 
 #: Ending of the temporary folders of this package, by which those of a killed process are recognised.
 _UNFINISHED = ".llm-trm-tmp"
-
-
 #: Names of the streams that a process has open.
 _STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 

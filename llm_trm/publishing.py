@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from llm_trm.files import publish, unfinished
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from llm_trm.signals import STOPPING, handling
 
 
 @contextmanager
@@ -41,23 +38,10 @@ def publishing(folder: Path, last: str, stale: Collection[str] = ()) -> Iterator
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM take effect at the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # others receive no signals
-        yield
-        return
     asked: list[int] = []
-
-    def later(number: int, _: FrameType | None) -> None:
-        asked.append(number)
-
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # A signal that is ignored stays so; None is a handler that Python did not set, and cannot restore.
-    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, later)
     try:
-        yield
+        with handling(lambda number, _: asked.append(number), *STOPPING):
+            yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
         if asked:
             signal.raise_signal(asked[0])

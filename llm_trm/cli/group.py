@@ -6,7 +6,6 @@ import importlib
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from llm_trm.cli.expected_errors import expected, shortened_middle
 from llm_trm.errors import Interrupted, signal_of
+from llm_trm.signals import handling
 
 #: Set to anything but 0, it shows the traceback of an error in addition to the line.
 _DEBUG = "TRM_DEBUG"
@@ -57,9 +57,7 @@ def _one_line_errors() -> Iterator[None]:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the command as Ctrl-C does: half-written files are removed, and one line says so."""
-    before = signal.getsignal(signal.SIGTERM)
-    # Python sets handlers in no other thread; and a choice that a launcher made stays.
-    if threading.current_thread() is not threading.main_thread() or before is not signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a choice that a launcher made stays
         yield
         return
     process = os.getpid()
@@ -69,11 +67,8 @@ def _terminable() -> Iterator[None]:
             os._exit(128 + number)
         raise Interrupted(number, "terminated")
 
-    signal.signal(signal.SIGTERM, terminate)
-    try:
+    with handling(terminate, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare_streams() -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import shlex
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llm_trm.errors import Interrupted, signal_of
 from llm_trm.models.run_folder import INDEX_FILE
+from llm_trm.signals import STOPPING, handling
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from llm_trm.train.run.settings import RunSettings
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
@@ -36,24 +34,19 @@ class Interruption:
     def __init__(self, config: RunSettings, every: int = 1) -> None:
         self._every = every
         self._config: Any = config
-        self._before: dict[int, Any] = {}
+        self._handlers = ExitStack()
         self._signal, self._agreed = 0, False
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other
-            for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._ask)
+        self._handlers.enter_context(handling(self._ask, *STOPPING))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._handlers.close()
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self._signal = number
-        self.__exit__()
+        self._handlers.close()
 
     @property
     def agreed(self) -> bool:
