@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 import trm_kernels
 from llm_trm.cli import main
+from tests.commands import commands
 from trm_kernels import backends
 
 QUICK = ("bench", "--device", "cpu", "--suite", "quick", "--budget", "20")
@@ -111,14 +112,12 @@ def test_help_teaches_without_importing_torch(arguments: tuple[str, ...]) -> Non
 
 
 def test_every_option_has_help() -> None:
-    for name in main.list_commands(click.Context(main)):
-        command = main.get_command(click.Context(main), name)
-        assert command is not None
+    for path, command in commands():
         for parameter in command.params:
             if isinstance(parameter, click.Argument):
                 continue  # the text of the help speaks of it
             assert isinstance(parameter, click.Option)
-            assert parameter.help, f"{name} {parameter.opts}"
+            assert parameter.help, f"{path} {parameter.opts}"
 
 
 def test_version() -> None:

@@ -11,24 +11,18 @@ import click
 import pytest
 
 from llm_trm.cli import main
+from tests.commands import commands
 
 
 def _examples(command: click.Command) -> Iterator[str]:
-    # The help of a group below the first lists commands, not examples.
-    listing = isinstance(command, click.Group) and command is not main
-    text = "" if listing else re.sub(r"\\\n\s*", "", command.help or "")
-    for line in text.splitlines():
+    for line in re.sub(r"\\\n\s*", "", command.help or "").splitlines():
         if line.strip().startswith("llm-trm ") and not line.rstrip().endswith("..."):
             # Remarks are two or more blanks away; a shell would redirect the output.
             yield re.split(r"(?<=\S) {2,}| > ", line.strip())[0]
-    if isinstance(command, click.Group):
-        for name in command.list_commands(click.Context(command)):
-            inner = command.get_command(click.Context(command), name)
-            assert inner is not None
-            yield from _examples(inner)
 
 
-EXAMPLES = list(_examples(main))
+# The help of the other groups lists commands, not examples.
+EXAMPLES = [line for command in (main, *(one for _, one in commands())) for line in _examples(command)]
 
 
 def test_examples_are_found() -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from llm_trm.cli import main
 from llm_trm.cli.options.types import Grid, RealNumber, WholeNumber, WholeNumbers
+from tests.commands import commands
 
 Option = tuple[tuple[str, ...], click.Command, click.Parameter]
 
@@ -18,21 +19,8 @@ _NOT_A_NUMBER = ("", " ", "x", "1e", "nan", "NaN", "inf", "-inf", "Infinity", "1
 _OUT_OF_BOUNDS = ("-1", "1000000000000", "100000000000000000000", "9" * 5000)
 
 
-def _commands(
-    command: click.Command, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    if not isinstance(command, click.Group):
-        yield path, command
-        return
-    context = click.Context(command)
-    for name in command.list_commands(context):
-        found = command.get_command(context, name)
-        assert found is not None
-        yield from _commands(found, (*path, name))
-
-
 def parameters() -> Iterator[Option]:
-    for path, command in _commands(main):
+    for path, command in commands():
         for parameter in command.params:
             yield path, command, parameter
 

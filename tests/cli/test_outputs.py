@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -23,6 +22,7 @@ from llm_trm.cli.options.output import output_file
 from llm_trm.models.puzzle.official import write_official
 from llm_trm.models.puzzle.official_config import write_config
 from llm_trm.models.puzzle.paper import PuzzleTRM, PuzzleTRMConfig, save_puzzle_model
+from tests.commands import commands
 
 PUZZLE = "1... ..3. .4.. ...2"
 ARITHMETIC = ("--model", "arithmetic", "--device", "cpu")
@@ -149,25 +149,14 @@ def test_an_existing_file_is_refused_before_anything_is_read(
     assert "already exists: replace it with --overwrite" in refusal(run(*arguments, tmp_path / "out.png"))
 
 
-def every_command(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    if not isinstance(group, click.Group):
-        yield " ".join(path), group
-        return
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        inner = group.get_command(context, name)
-        assert inner is not None
-        yield from every_command(inner, (*path, name))
-
-
 def test_every_command_that_writes_can_overwrite() -> None:
     lacking = []
-    for name, command in every_command(main):
+    for path, command in commands():
         names = {parameter.name for parameter in command.params}
         writes = any(parameter.callback is output_file for parameter in command.params)
-        folder = "output" in names and name != "tune"  # which continues its table
+        folder = "output" in names and path != ("tune",)  # which continues its table
         if (writes or folder) and "overwrite" not in names:
-            lacking.append(name)
+            lacking.append(" ".join(path))
     assert not lacking
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from llm_trm.cli import main
 from llm_trm.cli.options.types import Grid, RealNumber, WholeNumber, WholeNumbers
+from tests.commands import commands
 
 _NUMBERS = (WholeNumber, RealNumber, WholeNumbers, Grid)
 _SURROGATE, _LONG = "x\udcff", "x" * 100_000
@@ -112,23 +111,12 @@ class Parameter:
         return isinstance(self.parameter, click.Option) and self.parameter.is_flag
 
 
-def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):
-        yield " ".join(path), command
-        return
-    context = click.Context(command)
-    for name in command.list_commands(context):
-        found = command.get_command(context, name)
-        assert found is not None
-        yield from _commands(found, (*path, name))
-
-
 def parameters() -> list[Parameter]:
     """The options and arguments of all commands, except ``--help``."""
     found = []
-    for name, command in _commands(main):
+    for path, command in commands():
         configurable = any("--config" in one.opts for one in command.params)
-        found += [Parameter(name, one, configurable) for one in command.params]
+        found += [Parameter(" ".join(path), one, configurable) for one in command.params]
     return found
 
 
